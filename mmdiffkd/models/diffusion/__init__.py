@@ -1,0 +1,19 @@
+from .autoencoder import LinearAutoencoder
+from .bottleneck import Bottleneck
+from .ddim import DDIMSchedule
+from .denoiser import BottleneckDenoiser, MLPDenoiser
+from .feature_diffusion import DiffusionOutput, Draws, FeatureDiffusion
+from .noise_adapter import MLPNoiseAdapter, NoiseAdapter
+
+__all__ = [
+    'Bottleneck',
+    'BottleneckDenoiser',
+    'DDIMSchedule',
+    'DiffusionOutput',
+    'Draws',
+    'FeatureDiffusion',
+    'LinearAutoencoder',
+    'MLPDenoiser',
+    'MLPNoiseAdapter',
+    'NoiseAdapter',
+]

@@ -1,0 +1,103 @@
+"""The DDIM schedule that turns noisy features into clean ones.
+
+Notation, as in DDPM and DDIM, beside the paper's:
+
+- ``betas``: variance added by each of the T training timesteps, linear from 1e-4 to 0.02
+- ``alphas_cumprod``: a_t, the product of (1 - beta) up to t
+- ``sample``: x_t (the paper's Z_t), a feature with the noise of timestep t
+- ``noise``: eps, what the denoiser predicts
+- x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                                (forward diffusion)
+- x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps, with x_0 solved from x_t      (DDIM step, eta = 0)
+"""
+
+from typing import List, Optional
+
+import torch
+from torch import Tensor, nn
+
+
+class DDIMSchedule(nn.Module):
+    """Deterministic DDIM with a linear beta schedule (paper, section 3; the released code).
+
+    All arithmetic is done in float32, also under autocast.
+
+    Args:
+        num_train_timesteps (int): T, the number of noise levels the denoiser learns. Defaults to 1000.
+        num_inference_steps (int): How often the denoiser is called on a student feature. Defaults to 5.
+        start_timestep (int, optional): Timestep of the first call; the others follow evenly spaced down to 0.
+            ``None`` is the released code's choice, the lower half of ``2 * num_inference_steps`` evenly spaced
+            timesteps: 400, 300, 200, 100, 0 for five steps. Defaults to None.
+        beta_start (float): First beta. Defaults to 1e-4.
+        beta_end (float): Last beta. Defaults to 0.02.
+
+    Raises:
+        ValueError: If the steps do not fit into the training timesteps.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        num_inference_steps: int = 5,
+        start_timestep: Optional[int] = None,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+    ):
+        super().__init__()
+        if not 1 <= num_inference_steps <= num_train_timesteps // 2:
+            raise ValueError(
+                f'schedule.num_inference_steps={num_inference_steps} must lie between 1 and half of '
+                f'num_train_timesteps={num_train_timesteps}.'
+            )
+        if start_timestep is not None and not num_inference_steps - 1 <= start_timestep < num_train_timesteps:
+            raise ValueError(
+                f'schedule.start_timestep={start_timestep} must lie between num_inference_steps - 1 = '
+                f'{num_inference_steps - 1} and num_train_timesteps - 1 = {num_train_timesteps - 1}.'
+            )
+        self.num_train_timesteps = num_train_timesteps
+        self.timesteps = self._inference_timesteps(num_inference_steps, start_timestep)
+        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32, device='cpu')
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        # Python numbers: the steps are the same for every sample, so no device is touched for them.
+        self._alphas_cumprod = alphas_cumprod.tolist()
+        self.register_buffer('alphas_cumprod', alphas_cumprod, persistent=False)
+
+    def _inference_timesteps(self, num_steps: int, start: Optional[int]) -> List[int]:
+        if start is None:
+            stride = self.num_train_timesteps // (2 * num_steps)
+            return [i * stride for i in reversed(range(num_steps))]
+        if num_steps == 1:
+            return [start]
+        return [start * i // (num_steps - 1) for i in reversed(range(num_steps))]
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise clean features (forward diffusion).
+
+        Args:
+            clean (Tensor): x_0 of shape (N, C, H, W).
+            noise (Tensor): eps, same shape.
+            timesteps (Tensor): One integer timestep a sample, (N, ).
+
+        Returns:
+            Tensor: x_t in float32, (N, C, H, W).
+        """
+        alphas = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alphas.sqrt() * clean.float() + (1 - alphas).sqrt() * noise.float()
+
+    def step(self, sample: Tensor, noise: Tensor, index: int) -> Tensor:
+        """One denoising step; the last one lands on the predicted x_0.
+
+        Args:
+            sample (Tensor): x_t at ``timesteps[index]``, (N, C, H, W).
+            noise (Tensor): The denoiser's eps, same shape.
+            index (int): Position in :attr:`timesteps`.
+
+        Returns:
+            Tensor: x at the next timestep in float32, (N, C, H, W).
+        """
+        alpha = self._alphas_cumprod[self.timesteps[index]]
+        is_last = index + 1 == len(self.timesteps)
+        alpha_next = 1.0 if is_last else self._alphas_cumprod[self.timesteps[index + 1]]
+        # x_0 is not formed: x_next = sqrt(a_next / a) x + (sqrt(1 - a_next) - sqrt(a_next (1 - a) / a)) eps
+        scale_sample = (alpha_next / alpha) ** 0.5
+        scale_noise = (1 - alpha_next) ** 0.5 - (alpha_next * (1 - alpha) / alpha) ** 0.5
+        return scale_sample * sample.float() + scale_noise * noise.float()

@@ -1,0 +1,167 @@
+from typing import Dict, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdiffkd.registry import MODELS
+from .autoencoder import LinearAutoencoder
+from .ddim import DDIMSchedule
+
+
+class Draws(NamedTuple):
+    """The random draws of one pass; what is None is drawn anew.
+
+    Attributes:
+        adapter_noise (Tensor, optional): Noise blended into the student latent, (N, C, H, W).
+        diffusion_noise (Tensor, optional): Noise of the diffusion loss, (N, C, H, W).
+        diffusion_timesteps (Tensor, optional): Its timesteps, integers (N, ).
+    """
+
+    adapter_noise: Optional[Tensor] = None
+    diffusion_noise: Optional[Tensor] = None
+    diffusion_timesteps: Optional[Tensor] = None
+
+
+class DiffusionOutput(NamedTuple):
+    """What one pass gives.
+
+    Attributes:
+        losses (dict[str, Tensor]): Weighted scalars ``loss_kd``, and where they apply ``loss_diffusion`` and
+            ``loss_reconstruction``.
+        gamma (Tensor, optional): Share of the student latent that is kept, (N, ); None without denoising.
+        refined (Tensor): The denoised student feature that is compared, (N, C, H, W).
+        target (Tensor): The detached teacher latent it is compared with, (N, C, H, W).
+    """
+
+    losses: Dict[str, Tensor]
+    gamma: Optional[Tensor]
+    refined: Tensor
+    target: Tensor
+
+
+class FeatureDiffusion(nn.Module):
+    """DiffKD for one pair of feature maps (paper, section 3).
+
+    Args:
+        student_channels (int): C_s.
+        teacher_channels (int): C_t.
+        latent_channels (int, optional): Width C of a linear autoencoder on the teacher feature. None leaves the
+            autoencoder out, C is C_t then. Defaults to None.
+        denoise (bool): False leaves the diffusion out: a plain adapter and distance. Defaults to True.
+        align (bool): Whether a 1x1 convolution maps the student to C; only without denoising can it be left out.
+            Defaults to True.
+        denoiser (dict, optional): Config of the denoiser. Defaults to ``BottleneckDenoiser``.
+        noise_adapter (dict, optional): Config of the noise adapter. Defaults to ``NoiseAdapter``.
+        schedule (dict, optional): Arguments of :class:`DDIMSchedule`. Defaults to its defaults.
+        distance (dict, optional): Config of the distance, called as ``distance(student, teacher)``. Defaults to
+            ``MSELoss``.
+        loss_diffusion_weight (float): Weight of the diffusion loss. Defaults to 1.
+        loss_reconstruction_weight (float): Weight of the autoencoder's loss. Defaults to 1.
+
+    Raises:
+        ValueError: If ``align`` or ``latent_channels`` do not go with the other arguments.
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        latent_channels: Optional[int] = None,
+        denoise: bool = True,
+        align: bool = True,
+        denoiser: Optional[dict] = None,
+        noise_adapter: Optional[dict] = None,
+        schedule: Optional[dict] = None,
+        distance: Optional[dict] = None,
+        loss_diffusion_weight: float = 1.0,
+        loss_reconstruction_weight: float = 1.0,
+    ):
+        super().__init__()
+        if not denoise and latent_channels is not None:
+            raise ValueError(f'latent_channels={latent_channels} has no effect with denoise=False; leave it out.')
+        if denoise and not align:
+            raise ValueError('align=False needs denoise=False: the diffusion works on the aligned student feature.')
+        if not align and student_channels != teacher_channels:
+            raise ValueError(
+                f'align=False compares features as they are, but the student has {student_channels} channels and '
+                f'the teacher {teacher_channels}; set align=True.'
+            )
+        channels = latent_channels or teacher_channels
+        self.denoise = denoise
+        self.loss_diffusion_weight = loss_diffusion_weight
+        self.loss_reconstruction_weight = loss_reconstruction_weight
+        self.student_conv = nn.Conv2d(student_channels, channels, 1) if align else nn.Identity()
+        self.distance = MODELS.build(distance or dict(type='mmdiffkd.MSELoss'))
+        if not denoise:
+            return
+        self.schedule = DDIMSchedule(**(schedule or {}))
+        self.autoencoder = None if latent_channels is None else LinearAutoencoder(teacher_channels, channels)
+        self.noise_adapter = MODELS.build(
+            noise_adapter or dict(type='mmdiffkd.NoiseAdapter'), default_args=dict(channels=channels)
+        )
+        self.denoiser = MODELS.build(
+            denoiser or dict(type='mmdiffkd.BottleneckDenoiser'),
+            default_args=dict(channels=channels, num_train_timesteps=self.schedule.num_train_timesteps),
+        )
+        self.proj = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
+
+    def forward(self, student: Tensor, teacher: Tensor, draws: Optional[Draws] = None) -> DiffusionOutput:
+        """Compare a student feature with its teacher's.
+
+        Args:
+            student (Tensor): (N, C_s, H, W).
+            teacher (Tensor): (N, C_t, H', W'); the student is resized to it where the sizes differ.
+            draws (Draws, optional): Random draws given from outside.
+
+        Returns:
+            DiffusionOutput: Losses, gamma, denoised feature and target.
+        """
+        draws = draws or Draws()
+        latent = self._align(student, teacher.shape[-2:])
+        if not self.denoise:
+            target = teacher.detach()
+            return DiffusionOutput(dict(loss_kd=self.distance(latent.float(), target.float())), None, latent, target)
+
+        losses = {}
+        target = teacher.detach()
+        if self.autoencoder is not None:
+            target, reconstruction = self.autoencoder(target)
+            loss = F.mse_loss(reconstruction.float(), teacher.detach().float())
+            losses['loss_reconstruction'] = self.loss_reconstruction_weight * loss
+            target = target.detach()
+        refined, gamma = self._refine(latent, draws.adapter_noise)
+        losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, draws)
+        losses['loss_kd'] = self.distance(refined.float(), target.float())
+        return DiffusionOutput(losses, gamma, refined, target)
+
+    def _align(self, student: Tensor, size: torch.Size) -> Tensor:
+        latent = self.student_conv(student)
+        if latent.shape[-2:] != size:
+            latent = F.interpolate(latent, size, mode='bilinear', align_corners=False)
+        return latent
+
+    def _refine(self, latent: Tensor, noise: Optional[Tensor]):
+        """Blend noise into the student latent (equation 8) and denoise it step by step."""
+        gamma = self.noise_adapter(latent)
+        if noise is None:
+            noise = torch.randn_like(latent, dtype=torch.float32)
+        keep = gamma.view(-1, 1, 1, 1)
+        sample = keep * latent.float() + (1 - keep) * noise
+        for index, timestep in enumerate(self.schedule.timesteps):
+            # one row of the embedding serves the whole batch
+            timesteps = torch.full((1,), timestep, dtype=torch.long, device=latent.device)
+            sample = self.schedule.step(sample, self.denoiser(sample, timesteps), index)
+        return self.proj(sample), gamma
+
+    def _diffusion_loss(self, target: Tensor, draws: Draws) -> Tensor:
+        """Train the denoiser on the teacher's latent."""
+        noise, timesteps = draws.diffusion_noise, draws.diffusion_timesteps
+        if noise is None:
+            noise = torch.randn_like(target, dtype=torch.float32)
+        if timesteps is None:
+            high = self.schedule.num_train_timesteps
+            timesteps = torch.randint(high, (target.size(0),), device=target.device)
+        noisy = self.schedule.add_noise(target, noise, timesteps)
+        return F.mse_loss(self.denoiser(noisy, timesteps).float(), noise)
+

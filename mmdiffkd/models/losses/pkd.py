@@ -1,0 +1,28 @@
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdiffkd.registry import MODELS
+
+
+@MODELS.register_module()
+class PKDLoss(nn.Module):
+    """PKD: squared error of features standardised per channel, that is 1 - Pearson correlation (Cao et al., 2022).
+
+    Args:
+        loss_weight (float): Factor of the loss. Defaults to 1.
+    """
+
+    def __init__(self, loss_weight: float = 1.0):
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compare features of shape (N, C, H, W); returns a scalar."""
+        return self.loss_weight * F.mse_loss(_standardise(student), _standardise(teacher)) / 2
+
+
+def _standardise(feature: Tensor) -> Tensor:
+    """Zero mean and unit variance of each channel over batch and positions."""
+    channels = feature.transpose(0, 1).flatten(1)
+    channels = channels - channels.mean(dim=1, keepdim=True)
+    return channels / (channels.std(dim=1, unbiased=False, keepdim=True) + 1e-6)

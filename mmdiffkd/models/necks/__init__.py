@@ -1,0 +1,3 @@
+from .feature_diffusion_neck import FeatureDiffusionNeck
+
+__all__ = ['FeatureDiffusionNeck']

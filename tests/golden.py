@@ -1,0 +1,54 @@
+"""Reading the reference numbers of the released code."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FOLDER = Path(os.environ.get('MMDIFFKD_GOLDEN') or Path(__file__).parent / 'data' / 'golden')
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+
+# (names in the released code, names here), first match wins
+RENAMES = [
+    (r'^trans\.', 'student_conv.'),
+    (r'^ae\.encoder\.', 'autoencoder.encoder.'),
+    (r'^ae\.decoder\.0\.', 'autoencoder.decoder.'),
+    (r'^noise_adapter\.feat\.0\.block\.', 'noise_adapter.layers.layers.'),
+    (r'^noise_adapter\.feat\.', 'noise_adapter.layers.'),
+    (r'^model\.time_embedding\.', 'denoiser.time_embedding.'),
+    (r'^model\.pred\.(\d)\.block\.', r'denoiser.layers.\1.layers.'),
+    (r'^model\.pred\.', 'denoiser.layers.'),
+]
+
+
+def files(with_key):
+    """The reference files that hold an array of that name."""
+    return [path for path in sorted(FOLDER.glob('*.npz')) if with_key in np.load(path).files]
+
+
+class Golden:
+    """The arrays of one file as tensors, weights under this package's names."""
+
+    def __init__(self, path):
+        arrays = np.load(path)
+        self._tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+
+    def __getitem__(self, name):
+        return self._tensors[name]
+
+    def __contains__(self, name):
+        return name in self._tensors
+
+    def group(self, prefix):
+        """Tensors under ``prefix/``, renamed."""
+        prefix += '/'
+        return {_rename(k[len(prefix) :]): v for k, v in self._tensors.items() if k.startswith(prefix)}
+
+
+def _rename(name):
+    for pattern, new in RENAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name)
+    return name
