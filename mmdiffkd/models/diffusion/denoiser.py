@@ -1,6 +1,7 @@
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+
 from .bottleneck import Bottleneck
 
 

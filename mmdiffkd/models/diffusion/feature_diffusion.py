@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+
 from .autoencoder import LinearAutoencoder
 from .ddim import DDIMSchedule
 
@@ -164,4 +165,3 @@ class FeatureDiffusion(nn.Module):
             timesteps = torch.randint(high, (target.size(0),), device=target.device)
         noisy = self.schedule.add_noise(target, noise, timesteps)
         return F.mse_loss(self.denoiser(noisy, timesteps).float(), noise)
-

@@ -1,8 +1,9 @@
-from typing import List, Optional, Sequence, Union
+from typing import List, Sequence, Union
 
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+
 from ..diffusion import DiffusionOutput, Draws, FeatureDiffusion
 
 Ints = Union[int, Sequence[int]]

@@ -35,9 +35,7 @@ def test_reproduces_the_released_code(path):
     torch.testing.assert_close(level.schedule.alphas_cumprod, data['meta/alphas_cumprod'])
 
     student = data['in/student'].requires_grad_()
-    draws = Draws(
-        data['draw/adapter_noise'], data['draw/diffusion_noise'], data['draw/diffusion_timesteps'].long()
-    )
+    draws = Draws(data['draw/adapter_noise'], data['draw/diffusion_noise'], data['draw/diffusion_timesteps'].long())
     output = neck(student, data['in/teacher'], draws)
     torch.testing.assert_close(output.gamma, data['out/gamma'], **golden.TOLERANCE)
     torch.testing.assert_close(output.refined, data['out/refined'], **golden.TOLERANCE)
@@ -58,7 +56,7 @@ def test_reproduces_the_released_code(path):
     parameters = dict(level.named_parameters())
     assert set(parameters) == set(gradients)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(parameters[name].grad, gradient, **golden.TOLERANCE, msg=lambda m: f'{name}: {m}')
+        torch.testing.assert_close(parameters[name].grad, gradient, **golden.TOLERANCE, msg=name + ': {}'.format)
     buffers = dict(level.named_buffers())
     for name, value in data.group('buffer_after').items():
         torch.testing.assert_close(buffers[name], value, **golden.TOLERANCE)

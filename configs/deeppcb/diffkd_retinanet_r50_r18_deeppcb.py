@@ -1,0 +1,11 @@
+_base_ = './retinanet_r18_deeppcb.py'
+custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
+model = dict(
+    _delete_=True,
+    type='mmdiffkd.DiffKDDistiller',
+    student=_base_.model,
+    teacher=dict(
+        config='configs/deeppcb/retinanet_r50_deeppcb.py',
+        checkpoint='work_dirs/retinanet_r50_deeppcb/epoch_24.pth',
+    ),
+)

@@ -1,0 +1,58 @@
+from mmengine.config import Config, ConfigDict
+
+from mmdiffkd.utils import read_checkpoint
+
+PACKAGE = 'mmdiffkd'
+
+
+def student_weights(checkpoint: str) -> dict:
+    """The student of a training checkpoint, in the format its own package reads.
+
+    Args:
+        checkpoint (str): Path or URL of a checkpoint written during training.
+
+    Returns:
+        dict: ``state_dict`` without the diffusion part, and of ``meta`` what inference needs (the classes).
+
+    Raises:
+        FileNotFoundError, ValueError: See :func:`mmdiffkd.utils.read_checkpoint`.
+    """
+    content = read_checkpoint(checkpoint)
+    weights = {key: value for key, value in content['state_dict'].items() if not key.startswith('diffkd.')}
+    meta = content.get('meta', {})
+    kept = {key: meta[key] for key in ('dataset_meta', 'epoch', 'iter', 'mmengine_version') if key in meta}
+    return dict(state_dict=weights, meta=kept)
+
+
+def student_config(cfg: Config) -> Config:
+    """The plain student's config: what the distillation config inherited from, with its later changes.
+
+    Args:
+        cfg (Config): A config with a ``DiffKDDistiller``.
+
+    Returns:
+        Config: A config that needs nothing of this package.
+
+    Raises:
+        ValueError: If the config has no distiller.
+    """
+    if 'student' not in cfg.model:
+        raise ValueError(f'The config {cfg.filename or ""} distils nothing: its model is a plain {cfg.model.type}.')
+    content = ConfigDict(cfg.to_dict())
+    model = content.model.student
+    if model.get('_scope_') == content.get('default_scope'):
+        model.pop('_scope_', None)  # a plain config relies on default_scope, as upstream's do
+    content.model = model
+    if imports := content.pop('custom_imports', None):
+        kept = [name for name in imports['imports'] if name.split('.')[0] != PACKAGE]
+        if kept:
+            content.custom_imports = dict(imports, imports=kept)
+    if 'custom_hooks' in content:
+        content.custom_hooks = [hook for hook in content.custom_hooks if not _is_ours(hook)]
+    return Config(content)
+
+
+def _is_ours(hook: dict) -> bool:
+    kind = hook['type']
+    name = kind if isinstance(kind, str) else kind.__module__
+    return name.split('.')[0] == PACKAGE

@@ -1,0 +1,256 @@
+from contextlib import nullcontext
+from functools import cache
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.dist import all_reduce
+from mmengine.logging import MessageHub, print_log
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from mmdiffkd.registry import MODELS
+from mmdiffkd.utils import nearest
+
+from ..diffusion import DiffusionOutput
+from .levels import match_levels
+from .pairs import read_pairs
+from .probe import probe
+from .roi import check_roi_head, is_roi_tap, record_rois
+from .taps import TapRecorder, find_module
+from .teacher import Teacher
+
+PREFIX = 'diffkd.'
+
+
+@MODELS.register_module()
+class DiffKDDistiller(BaseModel):
+    """Distil a teacher into a student while the student stays what it is.
+
+    Building one gives the student itself, its class extended by this one: parameters, attributes, hooks and
+    checkpoints keep the student's names, and ``predict`` is the student's own. Only :meth:`loss` does more. The
+    diffusion part is registered under ``diffkd``, the teacher is not registered at all.
+
+    Args:
+        student (dict): Config of the student, any model with ``loss(inputs, data_samples)``.
+        teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
+            ``'zoo'``) of the teacher. None trains the student alone. Defaults to None.
+        distill (dict, optional): What is compared, ``{name: dict(student=, teacher=, levels=, neck=)}``. Defaults to
+            neck to neck with the paper's weight for detectors.
+        inherit (list[str], optional): Modules whose weights the student takes from the teacher before training, such
+            as ``['neck', 'bbox_head']``. Defaults to None.
+        data_preprocessor (dict, optional): Top-level preprocessor that the Runner hands over; the student gets it
+            where it has none of its own.
+
+    Raises:
+        ValueError: If a tap, a level or a width does not fit; known when the model is built.
+        FileNotFoundError, ModuleNotFoundError: If the teacher's config cannot be found; raised when training starts,
+            since predicting does not need it.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        if cls is not DiffKDDistiller:  # a copy of a distiller that was built before
+            return super().__new__(cls)
+        model = MODELS.build(_student_cfg(*args, **kwargs))
+        model.__class__ = _distiller_class(type(model))
+        return model
+
+    def __init__(
+        self,
+        student: dict,
+        teacher: Optional[dict] = None,
+        distill: Optional[dict] = None,
+        inherit: Optional[Sequence[str]] = None,
+        data_preprocessor: Optional[dict] = None,
+    ):
+        # __new__ has built the student: BaseModel.__init__ must not run again
+        self.teacher: Optional[Teacher] = None
+        self._deferred_error: Optional[Exception] = None
+        self.skip_non_finite = False  # set by SkipNonFiniteHook
+        self.skipped_iteration: List[str] = []
+        self._inherit = [inherit] if isinstance(inherit, str) else list(inherit or ())
+        self._register_load_state_dict_pre_hook(self._forget_absent_part)
+        self.register_load_state_dict_post_hook(_keep_fresh_part)
+        if teacher is None:
+            return
+        _check_teacher_keys(teacher)
+        try:
+            self.teacher = Teacher(**teacher)
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            self._deferred_error = error
+            return
+        self._build_pairs(_student_cfg(student, data_preprocessor=data_preprocessor), distill)
+
+    def _build_pairs(self, student_cfg: ConfigDict, distill: Optional[dict]) -> None:
+        teacher_cfg = self.teacher.model_cfg
+        self.pairs = read_pairs(distill, student_cfg, teacher_cfg)
+        for pair in self.pairs.values():
+            if is_roi_tap(pair.teacher):
+                check_roi_head(student_cfg, pair.teacher, 'student')
+                check_roi_head(teacher_cfg, pair.teacher, 'teacher')
+        student_taps = probe(student_cfg, {pair.student for pair in self.pairs.values()}, 'student')
+        teacher_taps = probe(teacher_cfg, {pair.teacher for pair in self.pairs.values()}, 'teacher')
+        self.teacher.expect(student_cfg.get('data_preprocessor'), teacher_taps)
+
+        self._matches = {}
+        necks = {}
+        for name, pair in self.pairs.items():
+            student, teacher = student_taps[pair.student], teacher_taps[pair.teacher]
+            matches = self._matches[name] = match_levels(name, student, teacher, pair.levels)
+            widths = dict(
+                student_channels=[student.channels[s] for s, _ in matches],
+                teacher_channels=[teacher.channels[t] for _, t in matches],
+            )
+            try:
+                necks[name] = MODELS.build(pair.neck, default_args=widths)
+            except (TypeError, ValueError, KeyError) as error:
+                raise ValueError(f'distill.{name}.neck cannot be built: {error}') from error
+        self.diffkd = nn.ModuleDict(necks)
+        self._student_calls = {path: info.calls for path, info in student_taps.items()}
+        for path in self._inherit:
+            find_module(self, path, 'student')
+
+    def init_weights(self) -> None:
+        """Initialise the student as upstream does, then bring in the teacher: training is about to start."""
+        if self._deferred_error is not None:
+            raise self._deferred_error
+        # the student's init_cfg reaches every registered module; the diffusion part keeps its own initialisation
+        diffkd = self._modules.pop('diffkd', None)
+        try:
+            super().init_weights()
+        finally:
+            if diffkd is not None:
+                self._modules['diffkd'] = diffkd
+        if self.teacher is not None:
+            self._take_over(self.teacher.model)
+
+    def _take_over(self, teacher: nn.Module) -> None:
+        """Inheriting: start modules of the student with the teacher's weights."""
+        for path in self._inherit:
+            source = find_module(teacher, path, 'teacher').state_dict()
+            target = find_module(self, path, 'student')
+            own = target.state_dict()
+            unfit = [key for key in {**own, **source} if key not in own or key not in source]
+            unfit += [key for key in own if key in source and own[key].shape != source[key].shape]
+            if unfit:
+                raise ValueError(
+                    f"inherit=['{path}'] needs the same module in student and teacher, but {len(unfit)} of its "
+                    f"{len(own)} weights differ, among them '{path}.{unfit[0]}'."
+                )
+            target.load_state_dict(source)
+
+    def loss(self, inputs: Tensor, data_samples: Optional[list] = None, **kwargs) -> Dict[str, Tensor]:
+        """The student's losses and those of the distillation.
+
+        Args:
+            inputs (Tensor): Preprocessed images, (N, 3, H, W).
+            data_samples (list, optional): Their data samples.
+
+        Returns:
+            dict[str, Tensor]: The student's own losses, and for every pair ``diffkd.<pair>.loss_kd``,
+            ``.loss_diffusion``, ``.loss_reconstruction`` (summed over levels) and ``.gamma`` (their mean). Where a
+            pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
+            ``.gamma.<level>`` tell them apart; these are logged, not optimised.
+        """
+        if self._deferred_error is not None:
+            raise self._deferred_error
+        if self.teacher is None:
+            return super().loss(inputs, data_samples, **kwargs)
+        needs_rois = any(is_roi_tap(pair.teacher) for pair in self.pairs.values())
+        with TapRecorder(self, self._student_calls, 'student') as taps:
+            with record_rois(self) if needs_rois else nullcontext([None]) as rois:
+                losses = dict(super().loss(inputs, data_samples, **kwargs))
+        size = inputs.shape[-2:]
+        teacher_features = self.teacher.features(inputs, data_samples, rois[0])
+        for name, pair in self.pairs.items():
+            student, teacher = taps.features(pair.student, size), teacher_features[pair.teacher]
+            matches = self._matches[name]
+            outputs = self.diffkd[name]([student[s] for s, _ in matches], [teacher[t] for _, t in matches])
+            losses.update(_named(name, outputs, [s for s, _ in matches]))
+        return losses
+
+    def parse_losses(self, losses: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Sum up the losses.
+
+        Raises:
+            FloatingPointError: If the sum is not finite; it names the losses and the iteration.
+        """
+        loss, log_vars = super().parse_losses(losses)
+        is_finite = torch.isfinite(loss.detach()).all()
+        self.skipped_iteration = []
+        if self.skip_non_finite:
+            is_finite = is_finite.float()
+            all_reduce(is_finite, op='min')
+        if is_finite:
+            return loss, log_vars
+        bad = [name for name, value in log_vars.items() if name != 'loss' and not value.isfinite().all()]
+        if self.skip_non_finite:
+            self.skipped_iteration = bad or ['losses of another rank']
+            # a zero that every parameter takes part in, so that DDP finds the gradients it waits for
+            return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0, log_vars
+        raise FloatingPointError(
+            f'The loss is not finite in iteration {MessageHub.get_current_instance().get_info("iter", 0)}: '
+            f'{", ".join(bad)}. Lower the learning rate or clip gradients '
+            '(optim_wrapper.clip_grad=dict(max_norm=35)); the hook mmdiffkd.SkipNonFiniteHook leaves such iterations '
+            'out.'
+        )
+
+    def _forget_absent_part(self, state_dict: dict, prefix: str, *args) -> None:
+        """Without a teacher there is no diffusion part: its weights in a checkpoint are no surprise."""
+        if 'diffkd' not in self._modules:
+            for key in [key for key in state_dict if key.startswith(prefix + PREFIX)]:
+                del state_dict[key]
+
+
+def _keep_fresh_part(model: nn.Module, incompatible_keys) -> None:
+    """A checkpoint of the plain student starts the student, not the diffusion part: nothing is missing then."""
+    missing = incompatible_keys.missing_keys
+    part = [name for name, _ in model.named_parameters() if name.startswith(PREFIX)]
+    if part and set(part) <= set(missing):
+        missing[:] = [key for key in missing if not key.startswith(PREFIX)]
+        print_log('The checkpoint holds no diffusion part (diffkd.*), it starts fresh.', logger='current')
+
+
+def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optional[dict] = None, **kwargs):
+    if not isinstance(student, dict) or 'type' not in student:
+        raise ValueError("student must be the config of a model, such as student=_base_.model: a dict with a 'type'.")
+    if 'student' in student:
+        raise ValueError(
+            f"The student's config is a {student['type']} itself; use its student: student=_base_.model.student."
+        )
+    cfg = ConfigDict(student)
+    if cfg.get('data_preprocessor') is None and data_preprocessor is not None:
+        cfg.data_preprocessor = data_preprocessor
+    return cfg
+
+
+def _check_teacher_keys(teacher: dict) -> None:
+    keys = ('config', 'checkpoint')
+    for key in teacher:
+        if key not in keys:
+            raise ValueError(f"teacher has no key '{key}'; the nearest are {nearest(key, keys)}.")
+    if 'config' not in teacher:
+        raise ValueError("teacher.config is missing: give 'pkg::path', a file or a dict.")
+
+
+@cache
+def _distiller_class(student_class: type) -> type:
+    """The student's class, extended by the distiller."""
+    return type(f'DiffKD{student_class.__name__}', (DiffKDDistiller, student_class), dict(__module__=__name__))
+
+
+def _named(pair: str, outputs: Sequence[DiffusionOutput], levels: Sequence[int]) -> Dict[str, Tensor]:
+    """Name what a neck returns for the log; mmengine sums up what has ``loss`` in its name."""
+    named = {}
+    for name in outputs[0].losses:
+        named[f'{PREFIX}{pair}.{name}'] = sum(output.losses[name] for output in outputs)
+    gammas = [output.gamma.detach().mean() for output in outputs if output.gamma is not None]
+    if gammas:
+        named[f'{PREFIX}{pair}.gamma'] = sum(gammas) / len(gammas)
+    if len(outputs) > 1:
+        for level, output in zip(levels, outputs):
+            for name, value in output.losses.items():
+                named[f'{PREFIX}{pair}.{name[len("loss_") :]}.{level}'] = value.detach()
+            if output.gamma is not None:
+                named[f'{PREFIX}{pair}.gamma.{level}'] = output.gamma.detach().mean()
+    return named

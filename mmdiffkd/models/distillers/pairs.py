@@ -1,0 +1,81 @@
+from typing import Dict, List, NamedTuple, Optional
+
+from mmdiffkd.utils import nearest
+
+# The paper's weights of the feature distance; its rule is to choose a weight so that the loss is about Faster R-CNN's.
+FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
+DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
+FIELDS = ('student', 'teacher', 'levels', 'neck')
+
+
+class Pair(NamedTuple):
+    """A tap of the student, its counterpart in the teacher, and how they are compared.
+
+    Attributes:
+        student (str): Path of the student's module.
+        teacher (str): Path of the teacher's module.
+        levels (list[int], optional): Student levels; None for all that both have.
+        neck (dict): Config of the neck, without its widths.
+    """
+
+    student: str
+    teacher: str
+    levels: Optional[List[int]]
+    neck: dict
+
+
+def read_pairs(distill: Optional[dict], student_cfg: dict, teacher_cfg: dict) -> Dict[str, Pair]:
+    """Complete the ``distill`` of a config.
+
+    Without it, detectors are distilled from neck to neck. Fields that a pair leaves out take that default, too.
+
+    Args:
+        distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
+        student_cfg (dict): Config of the student.
+        teacher_cfg (dict): Config of the teacher.
+
+    Returns:
+        dict[str, Pair]: The pairs by name.
+
+    Raises:
+        ValueError: If it is empty, or a pair is misspelt or incomplete.
+    """
+    if distill is None:
+        distill = dict(fpn=dict())
+    if not isinstance(distill, dict) or not distill:
+        raise ValueError(
+            'distill is empty: leave it out for the default pair, or name pairs such as '
+            "distill=dict(fpn=dict(student='neck', teacher='neck'))."
+        )
+    return {name: _read_pair(name, dict(cfg), student_cfg, teacher_cfg) for name, cfg in distill.items()}
+
+
+def _read_pair(name: str, cfg: dict, student_cfg: dict, teacher_cfg: dict) -> Pair:
+    if not name.isidentifier():
+        raise ValueError(f"The pair name '{name}' must be a plain word, it becomes part of checkpoint keys.")
+    for field in cfg:
+        if field not in FIELDS:
+            raise ValueError(f"distill.{name} has no field '{field}'; the nearest are {nearest(field, FIELDS)}.")
+    neck = dict(cfg.get('neck') or {})
+    neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
+    neck.setdefault('distance', dict(type='mmdiffkd.MSELoss', loss_weight=_default_weight(student_cfg)))
+    student, teacher = (
+        cfg.get(owner) or _default_tap(name, owner, model_cfg)
+        for owner, model_cfg in (('student', student_cfg), ('teacher', teacher_cfg))
+    )
+    return Pair(student, teacher, cfg.get('levels'), neck)
+
+
+def _default_tap(name: str, owner: str, model_cfg: dict) -> str:
+    is_detector = any(key in model_cfg for key in ('bbox_head', 'rpn_head', 'roi_head'))
+    if is_detector and model_cfg.get('neck'):
+        return 'neck'
+    raise ValueError(
+        f'There is no default tap for the {owner} {model_cfg["type"]}; name one: '
+        f"distill=dict({name}=dict(student='backbone', teacher='backbone'))."
+    )
+
+
+def _default_weight(student_cfg: dict) -> float:
+    detector = str(student_cfg['type']).split('.')[-1]
+    return FEATURE_LOSS_WEIGHTS.get(detector, DEFAULT_FEATURE_LOSS_WEIGHT)

@@ -1,0 +1,98 @@
+"""A dry run tells the widths and strides of taps before anything is trained."""
+
+from typing import Dict, Iterable, List, NamedTuple, Optional
+
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from mmengine.structures import BaseDataElement
+
+from .taps import TapRecorder, find_module, flatten
+
+# Sizes are multiples of the largest FPN stride, so that strides come out whole.
+META_SIZE, CPU_SIZE = 512, 128
+
+
+class TapInfo(NamedTuple):
+    """What a tap gives.
+
+    Attributes:
+        channels (list[int]): Channels of each level.
+        strides (list[float or None]): Image pixels per feature pixel of each level; None for vectors.
+        calls (int): How often the module is called in a forward pass.
+    """
+
+    channels: List[int]
+    strides: List[Optional[float]]
+    calls: int
+
+
+def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInfo]:
+    """Find out what the taps of a model return.
+
+    The model is built and run on the meta device, which costs neither memory nor arithmetic; where an operator does
+    not know that device, on the CPU with a small image.
+
+    Args:
+        model_cfg (dict): Config of the model.
+        paths (iterable[str]): Modules to tap.
+        owner (str): ``'student'`` or ``'teacher'``, for error messages.
+
+    Returns:
+        dict[str, TapInfo]: One entry a path.
+
+    Raises:
+        ValueError: If a path does not exist, or is not reached in a forward pass.
+    """
+    paths = list(paths)
+    try:
+        return _run(model_cfg, paths, owner, 'meta', META_SIZE)
+    except ValueError:
+        raise
+    except Exception as error:
+        print_log(f'The {owner} does not run on the meta device ({error}), its dry run is done on the CPU.', level=10)
+    return _run(model_cfg, paths, owner, 'cpu', CPU_SIZE)
+
+
+def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) -> Dict[str, TapInfo]:
+    with torch.random.fork_rng(devices=[]):
+        with torch.device(device):
+            model = MODELS.build(model_cfg).eval()
+        for path in paths:
+            find_module(model, path, owner)
+        failure = None
+        with TapRecorder(model, paths, owner) as taps, torch.no_grad(), torch.device(device):
+            try:
+                model(torch.zeros(1, 3, size, size), [_blank_sample(size)], mode='tensor')
+            except Exception as error:  # it may fail behind the last tap, where nothing is needed any more
+                failure = error
+    unreached = [path for path, outputs in taps.outputs.items() if not outputs]
+    if unreached and failure is not None:
+        if device == 'meta':
+            raise failure
+        raise ValueError(
+            f'The dry run of the {owner} {type(model).__name__} failed before it reached the tap '
+            f"'{unreached[0]}': {type(failure).__name__}: {failure}"
+        ) from failure
+    if unreached:
+        raise ValueError(
+            f"The {owner} {type(model).__name__} has the module '{unreached[0]}', but a forward pass does not call it; "
+            'tap the module around it.'
+        )
+    return {path: _describe(taps, path, size) for path in paths}
+
+
+def _describe(taps: TapRecorder, path: str, size: int) -> TapInfo:
+    tensors = flatten(taps.outputs[path], path)
+    features = taps.features(path, (size, size))
+    strides = [None if raw.dim() == 2 else size / feature.size(2) for raw, feature in zip(tensors, features)]
+    return TapInfo([feature.size(1) for feature in features], strides, len(taps.outputs[path]))
+
+
+def _blank_sample(size: int) -> BaseDataElement:
+    shape = (size, size)
+    return BaseDataElement(
+        metainfo=dict(
+            img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)
+        )
+    )

@@ -1,0 +1,125 @@
+from contextlib import AbstractContextManager
+from typing import Dict, Iterable, List, Optional
+
+from torch import Tensor, nn
+
+from mmdiffkd.utils import nearest
+
+
+def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
+    """The module at a path of ``named_modules()``.
+
+    Args:
+        model (nn.Module): Where to look.
+        path (str): For example ``'neck'`` or ``'bbox_head.retina_reg'``.
+        owner (str): ``'student'`` or ``'teacher'``, for the error message.
+
+    Raises:
+        ValueError: If there is none; it lists the nearest paths.
+    """
+    modules = dict(model.named_modules())
+    modules.pop('', None)
+    if path not in modules:
+        raise ValueError(
+            f"The {owner} {type(model).__name__} has no module '{path}' to tap; "
+            f'the nearest are {nearest(path, modules)}.'
+        )
+    return modules[path]
+
+
+class _LastTapReached(BaseException):
+    """Ends a forward pass; no ``except Exception`` on the way may catch it."""
+
+
+class TapRecorder(AbstractContextManager):
+    """Record what modules return during a forward pass.
+
+    Hooks are in place only inside the ``with`` block, so nothing is left on a model that predicts, is copied or saved.
+
+    Args:
+        model (nn.Module): The model that runs.
+        paths (iterable[str]): Modules to tap.
+        owner (str): ``'student'`` or ``'teacher'``, for error messages.
+        stop_after (dict[str, int], optional): Number of calls a path; when all are reached, the forward pass ends
+            there and then. None lets it run. Defaults to None.
+
+    Attributes:
+        outputs (dict[str, list]): What every path returned, an entry a call.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str], owner: str, stop_after: Optional[Dict[str, int]] = None):
+        self.outputs: Dict[str, list] = {path: [] for path in paths}
+        self._modules = {path: find_module(model, path, owner) for path in self.outputs}
+        self._stop_after = stop_after
+        self._handles = []
+
+    def __enter__(self):
+        for path, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(path)))
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        return kind is _LastTapReached
+
+    def _hook(self, path: str):
+        def record(module, inputs, output):
+            self.outputs[path].append(output)
+            if self._stop_after and all(len(self.outputs[p]) >= n for p, n in self._stop_after.items()):
+                raise _LastTapReached
+
+        return record
+
+    def features(self, path: str, input_size) -> List[Tensor]:
+        """The levels of a path as feature maps, one a call and one a member of a returned tuple or list.
+
+        Args:
+            path (str): A tapped path.
+            input_size (tuple[int, int]): Height and width of the images, which tell the grid of tokens.
+        """
+        return [as_map(tensor, input_size, path) for tensor in flatten(self.outputs[path], path)]
+
+
+def as_map(tensor: Tensor, input_size, path: str) -> Tensor:
+    """View a tapped tensor as a feature map.
+
+    Args:
+        tensor (Tensor): (N, C, H, W), tokens (N, L, C) with or without a class token, or vectors (N, C).
+        input_size (tuple[int, int]): Height and width of the images.
+        path (str): The tap, for the error message.
+
+    Returns:
+        Tensor: (N, C, H, W); vectors become 1x1 maps.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if tensor.dim() == 4:
+        return tensor
+    if tensor.dim() == 2:
+        return tensor[..., None, None]
+    if tensor.dim() == 3:
+        length = tensor.size(1)
+        for skip in (0, 1):
+            height = round(((length - skip) * input_size[0] / input_size[1]) ** 0.5)
+            if height and (length - skip) % height == 0:
+                return tensor[:, skip:].transpose(1, 2).unflatten(2, (height, -1))
+        raise ValueError(
+            f"The tap '{path}' returns {length} tokens, which form no grid on images of "
+            f'{input_size[0]}x{input_size[1]}; tap a module that returns feature maps.'
+        )
+    raise ValueError(
+        f"The tap '{path}' returns a tensor of shape {tuple(tensor.shape)}; a feature map (N, C, H, W), tokens "
+        '(N, L, C) or vectors (N, C) are needed.'
+    )
+
+
+def flatten(output, path: str) -> List[Tensor]:
+    """The tensors in nested tuples and lists, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, (tuple, list)):
+        return [tensor for member in output for tensor in flatten(member, path)]
+    raise ValueError(f"The tap '{path}' returns a {type(output).__name__}; tap a module that returns tensors.")
