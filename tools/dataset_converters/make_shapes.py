@@ -19,7 +19,7 @@ MIN_SIDE = 6  # pixels
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, help='folder to write images/ and annotations/ to')
-    parser.add_argument('--train', type=int, default=400, help='number of training images')
+    parser.add_argument('--train', type=int, default=600, help='number of training images')
     parser.add_argument('--val', type=int, default=100, help='number of validation images')
     parser.add_argument('--size', type=int, default=160, help='height and width of the images in pixels')
     parser.add_argument('--seed', type=int, default=0)

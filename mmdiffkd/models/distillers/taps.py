@@ -101,10 +101,10 @@ def as_map(tensor: Tensor, input_size, path: str) -> Tensor:
     if tensor.dim() == 2:
         return tensor[..., None, None]
     if tensor.dim() == 3:
-        length = tensor.size(1)
+        length, ratio = tensor.size(1), input_size[1] / input_size[0]
         for skip in (0, 1):
-            height = round(((length - skip) * input_size[0] / input_size[1]) ** 0.5)
-            if height and (length - skip) % height == 0:
+            height = round(((length - skip) / ratio) ** 0.5)
+            if height and (length - skip) % height == 0 and abs((length - skip) / height - height * ratio) < 1:
                 return tensor[:, skip:].transpose(1, 2).unflatten(2, (height, -1))
         raise ValueError(
             f"The tap '{path}' returns {length} tokens, which form no grid on images of "

@@ -56,7 +56,9 @@ def test_reproduces_the_released_code(path):
     parameters = dict(level.named_parameters())
     assert set(parameters) == set(gradients)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(parameters[name].grad, gradient, **golden.TOLERANCE, msg=name + ': {}'.format)
+        torch.testing.assert_close(
+            parameters[name].grad, gradient, **golden.TOLERANCE, msg=lambda text, name=name: f'{name}: {text}'
+        )
     buffers = dict(level.named_buffers())
     for name, value in data.group('buffer_after').items():
         torch.testing.assert_close(buffers[name], value, **golden.TOLERANCE)
@@ -65,3 +67,22 @@ def test_reproduces_the_released_code(path):
     torch.testing.assert_close(
         neck(student, data['in/teacher'], draws).refined, data['out/refined_eval'], **golden.TOLERANCE
     )
+
+
+def test_reference_files_are_there():
+    assert NECK_FILES, f'no reference files in {golden.FOLDER}'
+
+
+def test_levels_have_parts_of_their_own():
+    neck = FeatureDiffusionNeck([4, 6], [8, 8])
+    outputs = neck(
+        [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)], [torch.randn(2, 8, 8, 8), torch.randn(2, 8, 4, 4)]
+    )
+    assert [output.refined.shape for output in outputs] == [(2, 8, 8, 8), (2, 8, 4, 4)]
+    first, second = neck.levels
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+
+
+def test_uneven_levels():
+    with pytest.raises(ValueError, match='one entry for every level'):
+        FeatureDiffusionNeck([4, 4], [8])

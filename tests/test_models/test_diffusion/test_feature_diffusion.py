@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from mmdiffkd.models import Draws, FeatureDiffusion
+
+
+def features(student=6, teacher=8, size=(5, 7)):
+    return torch.randn(2, student, *size, requires_grad=True), torch.randn(2, teacher, *size, requires_grad=True)
+
+
+def test_teacher_gets_no_gradient():
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8, latent_channels=4)
+    sum(level(student, teacher).losses.values()).backward()
+    assert teacher.grad is None
+    assert student.grad.any()
+    assert all(p.grad is not None for p in level.parameters())
+
+
+def test_kd_loss_trains_the_denoiser_and_not_the_autoencoder():
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8, latent_channels=4)
+    level(student, teacher).losses['loss_kd'].backward()
+    assert level.denoiser.time_embedding.weight.grad[[0, 100, 200, 300, 400]].abs().sum(1).all()
+    assert all(p.grad is None for p in level.autoencoder.parameters())
+
+
+def test_draws_are_random_or_given():
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8).eval()
+    draws = Draws(torch.randn(2, 8, 5, 7), torch.randn(2, 8, 5, 7), torch.tensor([3, 900]))
+    first, second = level(student, teacher, draws), level(student, teacher, draws)
+    torch.testing.assert_close(first.losses, second.losses)
+    assert level(student, teacher).losses['loss_kd'] != level(student, teacher).losses['loss_kd']
+
+
+def test_gamma_one_adds_no_noise():
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8).eval()
+    with torch.no_grad():
+        level.noise_adapter.pred.bias.copy_(torch.tensor([100.0, -100.0]))
+    refined = [level(student, teacher).refined for _ in range(2)]
+    torch.testing.assert_close(*refined)
+
+
+def test_without_denoising_it_is_adapter_and_distance():
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8, denoise=False)
+    output = level(student, teacher)
+    assert [name for name, _ in level.named_parameters()] == ['student_conv.weight', 'student_conv.bias']
+    expected = torch.nn.functional.mse_loss(level.student_conv(student), teacher.detach())
+    torch.testing.assert_close(output.losses, dict(loss_kd=expected))
+    assert output.gamma is None
+
+
+def test_without_alignment_features_are_compared_as_they_are():
+    student, teacher = features(8, 8)
+    level = FeatureDiffusion(8, 8, denoise=False, align=False)
+    assert not list(level.parameters())
+    torch.testing.assert_close(level(student, teacher).losses['loss_kd'], (student - teacher).square().mean())
+
+
+def test_student_is_resized_to_the_teacher():
+    student, teacher = torch.randn(2, 6, 5, 7), torch.randn(2, 8, 10, 14)
+    assert FeatureDiffusion(6, 8)(student, teacher).refined.shape == teacher.shape
+
+
+def test_losses_are_float32_under_autocast():
+    student, teacher = features()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        output = FeatureDiffusion(6, 8, latent_channels=4)(student, teacher)
+    assert {loss.dtype for loss in output.losses.values()} == {torch.float32}
+
+
+def test_weights_of_the_losses():
+    student, teacher = features()
+    draws = Draws(torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7), torch.tensor([3, 900]))
+    torch.manual_seed(0)
+    plain = FeatureDiffusion(6, 8, latent_channels=4)
+    torch.manual_seed(0)
+    weighted = FeatureDiffusion(
+        6,
+        8,
+        latent_channels=4,
+        loss_diffusion_weight=2.0,
+        loss_reconstruction_weight=3.0,
+        distance=dict(type='mmdiffkd.MSELoss', loss_weight=5.0),
+    )
+    expected, losses = plain(student, teacher, draws).losses, weighted(student, teacher, draws).losses
+    for name, factor in dict(loss_diffusion=2.0, loss_reconstruction=3.0, loss_kd=5.0).items():
+        torch.testing.assert_close(losses[name], factor * expected[name])
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(denoise=False, latent_channels=4), 'latent_channels=4 has no effect'),
+        (dict(align=False), 'align=False needs denoise=False'),
+        (dict(denoise=False, align=False), 'the student has 6 channels and the teacher 8'),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureDiffusion(6, 8, **options)

@@ -1,0 +1,304 @@
+import copy
+
+import pytest
+import torch
+from mmdet.models import RetinaNet
+from mmengine.config import ConfigDict
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
+
+from mmdiffkd.models import DiffKDDistiller
+from tests import tiny
+
+REG = dict(
+    student='bbox_head.retina_reg',
+    teacher='bbox_head.retina_reg',
+    neck=dict(denoise=False, align=False, distance=dict(type='mmdet.L1Loss')),
+)
+
+
+@pytest.fixture
+def distiller(tmp_path):
+    return tiny.build(tiny.distiller_cfg(tmp_path))
+
+
+class TestStudentStaysTheStudent:
+    def test_class_and_keys(self, distiller):
+        plain = MODELS.build(tiny.detector())
+        assert isinstance(distiller, RetinaNet) and isinstance(distiller, DiffKDDistiller)
+        own = [key for key in distiller.state_dict() if not key.startswith('diffkd.')]
+        assert own == list(plain.state_dict())
+        names = [name for name, _ in distiller.named_parameters()]
+        assert [name for name in names if not name.startswith('diffkd.')] == [n for n, _ in plain.named_parameters()]
+        assert any(name.startswith('diffkd.fpn.levels.4.denoiser') for name in names)
+        assert distiller.bbox_head.num_classes == 80
+
+    def test_student_losses_are_its_own(self, distiller, tmp_path):
+        plain = MODELS.build(tiny.detector()).train()
+        plain.load_state_dict({k: v for k, v in distiller.state_dict().items() if not k.startswith('diffkd.')})
+        data = tiny.batch(plain)
+        expected, losses = plain.loss(*data), distiller.loss(*data)
+        for name, values in expected.items():
+            torch.testing.assert_close(losses[name], values)
+
+    def test_prediction_is_the_students(self, distiller):
+        plain = MODELS.build(tiny.detector()).eval()
+        plain.load_state_dict({k: v for k, v in distiller.state_dict().items() if not k.startswith('diffkd.')})
+        data = tiny.batch(plain)
+        with torch.no_grad():
+            expected = plain.predict(*copy.deepcopy(data))
+            found = distiller.eval().predict(*data)
+        for a, b in zip(expected, found):
+            torch.testing.assert_close(a.pred_instances.bboxes, b.pred_instances.bboxes)
+
+    def test_built_as_a_class(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        cfg.pop('type')
+        assert isinstance(DiffKDDistiller(**cfg), RetinaNet)
+
+    def test_runner_hands_over_the_preprocessor(self, tmp_path):
+        student = tiny.detector()
+        preprocessor = student.pop('data_preprocessor')
+        model = MODELS.build(tiny.distiller_cfg(tmp_path, student=student, data_preprocessor=preprocessor))
+        assert model.data_preprocessor.pad_size_divisor == 32
+
+    def test_optimizer_settings_of_the_student_are_unchanged(self, distiller):
+        cfg = dict(
+            optimizer=dict(type='SGD', lr=0.1, weight_decay=0.01),
+            paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(backbone=dict(lr_mult=0.1), neck=dict(lr_mult=2))),
+        )
+        groups = {}
+        for model in (MODELS.build(tiny.detector()), distiller):
+            names = {id(p): name for name, p in model.named_parameters()}
+            wrapper = build_optim_wrapper(model, ConfigDict(copy.deepcopy(cfg)))
+            groups[model] = {
+                names[id(group['params'][0])]: (group['lr'], group['weight_decay'])
+                for group in wrapper.optimizer.param_groups
+            }
+        plain, distilled = groups.values()
+        assert {name: distilled[name] for name in plain} == plain
+        extra = {name: setting for name, setting in distilled.items() if name not in plain}
+        assert extra and all(lr == 0.1 for lr, _ in extra.values())
+
+
+class TestTeacherIsAGuest:
+    def test_is_nowhere_registered(self, distiller):
+        teacher = {id(p) for p in distiller.teacher.model.parameters()}
+        assert not teacher & {id(p) for p in distiller.parameters()}
+        assert all(module is not distiller.teacher.model for module in distiller.modules())
+
+    def test_stays_frozen_and_in_eval_mode(self, distiller):
+        before = copy.deepcopy(distiller.teacher.model.state_dict())
+        distiller.train()
+        distiller.parse_losses(distiller.loss(*tiny.batch(distiller)))[0].backward()
+        model = distiller.teacher.model
+        assert not any(module.training for module in model.modules())
+        assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+        torch.testing.assert_close(model.state_dict(), before)
+
+    def test_copies_share_it(self, distiller):
+        other = copy.deepcopy(distiller)
+        assert type(other) is type(distiller)
+        assert other.teacher is distiller.teacher
+        assert other.backbone.conv1.weight is not distiller.backbone.conv1.weight
+        other.load_state_dict(distiller.state_dict())
+
+    def test_predicting_needs_neither_its_config_nor_its_weights(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        cfg.teacher = dict(config='gone.py', checkpoint='gone.pth')
+        model = MODELS.build(cfg).eval()
+        data = tiny.batch(model)
+        assert len(model.predict(*data)) == 2
+        with pytest.raises(FileNotFoundError, match=r"config file 'gone.py' does not exist"):
+            model.init_weights()
+
+    def test_without_a_teacher_the_student_trains_alone(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        cfg.teacher = None
+        model = tiny.build(cfg)
+        assert set(model.loss(*tiny.batch(model))) == {'loss_cls', 'loss_bbox'}
+
+
+class TestLosses:
+    def test_gradients_reach_student_and_diffusion_part(self, tmp_path):
+        model = tiny.build(tiny.distiller_cfg(tmp_path, distill=dict(fpn=tiny.FPN, reg=REG)))
+        model.parse_losses(model.loss(*tiny.batch(model)))[0].backward()
+        missing = [name for name, p in model.named_parameters() if p.grad is None]
+        assert not missing
+        still = [name for name, p in model.named_parameters() if name.startswith('diffkd.') and not p.grad.any()]
+        # a bias in front of a BatchNorm has the gradient zero, up to rounding
+        assert not [name for name in still if not name.endswith('.bias')]
+
+    def test_distillation_alone_trains_the_backbone(self, distiller):
+        losses = distiller.loss(*tiny.batch(distiller))
+        losses['diffkd.fpn.loss_kd'].backward()
+        assert distiller.backbone.conv1.weight.grad.any()
+        assert distiller.bbox_head.retina_cls.weight.grad is None
+
+    def test_names_and_sums(self, distiller):
+        losses = distiller.loss(*tiny.batch(distiller))
+        total, log_vars = distiller.parse_losses(losses)
+        summed = [name for name in losses if 'loss' in name]
+        assert summed == ['loss_cls', 'loss_bbox', 'diffkd.fpn.loss_diffusion', 'diffkd.fpn.loss_kd']
+        flat = {name: sum(v) if isinstance(v, list) else v for name, v in losses.items()}
+        torch.testing.assert_close(total, sum(flat[name] for name in summed))
+        levels = [log_vars[f'diffkd.fpn.kd.{level}'] for level in range(5)]
+        torch.testing.assert_close(sum(levels), log_vars['diffkd.fpn.loss_kd'])
+        gammas = [log_vars[f'diffkd.fpn.gamma.{level}'] for level in range(5)]
+        torch.testing.assert_close(sum(gammas) / 5, log_vars['diffkd.fpn.gamma'])
+        assert all(0 < gamma < 1 for gamma in gammas)
+
+    def test_levels_that_are_named(self, tmp_path):
+        model = tiny.build(tiny.distiller_cfg(tmp_path, distill=dict(fpn=dict(levels=[1, 2]))))
+        losses = model.loss(*tiny.batch(model))
+        assert 'diffkd.fpn.gamma.2' in losses and 'diffkd.fpn.gamma.0' not in losses
+
+    def test_autoencoder_adds_its_loss(self, tmp_path):
+        model = tiny.build(tiny.distiller_cfg(tmp_path, distill=dict(fpn=dict(neck=dict(latent_channels=8)))))
+        assert model.loss(*tiny.batch(model))['diffkd.fpn.loss_reconstruction'] > 0
+
+    def test_non_finite_loss_names_pair_and_iteration(self, distiller):
+        with torch.no_grad():
+            distiller.diffkd['fpn'].levels[0].proj[1].weight.fill_(float('nan'))
+        losses = distiller.loss(*tiny.batch(distiller))
+        with pytest.raises(FloatingPointError, match=r'iteration 0: diffkd\.fpn\.loss_kd'):
+            distiller.parse_losses(losses)
+
+    def test_different_levels_and_widths_meet(self, tmp_path):
+        """A two-stage teacher has strides 4 - 64, the student 8 - 128."""
+        teacher = tiny.detector(tiny.FASTER_RCNN, **{'neck.out_channels': 24, 'rpn_head.in_channels': 24})
+        teacher.roi_head.bbox_roi_extractor.out_channels = teacher.roi_head.bbox_head.in_channels = 24
+        model = tiny.build(tiny.distiller_cfg(tmp_path, teacher=teacher))
+        losses = model.loss(*tiny.batch(model))
+        assert [name for name in losses if name.startswith('diffkd.fpn.gamma.')] == [
+            f'diffkd.fpn.gamma.{level}' for level in range(4)
+        ]
+
+
+class TestRegressionOfRoIHeads:
+    PAIR = dict(
+        student='roi_head.bbox_head.fc_reg',
+        teacher='roi_head.bbox_head.fc_reg',
+        neck=dict(denoise=False, align=False, distance=dict(type='mmdet.SmoothL1Loss')),
+    )
+
+    def test_teacher_runs_on_the_students_rois(self, tmp_path):
+        student = tiny.detector(tiny.FASTER_RCNN)
+        cfg = tiny.distiller_cfg(tmp_path, student=student, teacher=student, distill=dict(reg=self.PAIR))
+        model = tiny.build(cfg)
+        # a teacher with the student's weights and BatchNorm mode sees what the student sees: no distance is left
+        model.eval().load_state_dict(model.teacher.model.state_dict())
+        losses = model.loss(*tiny.batch(model))
+        torch.testing.assert_close(losses['diffkd.reg.loss_kd'], torch.tensor(0.0))
+        torch.nn.init.normal_(model.roi_head.bbox_head.fc_reg.weight)
+        assert model.loss(*tiny.batch(model))['diffkd.reg.loss_kd'] > 0
+
+    def test_one_stage_student_is_refused(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path, teacher=tiny.detector(tiny.FASTER_RCNN), distill=dict(reg=self.PAIR))
+        with pytest.raises(ValueError, match='the student RetinaNet has none; leave this pair out'):
+            MODELS.build(cfg)
+
+
+class TestCheckpoints:
+    def test_plain_checkpoint_starts_the_student_without_complaint(self, distiller, caplog):
+        plain = MODELS.build(tiny.detector())
+        _load_checkpoint_to_model(distiller, dict(state_dict=plain.state_dict()), strict=True)
+        torch.testing.assert_close(distiller.backbone.conv1.weight, plain.backbone.conv1.weight)
+
+    def test_checkpoint_loads_where_nothing_is_distilled(self, distiller, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        cfg.teacher = None
+        alone = MODELS.build(cfg)
+        _load_checkpoint_to_model(alone, dict(state_dict=distiller.state_dict()), strict=True)
+        assert not any(key.startswith('diffkd.') for key in alone.state_dict())
+
+    def test_damaged_part_is_not_overlooked(self, distiller):
+        state = distiller.state_dict()
+        state.pop('diffkd.fpn.levels.0.proj.0.weight')
+        with pytest.raises(RuntimeError, match=r'diffkd\.fpn\.levels\.0\.proj\.0\.weight'):
+            _load_checkpoint_to_model(distiller, dict(state_dict=state), strict=True)
+
+    def test_init_cfg_of_the_student_leaves_the_part_alone(self, tmp_path):
+        init_cfg = dict(type='Constant', layer='Conv2d', val=0.5)
+        model = tiny.build(tiny.distiller_cfg(tmp_path, student=tiny.detector(init_cfg=init_cfg)))
+        assert model.diffkd['fpn'].levels[0].proj[0].weight.unique().numel() > 1
+
+
+class TestInherit:
+    def test_modules_start_from_the_teacher(self, tmp_path):
+        model = tiny.build(tiny.distiller_cfg(tmp_path, inherit=['bbox_head']))
+        torch.testing.assert_close(model.bbox_head.state_dict(), model.teacher.model.bbox_head.state_dict())
+
+    def test_what_does_not_fit_is_named(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path, inherit=['neck'])
+        with pytest.raises(ValueError, match=r"inherit=\['neck'\] needs the same module.*neck\.lateral_convs"):
+            tiny.build(cfg)
+
+    def test_unknown_module(self, tmp_path):
+        with pytest.raises(ValueError, match=r"no module 'bbox_haed' to tap; the nearest are 'bbox_head'"):
+            MODELS.build(tiny.distiller_cfg(tmp_path, inherit=['bbox_haed']))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        'options, message',
+        [
+            (dict(distill=dict()), 'distill is empty'),
+            (
+                dict(distill=dict(fpn=dict(student='nekc'))),
+                "student RetinaNet has no module 'nekc' to tap; the nearest are 'neck'",
+            ),
+            (dict(distill=dict(fpn=dict(teacher='backbone.layer5'))), "the nearest are 'backbone.layer"),
+            (dict(distill=dict(fpn=dict(levels=[5]))), 'names level 5'),
+            (dict(distill=dict(fpn=dict(studnet='neck'))), "no field 'studnet'; the nearest are 'student'"),
+            (dict(distill=dict(fpn=dict(neck=dict(latent=3)))), 'distill.fpn.neck cannot be built'),
+            (dict(distill={'a.b': dict()}), "pair name 'a.b' must be a plain word"),
+        ],
+    )
+    def test_options(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            MODELS.build(tiny.distiller_cfg(tmp_path, **options))
+
+    @pytest.mark.parametrize(
+        'teacher, message',
+        [
+            (dict(checkpoint='x.pth'), 'teacher.config is missing'),
+            (dict(config=tiny.RETINANET, ckpt='x'), "no key 'ckpt'; the nearest are 'checkpoint'"),
+        ],
+    )
+    def test_teacher_keys(self, tmp_path, teacher, message):
+        cfg = tiny.distiller_cfg(tmp_path)
+        cfg.teacher = teacher
+        with pytest.raises(ValueError, match=message):
+            MODELS.build(cfg)
+
+    def test_channels_that_must_agree(self, tmp_path):
+        teacher = tiny.detector(base_channels=16)
+        teacher.neck.out_channels = teacher.bbox_head.in_channels = 24
+        cfg = tiny.distiller_cfg(
+            tmp_path, teacher=teacher, distill=dict(fpn=dict(neck=dict(denoise=False, align=False)))
+        )
+        with pytest.raises(ValueError, match='the student has 16 channels and the teacher 24; set align=True'):
+            MODELS.build(cfg)
+
+    def test_teacher_that_is_a_distiller(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        with pytest.raises(ValueError, match='is a distillation config itself'):
+            MODELS.build(tiny.distiller_cfg(tmp_path) | dict(teacher=dict(config=cfg, checkpoint='x.pth')))
+
+    def test_student_that_is_a_distiller(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        with pytest.raises(ValueError, match='use its student'):
+            MODELS.build(cfg | dict(student=cfg))
+
+    def test_missing_checkpoint_before_the_first_iteration(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        cfg.teacher.checkpoint = str(tmp_path / 'absent.pth')
+        with pytest.raises(FileNotFoundError, match=r"absent.pth' does not exist"):
+            tiny.build(cfg)
+
+    def test_module_that_no_forward_pass_calls(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path, distill=dict(fpn=dict(student='bbox_head.cls_convs')))
+        with pytest.raises(ValueError, match="module 'bbox_head.cls_convs', but a forward pass does not call it"):
+            MODELS.build(cfg)

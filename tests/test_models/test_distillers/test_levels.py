@@ -1,0 +1,39 @@
+import pytest
+
+from mmdiffkd.models.distillers.levels import match_levels
+from mmdiffkd.models.distillers.probe import TapInfo
+
+
+def tap(*strides):
+    return TapInfo([16] * len(strides), list(strides), 1)
+
+
+ONE_STAGE, TWO_STAGE = tap(8.0, 16.0, 32.0, 64.0, 128.0), tap(4.0, 8.0, 16.0, 32.0, 64.0)
+
+
+@pytest.mark.parametrize(
+    'student, teacher, levels, expected',
+    [
+        (ONE_STAGE, ONE_STAGE, None, [(i, i) for i in range(5)]),
+        (ONE_STAGE, TWO_STAGE, None, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+        (ONE_STAGE, TWO_STAGE, [1, 4], [(1, 2), (4, 4)]),
+        (tap(8.0), tap(16.0), None, [(0, 0)]),
+        (tap(None, None), tap(None, None), None, [(0, 0), (1, 1)]),
+    ],
+)
+def test_matches(student, teacher, levels, expected):
+    assert match_levels('fpn', student, teacher, levels) == expected
+
+
+@pytest.mark.parametrize(
+    'student, teacher, levels, message',
+    [
+        (tap(8.0, 16.0), tap(32.0, 64.0), None, r'distill\.fpn: .*share no level: the strides are 8, 16 and 32, 64'),
+        (tap(8.0, 16.0), tap(32.0, 64.0), [0], r"student's level 0 has stride 8.*strides are 32, 64"),
+        (ONE_STAGE, ONE_STAGE, [7], r'names level 7.*levels 0 - 4 with strides 8, 16, 32, 64, 128'),
+        (tap(None), tap(None, None), None, r'return 1 \(student\) and 2 \(teacher\) vectors'),
+    ],
+)
+def test_what_cannot_be_matched(student, teacher, levels, message):
+    with pytest.raises(ValueError, match=message):
+        match_levels('fpn', student, teacher, levels)

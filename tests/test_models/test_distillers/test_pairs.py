@@ -1,0 +1,34 @@
+import pytest
+
+from mmdiffkd.models.distillers.pairs import read_pairs
+from tests import tiny
+
+
+def test_detectors_are_distilled_neck_to_neck():
+    retinanet = tiny.detector()
+    pair = read_pairs(None, retinanet, retinanet)['fpn']
+    assert (pair.student, pair.teacher, pair.levels) == ('neck', 'neck', None)
+    assert pair.neck == dict(
+        type='mmdiffkd.FeatureDiffusionNeck', distance=dict(type='mmdiffkd.MSELoss', loss_weight=5.0)
+    )
+
+
+def test_the_papers_weight_for_reppoints():
+    reppoints = dict(type='mmdet.RepPointsDetector', neck=dict(), bbox_head=dict())
+    reppoints['neck'] = dict(type='FPN')
+    assert read_pairs(None, reppoints, reppoints)['fpn'].neck['distance']['loss_weight'] == 15.0
+
+
+def test_a_pair_keeps_what_it_names():
+    retinanet = tiny.detector()
+    cfg = dict(teacher='backbone.layer4', levels=[2], neck=dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss')))
+    pair = read_pairs(dict(mine=cfg), retinanet, retinanet)['mine']
+    assert pair.student == 'neck' and pair.teacher == 'backbone.layer4' and pair.levels == [2]
+    assert pair.neck['distance'] == dict(type='mmdiffkd.PKDLoss')
+    assert cfg['neck'] == dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss'))
+
+
+def test_no_default_outside_detection():
+    classifier = dict(type='ImageClassifier', backbone=dict(), neck=dict(type='GlobalAveragePooling'), head=dict())
+    with pytest.raises(ValueError, match='no default tap for the student ImageClassifier; name one'):
+        read_pairs(None, classifier, classifier)

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from mmdiffkd.models.distillers import probe as probe_module
+from mmdiffkd.models.distillers.probe import probe
+from mmdiffkd.utils import model_of, resolve_config
+from tests import tiny
+
+
+def test_widths_strides_and_calls():
+    taps = probe(tiny.detector(), ['neck', 'backbone.layer1', 'bbox_head.retina_reg'], 'student')
+    assert taps['neck'].channels == [16] * 5
+    assert taps['neck'].strides == [8, 16, 32, 64, 128]
+    assert taps['backbone.layer1'] == ([8], [4], 1)
+    assert taps['bbox_head.retina_reg'] == ([36] * 5, [8, 16, 32, 64, 128], 5)
+
+
+def test_leaves_the_random_numbers_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    probe(tiny.detector(), ['neck'], 'student')
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+def test_full_size_detector_costs_no_memory(monkeypatch):
+    """R50 at 512 x 512 stays on the meta device."""
+    monkeypatch.setattr(probe_module, 'CPU_SIZE', None)  # the fallback would fail
+    cfg = resolve_config(tiny.RETINANET)
+    cfg.model.backbone.init_cfg = None
+    assert probe(model_of(cfg), ['neck'], 'teacher')['neck'].channels == [256] * 5
+
+
+def test_taps_behind_the_proposals_are_found_on_the_cpu():
+    taps = probe(tiny.detector(tiny.FASTER_RCNN), ['neck', 'roi_head.bbox_head.fc_reg'], 'student')
+    assert taps['roi_head.bbox_head.fc_reg'] == ([320], [None], 1)
+    assert taps['neck'].strides == [4, 8, 16, 32, 64]
+
+
+@pytest.mark.slow
+def test_operators_without_a_meta_device():
+    """RepPoints' deformable convolutions run on the CPU only."""
+    cfg = resolve_config('mmdet::reppoints/reppoints-moment_x101-dconv-c3-c5_fpn-gn_head-gn_2x_coco.py')
+    cfg.model.backbone.init_cfg = None
+    assert probe(model_of(cfg), ['neck'], 'teacher')['neck'] == ([256] * 5, [8, 16, 32, 64, 128], 1)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import nn
+
+from mmdiffkd.models.distillers.taps import TapRecorder, as_map, find_module
+
+
+class Toy(nn.Module):
+    """A stem, and a head that is called once for every level."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+        self.after = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        levels = [self.head(x), self.head(x[..., ::2, ::2])]
+        return [self.after(level) for level in levels]
+
+
+def test_one_feature_a_call():
+    model, images = Toy(), torch.randn(2, 3, 8, 8)
+    with TapRecorder(model, ['stem', 'head'], 'student') as taps:
+        model(images)
+    assert [f.shape for f in taps.features('stem', (8, 8))] == [(2, 4, 8, 8)]
+    assert [f.shape for f in taps.features('head', (8, 8))] == [(2, 2, 8, 8), (2, 2, 4, 4)]
+    assert not model.stem._forward_hooks
+
+
+def test_stops_after_the_last_tap():
+    model = Toy()
+    model.after.forward = None  # a call would fail
+    with TapRecorder(model, ['stem', 'head'], 'teacher', stop_after=dict(stem=1, head=2)) as taps:
+        model(torch.randn(2, 3, 8, 8))
+    assert len(taps.outputs['head']) == 2
+
+
+def test_hooks_are_gone_after_an_error():
+    model = Toy()
+    with pytest.raises(RuntimeError), TapRecorder(model, ['stem'], 'student'):
+        model(torch.randn(2, 5, 8, 8))
+    assert not model.stem._forward_hooks
+
+
+def test_unknown_path_lists_the_nearest():
+    with pytest.raises(ValueError, match="teacher Toy has no module 'haed' to tap; the nearest are 'head'"):
+        find_module(Toy(), 'haed', 'teacher')
+
+
+@pytest.mark.parametrize(
+    'shape, image, expected',
+    [
+        ((2, 4, 5, 6), (10, 12), (2, 4, 5, 6)),
+        ((2, 4), (10, 12), (2, 4, 1, 1)),
+        ((2, 196, 4), (224, 224), (2, 4, 14, 14)),
+        ((2, 197, 4), (224, 224), (2, 4, 14, 14)),
+        ((2, 50, 4), (40, 80), (2, 4, 5, 10)),
+    ],
+)
+def test_shapes_become_maps(shape, image, expected):
+    assert as_map(torch.randn(shape), image, 'x').shape == expected
+
+
+def test_class_token_is_left_out():
+    tokens = torch.arange(5.0).view(1, 5, 1)
+    assert as_map(tokens, (8, 8), 'x').flatten().tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('shape, message', [((2, 7, 4), '7 tokens, which form no grid'), ((2,), r'shape \(2,\)')])
+def test_other_shapes_are_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        as_map(torch.randn(shape), (8, 8), 'x')
+
+
+def test_output_that_is_no_tensor():
+    class Strange(nn.Module):
+        def forward(self, x):
+            return dict(x=x)
+
+    model = nn.Sequential(Strange())
+    with TapRecorder(model, ['0'], 'student') as taps:
+        model(torch.randn(1))
+    with pytest.raises(ValueError, match="tap '0' returns a dict"):
+        taps.features('0', (1, 1))

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from mmdiffkd.models import AttentionMSELoss, ChannelWiseDivergence, DISTLoss, KLDivergence, MSELoss, PKDLoss
+
+DISTANCES = [MSELoss, AttentionMSELoss, KLDivergence, DISTLoss, PKDLoss, ChannelWiseDivergence]
+
+
+def maps():
+    return torch.randn(2, 4, 3, 5, requires_grad=True), torch.randn(2, 4, 3, 5)
+
+
+@pytest.mark.parametrize('kind', DISTANCES)
+def test_zero_for_equal_weighted_and_differentiable(kind):
+    student, teacher = maps()
+    torch.testing.assert_close(kind()(teacher, teacher), torch.tensor(0.0), atol=1e-5, rtol=0)
+    loss = kind()(student, teacher)
+    assert loss > 0
+    torch.testing.assert_close(kind(loss_weight=3.0)(student, teacher), 3 * loss)
+    loss.backward()
+    assert student.grad.isfinite().all() and student.grad.any()
+
+
+def test_attention_prefers_where_the_teacher_is_active():
+    teacher = torch.zeros(1, 4, 1, 2)
+    teacher[..., 1] = 2.0
+    off = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    quiet, active = AttentionMSELoss()(teacher + off, teacher), AttentionMSELoss()(teacher + off.flip(3), teacher)
+    weights = 2 * torch.tensor([0.0, 2.0 / 0.5]).softmax(0)
+    torch.testing.assert_close(torch.stack([quiet, active]), weights / 2)
+
+
+def test_attention_of_a_flat_teacher_is_plain_mse():
+    student, teacher = torch.randn(2, 4, 3, 5), torch.ones(2, 4, 3, 5)
+    torch.testing.assert_close(AttentionMSELoss()(student, teacher), MSELoss()(student, teacher))
+
+
+def test_pkd_is_one_minus_the_correlation():
+    student, teacher = (feature.detach().double() for feature in maps())
+    rows = [feature.transpose(0, 1).flatten(1) for feature in (student, teacher)]
+    correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*rows)]
+    expected = 1 - torch.stack(correlations).mean()
+    torch.testing.assert_close(PKDLoss()(student, teacher), expected, atol=1e-5, rtol=0)
+
+
+def test_cwd_by_definition():
+    student, teacher = (feature.detach() for feature in maps())
+    tau, total = 4.0, 0.0
+    for n in range(2):
+        for c in range(4):
+            p = (teacher[n, c].flatten() / tau).softmax(0)
+            q = (student[n, c].flatten() / tau).softmax(0)
+            total += (p * (p / q).log()).sum()
+    torch.testing.assert_close(ChannelWiseDivergence(tau=tau)(student, teacher), tau**2 * total / 8)
+
+
+@pytest.mark.parametrize('kind', [KLDivergence, DISTLoss])
+def test_every_pixel_is_a_row(kind):
+    student, teacher = (feature.detach() for feature in maps())
+    rows = [feature.permute(0, 2, 3, 1).reshape(-1, 4) for feature in (student, teacher)]
+    torch.testing.assert_close(kind()(student, teacher), kind()(*rows))

@@ -1,0 +1,85 @@
+"""Real mmdet detectors with few channels, their checkpoints and batches."""
+
+import torch
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS
+
+from mmdiffkd.utils import model_of, resolve_config
+
+RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+FPN = dict(student='neck', teacher='neck')
+# P7 is a single pixel on tiny images, and BatchNorm needs more than one value a channel
+SIZE = 128
+
+
+def detector(config=RETINANET, base_channels=8, **changes):
+    """A detector of the package with a thin ResNet-18 and a thin FPN, trained from scratch.
+
+    Args:
+        config (str): ``pkg::path`` of the config.
+        base_channels (int): Channels of the first stage.
+        **changes: Merged into the model's config.
+    """
+    cfg = resolve_config(config)
+    widths = [base_channels * 2**i for i in range(4)]
+    cfg.merge_from_dict(
+        {
+            'model.backbone.depth': 18,
+            'model.backbone.base_channels': base_channels,
+            'model.backbone.stem_channels': base_channels,
+            'model.backbone.frozen_stages': -1,
+            'model.backbone.norm_eval': False,
+            'model.backbone.init_cfg': None,
+            'model.neck.in_channels': widths,
+            'model.neck.out_channels': 16,
+        }
+    )
+    head = 'roi_head' if config == FASTER_RCNN else 'bbox_head'
+    if head == 'bbox_head':
+        cfg.merge_from_dict({'model.bbox_head.in_channels': 16, 'model.bbox_head.feat_channels': 16})
+    else:
+        cfg.merge_from_dict(
+            {
+                'model.rpn_head.in_channels': 16,
+                'model.rpn_head.feat_channels': 16,
+                'model.roi_head.bbox_roi_extractor.out_channels': 16,
+                'model.roi_head.bbox_head.in_channels': 16,
+                'model.roi_head.bbox_head.fc_out_channels': 16,
+                'model.train_cfg.rcnn.sampler.num': 16,
+                'model.train_cfg.rpn_proposal.max_per_img': 32,
+            }
+        )
+    cfg.merge_from_dict({f'model.{key}': value for key, value in changes.items()})
+    return model_of(cfg)
+
+
+def write_checkpoint(model_cfg, path, seed=0):
+    """Write seeded weights of a model and return their path."""
+    torch.manual_seed(seed)
+    torch.save(dict(state_dict=MODELS.build(model_cfg).state_dict(), meta=dict()), path)
+    return str(path)
+
+
+def distiller_cfg(folder, student=None, teacher=None, **options):
+    """Config of a distiller whose teacher's weights stand in ``folder``."""
+    student, teacher = student or detector(), teacher or detector(base_channels=16)
+    checkpoint = write_checkpoint(teacher, folder / 'teacher.pth', seed=1)
+    cfg = dict(type='mmdiffkd.DiffKDDistiller', student=student, teacher=dict(config=teacher, checkpoint=checkpoint))
+    return ConfigDict({**cfg, **options})
+
+
+def build(cfg, seed=0):
+    """Build a distiller and start it as the Runner does before training."""
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg)
+    model.init_weights()
+    return model.train()
+
+
+def batch(model, count=2, size=SIZE, num_classes=80):
+    """Preprocessed images of that size with random boxes: what ``loss`` takes."""
+    data = demo_mm_inputs(count, [[3, size, size]] * count, num_items=[3] * count, num_classes=num_classes)
+    data = model.data_preprocessor(data, training=True)
+    return data['inputs'], data['data_samples']
