@@ -1,12 +1,15 @@
 """Real mmdet detectors with few channels, their checkpoints and batches."""
 
+from pathlib import Path
+
 import torch
 from mmdet.testing import demo_mm_inputs
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
 from mmdiffkd.utils import model_of, resolve_config
 
+ROOT = Path(__file__).parent.parent
 RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 FPN = dict(student='neck', teacher='neck')
@@ -83,3 +86,27 @@ def batch(model, count=2, size=SIZE, num_classes=80):
     data = demo_mm_inputs(count, [[3, size, size]] * count, num_items=[3] * count, num_classes=num_classes)
     data = model.data_preprocessor(data, training=True)
     return data['inputs'], data['data_samples']
+
+
+def run_cfg(model_cfg, data_root, work_dir, **options):
+    """Config of a real run on the ``shapes`` fixture: the shipped data set, one image size, no workers.
+
+    Args:
+        model_cfg (dict): The model.
+        data_root (Path): Folder of the data set.
+        work_dir (Path): Where to write.
+        **options: Merged into the config, with ``__`` for dots.
+    """
+    cfg = Config.fromfile(ROOT / 'configs' / '_base_' / 'shapes.py')
+    cfg.model = model_cfg
+    cfg.work_dir = str(work_dir)
+    cfg.experiment_name = work_dir.name
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f'{data_root}/'
+        for transform in loader.dataset.pipeline:
+            if transform.type == 'Resize':
+                transform.scale = (SIZE, SIZE)
+    cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = f'{data_root}/annotations/val.json'
+    cfg.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
+    return cfg

@@ -91,15 +91,34 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
 
 
 def _safe_globals():
-    """What mmengine writes into a checkpoint beside tensors."""
-    core = getattr(np, '_core', None) or np.core
-    allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype]
+    """Admit what mmengine writes into a checkpoint beside tensors, and nothing more."""
+    multiarray = (getattr(np, '_core', None) or np.core).multiarray
+    allowed = [HistoryBuffer, np.ndarray, np.dtype, _under_name(_history_buffer_method, 'builtins', 'getattr')]
     allowed += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # NumPy 1 and 2 wrote different names
+        allowed += [_under_name(getattr(multiarray, name), module, name) for name in ('_reconstruct', 'scalar')]
     if hasattr(torch.serialization, 'safe_globals'):
         return torch.serialization.safe_globals(allowed)
     if hasattr(torch.serialization, 'add_safe_globals'):  # torch 2.4
         torch.serialization.add_safe_globals(allowed)
     return contextlib.nullcontext()
+
+
+def _history_buffer_method(owner: type, name: str):
+    """Stands in for ``getattr``, which history buffers are pickled with: it gives their methods and nothing else."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r})')
+    return getattr(owner, name)
+
+
+def _under_name(function, module: str, name: str):
+    """A function that the reader finds under the name that stands in the file."""
+
+    def stand_in(*args):
+        return function(*args)
+
+    stand_in.__module__, stand_in.__name__, stand_in.__qualname__ = module, name, name
+    return stand_in
 
 
 def _download(url: str) -> str:

@@ -1,0 +1,155 @@
+import hashlib
+import http.server
+import os
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import nn
+
+from mmdiffkd.utils import load_strict, read_checkpoint
+
+
+def save(tmp_path, content, name='weights.pth'):
+    torch.save(content, tmp_path / name)
+    return str(tmp_path / name)
+
+
+class Attack:
+    """Touches a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class TestRead:
+    def test_what_mmengine_stores(self, tmp_path):
+        buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+        hub = dict(log_scalars={'train/loss': buffer}, runtime_info=dict(best=np.float64(0.5), classes=np.arange(3)))
+        path = save(tmp_path, dict(state_dict=dict(w=torch.ones(2)), meta=dict(epoch=3), message_hub=hub))
+        content = read_checkpoint(path)
+        torch.testing.assert_close(content['state_dict']['w'], torch.ones(2))
+        assert content['message_hub']['log_scalars']['train/loss'].current() == 2.0
+
+    def test_bare_weights(self, tmp_path):
+        assert set(read_checkpoint(save(tmp_path, dict(w=torch.ones(2))))['state_dict']) == {'w'}
+
+    def test_code_is_refused_and_not_run(self, tmp_path):
+        trace = str(tmp_path / 'trace')
+        for number, content in enumerate((dict(state_dict=dict(), x=Attack(trace)), Attack(trace))):
+            path = save(tmp_path, content, f'{number}.pth')
+            with pytest.raises(ValueError, match=r'was refused because it holds the object .*mkdir'):
+                read_checkpoint(path)
+        (tmp_path / 'plain.pkl').write_bytes(pickle.dumps(Attack(trace)))
+        with pytest.raises(ValueError):
+            read_checkpoint(str(tmp_path / 'plain.pkl'))
+        assert not os.path.exists(trace)
+
+    def test_getattr_serves_the_methods_of_history_buffers_only(self, tmp_path):
+        class Reach:
+            def __reduce__(self):
+                return getattr, (HistoryBuffer, '__init__')
+
+        with pytest.raises(ValueError, match='was refused because it holds the object getattr'):
+            read_checkpoint(save(tmp_path, dict(state_dict=dict(), x=Reach())))
+
+    def test_absent_file(self):
+        with pytest.raises(FileNotFoundError, match="checkpoint 'gone.pth' does not exist"):
+            read_checkpoint('gone.pth')
+
+    def test_web_page(self, tmp_path):
+        (tmp_path / 'page.pth').write_text('<!DOCTYPE html><html>404</html>')
+        with pytest.raises(
+            ValueError, match=r'page.pth. is no PyTorch checkpoint, it is a web page.*download it again'
+        ):
+            read_checkpoint(str(tmp_path / 'page.pth'))
+
+    def test_truncated_file(self, tmp_path):
+        path = save(tmp_path, dict(w=torch.ones(1000)))
+        with open(path, 'r+b') as file:
+            file.truncate(os.path.getsize(path) // 2)
+        with pytest.raises(ValueError, match='no PyTorch checkpoint, it is damaged'):
+            read_checkpoint(path)
+
+    def test_no_dict(self, tmp_path):
+        with pytest.raises(ValueError, match='holds a Tensor instead of a state_dict'):
+            read_checkpoint(save(tmp_path, torch.ones(2)))
+
+
+class TestDownload:
+    @pytest.fixture
+    def server(self, tmp_path, monkeypatch):
+        folder = tmp_path / 'served'
+        folder.mkdir()
+        torch.save(dict(w=torch.ones(2)), folder / 'w.pth')
+        digest = hashlib.sha256((folder / 'w.pth').read_bytes()).hexdigest()[:8]
+        (folder / 'w.pth').rename(folder / f'right-{digest}.pth')
+        (folder / 'wrong-12345678.pth').write_bytes((folder / f'right-{digest}.pth').read_bytes())
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def __init__(self, *args):
+                super().__init__(*args, directory=str(folder))
+
+            def log_message(self, *args):
+                pass
+
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+        with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
+            thread = threading.Thread(target=httpd.serve_forever)
+            thread.start()
+            yield f'http://127.0.0.1:{httpd.server_port}/right-{digest}.pth', httpd, tmp_path / 'cache'
+            httpd.shutdown()
+            thread.join()
+
+    def test_is_cached(self, server):
+        url, httpd, _ = server
+        assert set(read_checkpoint(url)['state_dict']) == {'w'}
+        httpd.shutdown()
+        assert set(read_checkpoint(url)['state_dict']) == {'w'}
+
+    def test_wrong_hash_leaves_nothing_behind(self, server):
+        url, _, cache = server
+        with pytest.raises(RuntimeError, match='invalid hash value'):
+            read_checkpoint(url.rsplit('/', 1)[0] + '/wrong-12345678.pth')
+        assert not [file for file in cache.rglob('*') if file.is_file()]
+
+
+class TestLoadStrict:
+    def load(self, weights):
+        load_strict(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), weights, 'the teacher (mine.py)', "'w.pth'")
+
+    def weights(self):
+        return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict()
+
+    def test_fits(self):
+        self.load(self.weights())
+        self.load({f'module.{key}': value for key, value in self.weights().items()})
+
+    def test_counter_and_diffusion_part_do_not_matter(self):
+        weights = {k: v for k, v in self.weights().items() if 'num_batches' not in k}
+        self.load({**weights, 'diffkd.fpn.x': torch.ones(1)})
+
+    @pytest.mark.parametrize(
+        'change, message',
+        [
+            (lambda w: w.pop('0.bias'), r"weights of 'w.pth' do not fit the teacher \(mine.py\): missing 0.bias\."),
+            (lambda w: w.update(extra=torch.ones(1)), 'unexpected extra'),
+            (lambda w: w.update({'0.weight': torch.ones(4, 2)}), '0.weight .4x2 in the file, 3x2 in the model.'),
+        ],
+    )
+    def test_misfits_are_named(self, change, message):
+        weights = self.weights()
+        change(weights)
+        with pytest.raises(ValueError, match=message):
+            self.load(weights)
+
+    def test_many_misfits_are_counted(self):
+        with pytest.raises(ValueError, match=r'missing 0.weight, 0.bias, 1.weight, 1.bias and 2 more'):
+            self.load({})

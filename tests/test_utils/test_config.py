@@ -1,0 +1,71 @@
+import pytest
+from mmengine.config import Config
+
+from mmdiffkd.utils import model_of, preprocessor_of, resolve_config, zoo_checkpoint
+
+RETINANET = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
+
+
+@pytest.mark.parametrize(
+    'source, kind',
+    [
+        (RETINANET, 'RetinaNet'),
+        ('mmseg::deeplabv3/deeplabv3_r101-d8_4xb2-40k_cityscapes-512x1024.py', 'EncoderDecoder'),
+        ('mmpretrain::resnet/resnet34_8xb32_in1k.py', 'ImageClassifier'),
+    ],
+)
+def test_configs_of_packages(source, kind):
+    pytest.importorskip(source.split('::')[0])
+    cfg = resolve_config(source)
+    assert cfg.model.type == kind
+    assert model_of(cfg)['_scope_'] == source.split('::')[0]
+    assert preprocessor_of(cfg)['mean'] == [123.675, 116.28, 103.53]
+
+
+def test_file_and_dict(tmp_path):
+    file = tmp_path / 'config.py'
+    file.write_text("model = dict(type='RetinaNet')")
+    assert resolve_config(str(file)).model.type == 'RetinaNet'
+    assert resolve_config(file).model.type == 'RetinaNet'
+    assert resolve_config(dict(type='RetinaNet')).model.type == 'RetinaNet'
+    assert resolve_config(dict(model=dict(type='RetinaNet'))).model.type == 'RetinaNet'
+    assert resolve_config(Config.fromfile(file).model.to_dict()).model.type == 'RetinaNet'
+
+
+def test_scope_of_the_config_itself_is_kept():
+    assert model_of(Config(dict(model=dict(type='A', _scope_='mmpretrain'), default_scope='mmdet')))['_scope_'] == (
+        'mmpretrain'
+    )
+
+
+@pytest.mark.parametrize(
+    'source, error, message',
+    [
+        ('retinanet.py', FileNotFoundError, "config file 'retinanet.py' does not exist"),
+        ('mmdet::retinanet/retinanet_r101_fpn_2x_coc.py', FileNotFoundError, "nearest are '?retinanet/retinanet_r101"),
+        ('mmgone::a/b.py', ModuleNotFoundError, "package 'mmgone' of the config 'mmgone::a/b.py' is not installed"),
+        ('torch::a/b.py', FileNotFoundError, "package 'torch' ships no configs"),
+        (dict(backbone=dict()), ValueError, "describes no model: there is no 'model' with a 'type'"),
+        (3, TypeError, 'must be a path, pkg::path or a dict, not int'),
+    ],
+)
+def test_what_cannot_be_resolved(source, error, message):
+    with pytest.raises(error, match=message):
+        resolve_config(source)
+
+
+def test_weights_of_the_zoo():
+    assert zoo_checkpoint(RETINANET).endswith('/retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth')
+
+
+@pytest.mark.parametrize(
+    'source, message',
+    [
+        ('retinanet.py', "needs a config of an installed package.*not 'retinanet.py'"),
+        (dict(), 'not given in place'),
+        ('mmdet::retinanet/mine.py', 'model index lists no weights for mmdet::retinanet/mine.py'),
+    ],
+)
+def test_no_weights_in_the_zoo(source, message):
+    with pytest.raises(ValueError, match=message):
+        zoo_checkpoint(source)
