@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def run(*command, log: Path = None) -> None:
+def run(*command) -> None:
     """Run a script of this interpreter; show its output only if it fails."""
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -112,6 +113,7 @@ def complexity(config: Path) -> dict:
     """Parameters and GFLOPs of what is deployed: of a distillation, the student."""
     cfg = Config.fromfile(config)
     init_default_scope('mmdet')
+    MMLogger.get_current_instance().setLevel('ERROR')  # operators that count nothing
     model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
     model = MODELS.build(model_cfg).eval()
     height, width = cfg.image_size

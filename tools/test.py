@@ -5,7 +5,6 @@ package's test.py.
 """
 
 import argparse
-import os
 
 from mmengine.config import DictAction
 from mmengine.evaluator import DumpResults
@@ -34,7 +33,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise SystemExit(f'--out {args.out} must end with .pkl')
     cfg = load_run_config(args)

@@ -1,7 +1,6 @@
 """Train a model; the arguments are those of mmdet's, mmseg's and mmpretrain's train.py."""
 
 import argparse
-import os
 
 from mmengine.config import DictAction
 from mmengine.registry import RUNNERS
@@ -32,7 +31,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_run_config(args)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'

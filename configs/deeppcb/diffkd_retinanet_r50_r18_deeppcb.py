@@ -5,7 +5,7 @@ model = dict(
     type='mmdiffkd.DiffKDDistiller',
     student=_base_.model,
     teacher=dict(
-        config='configs/deeppcb/retinanet_r50_deeppcb.py',
+        config='{{ fileDirname }}/retinanet_r50_deeppcb.py',
         checkpoint='work_dirs/retinanet_r50_deeppcb/epoch_24.pth',
     ),
 )

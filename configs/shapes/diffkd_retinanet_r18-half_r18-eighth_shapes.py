@@ -5,7 +5,7 @@ model = dict(
     type='mmdiffkd.DiffKDDistiller',
     student=_base_.model,
     teacher=dict(
-        config='configs/shapes/retinanet_r18-half_shapes.py',
-        checkpoint='work_dirs/demo/retinanet_r18-half_shapes/epoch_20.pth',
+        config='{{ fileDirname }}/retinanet_r18-half_shapes.py',
+        checkpoint='work_dirs/demo/retinanet_r18-half_shapes/epoch_16.pth',
     ),
 )

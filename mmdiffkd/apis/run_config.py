@@ -1,18 +1,22 @@
 import argparse
+import os
 import os.path as osp
 
+import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 
 
 def load_run_config(args: argparse.Namespace) -> Config:
-    """The config of a run from the arguments that all tools share.
+    """The config of a run from the arguments that all tools share, and its processes set up.
 
     Args:
-        args (Namespace): ``config``, ``cfg_options``, ``work_dir`` and ``launcher``.
+        args (Namespace): ``config``, ``cfg_options``, ``work_dir``, ``launcher`` and ``local_rank``.
 
     Returns:
         Config: With ``work_dir`` from the command line, else from the config, else named after it.
     """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
@@ -21,4 +25,14 @@ def load_run_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    if args.launcher == 'pytorch' and get_device() == 'cpu':
+        _use_cpu_processes(cfg)
     return cfg
+
+
+def _use_cpu_processes(cfg: Config) -> None:
+    """Distributed runs without a GPU: mmengine's defaults would ask for one."""
+    torch.distributed.init_process_group('gloo')  # mmengine takes a group that exists as it is
+    find_unused = cfg.get('find_unused_parameters', False)
+    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False, find_unused_parameters=find_unused)
+    cfg.setdefault('model_wrapper_cfg', wrapper)

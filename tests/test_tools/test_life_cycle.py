@@ -1,0 +1,141 @@
+"""Train, interrupt, resume, test, export: real processes of the real tools on a tiny detector."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+
+from tests import tiny
+from tests.conftest import ROOT, run_tool
+
+pytestmark = pytest.mark.slow
+MMDET_TEST = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
+# runs a script in a process where this package cannot be imported
+WITHOUT_PACKAGE = "import runpy, sys; sys.modules['mmdiffkd'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+
+
+@pytest.fixture
+def config(tmp_path, shapes):
+    """Config file of a run over two epochs of four iterations."""
+    cfg = tiny.run_cfg(
+        tiny.distiller_cfg(tmp_path),
+        shapes,
+        tmp_path / 'run',
+        custom_imports=dict(imports=['mmdiffkd'], allow_failed_imports=False),
+        train_cfg=dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=2, val_interval=1),
+        default_hooks__checkpoint=dict(interval=1, max_keep_ckpts=2),
+        default_hooks__logger__interval=1,
+        param_scheduler=[],
+    )
+    cfg.pop('experiment_name')
+    cfg.dump(tmp_path / 'config.py')
+    return tmp_path / 'config.py'
+
+
+def logged(work_dir):
+    """All records of the run's JSON logs."""
+    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def metric(records):
+    return [record['coco/bbox_mAP_50'] for record in records if 'coco/bbox_mAP_50' in record][-1]
+
+
+def plain_mmdet(script, *args):
+    command = [sys.executable, '-c', WITHOUT_PACKAGE, str(script), *map(str, args)]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def map_of_test(work_dir):
+    (file,) = work_dir.glob('*/*.json')
+    return json.loads(file.read_text().splitlines()[-1])['coco/bbox_mAP_50']
+
+
+def test_train_export_and_test_in_plain_mmdet(config, tmp_path):
+    run_tool('train.py', config)
+    run = tmp_path / 'run'
+    records = logged(run)
+    first = records[0]
+    summed = sum(value for name, value in first.items() if 'loss' in name and name != 'loss')
+    assert first['loss'] == pytest.approx(summed, rel=1e-4)
+    assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.loss_diffusion', 'diffkd.fpn.gamma', 'diffkd.fpn.gamma.4'} <= set(first)
+    expected = metric(records)
+
+    content = torch.load(run / 'epoch_2.pth', weights_only=False)
+    assert not any(key.startswith('teacher') for key in content['state_dict'])
+    part = [key for key in content['state_dict'] if key.startswith('diffkd.')]
+    assert part and set(content['state_dict']) - set(part)
+
+    # the training checkpoint, by the training config, when the teacher is gone
+    (tmp_path / 'teacher.pth').unlink()
+    run_tool('test.py', config, run / 'epoch_2.pth', '--work-dir', tmp_path / 'tested')
+    assert map_of_test(tmp_path / 'tested') == pytest.approx(expected)
+
+    exported = tmp_path / 'student.py', tmp_path / 'student.pth'
+    done = run_tool(
+        'model_converters/export_student.py', config, run / 'epoch_2.pth', exported[1], '--config-out', exported[0]
+    )
+    assert 'the plain config of RetinaNet' in done.stdout
+    assert exported[1].stat().st_size < (run / 'epoch_2.pth').stat().st_size / 3
+    done = plain_mmdet(MMDET_TEST, *exported, '--work-dir', tmp_path / 'plain')
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert 'unexpected key' not in done.stdout and 'missing key' not in done.stdout
+    assert map_of_test(tmp_path / 'plain') == pytest.approx(expected)
+    # the training checkpoint opens there, too
+    done = plain_mmdet(MMDET_TEST, exported[0], run / 'epoch_2.pth', '--work-dir', tmp_path / 'raw')
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert map_of_test(tmp_path / 'raw') == pytest.approx(expected)
+
+
+def test_killed_run_is_resumed(config, tmp_path):
+    run = tmp_path / 'run'
+    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (run / 'last_checkpoint').exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = torch.load(run / 'epoch_1.pth', weights_only=False)
+    assert not (run / 'epoch_2.pth').exists()
+
+    done = run_tool('train.py', config, '--work-dir', run, '--resume')
+    assert 'resumed epoch: 1, iter: 4' in done.stdout
+    assert 'missing keys' not in done.stdout and 'unexpected key' not in done.stdout
+    after = torch.load(run / 'epoch_2.pth', weights_only=False)
+    counter = 'diffkd.fpn.levels.0.denoiser.layers.3.num_batches_tracked'
+    assert (before['state_dict'][counter], after['state_dict'][counter]) == (24, 48)  # six passes, four iterations
+    assert len(before['optimizer']['state']) == len(after['optimizer']['state'])
+
+
+def test_two_processes_without_unused_parameters(config, tmp_path):
+    """Over gloo, by the documented script; DDP would stop in the second iteration if a parameter got no gradient."""
+    env = dict(os.environ, PORT=str(29500 + os.getpid() % 1000), OMP_NUM_THREADS='1')
+    env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
+    command = ['bash', str(ROOT / 'tools' / 'dist_train.sh'), str(config), '2']
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert 'find_unused_parameters=True' not in done.stdout
+    assert 'GPU number: 2' in done.stdout  # mmengine's name for the number of processes
+    train = [record for record in logged(tmp_path / 'run') if 'diffkd.fpn.loss_kd' in record]
+    assert len(train) == 4  # two epochs of eight images, two processes, two images each
+    assert (tmp_path / 'run' / 'epoch_2.pth').exists()
+
+
+@pytest.mark.parametrize('kind, message', [('absent', 'does not exist'), ('html', 'is a web page')])
+def test_bad_teacher_stops_before_the_first_iteration(config, tmp_path, kind, message):
+    file = tmp_path / f'{kind}.pth'
+    if kind == 'html':
+        file.write_text('<html>not found</html>')
+    done = run_tool('train.py', config, '--cfg-options', f'model.teacher.checkpoint={file}', check=False)
+    assert done.returncode != 0
+    assert message in done.stdout.splitlines()[-1]
+    assert not logged(tmp_path / 'run')

@@ -1,0 +1,30 @@
+import json
+
+import numpy as np
+from mmdet.datasets import CocoDataset
+
+from tests.conftest import load_tool, run_tool
+
+
+def test_images_and_boxes_are_the_same_for_a_seed(tmp_path):
+    for name in ('a', 'b'):
+        run_tool('dataset_converters/make_shapes.py', tmp_path / name, '--train', 3, '--val', 2, '--size', 96)
+    files = sorted(path.relative_to(tmp_path / 'a') for path in (tmp_path / 'a').rglob('*') if path.is_file())
+    assert len(files) == 7
+    for file in files:
+        assert (tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes()
+
+
+def test_boxes_hold_what_is_visible():
+    make_shapes = load_tool('dataset_converters/make_shapes.py')
+    image, objects = make_shapes.draw_image(np.random.default_rng(0), 96)
+    assert image.shape == (96, 96, 3) and image.std() > 5
+    assert objects
+    for (name, mask), (_, later) in zip(objects, objects[1:]):
+        assert name in make_shapes.CATEGORIES
+        assert not (mask & later).any()
+
+
+def test_categories_are_known_to_coco(shapes):
+    categories = json.loads((shapes / 'annotations' / 'train.json').read_text())['categories']
+    assert {category['name'] for category in categories} <= set(CocoDataset.METAINFO['classes'])
