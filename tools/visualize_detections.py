@@ -18,7 +18,7 @@ def parse_args():
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('out', help='picture to write')
     parser.add_argument('--images', type=int, default=6)
-    parser.add_argument('--score-thr', type=float, default=0.3)
+    parser.add_argument('--score-thr', type=float, default=0.4)
     parser.add_argument('--scale', type=int, default=2, help='enlargement of the images')
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 # The generated shapes (tools/dataset_converters/make_shapes.py) and a schedule for a few minutes on two CPU cores.
 _base_ = 'mmdet::_base_/default_runtime.py'
 data_root = 'data/shapes/'
-metainfo = dict(classes=('sports ball', 'kite', 'stop sign', 'pizza', 'donut'))
+metainfo = dict(classes=('stop sign', 'sports ball', 'kite', 'pizza', 'donut'))
 image_size = (160, 160)
 
 train_pipeline = [

@@ -36,3 +36,4 @@ def _use_cpu_processes(cfg: Config) -> None:
     find_unused = cfg.get('find_unused_parameters', False)
     wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False, find_unused_parameters=find_unused)
     cfg.setdefault('model_wrapper_cfg', wrapper)
+    cfg.model_wrapper_cfg.setdefault('device_ids', None)

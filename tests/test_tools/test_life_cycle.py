@@ -18,7 +18,12 @@ from tests.conftest import ROOT, run_tool
 pytestmark = pytest.mark.slow
 MMDET_TEST = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
 # runs a script in a process where this package cannot be imported
-WITHOUT_PACKAGE = "import runpy, sys; sys.modules['mmdiffkd'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+WITHOUT_PACKAGE = """
+import runpy, sys
+sys.modules['mmdiffkd'] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
 
 
 @pytest.fixture

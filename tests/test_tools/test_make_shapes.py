@@ -2,8 +2,9 @@ import json
 
 import numpy as np
 from mmdet.datasets import CocoDataset
+from mmengine.config import Config
 
-from tests.conftest import load_tool, run_tool
+from tests.conftest import ROOT, load_tool, run_tool
 
 
 def test_images_and_boxes_are_the_same_for_a_seed(tmp_path):
@@ -21,10 +22,16 @@ def test_boxes_hold_what_is_visible():
     assert image.shape == (96, 96, 3) and image.std() > 5
     assert objects
     for (name, mask), (_, later) in zip(objects, objects[1:]):
-        assert name in make_shapes.CATEGORIES
+        assert name in make_shapes.SHAPES
         assert not (mask & later).any()
 
 
-def test_categories_are_known_to_coco(shapes):
-    categories = json.loads((shapes / 'annotations' / 'train.json').read_text())['categories']
-    assert {category['name'] for category in categories} <= set(CocoDataset.METAINFO['classes'])
+def test_labels_mean_the_same_in_coco_and_demo_configs(shapes):
+    """``CocoDataset`` numbers classes by the order of the file, whatever the order of its metainfo."""
+    make_shapes = load_tool('dataset_converters/make_shapes.py')
+    file = json.loads((shapes / 'annotations' / 'train.json').read_text())
+    names = [category['name'] for category in file['categories']]
+    assert tuple(names) == CocoDataset.METAINFO['classes']
+    in_file = tuple(name for name in names if name in make_shapes.SHAPES)
+    assert Config.fromfile(ROOT / 'configs' / '_base_' / 'shapes.py').metainfo.classes == in_file
+    assert {names[box['category_id'] - 1] for box in file['annotations']} <= set(in_file)

@@ -1,6 +1,7 @@
 """Generate a small seeded detection set in COCO format: textured shapes with occlusion and clutter.
 
-The categories carry names of COCO categories that look alike, so that COCO configs run on it as they are.
+The shapes carry names of COCO categories that look alike, and the files list all 80 of these, so that COCO configs
+run on it as they are.
 """
 
 import argparse
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmdet.datasets import CocoDataset
 
-CATEGORIES = {'sports ball': 37, 'kite': 38, 'stop sign': 13, 'pizza': 59, 'donut': 60}
+SHAPES = ('stop sign', 'sports ball', 'kite', 'pizza', 'donut')
+CATEGORIES = CocoDataset.METAINFO['classes']
 SPLITS = ('train', 'val')
 MIN_VISIBLE = 0.4  # objects that others hide more than this leaves are not annotated
 MIN_SIDE = 6  # pixels
@@ -50,13 +53,13 @@ def write_split(out: Path, split: str, count: int, size: int, seed: int) -> None
                 dict(
                     id=len(annotations),
                     image_id=index,
-                    category_id=CATEGORIES[category],
+                    category_id=CATEGORIES.index(category) + 1,
                     bbox=[x, y, w, h],
                     area=int(mask.sum()),
                     iscrowd=0,
                 )
             )
-    categories = [dict(id=number, name=name) for name, number in CATEGORIES.items()]
+    categories = [dict(id=number, name=name) for number, name in enumerate(CATEGORIES, 1)]
     file = out / 'annotations' / f'{split}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
@@ -72,7 +75,7 @@ def draw_image(rng: np.random.Generator, size: int):
     draw_clutter(rng, image)
     masks, names = [], []
     for _ in range(rng.integers(2, 8)):
-        name = str(rng.choice(list(CATEGORIES)))
+        name = str(rng.choice(SHAPES))
         mask = shape_mask(rng, name, size)
         fill = texture(rng, size, contrast=60)
         shade = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)[..., None]
