@@ -92,7 +92,7 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
 
 def _safe_globals():
     """Admit what mmengine writes into a checkpoint beside tensors, and nothing more."""
-    multiarray = (getattr(np, '_core', None) or np.core).multiarray
+    multiarray = (np.core if np.__version__.startswith('1.') else np._core).multiarray
     allowed = [HistoryBuffer, np.ndarray, np.dtype, _under_name(_history_buffer_method, 'builtins', 'getattr')]
     allowed += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # NumPy 1 and 2 wrote different names
