@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CONSTRAINTS := --constraint requirements/constraints.txt
 
 .PHONY: help env demo test lint clean
@@ -34,18 +34,18 @@ $(READY): requirements/*.txt setup.py
 	@echo "Making the environment in $(VENV), once: 15 - 20 minutes, most of it for compiling mmcv's operators."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[1/5] torch and torchvision: 1 - 5 minutes ..."
-	$(PIP) install $(CONSTRAINTS) torch torchvision
+	@$(PIP) install $(CONSTRAINTS) torch torchvision
 	@echo "[2/5] build tools ..."
-	$(PIP) install $(CONSTRAINTS) --requirement requirements/build.txt
+	@$(PIP) install $(CONSTRAINTS) --requirement requirements/build.txt
 	@echo "[3/5] mmcv's operators: 10 - 15 minutes on two cores; seconds when pip has built them before ..."
-	MMCV_WITH_OPS=1 $(PIP) install $(CONSTRAINTS) --no-build-isolation onedl-mmcv
+	@MMCV_WITH_OPS=1 $(PIP) install $(CONSTRAINTS) --no-build-isolation onedl-mmcv
 	@echo "[4/5] the other OpenMMLab packages and the test tools ..."
-	$(PIP) install $(CONSTRAINTS) --no-build-isolation --requirement requirements.txt
+	@$(PIP) install $(CONSTRAINTS) --no-build-isolation --requirement requirements.txt
 	@$(BIN)/python -c "import mmcv.ops" 2> /dev/null || { \
 	    echo "      mmcv's operators in pip's cache were built for another torch; building them anew ..."; \
 	    MMCV_WITH_OPS=1 $(PIP) install $(CONSTRAINTS) --no-build-isolation --no-deps --no-cache-dir --force-reinstall onedl-mmcv; }
 	@echo "[5/5] mmdiffkd itself ..."
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -c "import mmcv.ops, mmdet, mmseg, mmpretrain, mmdiffkd"
 	@touch $@
 

@@ -110,6 +110,7 @@ def run_cfg(model_cfg, data_root, work_dir, **options):
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
         loader.dataset.data_root = f'{data_root}/'
+        loader.dataset.pop('metainfo')  # the detectors know COCO's 80 classes
         for transform in loader.dataset.pipeline:
             if transform.type == 'Resize':
                 transform.scale = (SIZE, SIZE)

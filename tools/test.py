@@ -1,12 +1,8 @@
-"""Evaluate the student of a config; the arguments are those of mmdet's, mmseg's and mmpretrain's test.py.
-
-For test-time augmentation, evaluate the exported student (tools/model_converters/export_student.py) with its own
-package's test.py.
-"""
+"""Evaluate the student of a config; the arguments are those of mmdet's, mmseg's and mmpretrain's test.py."""
 
 import argparse
 
-from mmengine.config import DictAction
+from mmengine.config import ConfigDict, DictAction
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -27,6 +23,7 @@ def parse_args():
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--tta', action='store_true', help='augment images: needs tta_model and tta_pipeline')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)  # torch.distributed.launch passes it
     return parser.parse_args()
 
@@ -41,10 +38,24 @@ def main():
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         show_predictions(cfg, args)
+    if args.tta:
+        augment(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     runner.test()
+
+
+def augment(cfg):
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise SystemExit(
+            '--tta needs tta_model and tta_pipeline in the config; an example is mmdet::retinanet/retinanet_tta.py.'
+        )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
 
 
 def show_predictions(cfg, args):

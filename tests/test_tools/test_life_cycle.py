@@ -25,6 +25,25 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
+# a config that adds flipped images
+TTA = """
+_base_ = 'config.py'
+tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=(128, 128))],
+            [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)],
+            [dict(type='LoadAnnotations', with_bbox=True)],
+            [dict(type='PackDetInputs', meta_keys=meta_keys)],
+        ],
+    ),
+]
+"""
+
 
 @pytest.fixture
 def config(tmp_path, shapes):
@@ -98,6 +117,21 @@ def test_train_export_and_test_in_plain_mmdet(config, tmp_path):
     done = plain_mmdet(MMDET_TEST, exported[0], run / 'epoch_2.pth', '--work-dir', tmp_path / 'raw')
     assert done.returncode == 0, done.stdout[-3000:]
     assert map_of_test(tmp_path / 'raw') == pytest.approx(expected)
+
+
+def test_test_time_augmentation(config, tmp_path):
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta=dict()), tmp_path / 'weights.pth')
+    augmented = tmp_path / 'augmented.py'
+    augmented.write_text(TTA)
+    run_tool('test.py', augmented, tmp_path / 'weights.pth', '--work-dir', tmp_path / 'tta', '--tta')
+    assert map_of_test(tmp_path / 'tta') >= 0
+    done = run_tool('test.py', config, tmp_path / 'weights.pth', '--tta', check=False)
+    assert done.returncode == 1 and '--tta needs tta_model and tta_pipeline' in done.stdout
 
 
 def test_killed_run_is_resumed(config, tmp_path):

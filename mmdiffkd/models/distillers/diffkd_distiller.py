@@ -102,7 +102,9 @@ class DiffKDDistiller(BaseModel):
                 teacher_channels=[teacher.channels[t] for _, t in matches],
             )
             try:
-                necks[name] = MODELS.build(pair.neck, default_args=widths)
+                # the student starts from the weights that it starts from alone with the same seed
+                with torch.random.fork_rng(devices=[]):
+                    necks[name] = MODELS.build(pair.neck, default_args=widths)
             except (TypeError, ValueError, KeyError) as error:
                 raise ValueError(f'distill.{name}.neck cannot be built: {error}') from error
         self.diffkd = nn.ModuleDict(necks)

@@ -7,7 +7,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 
-from .taps import TapRecorder, find_module, flatten
+from .taps import TapError, TapRecorder, find_module, flatten
 
 # Sizes are multiples of the largest FPN stride, so that strides come out whole.
 META_SIZE, CPU_SIZE = 512, 128
@@ -42,15 +42,17 @@ def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInf
         dict[str, TapInfo]: One entry a path.
 
     Raises:
-        ValueError: If a path does not exist, or is not reached in a forward pass.
+        TapError: If a path does not exist, or is not reached in a forward pass.
     """
     paths = list(paths)
     try:
         return _run(model_cfg, paths, owner, 'meta', META_SIZE)
-    except ValueError:
+    except TapError:
         raise
     except Exception as error:
-        print_log(f'The {owner} does not run on the meta device ({error}), its dry run is done on the CPU.', level=10)
+        print_log(
+            f'The {owner} does not run on the meta device ({error}), its dry run is done on the CPU.', 'current', 10
+        )
     return _run(model_cfg, paths, owner, 'cpu', CPU_SIZE)
 
 
@@ -70,12 +72,12 @@ def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) 
     if unreached and failure is not None:
         if device == 'meta':
             raise failure
-        raise ValueError(
+        raise TapError(
             f'The dry run of the {owner} {type(model).__name__} failed before it reached the tap '
             f"'{unreached[0]}': {type(failure).__name__}: {failure}"
         ) from failure
     if unreached:
-        raise ValueError(
+        raise TapError(
             f"The {owner} {type(model).__name__} has the module '{unreached[0]}', but a forward pass does not call it; "
             'tap the module around it.'
         )

@@ -6,6 +6,10 @@ from torch import Tensor, nn
 from mmdiffkd.utils import nearest
 
 
+class TapError(ValueError):
+    """A tap that does not exist, is not reached, or returns what cannot be distilled."""
+
+
 def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
     """The module at a path of ``named_modules()``.
 
@@ -15,12 +19,12 @@ def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
         owner (str): ``'student'`` or ``'teacher'``, for the error message.
 
     Raises:
-        ValueError: If there is none; it lists the nearest paths.
+        TapError: If there is none; it lists the nearest paths.
     """
     modules = dict(model.named_modules())
     modules.pop('', None)
     if path not in modules:
-        raise ValueError(
+        raise TapError(
             f"The {owner} {type(model).__name__} has no module '{path}' to tap; "
             f'the nearest are {nearest(path, modules)}.'
         )
@@ -94,7 +98,7 @@ def as_map(tensor: Tensor, input_size, path: str) -> Tensor:
         Tensor: (N, C, H, W); vectors become 1x1 maps.
 
     Raises:
-        ValueError: If it is none of these.
+        TapError: If it is none of these.
     """
     if tensor.dim() == 4:
         return tensor
@@ -106,11 +110,11 @@ def as_map(tensor: Tensor, input_size, path: str) -> Tensor:
             height = round(((length - skip) / ratio) ** 0.5)
             if height and (length - skip) % height == 0 and abs((length - skip) / height - height * ratio) < 1:
                 return tensor[:, skip:].transpose(1, 2).unflatten(2, (height, -1))
-        raise ValueError(
+        raise TapError(
             f"The tap '{path}' returns {length} tokens, which form no grid on images of "
             f'{input_size[0]}x{input_size[1]}; tap a module that returns feature maps.'
         )
-    raise ValueError(
+    raise TapError(
         f"The tap '{path}' returns a tensor of shape {tuple(tensor.shape)}; a feature map (N, C, H, W), tokens "
         '(N, L, C) or vectors (N, C) are needed.'
     )
@@ -122,4 +126,4 @@ def flatten(output, path: str) -> List[Tensor]:
         return [output]
     if isinstance(output, (tuple, list)):
         return [tensor for member in output for tensor in flatten(member, path)]
-    raise ValueError(f"The tap '{path}' returns a {type(output).__name__}; tap a module that returns tensors.")
+    raise TapError(f"The tap '{path}' returns a {type(output).__name__}; tap a module that returns tensors.")

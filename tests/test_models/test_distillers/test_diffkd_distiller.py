@@ -34,6 +34,12 @@ class TestStudentStaysTheStudent:
         assert any(name.startswith('diffkd.fpn.levels.4.denoiser') for name in names)
         assert distiller.bbox_head.num_classes == 80
 
+    def test_starts_from_the_weights_it_has_alone(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        distiller, alone = tiny.build(cfg), tiny.build(tiny.detector())
+        own = {name: value for name, value in distiller.state_dict().items() if not name.startswith('diffkd.')}
+        torch.testing.assert_close(own, dict(alone.state_dict()), rtol=0, atol=0)
+
     def test_student_losses_are_its_own(self, distiller, tmp_path):
         plain = MODELS.build(tiny.detector()).train()
         plain.load_state_dict({k: v for k, v in distiller.state_dict().items() if not k.startswith('diffkd.')})
