@@ -113,7 +113,7 @@ def run_cfg(model_cfg, data_root, work_dir, **options):
         loader.dataset.pop('metainfo')  # the detectors know COCO's 80 classes
         for transform in loader.dataset.pipeline:
             if transform.type == 'Resize':
-                transform.scale = (SIZE, SIZE)
+                transform.scale = (SIZE, SIZE)  # goes before scale_factor
     cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = f'{data_root}/annotations/val.json'
     cfg.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
     return cfg
