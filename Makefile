@@ -32,7 +32,7 @@ env: $(READY)
 $(READY): requirements/*.txt setup.py
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and 'Python 3.10 - 3.12 is needed, this is ' + sys.version.split()[0] + '; set PYTHON=python3.11, say.')"
 	@echo "Making the environment in $(VENV), once: 15 - 20 minutes, most of it for compiling mmcv's operators."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "[1/5] torch and torchvision: 1 - 5 minutes ..."
 	@$(PIP) install $(CONSTRAINTS) torch torchvision
 	@echo "[2/5] build tools ..."

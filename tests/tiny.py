@@ -1,5 +1,6 @@
 """Real mmdet detectors with few channels, their checkpoints and batches."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ def detector(config=RETINANET, base_channels=8, **changes):
 def write_checkpoint(model_cfg, path, seed=0):
     """Write seeded weights of a model and return their path."""
     torch.manual_seed(seed)
-    torch.save(dict(state_dict=MODELS.build(model_cfg).state_dict(), meta=dict()), path)
+    torch.save(dict(state_dict=MODELS.build(copy.deepcopy(model_cfg)).state_dict(), meta=dict()), path)
     return str(path)
 
 

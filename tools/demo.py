@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import mmdet
 import torch
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
@@ -19,7 +20,6 @@ from mmengine.registry import MODELS, init_default_scope
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs' / 'shapes'
-DATA = ROOT / 'data' / 'shapes'
 RUNS = {
     'teacher': 'retinanet_r18-half_shapes.py',
     'student alone': 'retinanet_r18-eighth_shapes.py',
@@ -31,16 +31,16 @@ RUNS = {
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'demo')
-    parser.add_argument('--epochs', type=int, help="epochs of every training; the configs' own by default")
-    parser.add_argument('--seed', type=int, default=0, help='seed of the students; the teacher is trained once')
+    parser.add_argument('--data', type=Path, default=ROOT / 'data' / 'shapes', help='generated where it is absent')
+    parser.add_argument('--epochs', type=int, default=16, help='epochs of every training')
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if not (DATA / 'annotations' / 'val.json').is_file():
-        say(f'Generating images of shapes in {DATA.relative_to(ROOT)} ...')
-        run(ROOT / 'tools' / 'dataset_converters' / 'make_shapes.py', DATA)
+    if not (args.data / 'annotations' / 'val.json').is_file():
+        say(f'Generating images of shapes in {args.data} ...')
+        run(ROOT / 'tools' / 'dataset_converters' / 'make_shapes.py', args.data)
     rows = []
     for name, config in RUNS.items():
         work_dir = args.work_dir / Path(config).stem
@@ -48,7 +48,9 @@ def main():
         rows.append(dict(name=name, **train(CONFIGS / config, work_dir, args), **complexity(CONFIGS / config)))
         say(f'  mAP {rows[-1]["mAP"]:.3f}')
     exported = export(CONFIGS / RUNS['student, DiffKD'], args)
-    rows.append(dict(rows[-1], name='the same, exported, in plain mmdet', mAP=evaluate(exported, args), seconds=None))
+    mmdet_test = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
+    tested = evaluate(mmdet_test, *exported, args.work_dir / 'exported')
+    rows.append(dict(rows[-1], name='the same, exported, in plain mmdet', mAP=tested, seconds=None))
     if rows[-1]['mAP'] != rows[-2]['mAP']:
         sys.exit(f'The exported student has mAP {rows[-1]["mAP"]}, in training it was {rows[-2]["mAP"]}.')
     table = as_table(rows)
@@ -56,7 +58,8 @@ def main():
     (args.work_dir / 'table.json').write_text(json.dumps(rows, indent=2))
     picture = args.work_dir / 'detections.png'
     run(ROOT / 'tools' / 'visualize_detections.py', *exported, picture)
-    print(f'\n{table}\nmAP on {len(val_images())} generated images, one seed: differences of a point or two are noise.')
+    images = len(json.loads((args.data / 'annotations' / 'val.json').read_text())['images'])
+    print(f'\n{table}\nmAP on {images} generated images, one seed: differences of a point or two are noise.')
     print(f'Exported student: {exported[1]} (opens in plain mmdet with {exported[0]})')
     print(f'Its detections beside the ground truth: {picture}')
 
@@ -74,41 +77,54 @@ def run(*command) -> None:
 
 
 def train(config: Path, work_dir: Path, args) -> dict:
-    """Train by the ordinary command, or go on where it stopped; returns the last mAP and the seconds it took."""
-    result = work_dir / 'result.json'
+    """Train by the ordinary command, or go on where it stopped; returns the mAP and the seconds that it took."""
+    result, settings = work_dir / 'result.json', dict(data=str(args.data), epochs=args.epochs)
     if not result.is_file():
-        options = [] if config.name == RUNS['teacher'] else [f'randomness.seed={args.seed}']
-        if args.epochs:
-            options += [f'max_epochs={args.epochs}', *schedule(args.epochs)]
+        options = overrides(args)
         if 'student' in Config.fromfile(config).model:
             options.append(f'model.teacher.checkpoint={last_checkpoint(args.work_dir / Path(RUNS["teacher"]).stem)}')
         start = time.time()
-        extra = ['--cfg-options', *options] if options else []
-        run(ROOT / 'tools' / 'train.py', config, '--work-dir', work_dir, '--resume', *extra)
-        seconds = time.time() - start
-        result.write_text(json.dumps(dict(mAP=last_map(work_dir), seconds=seconds)))
-    return json.loads(result.read_text())
+        run(ROOT / 'tools' / 'train.py', config, '--work-dir', work_dir, '--resume', '--cfg-options', *options)
+        is_whole = len(list(work_dir.glob('*/vis_data'))) == 1  # not of a run that was interrupted
+        seconds = time.time() - start if is_whole else None
+        result.write_text(json.dumps(dict(mAP=final_map(config, work_dir), seconds=seconds, settings=settings)))
+    content = json.loads(result.read_text())
+    if content.pop('settings') != settings:
+        sys.exit(f'{work_dir} was made with other settings; choose another --work-dir or remove it.')
+    return content
 
 
-def schedule(epochs: int) -> list:
-    """Overrides that shorten a schedule."""
-    return [
-        f'train_cfg.max_epochs={epochs}',
-        f'train_cfg.val_interval={epochs}',
-        f'default_hooks.checkpoint.interval={epochs}',
-        f'param_scheduler.1.end={epochs}',
-        f'param_scheduler.1.T_max={epochs}',
-    ]
+def overrides(args) -> list:
+    """What the arguments change in every config."""
+    epochs, data = args.epochs, args.data
+    loaders = [f'{split}_dataloader.dataset.data_root={data}/' for split in ('train', 'val', 'test')]
+    evaluators = [f'{split}_evaluator.ann_file={data}/annotations/val.json' for split in ('val', 'test')]
+    schedule = [f'{key}={epochs}' for key in ('train_cfg.max_epochs', 'train_cfg.val_interval')]
+    decay = [f'param_scheduler.1.{key}={epochs}' for key in ('end', 'T_max')]
+    return [*loaders, *evaluators, *schedule, *decay]
 
 
 def last_checkpoint(work_dir: Path) -> str:
     return (work_dir / 'last_checkpoint').read_text().strip()
 
 
-def last_map(work_dir: Path) -> float:
+def final_map(config: Path, work_dir: Path) -> float:
+    """The mAP that the run logged, measured again where it was interrupted before that."""
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
     records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    return [record['coco/bbox_mAP'] for record in records if 'coco/bbox_mAP' in record][-1]
+    logged = [record['coco/bbox_mAP'] for record in records if 'coco/bbox_mAP' in record]
+    if logged:
+        return logged[-1]
+    script = ROOT / 'tools' / 'test.py'
+    return evaluate(script, work_dir / config.name, last_checkpoint(work_dir), work_dir / 'tested')
+
+
+def evaluate(script: Path, config: Path, checkpoint: Path, work_dir: Path) -> float:
+    """The mAP that a test.py gives a checkpoint."""
+    run(script, config, checkpoint, '--work-dir', work_dir)
+    logs = sorted(work_dir.glob('*/*.json'))
+    # mmdet leaves the metric out where nothing at all was detected
+    return json.loads(logs[-1].read_text().splitlines()[-1]).get('coco/bbox_mAP', 0.0)
 
 
 def complexity(config: Path) -> dict:
@@ -128,22 +144,8 @@ def export(config: Path, args) -> tuple:
     work_dir = args.work_dir / config.stem
     exported = args.work_dir / 'student.py', args.work_dir / 'student.pth'
     script = ROOT / 'tools' / 'model_converters' / 'export_student.py'
-    run(script, config, last_checkpoint(work_dir), exported[1], '--config-out', exported[0])
+    run(script, work_dir / config.name, last_checkpoint(work_dir), exported[1], '--config-out', exported[0])
     return exported
-
-
-def evaluate(exported: tuple, args) -> float:
-    """The mAP that mmdet's own test.py gives the exported student."""
-    import mmdet
-
-    work_dir = args.work_dir / 'exported'
-    run(Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py', *exported, '--work-dir', work_dir)
-    logs = sorted(work_dir.glob('*/*.json'))
-    return json.loads(logs[-1].read_text().splitlines()[-1])['coco/bbox_mAP']
-
-
-def val_images() -> list:
-    return json.loads((DATA / 'annotations' / 'val.json').read_text())['images']
 
 
 def as_table(rows: list) -> str:

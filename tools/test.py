@@ -35,7 +35,7 @@ def main():
     cfg = load_run_config(args)
     if 'student' in cfg.model:
         cfg.model.teacher = None  # the student alone: neither the teacher's config nor its weights are needed
-    cfg.load_from = args.checkpoint
+    cfg.load_from, cfg.resume = args.checkpoint, False  # the config may be one that a resumed run has dumped
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     if args.tta:

@@ -25,4 +25,4 @@ max_epochs = 16
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(end=max_epochs, T_max=max_epochs)
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=max_epochs))
+default_hooks = dict(logger=dict(interval=25))

@@ -43,8 +43,11 @@ def student_config(cfg: Config) -> Config:
     if model.get('_scope_') == content.get('default_scope'):
         model.pop('_scope_', None)  # a plain config relies on default_scope, as upstream's do
     content.model = model
+    if content.get('resume'):  # the config of a resumed run
+        content.resume = False
     if imports := content.pop('custom_imports', None):
-        kept = [name for name in imports['imports'] if name.split('.')[0] != PACKAGE]
+        names = [imports['imports']] if isinstance(imports['imports'], str) else imports['imports']
+        kept = [name for name in names if name.split('.')[0] != PACKAGE]
         if kept:
             content.custom_imports = dict(imports, imports=kept)
     if 'custom_hooks' in content:

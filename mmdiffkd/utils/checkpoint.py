@@ -1,11 +1,12 @@
 """Checkpoints as data: read without executing anything in them, and loaded only where they fit."""
 
-import contextlib
 import os
 import os.path as osp
+import pickle
 import re
 from collections import OrderedDict
 from pickle import UnpicklingError
+from types import SimpleNamespace
 from urllib.parse import urlparse
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
+STATE = 'state_dict'
 URL_HASH = re.compile(r'-([a-f0-9]{8,})\.pth$')
 
 
@@ -31,28 +33,26 @@ def read_checkpoint(source: str) -> dict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, or holds more than data.
+        ValueError: If it cannot be downloaded, is no checkpoint, or holds more than data.
     """
-    path = _download(source) if source.startswith(('http://', 'https://')) else source
+    is_url = source.startswith(('http://', 'https://'))
+    path = _download(source) if is_url else source
     if not osp.isfile(path):
         raise FileNotFoundError(f"The checkpoint '{source}' does not exist (looked from {osp.abspath('.')}).")
+    name = f'{source} (kept as {path})' if is_url else source
     try:
-        with _safe_globals():
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except UnpicklingError as error:
-        if _looks_like_pickle(path):
-            refused = re.search(r'GLOBAL ([\w.]+)', str(error))
-            what = f'the object {refused.group(1)}' if refused else 'more than tensors and plain data'
+        checkpoint = _load(path)
+    except Exception as error:  # the reader meets damage in many ways
+        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if isinstance(error, UnpicklingError) and refused:
             raise ValueError(
-                f"The checkpoint '{source}' was refused because it holds {what}, which could run code when read; "
-                "save its 'state_dict' alone with torch.save and use that file."
+                f"The checkpoint '{name}' was refused because it holds the object {refused.group(1)}, which could run "
+                "code when read; save its 'state_dict' alone with torch.save and use that file."
             ) from None
-        raise ValueError(_not_a_checkpoint(source, path)) from None
-    except (RuntimeError, EOFError, OSError):
-        raise ValueError(_not_a_checkpoint(source, path)) from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"The checkpoint '{source}' holds a {type(checkpoint).__name__} instead of a state_dict.")
-    return checkpoint if 'state_dict' in checkpoint else dict(state_dict=checkpoint)
+        raise ValueError(_not_a_checkpoint(name, path)) from None
+    checkpoint = checkpoint if isinstance(checkpoint, dict) and 'state_dict' in checkpoint else {STATE: checkpoint}
+    _check_state_dict(checkpoint[STATE], name)
+    return checkpoint
 
 
 def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str) -> None:
@@ -90,18 +90,49 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
         raise ValueError(f'The weights of {source} do not fit {model_name}: {"; ".join(problems)}.')
 
 
-def _safe_globals():
-    """Admit what mmengine writes into a checkpoint beside tensors, and nothing more."""
-    multiarray = (np.core if np.__version__.startswith('1.') else np._core).multiarray
-    allowed = [HistoryBuffer, np.ndarray, np.dtype, _under_name(_history_buffer_method, 'builtins', 'getattr')]
-    allowed += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # NumPy 1 and 2 wrote different names
-        allowed += [_under_name(getattr(multiarray, name), module, name) for name in ('_reconstruct', 'scalar')]
+def _load(path: str):
+    """Read a file with torch's ``weights_only`` reader, or before torch 2.4 with one that admits the same."""
+    admitted = _admitted_globals()
     if hasattr(torch.serialization, 'safe_globals'):
-        return torch.serialization.safe_globals(allowed)
+        with torch.serialization.safe_globals(admitted):
+            return torch.load(path, map_location='cpu', weights_only=True)
     if hasattr(torch.serialization, 'add_safe_globals'):  # torch 2.4
-        torch.serialization.add_safe_globals(allowed)
-    return contextlib.nullcontext()
+        torch.serialization.add_safe_globals(admitted)
+        return torch.load(path, map_location='cpu', weights_only=True)
+    return torch.load(path, map_location='cpu', weights_only=False, pickle_module=restricted_pickle(admitted))
+
+
+def _admitted_globals() -> list:
+    """What mmengine writes into a checkpoint beside tensors, and nothing more."""
+    multiarray = (np.core if np.__version__.startswith('1.') else np._core).multiarray
+    admitted = [HistoryBuffer, np.ndarray, np.dtype, _under_name(_history_buffer_method, 'builtins', 'getattr')]
+    admitted += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # NumPy 1 and 2 wrote different names
+        admitted += [_under_name(getattr(multiarray, name), module, name) for name in ('_reconstruct', 'scalar')]
+    return admitted
+
+
+def restricted_pickle(admitted: list) -> SimpleNamespace:
+    """A ``pickle_module`` that finds what torch's own reader allows and what is admitted beside it.
+
+    Args:
+        admitted (list): Functions and classes.
+    """
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    known = {**_get_allowed_globals(), **{f'{item.__module__}.{item.__name__}': item for item in admitted}}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            path = f'{module.replace("__builtin__", "builtins")}.{name}'
+            if path not in known:
+                raise UnpicklingError(f'GLOBAL {path}')
+            return known[path]
+
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return SimpleNamespace(Unpickler=Unpickler, load=load, __name__='restricted_pickle')
 
 
 def _history_buffer_method(owner: type, name: str):
@@ -128,16 +159,23 @@ def _download(url: str) -> str:
     for my_turn in (is_main_process(), True):  # the first rank fetches it for all that share its cache
         if my_turn and not osp.isfile(path):
             os.makedirs(folder, exist_ok=True)
-            # writes to a temporary name, compares the hash, then renames
-            torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
+            try:
+                # writes to a temporary name, compares the hash, then renames
+                torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f'The checkpoint {url} could not be downloaded: {error}.') from error
         barrier()
     return path
 
 
-def _looks_like_pickle(path: str) -> bool:
-    with open(path, 'rb') as file:
-        start = file.read(2)
-    return start[:1] == b'\x80' or start == b'PK'
+def _check_state_dict(state_dict, name: str) -> None:
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"The checkpoint '{name}' holds a {type(state_dict).__name__} instead of a state_dict.")
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"The checkpoint '{name}' holds no state_dict: '{key}' is a {type(value).__name__}, not a tensor."
+            )
 
 
 def _not_a_checkpoint(source: str, path: str) -> str:

@@ -1,5 +1,6 @@
 """Where a config and its weights are found: in an installed package, in a file, or in place."""
 
+import copy
 import os.path as osp
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,7 @@ def resolve_config(source: ConfigSource) -> Config:
 
 def model_of(cfg: Config) -> ConfigDict:
     """The model of a config, which carries the config's scope along so that it builds under any default scope."""
-    model = ConfigDict(cfg.model)
+    model = copy.deepcopy(ConfigDict(cfg.model))  # some models change their config while they are built
     if model.get('_scope_') is None and cfg.get('default_scope') is not None:
         model['_scope_'] = cfg.default_scope
     return model

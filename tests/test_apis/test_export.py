@@ -24,6 +24,18 @@ def test_config_is_the_base_again():
     assert 'mmdiffkd' not in plain.pretty_text
 
 
+def test_single_import_as_a_string():
+    cfg = config()
+    cfg.custom_imports = dict(imports='mmdiffkd')
+    assert 'custom_imports' not in student_config(cfg)
+
+
+def test_config_of_a_resumed_run():
+    cfg = config()
+    cfg.resume = True
+    assert student_config(cfg).resume is False
+
+
 def test_plain_config_is_an_error():
     with pytest.raises(ValueError, match='distils nothing: its model is a plain RetinaNet'):
         student_config(Config.fromfile(_file(tiny.RETINANET)))

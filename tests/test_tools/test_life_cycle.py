@@ -57,6 +57,7 @@ def config(tmp_path, shapes):
         default_hooks__checkpoint=dict(interval=1, max_keep_ckpts=2),
         default_hooks__logger__interval=1,
         param_scheduler=[],
+        custom_hooks=[dict(type='EMAHook')],
     )
     cfg.pop('experiment_name')
     cfg.dump(tmp_path / 'config.py')
@@ -155,17 +156,51 @@ def test_killed_run_is_resumed(config, tmp_path):
     assert len(before['optimizer']['state']) == len(after['optimizer']['state'])
 
 
-def test_two_processes_without_unused_parameters(config, tmp_path):
-    """Over gloo, by the documented script; DDP would stop in the second iteration if a parameter got no gradient."""
-    env = dict(os.environ, PORT=str(29500 + os.getpid() % 1000), OMP_NUM_THREADS='1')
+def train_in_two_processes(config, **env):
+    env = dict(os.environ, PORT=str(29500 + os.getpid() % 1000), OMP_NUM_THREADS='1', **env)
     env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
     command = ['bash', str(ROOT / 'tools' / 'dist_train.sh'), str(config), '2']
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_without_unused_parameters(config, tmp_path):
+    """Over gloo, by the documented script; DDP would stop in the second iteration if a parameter got no gradient."""
+    done = train_in_two_processes(config)
     assert done.returncode == 0, done.stdout[-4000:]
     assert 'find_unused_parameters=True' not in done.stdout
     assert 'GPU number: 2' in done.stdout  # mmengine's name for the number of processes
     train = [record for record in logged(tmp_path / 'run') if 'diffkd.fpn.loss_kd' in record]
     assert len(train) == 4  # two epochs of eight images, two processes, two images each
+    assert (tmp_path / 'run' / 'epoch_2.pth').exists()
+
+
+# a module for custom_imports: the loss of the second process is infinite in its second iteration
+SPOIL = """
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class SpoilHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if get_rank() == 1 and runner.iter == 1:
+            level = runner.model.module.diffkd['fpn'].levels[0]
+            level.distance.loss_weight = float('inf')
+        elif get_rank() == 1:
+            runner.model.module.diffkd['fpn'].levels[0].distance.loss_weight = 1.0
+"""
+
+
+def test_all_processes_skip_together(config, tmp_path):
+    (tmp_path / 'spoil.py').write_text(SPOIL)
+    spoilt = tmp_path / 'spoilt.py'
+    spoilt.write_text(
+        "_base_ = 'config.py'\ncustom_imports = dict(imports=['mmdiffkd', 'spoil'])\n"
+        "custom_hooks = [dict(type='SpoilHook'), dict(type='mmdiffkd.SkipNonFiniteHook')]\n"
+    )
+    done = train_in_two_processes(spoilt, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.count('Iteration 1 was skipped: not finite were losses of another rank') == 1
     assert (tmp_path / 'run' / 'epoch_2.pth').exists()
 
 

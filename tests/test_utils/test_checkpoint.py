@@ -77,9 +77,49 @@ class TestRead:
         with pytest.raises(ValueError, match='no PyTorch checkpoint, it is damaged'):
             read_checkpoint(path)
 
-    def test_no_dict(self, tmp_path):
-        with pytest.raises(ValueError, match='holds a Tensor instead of a state_dict'):
-            read_checkpoint(save(tmp_path, torch.ones(2)))
+    @pytest.mark.parametrize('content', [b'hello', b'Repository not found', b'a: 1', b'', bytes(range(256)) * 9])
+    def test_other_files(self, tmp_path, content):
+        (tmp_path / 'other.pth').write_bytes(content)
+        with pytest.raises(ValueError, match='other.pth. is no PyTorch checkpoint, it is damaged'):
+            read_checkpoint(str(tmp_path / 'other.pth'))
+
+    @pytest.mark.parametrize(
+        'content, message',
+        [
+            (torch.ones(2), 'holds a Tensor instead of a state_dict'),
+            (dict(state_dict=[1]), 'holds a list instead of a state_dict'),
+            (dict(model=dict(w=torch.ones(2))), "holds no state_dict: 'model' is a dict, not a tensor"),
+            ({3: torch.ones(2)}, "holds no state_dict: '3' is a Tensor"),
+        ],
+    )
+    def test_no_weights(self, tmp_path, content, message):
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(save(tmp_path, content))
+
+
+class TestRestrictedPickle:
+    """The reader for torch below 2.4 admits and refuses the same; it runs on every version."""
+
+    @pytest.fixture(autouse=True)
+    def old_torch(self, monkeypatch):
+        monkeypatch.delattr(torch.serialization, 'safe_globals', raising=False)
+        monkeypatch.delattr(torch.serialization, 'add_safe_globals', raising=False)
+
+    @pytest.mark.parametrize('zipped', [True, False])
+    def test_reads_what_mmengine_stores(self, tmp_path, zipped):
+        hub = dict(loss=HistoryBuffer([1.0, 2.0], [1, 1]), best=np.float64(0.5), classes=np.arange(3))
+        weights = nn.Linear(2, 3).state_dict()
+        content = dict(state_dict=weights, message_hub=hub)
+        torch.save(content, tmp_path / 'w.pth', _use_new_zipfile_serialization=zipped)
+        read = read_checkpoint(str(tmp_path / 'w.pth'))
+        torch.testing.assert_close(dict(read['state_dict']), dict(weights))
+        assert read['message_hub']['loss'].mean() == 1.5
+
+    def test_code_is_refused_and_not_run(self, tmp_path):
+        trace = str(tmp_path / 'trace')
+        with pytest.raises(ValueError, match='refused because it holds the object .*mkdir'):
+            read_checkpoint(save(tmp_path, dict(state_dict=dict(), x=Attack(trace))))
+        assert not os.path.exists(trace)
 
 
 class TestDownload:
@@ -114,9 +154,14 @@ class TestDownload:
         httpd.shutdown()
         assert set(read_checkpoint(url)['state_dict']) == {'w'}
 
+    def test_unreachable_host(self, tmp_path, monkeypatch):
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+        with pytest.raises(ValueError, match=r'http://127.0.0.1:9/w.pth could not be downloaded'):
+            read_checkpoint('http://127.0.0.1:9/w.pth')
+
     def test_wrong_hash_leaves_nothing_behind(self, server):
         url, _, cache = server
-        with pytest.raises(RuntimeError, match='invalid hash value'):
+        with pytest.raises(ValueError, match='wrong-12345678.pth could not be downloaded: invalid hash value'):
             read_checkpoint(url.rsplit('/', 1)[0] + '/wrong-12345678.pth')
         assert not [file for file in cache.rglob('*') if file.is_file()]
 

@@ -117,7 +117,21 @@ class FeatureDiffusion(nn.Module):
 
         Returns:
             DiffusionOutput: Losses, gamma, denoised feature and target.
+
+        Raises:
+            ValueError: If the two are not of one batch.
         """
+        if student.size(0) != teacher.size(0):
+            raise ValueError(
+                f'Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must come from the same batch.'
+            )
+        if self.training and teacher[:, 0].numel() == 1:
+            # one pixel of one image is nothing to normalise over: BatchNorm takes its running statistics
+            self.eval()
+            try:
+                return self.forward(student, teacher, draws)
+            finally:
+                self.train()
         draws = draws or Draws()
         latent = self._align(student, teacher.shape[-2:])
         if not self.denoise:

@@ -1,3 +1,4 @@
+import copy
 from contextlib import nullcontext
 from functools import cache
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -16,7 +17,7 @@ from ..diffusion import DiffusionOutput
 from .levels import match_levels
 from .pairs import read_pairs
 from .probe import probe
-from .roi import check_roi_head, is_roi_tap, record_rois
+from .roi import check_roi_taps, is_roi_tap, record_rois
 from .taps import TapRecorder, find_module
 from .teacher import Teacher
 
@@ -44,8 +45,8 @@ class DiffKDDistiller(BaseModel):
 
     Raises:
         ValueError: If a tap, a level or a width does not fit; known when the model is built.
-        FileNotFoundError, ModuleNotFoundError: If the teacher's config cannot be found; raised when training starts,
-            since predicting does not need it.
+        Exception: What else keeps the teacher from being built, such as FileNotFoundError for its config; raised when
+            training starts, since predicting does not need it.
     """
 
     def __new__(cls, *args, **kwargs):
@@ -74,32 +75,30 @@ class DiffKDDistiller(BaseModel):
         if teacher is None:
             return
         _check_teacher_keys(teacher)
+        student_cfg = _student_cfg(student, data_preprocessor=data_preprocessor)
         try:
-            self.teacher = Teacher(**teacher)
-        except (FileNotFoundError, ModuleNotFoundError) as error:
+            self._build_pairs(Teacher(**teacher), student_cfg, distill)
+        except ValueError:  # a mistake in this config
+            raise
+        except Exception as error:  # the teacher cannot be had here, which matters to training alone
             self._deferred_error = error
-            return
-        self._build_pairs(_student_cfg(student, data_preprocessor=data_preprocessor), distill)
 
-    def _build_pairs(self, student_cfg: ConfigDict, distill: Optional[dict]) -> None:
-        teacher_cfg = self.teacher.model_cfg
+    def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict]) -> None:
+        teacher_cfg = teacher.model_cfg
         self.pairs = read_pairs(distill, student_cfg, teacher_cfg)
-        for pair in self.pairs.values():
-            if is_roi_tap(pair.teacher):
-                check_roi_head(student_cfg, pair.teacher, 'student')
-                check_roi_head(teacher_cfg, pair.teacher, 'teacher')
+        check_roi_taps(self.pairs, student_cfg, teacher_cfg)
         student_taps = probe(student_cfg, {pair.student for pair in self.pairs.values()}, 'student')
         teacher_taps = probe(teacher_cfg, {pair.teacher for pair in self.pairs.values()}, 'teacher')
-        self.teacher.expect(student_cfg.get('data_preprocessor'), teacher_taps)
+        teacher.expect(student_cfg.get('data_preprocessor'), teacher_taps)
 
         self._matches = {}
         necks = {}
         for name, pair in self.pairs.items():
-            student, teacher = student_taps[pair.student], teacher_taps[pair.teacher]
-            matches = self._matches[name] = match_levels(name, student, teacher, pair.levels)
+            ours, theirs = student_taps[pair.student], teacher_taps[pair.teacher]
+            matches = self._matches[name] = match_levels(name, ours, theirs, pair.levels)
             widths = dict(
-                student_channels=[student.channels[s] for s, _ in matches],
-                teacher_channels=[teacher.channels[t] for _, t in matches],
+                student_channels=[ours.channels[s] for s, _ in matches],
+                teacher_channels=[theirs.channels[t] for _, t in matches],
             )
             try:
                 # the student starts from the weights that it starts from alone with the same seed
@@ -111,6 +110,7 @@ class DiffKDDistiller(BaseModel):
         self._student_calls = {path: info.calls for path, info in student_taps.items()}
         for path in self._inherit:
             find_module(self, path, 'student')
+        self.teacher = teacher
 
     def init_weights(self) -> None:
         """Initialise the student as upstream does, then bring in the teacher: training is about to start."""
@@ -220,13 +220,15 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         raise ValueError(
             f"The student's config is a {student['type']} itself; use its student: student=_base_.model.student."
         )
-    cfg = ConfigDict(student)
+    cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     if cfg.get('data_preprocessor') is None and data_preprocessor is not None:
         cfg.data_preprocessor = data_preprocessor
     return cfg
 
 
 def _check_teacher_keys(teacher: dict) -> None:
+    if not isinstance(teacher, dict):
+        raise ValueError(f'teacher={teacher!r} must be dict(config=..., checkpoint=...).')
     keys = ('config', 'checkpoint')
     for key in teacher:
         if key not in keys:

@@ -1,5 +1,7 @@
 from typing import Dict, List, NamedTuple, Optional
 
+from torch import nn
+
 from mmdiffkd.utils import nearest
 
 # The paper's weights of the feature distance; its rule is to choose a weight so that the loss is about Faster R-CNN's.
@@ -47,23 +49,28 @@ def read_pairs(distill: Optional[dict], student_cfg: dict, teacher_cfg: dict) ->
             'distill is empty: leave it out for the default pair, or name pairs such as '
             "distill=dict(fpn=dict(student='neck', teacher='neck'))."
         )
-    return {name: _read_pair(name, dict(cfg), student_cfg, teacher_cfg) for name, cfg in distill.items()}
+    return {name: _read_pair(name, cfg, student_cfg, teacher_cfg) for name, cfg in distill.items()}
 
 
 def _read_pair(name: str, cfg: dict, student_cfg: dict, teacher_cfg: dict) -> Pair:
-    if not name.isidentifier():
-        raise ValueError(f"The pair name '{name}' must be a plain word, it becomes part of checkpoint keys.")
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or 'loss' in name:
+        raise ValueError(
+            f"The pair name '{name}' cannot be used: it becomes part of checkpoint keys and of log keys, where 'loss' "
+            "marks what is summed up; take a plain word such as 'fpn'."
+        )
+    if not isinstance(cfg, dict):
+        raise ValueError(f"distill.{name}={cfg!r} must be a dict such as dict(student='neck', teacher='neck').")
     for field in cfg:
         if field not in FIELDS:
             raise ValueError(f"distill.{name} has no field '{field}'; the nearest are {nearest(field, FIELDS)}.")
-    neck = dict(cfg.get('neck') or {})
+    neck, levels = dict(cfg.get('neck') or {}), cfg.get('levels')
     neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
     neck.setdefault('distance', dict(type='mmdiffkd.MSELoss', loss_weight=_default_weight(student_cfg)))
     student, teacher = (
         cfg.get(owner) or _default_tap(name, owner, model_cfg)
         for owner, model_cfg in (('student', student_cfg), ('teacher', teacher_cfg))
     )
-    return Pair(student, teacher, cfg.get('levels'), neck)
+    return Pair(student, teacher, [levels] if isinstance(levels, int) else levels, neck)
 
 
 def _default_tap(name: str, owner: str, model_cfg: dict) -> str:

@@ -1,5 +1,6 @@
 """A dry run tells the widths and strides of taps before anything is trained."""
 
+import copy
 from typing import Dict, Iterable, List, NamedTuple, Optional
 
 import torch
@@ -10,7 +11,7 @@ from mmengine.structures import BaseDataElement
 from .taps import TapError, TapRecorder, find_module, flatten
 
 # Sizes are multiples of the largest FPN stride, so that strides come out whole.
-META_SIZE, CPU_SIZE = 512, 128
+META_SIZE, CPU_SIZES = 512, (128, 512)
 
 
 class TapInfo(NamedTuple):
@@ -53,35 +54,36 @@ def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInf
         print_log(
             f'The {owner} does not run on the meta device ({error}), its dry run is done on the CPU.', 'current', 10
         )
-    return _run(model_cfg, paths, owner, 'cpu', CPU_SIZE)
+    for size in CPU_SIZES[:-1]:
+        try:
+            return _run(model_cfg, paths, owner, 'cpu', size)
+        except TapError:
+            raise
+        except Exception:  # some models take no small images
+            continue
+    return _run(model_cfg, paths, owner, 'cpu', CPU_SIZES[-1])
 
 
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) -> Dict[str, TapInfo]:
-    with torch.random.fork_rng(devices=[]):
-        with torch.device(device):
-            model = MODELS.build(model_cfg).eval()
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
+        model = MODELS.build(copy.deepcopy(model_cfg)).eval()
         for path in paths:
             find_module(model, path, owner)
-        failure = None
-        with TapRecorder(model, paths, owner) as taps, torch.no_grad(), torch.device(device):
-            try:
-                model(torch.zeros(1, 3, size, size), [_blank_sample(size)], mode='tensor')
-            except Exception as error:  # it may fail behind the last tap, where nothing is needed any more
-                failure = error
-    unreached = [path for path, outputs in taps.outputs.items() if not outputs]
-    if unreached and failure is not None:
-        if device == 'meta':
-            raise failure
-        raise TapError(
-            f'The dry run of the {owner} {type(model).__name__} failed before it reached the tap '
-            f"'{unreached[0]}': {type(failure).__name__}: {failure}"
-        ) from failure
-    if unreached:
-        raise TapError(
-            f"The {owner} {type(model).__name__} has the module '{unreached[0]}', but a forward pass does not call it; "
-            'tap the module around it.'
-        )
-    return {path: _describe(taps, path, size) for path in paths}
+        images, samples = torch.zeros(1, 3, size, size), [_blank_sample(size)]
+        # most taps lie in backbone and neck, which run where proposals and post-processing do not
+        passes = [lambda: model(images, samples, mode='tensor')]
+        if hasattr(model, 'extract_feat'):
+            passes.insert(0, lambda: model.extract_feat(images))
+        for run in passes:
+            with TapRecorder(model, paths, owner) as taps:
+                run()
+            unreached = [path for path, outputs in taps.outputs.items() if not outputs]
+            if not unreached:
+                return {path: _describe(taps, path, size) for path in paths}
+    raise TapError(
+        f"The {owner} {type(model).__name__} has the module '{unreached[0]}', but a forward pass does not call it; "
+        'tap the module around it.'
+    )
 
 
 def _describe(taps: TapRecorder, path: str, size: int) -> TapInfo:

@@ -1,6 +1,7 @@
 from contextlib import AbstractContextManager
 from typing import Dict, Iterable, List, Optional
 
+import torch
 from torch import Tensor, nn
 
 from mmdiffkd.utils import nearest
@@ -48,13 +49,14 @@ class TapRecorder(AbstractContextManager):
             there and then. None lets it run. Defaults to None.
 
     Attributes:
-        outputs (dict[str, list]): What every path returned, an entry a call.
+        outputs (dict[str, list[list[Tensor]]]): The tensors that every path returned, an entry a call.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], owner: str, stop_after: Optional[Dict[str, int]] = None):
-        self.outputs: Dict[str, list] = {path: [] for path in paths}
+        self.outputs: Dict[str, List[List[Tensor]]] = {path: [] for path in paths}
         self._modules = {path: find_module(model, path, owner) for path in self.outputs}
         self._stop_after = stop_after
+        self._owner = owner
         self._handles = []
 
     def __enter__(self):
@@ -70,7 +72,8 @@ class TapRecorder(AbstractContextManager):
 
     def _hook(self, path: str):
         def record(module, inputs, output):
-            self.outputs[path].append(output)
+            # a copy: what follows may work in place, as ReLUs behind a normalisation do
+            self.outputs[path].append([tensor.clone() for tensor in flatten(output, path)])
             if self._stop_after and all(len(self.outputs[p]) >= n for p, n in self._stop_after.items()):
                 raise _LastTapReached
 
@@ -82,8 +85,19 @@ class TapRecorder(AbstractContextManager):
         Args:
             path (str): A tapped path.
             input_size (tuple[int, int]): Height and width of the images, which tell the grid of tokens.
+
+        Raises:
+            TapError: If they are no feature maps, or have lost the gradient that training them needs.
         """
-        return [as_map(tensor, input_size, path) for tensor in flatten(self.outputs[path], path)]
+        tensors = [tensor for call in self.outputs[path] for tensor in call]
+        is_trained = any(parameter.requires_grad for parameter in self._modules[path].parameters())
+        if torch.is_grad_enabled() and is_trained and not any(tensor.requires_grad for tensor in tensors):
+            raise TapError(
+                f"The {self._owner}'s tap '{path}' is trained but returns no gradient: it lies inside a part under "
+                'reentrant activation checkpointing (with_cp=True); tap the module around that part, or switch the '
+                'checkpointing off.'
+            )
+        return [as_map(tensor, input_size, path) for tensor in tensors]
 
 
 def as_map(tensor: Tensor, input_size, path: str) -> Tensor:

@@ -52,9 +52,17 @@ class FeatureDiffusionNeck(nn.Module):
 
         Returns:
             DiffusionOutput or list[DiffusionOutput]: One output a level; bare where the features are bare tensors.
+
+        Raises:
+            ValueError: If the number of levels or the batch does not fit.
         """
         if isinstance(student, Tensor):
             return self.levels[0](student, teacher, draws)
+        if not len(student) == len(teacher) == len(self.levels):
+            raise ValueError(
+                f'The neck has {len(self.levels)} levels, but was given {len(student)} of the student and '
+                f'{len(teacher)} of the teacher.'
+            )
         draws = draws or [None] * len(self.levels)
         return [level(s, t, d) for level, s, t, d in zip(self.levels, student, teacher, draws)]
 

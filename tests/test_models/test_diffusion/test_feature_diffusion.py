@@ -91,6 +91,20 @@ def test_weights_of_the_losses():
         torch.testing.assert_close(losses[name], factor * expected[name])
 
 
+def test_one_pixel_of_one_image():
+    """The last image of an epoch may come alone: BatchNorm then has nothing to normalise over."""
+    level = FeatureDiffusion(6, 8, latent_channels=4)
+    output = level(torch.randn(1, 6, 1, 1), torch.randn(1, 8, 1, 1))
+    sum(output.losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in level.parameters())
+    assert all(module.training for module in level.modules())
+
+
+def test_different_batches():
+    with pytest.raises(ValueError, match=r'\(1, 6, 5, 7\) and teacher \(2, 8, 5, 7\) must come from the same batch'):
+        FeatureDiffusion(6, 8)(torch.randn(1, 6, 5, 7), torch.randn(2, 8, 5, 7))
+
+
 @pytest.mark.parametrize(
     'options, message',
     [

@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from mmdiffkd.models import DiffKDDistiller
+from mmdiffkd.utils import model_of, resolve_config
 from tests import tiny
 
 REG = dict(
@@ -119,6 +120,14 @@ class TestTeacherIsAGuest:
         with pytest.raises(FileNotFoundError, match=r"config file 'gone.py' does not exist"):
             model.init_weights()
 
+    def test_what_keeps_it_from_being_built_waits_for_training(self, tmp_path):
+        cfg = tiny.distiller_cfg(tmp_path)
+        cfg.teacher.config = dict(type='NoSuchDetector', neck=dict(type='FPN'), bbox_head=dict(), _scope_='mmdet')
+        model = MODELS.build(cfg).eval()
+        assert len(model.predict(*tiny.batch(model))) == 2
+        with pytest.raises(KeyError, match='NoSuchDetector'):
+            model.init_weights()
+
     def test_without_a_teacher_the_student_trains_alone(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.teacher = None
@@ -154,6 +163,26 @@ class TestLosses:
         gammas = [log_vars[f'diffkd.fpn.gamma.{level}'] for level in range(5)]
         torch.testing.assert_close(sum(gammas) / 5, log_vars['diffkd.fpn.gamma'])
         assert all(0 < gamma < 1 for gamma in gammas)
+
+    @pytest.mark.parametrize('tap', ['backbone.bn1', 'backbone.layer4.1.bn2', 'bbox_head.cls_convs.3.conv', 'neck'])
+    def test_no_distance_between_equal_models(self, tmp_path, tap):
+        """Wherever the tap lies: layers behind it that work in place change neither feature."""
+        pair = dict(student=tap, teacher=tap, neck=dict(denoise=False, align=False))
+        model = tiny.build(tiny.distiller_cfg(tmp_path, teacher=tiny.detector(), distill=dict(same=pair)))
+        model.eval().load_state_dict(model.teacher.model.state_dict())
+        torch.testing.assert_close(model.loss(*tiny.batch(model))['diffkd.same.loss_kd'], torch.tensor(0.0))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize('config', ['dino/dino-4scale_r50_8xb2-12e_coco.py', 'detr/detr_r50_8xb2-150e_coco.py'])
+    def test_models_that_change_their_config(self, tmp_path, config):
+        """Detection transformers do so while they are built, and they are built more than once."""
+        detector = model_of(resolve_config(f'mmdet::{config}'))
+        detector.backbone.init_cfg = None
+        detector.num_queries = 20  # the images are small
+        detector.encoder.num_layers = detector.decoder.num_layers = 1
+        model = tiny.build(tiny.distiller_cfg(tmp_path, student=detector, teacher=detector))
+        model.parse_losses(model.loss(*tiny.batch(model)))[0].backward()
+        assert model.neck.convs[0].conv.weight.grad.any()
 
     def test_levels_that_are_named(self, tmp_path):
         model = tiny.build(tiny.distiller_cfg(tmp_path, distill=dict(fpn=dict(levels=[1, 2]))))
@@ -203,6 +232,26 @@ class TestRegressionOfRoIHeads:
     def test_one_stage_student_is_refused(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path, teacher=tiny.detector(tiny.FASTER_RCNN), distill=dict(reg=self.PAIR))
         with pytest.raises(ValueError, match='the student RetinaNet has none; leave this pair out'):
+            MODELS.build(cfg)
+
+    def test_boxes_that_are_coded_otherwise_are_refused(self, tmp_path):
+        teacher = tiny.detector(tiny.FASTER_RCNN)
+        teacher.roi_head.bbox_head.bbox_coder.target_stds = [1.0] * 4
+        cfg = tiny.distiller_cfg(tmp_path, tiny.detector(tiny.FASTER_RCNN), teacher, distill=dict(reg=self.PAIR))
+        with pytest.raises(ValueError, match='differ in bbox_coder .*leave this pair out'):
+            MODELS.build(cfg)
+
+    @pytest.mark.parametrize(
+        'pair, message',
+        [
+            (dict(student='roi_head.bbox_roi_extractor', teacher='neck'), "compared inside 'roi_head.bbox_head'"),
+            (dict(student='rpn_head.rpn_reg', teacher='rpn_head.rpn_reg'), 'not run when RoI heads are compared'),
+        ],
+    )
+    def test_pairs_that_do_not_go_with_it(self, tmp_path, pair, message):
+        detector = tiny.detector(tiny.FASTER_RCNN)
+        cfg = tiny.distiller_cfg(tmp_path, detector, detector, distill=dict(reg=self.PAIR, other=pair))
+        with pytest.raises(ValueError, match=message):
             MODELS.build(cfg)
 
 
@@ -259,7 +308,10 @@ class TestBadInput:
             (dict(distill=dict(fpn=dict(levels=[5]))), 'names level 5'),
             (dict(distill=dict(fpn=dict(studnet='neck'))), "no field 'studnet'; the nearest are 'student'"),
             (dict(distill=dict(fpn=dict(neck=dict(latent=3)))), 'distill.fpn.neck cannot be built'),
-            (dict(distill={'a.b': dict()}), "pair name 'a.b' must be a plain word"),
+            (dict(distill={'a.b': dict()}), "pair name 'a.b' cannot be used"),
+            (dict(distill=dict(keys=dict())), "pair name 'keys' cannot be used"),
+            (dict(distill=dict(loss_fpn=dict())), "pair name 'loss_fpn' cannot be used.*'loss' marks"),
+            (dict(distill=dict(fpn='neck')), "distill.fpn='neck' must be a dict"),
         ],
     )
     def test_options(self, tmp_path, options, message):
@@ -271,6 +323,7 @@ class TestBadInput:
         [
             (dict(checkpoint='x.pth'), 'teacher.config is missing'),
             (dict(config=tiny.RETINANET, ckpt='x'), "no key 'ckpt'; the nearest are 'checkpoint'"),
+            (tiny.RETINANET, r'must be dict\(config=..., checkpoint=...\)'),
         ],
     )
     def test_teacher_keys(self, tmp_path, teacher, message):

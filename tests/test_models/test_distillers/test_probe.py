@@ -25,7 +25,7 @@ def test_leaves_the_random_numbers_alone():
 
 def test_full_size_detector_costs_no_memory(monkeypatch):
     """R50 at 512 x 512 stays on the meta device."""
-    monkeypatch.setattr(probe_module, 'CPU_SIZE', None)  # the fallback would fail
+    monkeypatch.setattr(probe_module, 'CPU_SIZES', (None,))  # the fallback would fail
     cfg = resolve_config(tiny.RETINANET)
     cfg.model.backbone.init_cfg = None
     assert probe(model_of(cfg), ['neck'], 'teacher')['neck'].channels == [256] * 5
@@ -43,3 +43,19 @@ def test_operators_without_a_meta_device():
     cfg = resolve_config('mmdet::reppoints/reppoints-moment_x101-dconv-c3-c5_fpn-gn_head-gn_2x_coco.py')
     cfg.model.backbone.init_cfg = None
     assert probe(model_of(cfg), ['neck'], 'teacher')['neck'] == ([256] * 5, [8, 16, 32, 64, 128], 1)
+
+
+@pytest.mark.slow
+def test_pass_that_fails_between_two_levels():
+    """RepPoints' head fails on the meta device behind its first level; all five are found on the CPU."""
+    cfg = resolve_config('mmdet::reppoints/reppoints-moment_r50_fpn_1x_coco.py')
+    cfg.model.backbone.init_cfg = None
+    path = 'bbox_head.reppoints_pts_init_out'
+    assert probe(model_of(cfg), [path], 'student')[path] == ([18] * 5, [8, 16, 32, 64, 128], 5)
+
+
+@pytest.mark.slow
+def test_models_that_take_no_small_images():
+    cfg = resolve_config('mmdet::ssd/ssd300_coco.py')
+    cfg.model.backbone.init_cfg = None
+    assert probe(model_of(cfg), ['neck'], 'student')['neck'].channels == [512, 1024, 512, 256, 256, 256]

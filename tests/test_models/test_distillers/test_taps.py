@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from mmdiffkd.models.distillers.taps import TapRecorder, as_map, find_module
@@ -80,7 +81,26 @@ def test_output_that_is_no_tensor():
             return dict(x=x)
 
     model = nn.Sequential(Strange())
-    with TapRecorder(model, ['0'], 'student') as taps:
+    with pytest.raises(ValueError, match="tap '0' returns a dict"), TapRecorder(model, ['0'], 'student'):
         model(torch.randn(1))
-    with pytest.raises(ValueError, match="tap '0' returns a dict"):
-        taps.features('0', (1, 1))
+
+
+def test_later_work_in_place_does_not_reach_the_feature():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True)).eval()
+    images = torch.randn(1, 3, 4, 4)
+    with TapRecorder(model, ['0'], 'student') as taps:
+        model(images)
+    torch.testing.assert_close(taps.features('0', (4, 4))[0], model[0](images))
+    assert taps.features('0', (4, 4))[0].requires_grad
+
+
+def test_lost_gradient_is_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+
+    def forward(images):
+        return torch.utils.checkpoint.checkpoint(model, images, use_reentrant=True)
+
+    with TapRecorder(model, ['0'], 'student') as taps:
+        forward(torch.randn(1, 3, 4, 4, requires_grad=True))
+    with pytest.raises(ValueError, match=r"student's tap '0' is trained but returns no gradient.*with_cp=True"):
+        taps.features('0', (4, 4))

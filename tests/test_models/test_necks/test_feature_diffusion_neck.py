@@ -86,3 +86,6 @@ def test_levels_have_parts_of_their_own():
 def test_uneven_levels():
     with pytest.raises(ValueError, match='one entry for every level'):
         FeatureDiffusionNeck([4, 4], [8])
+    neck = FeatureDiffusionNeck([4, 4], [8, 8])
+    with pytest.raises(ValueError, match='has 2 levels, but was given 1 of the student and 2 of the teacher'):
+        neck([torch.randn(2, 4, 3, 3)], [torch.randn(2, 8, 3, 3)] * 2)
