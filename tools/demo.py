@@ -57,7 +57,7 @@ def main():
     (args.work_dir / 'table.md').write_text(table)
     (args.work_dir / 'table.json').write_text(json.dumps(rows, indent=2))
     picture = args.work_dir / 'detections.png'
-    run(ROOT / 'tools' / 'visualize_detections.py', *exported, picture)
+    run(ROOT / 'tools' / 'analysis_tools' / 'visualize_detections.py', *exported, picture)
     images = len(json.loads((args.data / 'annotations' / 'val.json').read_text())['images'])
     print(f'\n{table}\nmAP on {images} generated images, one seed: differences of a point or two are noise.')
     print(f'Exported student: {exported[1]} (opens in plain mmdet with {exported[0]})')

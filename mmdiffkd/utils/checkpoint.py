@@ -1,5 +1,6 @@
 """Checkpoints as data: read without executing anything in them, and loaded only where they fit."""
 
+import codecs
 import os
 import os.path as osp
 import pickle
@@ -106,6 +107,7 @@ def _admitted_globals() -> list:
     """What mmengine writes into a checkpoint beside tensors, and nothing more."""
     multiarray = (np.core if np.__version__.startswith('1.') else np._core).multiarray
     admitted = [HistoryBuffer, np.ndarray, np.dtype, _under_name(_history_buffer_method, 'builtins', 'getattr')]
+    admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # how bytes are pickled
     admitted += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # NumPy 1 and 2 wrote different names
         admitted += [_under_name(getattr(multiarray, name), module, name) for name in ('_reconstruct', 'scalar')]

@@ -156,22 +156,36 @@ def test_killed_run_is_resumed(config, tmp_path):
     assert len(before['optimizer']['state']) == len(after['optimizer']['state'])
 
 
-def train_in_two_processes(config, **env):
+def run_script(name, *args, path=Path(sys.executable).parent, **env):
+    """Run a shell script of tools/ with a folder in front of PATH."""
     env = dict(os.environ, PORT=str(29500 + os.getpid() % 1000), OMP_NUM_THREADS='1', **env)
-    env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env["PATH"]}'
-    command = ['bash', str(ROOT / 'tools' / 'dist_train.sh'), str(config), '2']
+    env['PATH'] = f'{path}{os.pathsep}{env["PATH"]}'
+    command = ['bash', str(ROOT / 'tools' / name), *map(str, args)]
     return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_two_processes_without_unused_parameters(config, tmp_path):
     """Over gloo, by the documented script; DDP would stop in the second iteration if a parameter got no gradient."""
-    done = train_in_two_processes(config)
+    done = run_script('dist_train.sh', config, 2)
     assert done.returncode == 0, done.stdout[-4000:]
     assert 'find_unused_parameters=True' not in done.stdout
     assert 'GPU number: 2' in done.stdout  # mmengine's name for the number of processes
     train = [record for record in logged(tmp_path / 'run') if 'diffkd.fpn.loss_kd' in record]
     assert len(train) == 4  # two epochs of eight images, two processes, two images each
-    assert (tmp_path / 'run' / 'epoch_2.pth').exists()
+    checkpoint = tmp_path / 'run' / 'epoch_2.pth'
+    done = run_script('dist_test.sh', config, checkpoint, 2, '--work-dir', tmp_path / 'tested')
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert map_of_test(tmp_path / 'tested') == pytest.approx(metric(logged(tmp_path / 'run')))
+
+
+def test_slurm_script(tmp_path):
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    done = run_script('slurm_train.sh', 'part', 'name', 'c.py', 'dir', '--amp', path=tmp_path, GPUS='4')
+    assert done.returncode == 0
+    assert '-p part --job-name=name --gres=gpu:8 --ntasks=4 --ntasks-per-node=8' in done.stdout
+    assert done.stdout.rstrip().endswith('tools/train.py c.py --work-dir=dir --launcher=slurm --amp')
 
 
 # a module for custom_imports: the loss of the second process is infinite in its second iteration
@@ -198,7 +212,7 @@ def test_all_processes_skip_together(config, tmp_path):
         "_base_ = 'config.py'\ncustom_imports = dict(imports=['mmdiffkd', 'spoil'])\n"
         "custom_hooks = [dict(type='SpoilHook'), dict(type='mmdiffkd.SkipNonFiniteHook')]\n"
     )
-    done = train_in_two_processes(spoilt, PYTHONPATH=str(tmp_path))
+    done = run_script('dist_train.sh', spoilt, 2, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.count('Iteration 1 was skipped: not finite were losses of another rank') == 1
     assert (tmp_path / 'run' / 'epoch_2.pth').exists()
