@@ -1,6 +1,6 @@
 from mmengine.config import Config, ConfigDict
 
-from mmdiffkd.utils import read_checkpoint
+from mmdiffkd.utils import read_checkpoint, without_diffusion_part
 
 PACKAGE = 'mmdiffkd'
 
@@ -18,10 +18,9 @@ def student_weights(checkpoint: str) -> dict:
         FileNotFoundError, ValueError: See :func:`mmdiffkd.utils.read_checkpoint`.
     """
     content = read_checkpoint(checkpoint)
-    weights = {key: value for key, value in content['state_dict'].items() if not key.startswith('diffkd.')}
     meta = content.get('meta', {})
     kept = {key: meta[key] for key in ('dataset_meta', 'epoch', 'iter', 'mmengine_version') if key in meta}
-    return dict(state_dict=weights, meta=kept)
+    return dict(state_dict=without_diffusion_part(content['state_dict']), meta=kept)
 
 
 def student_config(cfg: Config) -> Config:

@@ -17,6 +17,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 STATE = 'state_dict'
+PREFIX = 'diffkd.'  # of the diffusion part's keys
 URL_HASH = re.compile(r'-([a-f0-9]{8,})\.pth$')
 
 
@@ -56,6 +57,11 @@ def read_checkpoint(source: str) -> dict:
     return checkpoint
 
 
+def without_diffusion_part(state_dict: dict) -> OrderedDict:
+    """The weights of the student alone."""
+    return OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(PREFIX))
+
+
 def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str) -> None:
     """Load weights that must fit the model key by key.
 
@@ -71,7 +77,7 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
         ValueError: If keys are missing, unexpected or misshapen; it names them.
     """
     state = OrderedDict((re.sub(r'^module\.', '', key), value) for key, value in state_dict.items())
-    state = OrderedDict((key, value) for key, value in state.items() if not key.startswith('diffkd.'))
+    state = without_diffusion_part(state)
     # upstream's key conversions look at the versions that stand in the metadata
     state._metadata = getattr(state_dict, '_metadata', None)
     own = model.state_dict()

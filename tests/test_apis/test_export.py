@@ -3,6 +3,7 @@ import torch
 from mmengine.config import Config
 
 from mmdiffkd.apis import student_config, student_weights
+from mmdiffkd.utils import resolve_config
 from tests import tiny
 
 
@@ -17,7 +18,7 @@ model = dict(_delete_=True, type='mmdiffkd.DiffKDDistiller', student=_base_.mode
 
 
 def test_config_is_the_base_again():
-    plain, base = student_config(config()), Config.fromfile(_file(tiny.RETINANET))
+    plain, base = student_config(config()), resolve_config(tiny.RETINANET)
     assert plain.model.to_dict() == base.model.to_dict()
     assert plain.custom_imports.imports == ['os']
     assert [hook.type for hook in plain.custom_hooks] == ['NumClassCheckHook']
@@ -38,7 +39,7 @@ def test_config_of_a_resumed_run():
 
 def test_plain_config_is_an_error():
     with pytest.raises(ValueError, match='distils nothing: its model is a plain RetinaNet'):
-        student_config(Config.fromfile(_file(tiny.RETINANET)))
+        student_config(resolve_config(tiny.RETINANET))
 
 
 def test_weights_are_slim(tmp_path):
@@ -53,9 +54,3 @@ def test_weights_are_slim(tmp_path):
     assert set(slim) == {'state_dict', 'meta'}
     assert not any(key.startswith('diffkd.') for key in slim['state_dict'])
     assert slim['meta'] == dict(dataset_meta=dict(classes=('a',)), epoch=3)
-
-
-def _file(source):
-    from mmdiffkd.utils.config import _config_file
-
-    return _config_file(source)

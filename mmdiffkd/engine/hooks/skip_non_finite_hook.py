@@ -1,6 +1,8 @@
+from logging import WARNING
+
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 
@@ -23,7 +25,7 @@ class SkipNonFiniteHook(Hook):
         Raises:
             TypeError: If the model is no distiller.
         """
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = _unwrapped(runner)
         if not isinstance(model, DiffKDDistiller):
             raise TypeError(f'SkipNonFiniteHook needs a DiffKDDistiller, but the model is a {type(model).__name__}.')
         model.skip_non_finite = True
@@ -42,7 +44,11 @@ class SkipNonFiniteHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Report a skipped iteration."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = _unwrapped(runner)
         if model.skipped_iteration:
             bad = ', '.join(model.skipped_iteration)
-            print_log(f'Iteration {runner.iter} was skipped: not finite were {bad}.', logger='current', level=30)
+            print_log(f'Iteration {runner.iter} was skipped: not finite were {bad}.', logger='current', level=WARNING)
+
+
+def _unwrapped(runner: Runner) -> BaseModel:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model

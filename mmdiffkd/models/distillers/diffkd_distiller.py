@@ -11,7 +11,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils import nearest
+from mmdiffkd.utils import PREFIX, nearest
 
 from ..diffusion import DiffusionOutput
 from .levels import match_levels
@@ -20,8 +20,6 @@ from .probe import probe
 from .roi import check_roi_taps, is_roi_tap, record_rois
 from .taps import TapRecorder, find_module
 from .teacher import Teacher
-
-PREFIX = 'diffkd.'
 
 
 @MODELS.register_module()
@@ -107,7 +105,6 @@ class DiffKDDistiller(BaseModel):
             except (TypeError, ValueError, KeyError) as error:
                 raise ValueError(f'distill.{name}.neck cannot be built: {error}') from error
         self.diffkd = nn.ModuleDict(necks)
-        self._student_calls = {path: info.calls for path, info in student_taps.items()}
         for path in self._inherit:
             find_module(self, path, 'student')
         self.teacher = teacher
@@ -159,7 +156,7 @@ class DiffKDDistiller(BaseModel):
         if self.teacher is None:
             return super().loss(inputs, data_samples, **kwargs)
         needs_rois = any(is_roi_tap(pair.teacher) for pair in self.pairs.values())
-        with TapRecorder(self, self._student_calls, 'student') as taps:
+        with TapRecorder(self, {pair.student for pair in self.pairs.values()}, 'student') as taps:
             with record_rois(self) if needs_rois else nullcontext([None]) as rois:
                 losses = dict(super().loss(inputs, data_samples, **kwargs))
         size = inputs.shape[-2:]

@@ -1,6 +1,7 @@
 """A dry run tells the widths and strides of taps before anything is trained."""
 
 import copy
+from logging import DEBUG
 from typing import Dict, Iterable, List, NamedTuple, Optional
 
 import torch
@@ -10,8 +11,9 @@ from mmengine.structures import BaseDataElement
 
 from .taps import TapError, TapRecorder, find_module, flatten
 
+# Device and image size, tried in turn: not every operator knows the meta device, and some models take no small images.
 # Sizes are multiples of the largest FPN stride, so that strides come out whole.
-META_SIZE, CPU_SIZES = 512, (128, 512)
+ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512))
 
 
 class TapInfo(NamedTuple):
@@ -46,22 +48,15 @@ def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInf
         TapError: If a path does not exist, or is not reached in a forward pass.
     """
     paths = list(paths)
-    try:
-        return _run(model_cfg, paths, owner, 'meta', META_SIZE)
-    except TapError:
-        raise
-    except Exception as error:
-        print_log(
-            f'The {owner} does not run on the meta device ({error}), its dry run is done on the CPU.', 'current', 10
-        )
-    for size in CPU_SIZES[:-1]:
+    *attempts, last = ATTEMPTS
+    for device, size in attempts:
         try:
-            return _run(model_cfg, paths, owner, 'cpu', size)
+            return _run(model_cfg, paths, owner, device, size)
         except TapError:
             raise
-        except Exception:  # some models take no small images
-            continue
-    return _run(model_cfg, paths, owner, 'cpu', CPU_SIZES[-1])
+        except Exception as error:
+            print_log(f'The dry run of the {owner} fails on {device} at {size} pixels: {error}', 'current', DEBUG)
+    return _run(model_cfg, paths, owner, *last)
 
 
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) -> Dict[str, TapInfo]:

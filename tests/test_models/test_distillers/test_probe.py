@@ -25,7 +25,7 @@ def test_leaves_the_random_numbers_alone():
 
 def test_full_size_detector_costs_no_memory(monkeypatch):
     """R50 at 512 x 512 stays on the meta device."""
-    monkeypatch.setattr(probe_module, 'CPU_SIZES', (None,))  # the fallback would fail
+    monkeypatch.setattr(probe_module, 'ATTEMPTS', (('meta', 512),))  # no fallback
     cfg = resolve_config(tiny.RETINANET)
     cfg.model.backbone.init_cfg = None
     assert probe(model_of(cfg), ['neck'], 'teacher')['neck'].channels == [256] * 5
