@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # the tests run in parallel
@@ -14,9 +16,9 @@ torch.set_num_threads(1)  # the tests run in parallel
 
 @pytest.fixture(autouse=True)
 def clean_globals():
-    """Default scope, loggers and message hubs are global in mmengine; no test sees another's."""
+    """Default scope, loggers, message hubs and visualizers are global in mmengine; no test sees another's."""
     yield
-    for manager in (DefaultScope, MessageHub, MMLogger):
+    for manager in (DefaultScope, MessageHub, MMLogger, Visualizer, *Visualizer.__subclasses__()):
         manager._instance_dict.clear()
 
 
@@ -46,3 +48,9 @@ def run_tool(path, *args, cwd=ROOT, check=True, env=None):
     if check:
         assert done.returncode == 0, done.stdout[-4000:]
     return done
+
+
+def logged(work_dir):
+    """All records of the run's JSON logs."""
+    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]

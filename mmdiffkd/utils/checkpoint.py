@@ -1,6 +1,7 @@
 """Checkpoints as data: read without executing anything in them, and loaded only where they fit."""
 
 import codecs
+import hashlib
 import os
 import os.path as osp
 import pickle
@@ -60,6 +61,15 @@ def read_checkpoint(source: str) -> dict:
 def without_diffusion_part(state_dict: dict) -> OrderedDict:
     """The weights of the student alone."""
     return OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(PREFIX))
+
+
+def fingerprint(state_dict: dict) -> str:
+    """A hash of weights that does not depend on the file they come in."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state_dict.items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str) -> None:

@@ -44,10 +44,12 @@ def resolve_config(source: ConfigSource) -> Config:
 
 
 def model_of(cfg: Config) -> ConfigDict:
-    """The model of a config, which carries the config's scope along so that it builds under any default scope."""
+    """The model of a config, with the config's scope, so that it builds under any default scope, and preprocessor."""
     model = copy.deepcopy(ConfigDict(cfg.model))  # some models change their config while they are built
     if model.get('_scope_') is None and cfg.get('default_scope') is not None:
         model['_scope_'] = cfg.default_scope
+    if model.get('data_preprocessor') is None and cfg.get('data_preprocessor') is not None:
+        model['data_preprocessor'] = copy.deepcopy(cfg.data_preprocessor)
     return model
 
 

@@ -11,7 +11,7 @@ def config(**changes):
     text = f"""
 _base_ = '{tiny.RETINANET}'
 custom_imports = dict(imports=['mmdiffkd', 'os'], allow_failed_imports=False)
-custom_hooks = [dict(type='mmdiffkd.SkipNonFiniteHook'), dict(type='NumClassCheckHook')]
+custom_hooks = [dict(type='mmdiffkd.NonFiniteHook'), dict(type='NumClassCheckHook')]
 model = dict(_delete_=True, type='mmdiffkd.DiffKDDistiller', student=_base_.model, teacher=dict(config='x'))
 """
     return Config.fromstring(text, '.py')

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.conftest import ROOT, run_tool
+from tests.conftest import ROOT, logged, run_tool
 
 pytestmark = pytest.mark.slow
 MMDET_TEST = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
@@ -62,12 +62,6 @@ def config(tmp_path, shapes):
     cfg.pop('experiment_name')
     cfg.dump(tmp_path / 'config.py')
     return tmp_path / 'config.py'
-
-
-def logged(work_dir):
-    """All records of the run's JSON logs."""
-    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def metric(records):
@@ -210,7 +204,7 @@ def test_all_processes_skip_together(config, tmp_path):
     spoilt = tmp_path / 'spoilt.py'
     spoilt.write_text(
         "_base_ = 'config.py'\ncustom_imports = dict(imports=['mmdiffkd', 'spoil'])\n"
-        "custom_hooks = [dict(type='SpoilHook'), dict(type='mmdiffkd.SkipNonFiniteHook')]\n"
+        "custom_hooks = [dict(type='SpoilHook'), dict(type='mmdiffkd.NonFiniteHook', policy='skip')]\n"
     )
     done = run_script('dist_train.sh', spoilt, 2, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:]

@@ -1,6 +1,6 @@
 import copy
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -14,6 +14,7 @@ from mmdiffkd.registry import MODELS
 from mmdiffkd.utils import PREFIX, nearest
 
 from ..diffusion import DiffusionOutput
+from .idle import touching
 from .levels import match_levels
 from .pairs import read_pairs
 from .probe import probe
@@ -65,8 +66,12 @@ class DiffKDDistiller(BaseModel):
         # __new__ has built the student: BaseModel.__init__ must not run again
         self.teacher: Optional[Teacher] = None
         self._deferred_error: Optional[Exception] = None
-        self.skip_non_finite = False  # set by SkipNonFiniteHook
-        self.skipped_iteration: List[str] = []
+        self.distill_weight: Optional[float] = 1.0  # set by DistillScheduleHook; None rests the distillation
+        self.touch_idle_part = False  # set by DistillScheduleHook
+        self.skip_non_finite = False  # set by NonFiniteHook
+        self.watch_tap_gradients = False  # set by NonFiniteHook
+        self.non_finite_losses: List[str] = []
+        self.tap_gradients: Dict[Tuple[str, int], Tensor] = {}  # sums, by pair and level
         self._inherit = [inherit] if isinstance(inherit, str) else list(inherit or ())
         self._register_load_state_dict_pre_hook(self._forget_absent_part)
         self.register_load_state_dict_post_hook(_keep_fresh_part)
@@ -153,8 +158,9 @@ class DiffKDDistiller(BaseModel):
         """
         if self._deferred_error is not None:
             raise self._deferred_error
-        if self.teacher is None:
+        if self.teacher is None or self.distill_weight is None:
             return super().loss(inputs, data_samples, **kwargs)
+        self.tap_gradients.clear()
         needs_rois = any(is_roi_tap(pair.teacher) for pair in self.pairs.values())
         with TapRecorder(self, {pair.student for pair in self.pairs.values()}, 'student') as taps:
             with record_rois(self) if needs_rois else nullcontext([None]) as rois:
@@ -164,9 +170,21 @@ class DiffKDDistiller(BaseModel):
         for name, pair in self.pairs.items():
             student, teacher = taps.features(pair.student, size), teacher_features[pair.teacher]
             matches = self._matches[name]
+            if self.watch_tap_gradients:
+                self._watch(name, {s: student[s] for s, _ in matches})
             outputs = self.diffkd[name]([student[s] for s, _ in matches], [teacher[t] for _, t in matches])
-            losses.update(_named(name, outputs, [s for s, _ in matches]))
+            losses.update(_named(name, outputs, [s for s, _ in matches], self.distill_weight))
         return losses
+
+    def _watch(self, pair: str, features: Dict[int, Tensor]) -> None:
+        """Sum up the gradients that reach the student through a pair; the sum of one that breaks is not finite."""
+
+        def note(level: int, gradient: Tensor) -> None:
+            self.tap_gradients[pair, level] = gradient.sum(dtype=torch.float32)
+
+        for level, feature in features.items():
+            if feature.requires_grad:
+                feature.register_hook(partial(note, level))
 
     def parse_losses(self, losses: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Sum up the losses.
@@ -175,23 +193,24 @@ class DiffKDDistiller(BaseModel):
             FloatingPointError: If the sum is not finite; it names the losses and the iteration.
         """
         loss, log_vars = super().parse_losses(losses)
-        is_finite = torch.isfinite(loss.detach()).all()
-        self.skipped_iteration = []
+        if self.touch_idle_part and self.distill_weight is None:
+            loss = touching(loss, self.diffkd.parameters())
+        is_finite = loss.detach().isfinite().all()
         if self.skip_non_finite:
             is_finite = is_finite.float()
             all_reduce(is_finite, op='min')
+        self.non_finite_losses = []
         if is_finite:
             return loss, log_vars
         bad = [name for name, value in log_vars.items() if name != 'loss' and not value.isfinite().all()]
         if self.skip_non_finite:
-            self.skipped_iteration = bad or ['losses of another rank']
-            # a zero that every parameter takes part in, so that DDP finds the gradients it waits for
-            return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0, log_vars
+            self.non_finite_losses = bad or ['losses of another rank']
+            return loss, log_vars
         raise FloatingPointError(
             f'The loss is not finite in iteration {MessageHub.get_current_instance().get_info("iter", 0)}: '
             f'{", ".join(bad)}. Lower the learning rate or clip gradients '
-            '(optim_wrapper.clip_grad=dict(max_norm=35)); the hook mmdiffkd.SkipNonFiniteHook leaves such iterations '
-            'out.'
+            "(optim_wrapper.clip_grad=dict(max_norm=35)); the hook dict(type='mmdiffkd.NonFiniteHook', policy='skip') "
+            'leaves such iterations out.'
         )
 
     def _forget_absent_part(self, state_dict: dict, prefix: str, *args) -> None:
@@ -226,7 +245,7 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
 def _check_teacher_keys(teacher: dict) -> None:
     if not isinstance(teacher, dict):
         raise ValueError(f'teacher={teacher!r} must be dict(config=..., checkpoint=...).')
-    keys = ('config', 'checkpoint')
+    keys = ('config', 'checkpoint', 'dtype')
     for key in teacher:
         if key not in keys:
             raise ValueError(f"teacher has no key '{key}'; the nearest are {nearest(key, keys)}.")
@@ -240,9 +259,12 @@ def _distiller_class(student_class: type) -> type:
     return type(f'DiffKD{student_class.__name__}', (DiffKDDistiller, student_class), dict(__module__=__name__))
 
 
-def _named(pair: str, outputs: Sequence[DiffusionOutput], levels: Sequence[int]) -> Dict[str, Tensor]:
+def _named(pair: str, outputs: Sequence[DiffusionOutput], levels: Sequence[int], weight: float) -> Dict[str, Tensor]:
     """Name what a neck returns for the log; mmengine sums up what has ``loss`` in its name."""
     named = {}
+    if weight != 1:
+        for output in outputs:
+            output.losses['loss_kd'] = output.losses['loss_kd'] * weight
     for name in outputs[0].losses:
         named[f'{PREFIX}{pair}.{name}'] = sum(output.losses[name] for output in outputs)
     gammas = [output.gamma.detach().mean() for output in outputs if output.gamma is not None]

@@ -1,3 +1,4 @@
+import re
 from contextlib import AbstractContextManager
 from typing import Dict, Iterable, List, Optional
 
@@ -5,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdiffkd.utils import nearest
+
+WRAPPERS = re.compile(r'(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.|$)')
 
 
 class TapError(ValueError):
@@ -16,13 +19,18 @@ def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
 
     Args:
         model (nn.Module): Where to look.
-        path (str): For example ``'neck'`` or ``'bbox_head.retina_reg'``.
+        path (str): For example ``'neck'`` or ``'bbox_head.retina_reg'``; FSDP, activation checkpointing and
+            torch.compile, which wrap modules, do not change it.
         owner (str): ``'student'`` or ``'teacher'``, for the error message.
 
     Raises:
         TapError: If there is none; it lists the nearest paths.
     """
-    modules = dict(model.named_modules())
+    modules: Dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        modules.setdefault(
+            WRAPPERS.sub('', name).lstrip('.'), module
+        )  # the wrapper comes first, and it is what is called
     modules.pop('', None)
     if path not in modules:
         raise TapError(
@@ -90,12 +98,11 @@ class TapRecorder(AbstractContextManager):
             TapError: If they are no feature maps, or have lost the gradient that training them needs.
         """
         tensors = [tensor for call in self.outputs[path] for tensor in call]
-        is_trained = any(parameter.requires_grad for parameter in self._modules[path].parameters())
-        if torch.is_grad_enabled() and is_trained and not any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
             raise TapError(
-                f"The {self._owner}'s tap '{path}' is trained but returns no gradient: it lies inside a part under "
-                'reentrant activation checkpointing (with_cp=True); tap the module around that part, or switch the '
-                'checkpointing off.'
+                f"No gradient reaches the {self._owner} through its tap '{path}': it is frozen, or it lies inside a "
+                'part under reentrant activation checkpointing (with_cp=True, activation_checkpointing=[...]). Tap the '
+                'module around that part, or switch the checkpointing off there.'
             )
         return [as_map(tensor, input_size, path) for tensor in tensors]
 

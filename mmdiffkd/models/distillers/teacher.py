@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from typing import Dict, List, Optional, Sequence
 
 import torch
@@ -5,12 +6,22 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdiffkd.utils import load_strict, model_of, preprocessor_of, read_checkpoint, resolve_config, zoo_checkpoint
+from mmdiffkd.utils import (
+    fingerprint,
+    load_strict,
+    model_of,
+    preprocessor_of,
+    read_checkpoint,
+    resolve_config,
+    zoo_checkpoint,
+)
 
 from .normalisation import Renormalisation
 from .probe import TapInfo
 from .roi import is_roi_tap, run_box_branch
 from .taps import TapRecorder
+
+DTYPES = ('bfloat16', 'float16')
 
 
 class Teacher:
@@ -19,12 +30,18 @@ class Teacher:
     Args:
         config (str, Path or dict): See :func:`mmdiffkd.utils.resolve_config`.
         checkpoint (str): Path or URL of its weights, or ``'zoo'``.
+        dtype (str, optional): ``'bfloat16'`` or ``'float16'`` runs it under autocast. Its features are float32 all the
+            same. Defaults to None, the precision that the student runs in.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, ValueError: If the config cannot be resolved, or is a distiller's.
     """
 
-    def __init__(self, config, checkpoint: Optional[str] = None):
+    def __init__(self, config, checkpoint: Optional[str] = None, dtype: Optional[str] = None):
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"teacher.dtype='{dtype}' must be one of {', '.join(map(repr, DTYPES))}.")
+        self.dtype: Optional[torch.dtype] = dtype and getattr(torch, dtype)
+        self.fingerprint: Optional[str] = None  # of its weights, once they are loaded
         self.source = config
         self.checkpoint = checkpoint
         self.cfg: Config = resolve_config(config)
@@ -68,6 +85,7 @@ class Teacher:
         with torch.random.fork_rng(devices=[]):  # the run's random numbers do not depend on the teacher
             model = MODELS.build(self.model_cfg)
         load_strict(model, weights, f'the teacher ({self.name})', f"'{source}'")
+        self.fingerprint = fingerprint(model.state_dict())
         return model.eval().requires_grad_(False)
 
     def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, TapInfo]) -> None:
@@ -99,9 +117,13 @@ class Teacher:
             model.to(inputs.device)
         images = self._renormalise(inputs, data_samples)
         calls = {path: info.calls for path, info in self.taps.items()}
-        with TapRecorder(model, calls, 'teacher', stop_after=calls) as recorder:
+        precision = torch.autocast(inputs.device.type, self.dtype) if self.dtype else nullcontext()
+        with precision, TapRecorder(model, calls, 'teacher', stop_after=calls) as recorder:
             if any(map(is_roi_tap, calls)):
                 run_box_branch(model, images, rois)
             else:
                 model(images, data_samples, mode='tensor')
-        return {path: recorder.features(path, inputs.shape[-2:]) for path in calls}
+        features = {path: recorder.features(path, inputs.shape[-2:]) for path in calls}
+        if self.dtype:
+            features = {path: [level.float() for level in levels] for path, levels in features.items()}
+        return features

@@ -102,5 +102,5 @@ def test_lost_gradient_is_an_error():
 
     with TapRecorder(model, ['0'], 'student') as taps:
         forward(torch.randn(1, 3, 4, 4, requires_grad=True))
-    with pytest.raises(ValueError, match=r"student's tap '0' is trained but returns no gradient.*with_cp=True"):
+    with pytest.raises(ValueError, match=r"No gradient reaches the student through its tap '0'.*with_cp=True"):
         taps.features('0', (4, 4))

@@ -1,0 +1,98 @@
+from typing import Optional
+
+from mmengine.hooks import Hook
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.nn.parallel import DistributedDataParallel
+
+from mmdiffkd.models import DiffKDDistiller
+from mmdiffkd.registry import HOOKS
+
+from ..runner_parts import optimizers_of, required_distiller
+
+
+@HOOKS.register_module()
+class DistillScheduleHook(Hook):
+    """Warm up, decay, start and stop the distillation.
+
+    Within ``[begin, end)`` the weight of every ``loss_kd`` rises linearly from 0 to 1 over ``warmup`` and falls to 0
+    over the last ``decay``. The diffusion part learns at full weight all the while, warm-up included. Outside, neither
+    the teacher nor the diffusion part is run, and the latter's weights stay as they are. The weight depends on the
+    iteration alone, so a resumed run goes on where it was. It is logged as ``diffkd.weight``.
+
+    Under DDP the idle diffusion part still takes part in the exchange of gradients, as zeros: its share of the
+    parameters is what that costs.
+
+    Args:
+        begin (int): First epoch or iteration with distillation, from 0. Defaults to 0.
+        end (int, optional): First one without it again. None never stops. Defaults to None.
+        warmup (float): Length of the rise. Defaults to 0.
+        decay (float): Length of the fall before ``end``, or before the end of the training. Defaults to 0.
+        by_epoch (bool): Whether these are epochs (only in epoch-based loops) or iterations. Defaults to True.
+
+    Raises:
+        ValueError: If the numbers leave no distillation.
+    """
+
+    def __init__(
+        self, begin: int = 0, end: Optional[int] = None, warmup: float = 0, decay: float = 0, by_epoch: bool = True
+    ):
+        if min(begin, warmup, decay) < 0 or (end is not None and not begin + max(warmup + decay, 1) <= end):
+            raise ValueError(
+                f'DistillScheduleHook(begin={begin}, end={end}, warmup={warmup}, decay={decay}): none may be negative, '
+                'and warmup and decay must fit between begin and end.'
+            )
+        self.begin = begin
+        self.end = end
+        self.warmup = warmup
+        self.decay = decay
+        self.by_epoch = by_epoch
+
+    def before_train(self, runner: Runner) -> None:
+        """Convert epochs to iterations and take hold of the optimizers.
+
+        Raises:
+            TypeError: If the model is no distiller.
+            ValueError: If epochs are given in an iteration-based loop, or the schedule ends after the training.
+        """
+        model = required_distiller(runner, self)
+        unit = 1
+        if self.by_epoch:
+            if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+                raise ValueError(
+                    f'DistillScheduleHook counts epochs, but the {type(runner.train_loop).__name__} has none; give '
+                    'iterations and by_epoch=False.'
+                )
+            unit = len(runner.train_dataloader)
+        self._begin, self._warmup, self._decay = self.begin * unit, self.warmup * unit, self.decay * unit
+        self._end = runner.max_iters if self.end is None else self.end * unit
+        if not self._begin + self._warmup + self._decay <= self._end <= runner.max_iters:
+            raise ValueError(
+                f'DistillScheduleHook: begin={self.begin}, end={self.end}, warmup={self.warmup} and decay={self.decay} '
+                f'do not fit into the {runner.max_iters // unit} {"epochs" if self.by_epoch else "iterations"} of this '
+                'training.'
+            )
+        model.touch_idle_part = isinstance(runner.model, DistributedDataParallel)
+        part = list(model.diffkd.parameters())
+        for optimizer in optimizers_of(runner):
+            optimizer.register_step_pre_hook(lambda *args: self._hold_still(model, part))
+
+    def weight(self, iteration: int) -> Optional[float]:
+        """The weight of ``loss_kd`` in an iteration, counted from 0; None outside ``[begin, end)``."""
+        if not self._begin <= iteration < self._end:
+            return None
+        rise = (iteration + 1 - self._begin) / self._warmup if self._warmup else 1.0
+        fall = (self._end - iteration) / self._decay if self._decay else 1.0
+        return min(1.0, rise, fall)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Set the weight of this iteration."""
+        weight = self.weight(runner.iter)
+        required_distiller(runner, self).distill_weight = weight
+        runner.message_hub.update_scalar('train/diffkd.weight', weight or 0.0)
+
+    @staticmethod
+    def _hold_still(model: DiffKDDistiller, part: list) -> None:
+        """Without a gradient neither momentum nor weight decay moves the idle part."""
+        if model.distill_weight is None:
+            for parameter in part:
+                parameter.grad = None

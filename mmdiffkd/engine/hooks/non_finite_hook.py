@@ -1,0 +1,144 @@
+from logging import WARNING
+from typing import List, Tuple
+
+import torch
+from mmengine.dist import all_gather_object, all_reduce
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import Runner
+from torch.optim import Optimizer
+
+from mmdiffkd.models import DiffKDDistiller
+from mmdiffkd.registry import HOOKS
+
+from ..runner_parts import distiller_of, optimizers_of, required_distiller
+
+POLICIES = ('raise', 'skip')
+SCALAR = 'diffkd.skipped'  # its name in the log and in the message hub
+
+
+@HOOKS.register_module()
+class NonFiniteHook(Hook):
+    """Say where a loss or gradient stops being finite, and stop there or leave the step out.
+
+    The distiller itself stops at a loss that is not finite. This hook also looks at the gradients, just before the
+    optimizer uses them, and can skip instead. All ranks decide alike. A skipped step moves no weight, neither by
+    momentum nor by weight decay, and its batch leaves no trace in the running statistics of BatchNorm. With gradient
+    accumulation the whole step is left out. Under fp16 the loss scaler skips gradients that overflow by itself, which
+    is normal and not counted here.
+
+    Args:
+        policy (str): ``'raise'`` or ``'skip'``. Defaults to ``'raise'``.
+        max_consecutive_skips (int): Stop when more steps than this are skipped in a row. Defaults to 20.
+
+    Raises:
+        ValueError: If there is no such policy.
+    """
+
+    priority = 'ABOVE_NORMAL'  # before EMAHook copies the buffers
+
+    def __init__(self, policy: str = 'raise', max_consecutive_skips: int = 20):
+        if policy not in POLICIES:
+            raise ValueError(f"NonFiniteHook has no policy '{policy}', only {' and '.join(map(repr, POLICIES))}.")
+        self.policy = policy
+        self.max_consecutive_skips = max_consecutive_skips
+        self._consecutive = 0
+        self._spoilt_since_step = False
+        self._reasons: List[str] = []
+        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # with their values before the iteration
+
+    def before_train(self, runner: Runner) -> None:
+        """Watch the model and its optimizers.
+
+        Raises:
+            TypeError: If the model is no distiller.
+        """
+        model = required_distiller(runner, self)
+        model.skip_non_finite = self.policy == 'skip'
+        model.watch_tap_gradients = True
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for optimizer in optimizers_of(runner):
+            optimizer.register_step_pre_hook(lambda optimizer, *args: self._check(runner, model, optimizer, names))
+        if self.policy == 'skip':
+            self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Keep the buffers, to bring them back if the iteration is skipped."""
+        if self._buffers:
+            live, kept = zip(*self._buffers)
+            torch._foreach_copy_(list(kept), list(live))
+
+    def _check(self, runner: Runner, model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> None:
+        """Before a step: raise, or take the gradients away; optimizers pass over parameters without one."""
+        if not (self._spoilt_since_step or model.non_finite_losses):
+            gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+            is_finite = _total_norm(gradients).isfinite().float()
+            all_reduce(is_finite, op='min')  # sharded gradients differ between ranks
+            if is_finite:
+                return
+            self._reasons = _locate(model, optimizer, names)
+            if self.policy == 'raise':
+                raise FloatingPointError(
+                    f'The gradient is not finite in iteration {runner.iter}: {", ".join(self._reasons)}. Lower the '
+                    "learning rate, or leave such steps out: dict(type='mmdiffkd.NonFiniteHook', policy='skip')."
+                )
+        optimizer.zero_grad(set_to_none=True)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Report and count what was skipped.
+
+        Raises:
+            FloatingPointError: If too many steps in a row were skipped.
+        """
+        losses = distiller_of(runner).non_finite_losses
+        # within an accumulated step, what comes after a bad batch is lost with it
+        self._spoilt_since_step = (self._spoilt_since_step or bool(losses)) and not _made_a_step(runner)
+        reasons, self._reasons = losses or self._reasons, []
+        if not reasons:
+            self._consecutive = 0
+            return
+        self._consecutive += 1
+        for live, kept in self._buffers:
+            live.copy_(kept)
+        count = runner.message_hub.get_info(SCALAR, 0) + 1
+        runner.message_hub.update_info(SCALAR, count)
+        runner.message_hub.update_scalar(f'train/{SCALAR}', count)
+        print_log(
+            f'Iteration {runner.iter} was skipped: not finite were {", ".join(reasons)} ({count} skipped so far).',
+            logger='current',
+            level=WARNING,
+        )
+        if self._consecutive > self.max_consecutive_skips:
+            raise FloatingPointError(
+                f'{self._consecutive} iterations in a row were not finite, the last one {runner.iter}: '
+                f'{", ".join(reasons)}. The run cannot recover from this; resume an earlier checkpoint with a lower '
+                'learning rate.'
+            )
+
+
+def _made_a_step(runner: Runner) -> bool:
+    wrapper = runner.optim_wrapper
+    first = next(iter(wrapper.values())) if isinstance(wrapper, OptimWrapperDict) else wrapper
+    return first.should_update()
+
+
+def _total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
+    if not gradients:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+
+
+def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:
+    """Where the gradient broke, on any rank: pairs and levels if it came through taps, else parameters."""
+    found = [
+        f'diffkd.{pair}, level {level}' for (pair, level), total in model.tap_gradients.items() if not total.isfinite()
+    ]
+    if not found:
+        parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        found = [names[p] for p in parameters if not p.grad.isfinite().all()]
+        if len(found) == len(parameters):  # clipping by the total norm has spread it
+            found = ['all parameters']
+        elif len(found) > 4:
+            found = [*found[:4], f'{len(found) - 4} more parameters']
+    return sorted({name for names_of_rank in all_gather_object(found) for name in names_of_rank})

@@ -1,0 +1,106 @@
+import copy
+import json
+
+import pytest
+import torch
+from mmengine.runner import Runner
+
+from tests import tiny
+
+SGD = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1)
+
+
+@pytest.fixture
+def runner(tmp_path, shapes):
+    """Build a run of two epochs of four iterations, or of eight iterations."""
+
+    def build(epochs=False, model_cfg=None, **hook):
+        loop = (
+            dict(type='EpochBasedTrainLoop', max_epochs=2, val_begin=9)
+            if epochs
+            else dict(type='IterBasedTrainLoop', max_iters=8, val_begin=99)
+        )
+        return Runner.from_cfg(
+            tiny.run_cfg(
+                model_cfg or tiny.distiller_cfg(tmp_path),
+                shapes,
+                tmp_path / 'run',
+                train_cfg=dict(_delete_=True, **loop),
+                param_scheduler=[],
+                default_hooks__logger__interval=1,
+                optim_wrapper=dict(_delete_=True, type='OptimWrapper', optimizer=SGD),
+                custom_hooks=[dict(type='mmdiffkd.DistillScheduleHook', **{'by_epoch': epochs, **hook})],
+            )
+        )
+
+    return build
+
+
+def records(tmp_path):
+    file = next((tmp_path / 'run').glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in file.read_text().splitlines() if '"loss"' in line]
+
+
+@pytest.mark.parametrize(
+    'epochs, hook',
+    [(False, dict(begin=1, end=7, warmup=2, decay=2)), (True, dict(begin=0, end=1, warmup=0.5, decay=0.5))],
+)
+def test_weight_of_every_iteration(runner, tmp_path, epochs, hook):
+    expected = [0.5, 1, 1, 0.5, 0, 0, 0, 0] if epochs else [0, 0.5, 1, 1, 1, 1, 0.5, 0]
+    runner(epochs, **hook).train()
+    log = records(tmp_path)
+    assert [record['diffkd.weight'] for record in log] == expected
+    for record, weight in zip(log, expected):
+        assert ('diffkd.fpn.loss_kd' in record) == (weight > 0) or weight == 0  # the log keeps the last value
+    active = [record for record, weight in zip(log, expected) if weight]
+    assert all(record['diffkd.fpn.loss_diffusion'] > 0 for record in active)
+
+
+def test_weight_scales_the_distance_alone(tmp_path):
+    losses = []
+    for weight in (1.0, 0.25):
+        model = tiny.build(tiny.distiller_cfg(tmp_path))
+        model.distill_weight = weight
+        inputs = tiny.batch(model)
+        torch.manual_seed(1)
+        losses.append(model.loss(*inputs))
+    one, quarter = losses
+    torch.testing.assert_close(quarter['diffkd.fpn.loss_kd'], 0.25 * one['diffkd.fpn.loss_kd'])
+    torch.testing.assert_close(quarter['diffkd.fpn.kd.2'], 0.25 * one['diffkd.fpn.kd.2'])
+    torch.testing.assert_close(quarter['diffkd.fpn.loss_diffusion'], one['diffkd.fpn.loss_diffusion'])
+
+
+def test_idle_runs_neither_teacher_nor_diffusion_part_and_moves_nothing(runner):
+    run = runner(end=3)
+    calls, parts = [], []
+    teacher, neck = run.model.teacher.model, run.model.diffkd['fpn']
+    teacher.backbone.register_forward_hook(lambda *args: calls.append(run.iter))
+    neck.register_forward_hook(lambda *args: parts.append(copy.deepcopy(neck.state_dict())))
+    weights = []
+    run.model.bbox_head.register_forward_pre_hook(lambda *args: weights.append(copy.deepcopy(neck.state_dict())))
+    run.train()
+    assert calls == [0, 1, 2] and len(parts) == 3
+    after_the_last_step, end = weights[3], neck.state_dict()
+    for key, value in end.items():
+        assert torch.equal(after_the_last_step[key], value), key  # also no momentum, no weight decay
+    assert any(not torch.equal(weights[0][key], end[key]) for key in end)
+
+
+@pytest.mark.parametrize(
+    'hook, message',
+    [
+        (dict(begin=5, end=5), 'must fit between begin and end'),
+        (dict(warmup=-1), 'none may be negative'),
+        (dict(begin=2, end=4, warmup=2, decay=1), 'must fit between begin and end'),
+        (dict(end=9), 'do not fit into the 8 iterations'),
+        (dict(by_epoch=True), 'counts epochs, but the IterBasedTrainLoop has none'),
+    ],
+)
+def test_mistakes(runner, hook, message):
+    with pytest.raises(ValueError, match=message):
+        runner(**hook).train()
+
+
+def test_needs_a_distiller(runner):
+    with pytest.raises(TypeError, match='DistillScheduleHook needs a DiffKDDistiller, but the model is a RetinaNet'):
+        runner(model_cfg=tiny.detector()).train()

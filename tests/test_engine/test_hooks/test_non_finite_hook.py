@@ -1,0 +1,144 @@
+import copy
+
+import pytest
+import torch
+from mmengine.runner import Runner
+
+from tests import tiny
+from tests.same import assert_same
+
+SGD = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1)
+
+
+@pytest.fixture
+def runner(tmp_path, shapes):
+    """Build a run of some iterations."""
+
+    def build(model_cfg=None, iterations=3, optim_wrapper=None, **hook):
+        return Runner.from_cfg(
+            tiny.run_cfg(
+                model_cfg or tiny.distiller_cfg(tmp_path),
+                shapes,
+                tmp_path / 'run',
+                train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=iterations, val_begin=99),
+                param_scheduler=[],
+                default_hooks__logger__interval=1,
+                optim_wrapper=dict(_delete_=True, type='OptimWrapper', optimizer=SGD, **(optim_wrapper or {})),
+                custom_hooks=[dict(type='mmdiffkd.NonFiniteHook', **hook)],
+            )
+        )
+
+    return build
+
+
+def state(model):
+    return copy.deepcopy(dict(model.state_dict()))
+
+
+class _BrokenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float('nan')
+
+
+def break_loss(outputs):
+    outputs[0].losses['loss_kd'] = outputs[0].losses['loss_kd'] * float('inf')
+
+
+def break_gradient(outputs):
+    """Of what reaches the second level of the student; the loss stays as it is."""
+    outputs[1].losses['loss_kd'] = _BrokenGradient.apply(outputs[1].losses['loss_kd'])
+
+
+def spoil(model, iterations, damage):
+    """Damage some iterations; returns the model's state before each one."""
+    states = []
+
+    def work(module, inputs, outputs):
+        if len(states) - 1 in iterations:
+            damage(outputs)
+        return outputs
+
+    # before anything of an iteration has run
+    model.backbone.register_forward_pre_hook(lambda module, inputs: states.append(state(model)))
+    model.diffkd['fpn'].register_forward_hook(work)
+    return states
+
+
+def log_of(tmp_path):
+    return next((tmp_path / 'run').glob('*/*.log')).read_text()
+
+
+@pytest.mark.parametrize(
+    'damage, cause',
+    [(break_loss, 'diffkd.fpn.loss_kd, diffkd.fpn.kd.0 (1'), (break_gradient, 'diffkd.fpn, level 1 (1')],
+)
+def test_the_step_is_left_out(runner, tmp_path, damage, cause):
+    run = runner(policy='skip')
+    states = spoil(run.model, [1], damage)
+    run.train()
+    # neither momentum nor weight decay moved anything, and the running statistics are those of before
+    assert_same(states[1], states[2])
+    assert not torch.equal(states[0]['bbox_head.retina_cls.weight'], states[1]['bbox_head.retina_cls.weight'])
+    assert not torch.equal(states[2]['bbox_head.retina_cls.weight'], state(run.model)['bbox_head.retina_cls.weight'])
+    log = log_of(tmp_path)
+    assert f'Iteration 1 was skipped: not finite were {cause} skipped so far).' in log
+    assert 'diffkd.skipped: 1' in log
+
+
+def test_clipping_does_not_hide_the_level(runner):
+    run = runner(optim_wrapper=dict(clip_grad=dict(max_norm=1)))
+    spoil(run.model, [1], break_gradient)
+    with pytest.raises(FloatingPointError, match='gradient is not finite in iteration 1: diffkd.fpn, level 1'):
+        run.train()
+
+
+def test_a_parameter_is_named(runner):
+    run = runner()
+    run.model.bbox_head.retina_reg.bias.register_hook(lambda gradient: gradient * float('inf'))
+    with pytest.raises(FloatingPointError, match='not finite in iteration 0: bbox_head.retina_reg.bias'):
+        run.train()
+
+
+def test_loss_stops_the_run_also_without_the_hook(runner):
+    run = runner()
+    run._hooks = [hook for hook in run.hooks if type(hook).__name__ != 'NonFiniteHook']
+    spoil(run.model, [1], break_loss)
+    with pytest.raises(
+        FloatingPointError, match=r'not finite in iteration 1: diffkd\.fpn\.loss_kd, diffkd\.fpn\.kd\.0'
+    ):
+        run.train()
+
+
+def test_too_many_in_a_row(runner, tmp_path):
+    run = runner(iterations=7, policy='skip', max_consecutive_skips=2)
+    spoil(run.model, [0, 1, 3, 4, 5], break_loss)
+    with pytest.raises(FloatingPointError, match='3 iterations in a row were not finite, the last one 5'):
+        run.train()
+    assert '(5 skipped so far)' in log_of(tmp_path)
+
+
+def test_accumulated_step_is_left_out_as_a_whole(runner):
+    """Two iterations make a step; the first one of the second step is bad."""
+    run = runner(iterations=6, optim_wrapper=dict(accumulative_counts=2), policy='skip')
+    states = spoil(run.model, [2], break_loss)
+    run.train()
+    weight = 'bbox_head.retina_cls.weight'
+    same = [
+        torch.equal(before[weight], after[weight]) for before, after in zip(states, [*states[1:], state(run.model)])
+    ]
+    assert same == [True, False, True, True, True, False]
+
+
+def test_needs_a_distiller(runner):
+    with pytest.raises(TypeError, match='needs a DiffKDDistiller, but the model is a RetinaNet'):
+        runner(tiny.detector()).train()
+
+
+def test_unknown_policy(runner):
+    with pytest.raises(ValueError, match="no policy 'ignore', only 'raise' and 'skip'"):
+        runner(policy='ignore').train()
