@@ -19,7 +19,7 @@ from .levels import match_levels
 from .pairs import read_pairs
 from .probe import probe
 from .roi import check_roi_taps, is_roi_tap, record_rois
-from .taps import TapRecorder, find_module
+from .taps import TapError, TapRecorder, find_module
 from .teacher import Teacher
 
 
@@ -169,11 +169,12 @@ class DiffKDDistiller(BaseModel):
         teacher_features = self.teacher.features(inputs, data_samples, rois[0])
         for name, pair in self.pairs.items():
             student, teacher = taps.features(pair.student, size), teacher_features[pair.teacher]
-            matches = self._matches[name]
-            if self.watch_tap_gradients:
-                self._watch(name, {s: student[s] for s, _ in matches})
-            outputs = self.diffkd[name]([student[s] for s, _ in matches], [teacher[t] for _, t in matches])
-            losses.update(_named(name, outputs, [s for s, _ in matches], self.distill_weight))
+            levels = [s for s, _ in self._matches[name]]
+            _check_gradient(name, pair.student, student, levels)
+            if self.watch_tap_gradients and torch.is_grad_enabled():
+                self._watch(name, {level: student[level] for level in levels})
+            outputs = self.diffkd[name]([student[s] for s in levels], [teacher[t] for _, t in self._matches[name]])
+            losses.update(_named(name, outputs, levels, self.distill_weight))
         return losses
 
     def _watch(self, pair: str, features: Dict[int, Tensor]) -> None:
@@ -183,8 +184,7 @@ class DiffKDDistiller(BaseModel):
             self.tap_gradients[pair, level] = gradient.sum(dtype=torch.float32)
 
         for level, feature in features.items():
-            if feature.requires_grad:
-                feature.register_hook(partial(note, level))
+            feature.register_hook(partial(note, level))
 
     def parse_losses(self, losses: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Sum up the losses.
@@ -227,6 +227,18 @@ def _keep_fresh_part(model: nn.Module, incompatible_keys) -> None:
     if part and set(part) <= set(missing):
         missing[:] = [key for key in missing if not key.startswith(PREFIX)]
         print_log('The checkpoint holds no diffusion part (diffkd.*), it starts fresh.', logger='current')
+
+
+def _check_gradient(pair: str, path: str, features: Sequence[Tensor], levels: Sequence[int]) -> None:
+    """Distilling what does not learn would go unnoticed."""
+    lost = [level for level in levels if not features[level].requires_grad]
+    if lost and torch.is_grad_enabled():
+        raise TapError(
+            f"distill.{pair}: no gradient reaches the student through its tap '{path}', level {lost[0]}. Either it is "
+            f'frozen: choose levels={[level for level in levels if level not in lost]}. Or it lies inside a part under '
+            'reentrant activation checkpointing (with_cp=True, activation_checkpointing=[...]): tap the module around '
+            'that part, or switch the checkpointing off there.'
+        )
 
 
 def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optional[dict] = None, **kwargs):

@@ -2,7 +2,6 @@ import re
 from contextlib import AbstractContextManager
 from typing import Dict, Iterable, List, Optional
 
-import torch
 from torch import Tensor, nn
 
 from mmdiffkd.utils import nearest
@@ -95,15 +94,9 @@ class TapRecorder(AbstractContextManager):
             input_size (tuple[int, int]): Height and width of the images, which tell the grid of tokens.
 
         Raises:
-            TapError: If they are no feature maps, or have lost the gradient that training them needs.
+            TapError: If they are no feature maps.
         """
         tensors = [tensor for call in self.outputs[path] for tensor in call]
-        if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
-            raise TapError(
-                f"No gradient reaches the {self._owner} through its tap '{path}': it is frozen, or it lies inside a "
-                'part under reentrant activation checkpointing (with_cp=True, activation_checkpointing=[...]). Tap the '
-                'module around that part, or switch the checkpointing off there.'
-            )
         return [as_map(tensor, input_size, path) for tensor in tensors]
 
 

@@ -1,0 +1,87 @@
+"""Taps inside and outside of checkpointed parts: the right gradient or a clear error, never a gradient of zero."""
+
+import pytest
+import torch
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
+from torch.utils.checkpoint import checkpoint
+
+from mmdiffkd.models.distillers.taps import TapError
+from tests import tiny
+
+
+def reentrant_config(model):
+    """``activation_checkpointing`` of a config, as the Runner turns it on."""
+    turn_on_activation_checkpointing(model, ['backbone.layer3', 'backbone.layer4'])
+
+
+def non_reentrant(model):
+    for layer in (model.backbone.layer3, model.backbone.layer4):
+        forward = layer.forward
+        layer.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
+
+
+def wrapped(model):
+    """As FSDP strategies do; it renames the modules."""
+    layers = (model.backbone.layer3, model.backbone.layer4)
+    apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
+    assert isinstance(model.backbone.layer3, CheckpointWrapper)
+
+
+def gradients(folder, tap, prepare=None, **student):
+    """Gradients of the distillation alone."""
+    distill = dict(feat=dict(student=tap, teacher=tap))
+    model = tiny.build(tiny.distiller_cfg(folder, student=tiny.detector(**student), distill=distill))
+    if prepare is not None:
+        prepare(model)
+    inputs = tiny.batch(model)
+    torch.manual_seed(3)
+    losses = model.loss(*inputs)
+    sum(value for name, value in losses.items() if name.startswith('diffkd.') and 'loss' in name).backward()
+    names = ((name.replace('_checkpoint_wrapped_module.', ''), p) for name, p in model.named_parameters())
+    return {name: p.grad for name, p in names if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    'tap, prepare, student',
+    [
+        ('neck', None, {'backbone.with_cp': True}),
+        ('backbone.layer3', None, {'backbone.with_cp': True}),
+        ('backbone.layer3', reentrant_config, {}),
+        ('neck', reentrant_config, {}),
+        ('backbone.layer3.1', non_reentrant, {}),
+        ('backbone.layer4.0.conv1', non_reentrant, {}),
+        ('backbone.layer3', wrapped, {}),
+        ('backbone.layer3.0.conv2', wrapped, {}),
+    ],
+)
+def test_same_gradient(tmp_path, tap, prepare, student):
+    plain = gradients(tmp_path, tap)
+    checkpointed = gradients(tmp_path, tap, prepare, **student)
+    assert set(plain) == set(checkpointed)
+    assert any(name.startswith('backbone.layer2') and grad.abs().sum() > 0 for name, grad in plain.items())
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad, msg=name)
+
+
+@pytest.mark.parametrize(
+    'tap, prepare, student',
+    [
+        ('backbone.layer3.1.conv1', None, {'backbone.with_cp': True}),
+        ('backbone.layer3.1.relu', None, {'backbone.with_cp': True}),  # without weights of its own
+        ('backbone.layer3.1', reentrant_config, {}),
+    ],
+)
+def test_lost_gradient_is_an_error(tmp_path, tap, prepare, student):
+    with pytest.raises(
+        TapError, match=f"distill.feat: no gradient reaches the student through its tap '{tap}', level 0"
+    ):
+        gradients(tmp_path, tap, prepare, **student)
+
+
+def test_frozen_level_is_an_error(tmp_path):
+    with pytest.raises(TapError, match=r"tap 'backbone', level 0. Either it is frozen: choose levels=\[1, 2, 3\]"):
+        gradients(tmp_path, 'backbone', **{'backbone.frozen_stages': 1})
