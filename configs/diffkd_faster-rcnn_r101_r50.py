@@ -16,3 +16,5 @@ model = dict(
         ),
     ),
 )
+default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
+randomness = dict(seed=0)

@@ -12,3 +12,5 @@ model = dict(
         fpn=dict(student='neck', teacher='neck', neck=dict(distance=dict(type='mmdiffkd.MSELoss', loss_weight=5.0))),
     ),
 )
+default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
+randomness = dict(seed=0)

@@ -20,3 +20,5 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=0.02), clip_grad=dict(max_norm=35, norm_type=2))
 param_scheduler = _base_.param_scheduler
 param_scheduler[0].update(end=1000)
+default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
+randomness = dict(seed=0)

@@ -1,4 +1,4 @@
-"""The code blocks of README are run."""
+"""The code blocks of README and docs are run."""
 
 import re
 import shlex
@@ -12,40 +12,76 @@ from mmengine.registry import MODELS, init_default_scope
 
 from tests.conftest import ROOT
 
-TEXT = (ROOT / 'README.md').read_text()
-PYTHON = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+TEXT = PAGES[0].read_text()
+
+
+def blocks(language):
+    return [
+        (page.name, block)
+        for page in PAGES
+        for block in re.findall(rf'```{language}\n(.*?)```', page.read_text(), re.DOTALL)
+    ]
+
+
+PYTHON = blocks('python')
 SHELL = [
-    line.split('#')[0].strip()
-    for block in re.findall(r'```shell\n(.*?)```', TEXT, re.DOTALL)
+    (page, line.split('#')[0].strip())
+    for page, block in blocks('shell')
     for line in block.splitlines()
+    if line.split('#')[0].strip()
 ]
+UPSTREAM = "_base_ = 'mmdet::"
+OWN = re.compile(r"_base_ = '\./\w+\.py'.*\n(custom_imports = .*\n)?")  # a config, and a module, of the reader's
 
 
-def build(distill=None):
-    """The README's config, with the pairs of another block."""
-    cfg = Config.fromstring(next(block for block in PYTHON if '_base_' in block), '.py')
+def readme_config():
+    """The README's config."""
+    cfg = Config.fromstring(next(block for page, block in PYTHON if UPSTREAM in block), '.py')
     init_default_scope('mmdet')
     cfg.model.student.backbone.init_cfg = None
-    if distill is not None:
-        cfg.model.distill = distill
+    return cfg
+
+
+def build(**changes):
+    """The README's model, with the settings of another block."""
+    cfg = readme_config()
+    cfg.merge_from_dict(changes)
     return MODELS.build(cfg.model)
 
 
-@pytest.mark.parametrize('block', PYTHON, ids=range(len(PYTHON)))
-def test_python(block):
-    if '_base_' in block:
+@pytest.mark.parametrize('page, block', PYTHON)
+def test_python(page, block):
+    if UPSTREAM in block:
         assert list(build().diffkd) == ['fpn']
         return
+    if OWN.search(block):  # settings that go on top of a config: they merge with README's
+        settings = Config.fromstring(OWN.sub('', block), '.py').to_dict()
+        cfg = readme_config()
+        cfg.merge_from_dict(settings)
+        for name in settings:
+            assert name in cfg, name
+        for hook in settings.get('custom_hooks', []):
+            assert hook['type'].startswith('mmdiffkd.') is False or _registered_hook(hook)
+        return
     scope = {}
-    exec(compile(block, 'README.md', 'exec'), scope)
+    exec(compile(block, page, 'exec'), scope)
     for name, value in scope.items():
         if isinstance(value, dict) and not name.startswith('_'):
-            assert set(build(value).diffkd) == set(value), name
+            assert set(build(**{'model.distill': value}).diffkd) == set(value), name
 
 
-@pytest.mark.parametrize('command', SHELL)
-def test_shell(command):
+def _registered_hook(hook):
+    from mmdiffkd.registry import HOOKS
+
+    return HOOKS.build(dict(hook)) is not None
+
+
+@pytest.mark.parametrize('page, command', SHELL)
+def test_shell(page, command):
     words = shlex.split(command)
+    while re.match(r'[A-Z_]+=', words[0]):
+        words.pop(0)
     if words[0] == 'make':
         subprocess.run(['make', '--dry-run', *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     elif words[0] == 'python':
@@ -53,12 +89,16 @@ def test_shell(command):
     elif words[0] == 'bash':
         subprocess.run(['bash', '-n', words[1]], cwd=ROOT, check=True)
     else:  # mim and pip: run by test_mim.py and by the environment itself
-        assert words[0] in ('mim', 'pip'), f'README has a command that nothing tests: {command}'
+        assert words[0] in ('mim', 'pip'), f'{page} has a command that nothing tests: {command}'
     for word in words:
         if word.startswith(('configs/', 'tools/')):
             assert (ROOT / word).exists(), word
 
 
-def test_files_that_are_named_exist():
-    for path in re.findall(r'[(`]((?:configs|docs|mmdiffkd|requirements|tests|tools)/[\w./-]+)[)`\s]', TEXT):
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    text = page.read_text()
+    for path in re.findall(r'[(`]((?:benchmarks|configs|docs|mmdiffkd|requirements|tests|tools)/[\w./-]+)[)`\s]', text):
         assert Path(ROOT / path).exists(), path
+    for path in re.findall(r'\]\(((?!https?:)[\w./-]+)\)', text):
+        assert (page.parent / path).exists(), path

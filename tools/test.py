@@ -2,12 +2,14 @@
 
 import argparse
 
+import torch
 from mmengine.config import ConfigDict, DictAction
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmdiffkd.apis import load_run_config
+from mmdiffkd.utils import check_is_data
 
 
 def parse_args():
@@ -32,6 +34,7 @@ def main():
     args = parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise SystemExit(f'--out {args.out} must end with .pkl')
+    check_is_data(args.checkpoint)
     cfg = load_run_config(args)
     if 'student' in cfg.model:
         cfg.model.teacher = None  # the student alone: neither the teacher's config nor its weights are needed
@@ -44,6 +47,8 @@ def main():
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     runner.test()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def augment(cfg):

@@ -9,3 +9,4 @@ model = dict(
         checkpoint='work_dirs/retinanet_r50_deeppcb/epoch_24.pth',
     ),
 )
+default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))

@@ -9,3 +9,4 @@ model = dict(
         checkpoint='work_dirs/demo/retinanet_r18-half_shapes/epoch_16.pth',
     ),
 )
+default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))

@@ -51,6 +51,9 @@ def student_config(cfg: Config) -> Config:
             content.custom_imports = dict(imports, imports=kept)
     if 'custom_hooks' in content:
         content.custom_hooks = [hook for hook in content.custom_hooks if not _is_ours(hook)]
+    checkpoint = content.get('default_hooks', {}).get('checkpoint')
+    if checkpoint is not None and _is_ours(checkpoint):
+        checkpoint.type = 'CheckpointHook'  # mmengine's, which takes the same arguments
     return Config(content)
 
 

@@ -6,7 +6,9 @@ import os
 import os.path as osp
 import pickle
 import re
+import tarfile
 from collections import OrderedDict
+from contextlib import suppress
 from pickle import UnpicklingError
 from types import SimpleNamespace
 from urllib.parse import urlparse
@@ -19,6 +21,7 @@ from torch import nn
 
 STATE = 'state_dict'
 PREFIX = 'diffkd.'  # of the diffusion part's keys
+OTHER_SCHEME = re.compile(r'(?!https?:)[\w-]+://')
 URL_HASH = re.compile(r'-([a-f0-9]{8,})\.pth$')
 
 
@@ -38,24 +41,25 @@ def read_checkpoint(source: str) -> dict:
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be downloaded, is no checkpoint, or holds more than data.
     """
-    is_url = source.startswith(('http://', 'https://'))
-    path = _download(source) if is_url else source
-    if not osp.isfile(path):
-        raise FileNotFoundError(f"The checkpoint '{source}' does not exist (looked from {osp.abspath('.')}).")
-    name = f'{source} (kept as {path})' if is_url else source
-    try:
-        checkpoint = _load(path)
-    except Exception as error:  # the reader meets damage in many ways
-        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if isinstance(error, UnpicklingError) and refused:
-            raise ValueError(
-                f"The checkpoint '{name}' was refused because it holds the object {refused.group(1)}, which could run "
-                "code when read; save its 'state_dict' alone with torch.save and use that file."
-            ) from None
-        raise ValueError(_not_a_checkpoint(name, path)) from None
-    checkpoint = checkpoint if isinstance(checkpoint, dict) and 'state_dict' in checkpoint else {STATE: checkpoint}
-    _check_state_dict(checkpoint[STATE], name)
+    content = _read_data(source)
+    checkpoint = content if isinstance(content, dict) and STATE in content else {STATE: content}
+    _check_state_dict(checkpoint[STATE], source)
     return checkpoint
+
+
+def check_is_data(source: str) -> None:
+    """Read a checkpoint that mmengine is about to load, since mmengine's loader may run code in it.
+
+    Folders (sharded checkpoints) and schemes such as ``torchvision://``, which name known files, are left to mmengine.
+
+    Args:
+        source (str): Path or URL.
+
+    Raises:
+        FileNotFoundError, ValueError: See :func:`read_checkpoint`.
+    """
+    if not osp.isdir(source) and not OTHER_SCHEME.match(source):
+        _read_data(source)
 
 
 def without_diffusion_part(state_dict: dict) -> OrderedDict:
@@ -105,6 +109,38 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
     ]
     if problems:
         raise ValueError(f'The weights of {source} do not fit {model_name}: {"; ".join(problems)}.')
+
+
+def _read_data(source: str):
+    """Whatever a file or address holds, if it is nothing but data."""
+    is_url = source.startswith(('http://', 'https://'))
+    path = _download(source) if is_url else osp.expanduser(source)
+    if osp.isdir(path):
+        raise ValueError(f"The checkpoint '{source}' is a folder, of a sharded run it seems; a single file is needed.")
+    if not osp.isfile(path):
+        raise FileNotFoundError(f"The checkpoint '{source}' does not exist (looked from {osp.abspath('.')}).")
+    name = f'{source} (kept as {path})' if is_url else source
+    if tarfile.is_tarfile(path):
+        # torch below 2.6 runs the code in such files in spite of weights_only (CVE-2025-32434)
+        raise ValueError(
+            f"The checkpoint '{name}' was refused because it has torch's format of before 2018 (tar), which can run "
+            'code when read; save it anew with torch.save.'
+        )
+    try:
+        return _load(path)
+    except Exception as error:  # the reader meets damage in many ways
+        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if isinstance(error, UnpicklingError) and refused:
+            raise ValueError(
+                f"The checkpoint '{name}' was refused because it holds the object {refused.group(1)}, which could run "
+                "code when read; save its 'state_dict' alone with torch.save and use that file."
+            ) from None
+        problem = _not_a_checkpoint(name, path)
+        if is_url:  # a connection that breaks off can leave half a file, which must not be taken next time
+            with suppress(FileNotFoundError):
+                os.remove(path)
+            problem += ' It has been removed; the next run downloads it anew.'
+        raise ValueError(problem) from None
 
 
 def _load(path: str):
@@ -172,7 +208,10 @@ def _under_name(function, module: str, name: str):
 
 def _download(url: str) -> str:
     folder = osp.join(torch.hub.get_dir(), 'checkpoints')
-    path = osp.join(folder, osp.basename(urlparse(url).path))
+    name = osp.basename(urlparse(url).path)
+    if name in ('', '.', '..'):
+        raise ValueError(f'The address {url} names no file.')
+    path = osp.join(folder, name)
     digest = URL_HASH.search(path)
     for my_turn in (is_main_process(), True):  # the first rank fetches it for all that share its cache
         if my_turn and not osp.isfile(path):
@@ -199,8 +238,11 @@ def _check_state_dict(state_dict, name: str) -> None:
 def _not_a_checkpoint(source: str, path: str) -> str:
     with open(path, 'rb') as file:
         start = file.read(512).lstrip().lower()
-    what = 'a web page saved under that name' if start.startswith((b'<!doctype', b'<html', b'<?xml')) else 'damaged'
-    return f"'{source}' is no PyTorch checkpoint, it is {what} ({osp.getsize(path)} bytes); download it again."
+    if start.startswith((b'<!doctype', b'<html', b'<?xml')):
+        what = 'is a web page saved under that name; download it again'
+    else:
+        what = f'is damaged, perhaps cut short when it was saved or copied ({osp.getsize(path)} bytes)'
+    return f"'{source}' is no PyTorch checkpoint, it {what}."
 
 
 def _shape(tensor) -> str:

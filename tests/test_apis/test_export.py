@@ -12,6 +12,7 @@ def config(**changes):
 _base_ = '{tiny.RETINANET}'
 custom_imports = dict(imports=['mmdiffkd', 'os'], allow_failed_imports=False)
 custom_hooks = [dict(type='mmdiffkd.NonFiniteHook'), dict(type='NumClassCheckHook')]
+default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook', max_keep_ckpts=2))
 model = dict(_delete_=True, type='mmdiffkd.DiffKDDistiller', student=_base_.model, teacher=dict(config='x'))
 """
     return Config.fromstring(text, '.py')
@@ -22,6 +23,7 @@ def test_config_is_the_base_again():
     assert plain.model.to_dict() == base.model.to_dict()
     assert plain.custom_imports.imports == ['os']
     assert [hook.type for hook in plain.custom_hooks] == ['NumClassCheckHook']
+    assert plain.default_hooks.checkpoint == dict(base.default_hooks.checkpoint, max_keep_ckpts=2)
     assert 'mmdiffkd' not in plain.pretty_text
 
 

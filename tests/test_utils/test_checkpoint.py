@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import os
 import pickle
+import tarfile
 import threading
 
 import numpy as np
@@ -10,22 +11,13 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from mmdiffkd.utils import load_strict, read_checkpoint
+from mmdiffkd.utils import check_is_data, load_strict, read_checkpoint
+from tests.attack import Attack
 
 
 def save(tmp_path, content, name='weights.pth'):
     torch.save(content, tmp_path / name)
     return str(tmp_path / name)
-
-
-class Attack:
-    """Touches a file when unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 class TestRead:
@@ -51,6 +43,25 @@ class TestRead:
             read_checkpoint(str(tmp_path / 'plain.pkl'))
         assert not os.path.exists(trace)
 
+    def test_old_tar_format_is_refused(self, tmp_path):
+        """torch below 2.6 would run the code in it, weights_only or not."""
+        trace = str(tmp_path / 'trace')
+        (tmp_path / 'storages').write_bytes(pickle.dumps(Attack(trace)))
+        with tarfile.open(tmp_path / 'w.pth', 'w') as file:
+            file.add(tmp_path / 'storages', 'storages')
+        with pytest.raises(ValueError, match='was refused because it has torch.s format of before 2018'):
+            read_checkpoint(str(tmp_path / 'w.pth'))
+        assert not os.path.exists(trace)
+
+    def test_check_asks_for_data_not_for_weights(self, tmp_path):
+        trace = str(tmp_path / 'trace')
+        check_is_data(save(tmp_path, dict(model=dict(w=torch.ones(2)))))
+        check_is_data(str(tmp_path))  # a sharded checkpoint
+        check_is_data('torchvision://resnet50')
+        with pytest.raises(ValueError, match='was refused because it holds the object .*mkdir'):
+            check_is_data(save(tmp_path, dict(model=Attack(trace))))
+        assert not os.path.exists(trace)
+
     def test_getattr_serves_the_methods_of_history_buffers_only(self, tmp_path):
         class Reach:
             def __reduce__(self):
@@ -62,6 +73,10 @@ class TestRead:
     def test_absent_file(self):
         with pytest.raises(FileNotFoundError, match="checkpoint 'gone.pth' does not exist"):
             read_checkpoint('gone.pth')
+
+    def test_folder(self, tmp_path):
+        with pytest.raises(ValueError, match='is a folder, of a sharded run it seems'):
+            read_checkpoint(str(tmp_path))
 
     def test_web_page(self, tmp_path):
         (tmp_path / 'page.pth').write_text('<!DOCTYPE html><html>404</html>')

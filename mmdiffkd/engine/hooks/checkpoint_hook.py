@@ -1,5 +1,4 @@
 import os.path as osp
-import re
 from glob import escape, glob
 from logging import WARNING
 from typing import List, Optional
@@ -11,14 +10,13 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils import read_checkpoint
+from mmdiffkd.utils import check_is_data
 
 from ..atomic_backend import NAME as ATOMIC_BACKEND
 from ..iteration_seeds import SeededBatches, seed_iteration
 from ..runner_parts import distiller_of
 
 TEACHER = 'diffkd_teacher'  # key of the teacher's fingerprint in a checkpoint's meta data
-OTHER_SCHEME = re.compile(r'(?!https?:)[\w-]+://')  # torchvision:// and the like, which mmengine resolves
 
 
 @HOOKS.register_module()
@@ -62,16 +60,14 @@ class CheckpointHook(BaseCheckpointHook):
         named = runner._resume if isinstance(runner._resume, str) else runner._load_from
         if named is None:
             return self._newest_checkpoint(runner.work_dir) if runner._resume else None
-        if not osp.isdir(named) and not OTHER_SCHEME.match(named):
-            read_checkpoint(named)
+        check_is_data(named)
         return named
 
     def _newest_checkpoint(self, work_dir: str) -> Optional[str]:
         files = self._saved_checkpoints(work_dir)
         for file in files:
             try:
-                if not osp.isdir(file):  # sharded checkpoints are folders
-                    read_checkpoint(file)
+                check_is_data(file)
                 return file
             except (FileNotFoundError, ValueError) as error:
                 print_log(f'{error} The checkpoint before it is tried.', logger='current', level=WARNING)
@@ -86,7 +82,7 @@ class CheckpointHook(BaseCheckpointHook):
     def _saved_checkpoints(self, work_dir: str) -> List[str]:
         """Newest first: what ``last_checkpoint`` names, then by time, since an older run may have left others."""
         folder = work_dir
-        if self.out_dir is not None and not OTHER_SCHEME.match(self.out_dir):
+        if self.out_dir is not None:
             folder = osp.join(self.out_dir, osp.basename(work_dir.rstrip(osp.sep)))
         files = glob(osp.join(escape(folder), self.filename_tmpl.format('*')))
         files.sort(key=osp.getmtime, reverse=True)

@@ -127,11 +127,13 @@ class FeatureDiffusion(nn.Module):
             )
         if self.training and teacher[:, 0].numel() == 1:
             # one pixel of one image is nothing to normalise over: BatchNorm takes its running statistics
+            in_training = [module for module in self.modules() if module.training]
             self.eval()
             try:
                 return self.forward(student, teacher, draws)
             finally:
-                self.train()
+                for module in in_training:  # not those that were frozen
+                    module.training = True
         draws = draws or Draws()
         latent = self._align(student, teacher.shape[-2:])
         if not self.denoise:

@@ -11,11 +11,11 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils import PREFIX, nearest
+from mmdiffkd.utils import PREFIX, check_is_data, nearest
 
-from ..diffusion import DiffusionOutput
 from .idle import touching
 from .levels import match_levels
+from .log_names import name_losses, non_finite_names
 from .pairs import read_pairs
 from .probe import probe
 from .roi import check_roi_taps, is_roi_tap, record_rois
@@ -115,12 +115,19 @@ class DiffKDDistiller(BaseModel):
         self.teacher = teacher
 
     def init_weights(self) -> None:
-        """Initialise the student as upstream does, then bring in the teacher: training is about to start."""
+        """Initialise the student as upstream does, then bring in the teacher: training is about to start.
+
+        Raises:
+            FileNotFoundError, ValueError: If the weights of the teacher, or those an ``init_cfg`` names, are not there,
+                do not fit, or hold more than data.
+        """
         if self._deferred_error is not None:
             raise self._deferred_error
         # the student's init_cfg reaches every registered module; the diffusion part keeps its own initialisation
         diffkd = self._modules.pop('diffkd', None)
         try:
+            for source in _pretrained_files(self):
+                check_is_data(source)
             super().init_weights()
         finally:
             if diffkd is not None:
@@ -174,7 +181,7 @@ class DiffKDDistiller(BaseModel):
             if self.watch_tap_gradients and torch.is_grad_enabled():
                 self._watch(name, {level: student[level] for level in levels})
             outputs = self.diffkd[name]([student[s] for s in levels], [teacher[t] for _, t in self._matches[name]])
-            losses.update(_named(name, outputs, levels, self.distill_weight))
+            losses.update(name_losses(name, outputs, levels, self.distill_weight))
         return losses
 
     def _watch(self, pair: str, features: Dict[int, Tensor]) -> None:
@@ -202,7 +209,7 @@ class DiffKDDistiller(BaseModel):
         self.non_finite_losses = []
         if is_finite:
             return loss, log_vars
-        bad = [name for name, value in log_vars.items() if name != 'loss' and not value.isfinite().all()]
+        bad = non_finite_names(log_vars)
         if self.skip_non_finite:
             self.non_finite_losses = bad or ['losses of another rank']
             return loss, log_vars
@@ -265,27 +272,14 @@ def _check_teacher_keys(teacher: dict) -> None:
         raise ValueError("teacher.config is missing: give 'pkg::path', a file or a dict.")
 
 
+def _pretrained_files(model: nn.Module) -> List[str]:
+    """The files that ``init_cfg`` of a model's parts names."""
+    cfgs = [getattr(module, 'init_cfg', None) for module in model.modules()]
+    flat = [cfg for entry in cfgs for cfg in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    return [cfg['checkpoint'] for cfg in flat if isinstance(cfg, dict) and cfg.get('checkpoint')]
+
+
 @cache
 def _distiller_class(student_class: type) -> type:
     """The student's class, extended by the distiller."""
     return type(f'DiffKD{student_class.__name__}', (DiffKDDistiller, student_class), dict(__module__=__name__))
-
-
-def _named(pair: str, outputs: Sequence[DiffusionOutput], levels: Sequence[int], weight: float) -> Dict[str, Tensor]:
-    """Name what a neck returns for the log; mmengine sums up what has ``loss`` in its name."""
-    named = {}
-    if weight != 1:
-        for output in outputs:
-            output.losses['loss_kd'] = output.losses['loss_kd'] * weight
-    for name in outputs[0].losses:
-        named[f'{PREFIX}{pair}.{name}'] = sum(output.losses[name] for output in outputs)
-    gammas = [output.gamma.detach().mean() for output in outputs if output.gamma is not None]
-    if gammas:
-        named[f'{PREFIX}{pair}.gamma'] = sum(gammas) / len(gammas)
-    if len(outputs) > 1:
-        for level, output in zip(levels, outputs):
-            for name, value in output.losses.items():
-                named[f'{PREFIX}{pair}.{name[len("loss_") :]}.{level}'] = value.detach()
-            if output.gamma is not None:
-                named[f'{PREFIX}{pair}.gamma.{level}'] = output.gamma.detach().mean()
-    return named

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from mmdiffkd.engine.atomic_backend import AtomicBackend
 from tests import tiny
+from tests.attack import Attack
 from tests.same import assert_same
 
 EPOCHS = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=3, val_interval=1)
@@ -208,11 +209,11 @@ class TestFiles:
 class TestSafety:
     @pytest.mark.parametrize('resume', [False, True])
     def test_code_is_refused_before_upstream_reads_it(self, config, tmp_path, resume):
-        mark = tmp_path / 'executed'
-        torch.save(dict(state_dict={}, meta=Evil(str(mark))), tmp_path / 'evil.pth')
+        trace = tmp_path / 'trace'
+        torch.save(dict(state_dict={}, meta=Attack(str(trace))), tmp_path / 'evil.pth')
         with pytest.raises(ValueError, match='was refused because it holds the object'):
             train(config(EPOCHS, load_from=str(tmp_path / 'evil.pth')), tmp_path / 'run', resume=resume)
-        assert not mark.exists()
+        assert not trace.exists()
 
     def test_other_teacher_is_refused(self, config, tmp_path):
         cfg = config(EPOCHS)
@@ -234,16 +235,6 @@ class TestSafety:
         torch.save(content, path)
         train(cfg, tmp_path / 'run', resume=True)
         assert precious.read_text() == 'kept'
-
-
-class Evil:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, 'w')
 
 
 def checkpoints(folder):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from mmdiffkd.models import Draws, FeatureDiffusion
 
@@ -98,6 +99,15 @@ def test_one_pixel_of_one_image():
     sum(output.losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in level.parameters())
     assert all(module.training for module in level.modules())
+
+
+def test_one_pixel_does_not_thaw_what_is_frozen():
+    level = FeatureDiffusion(6, 8)
+    norms = [module for module in level.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.eval()
+    level(torch.randn(1, 6, 1, 1), torch.randn(1, 8, 1, 1))
+    assert not any(norm.training for norm in norms) and level.training
 
 
 def test_different_batches():

@@ -11,6 +11,7 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.utils import model_of, resolve_config
 from tests import tiny
+from tests.attack import Attack
 
 REG = dict(
     student='bbox_head.retina_reg',
@@ -273,6 +274,14 @@ class TestCheckpoints:
         state.pop('diffkd.fpn.levels.0.proj.0.weight')
         with pytest.raises(RuntimeError, match=r'diffkd\.fpn\.levels\.0\.proj\.0\.weight'):
             _load_checkpoint_to_model(distiller, dict(state_dict=state), strict=True)
+
+    def test_code_in_pretrained_weights_is_refused(self, tmp_path):
+        trace = tmp_path / 'trace'
+        torch.save(dict(state_dict=dict(), x=Attack(str(trace))), tmp_path / 'pretrained.pth')
+        init_cfg = dict(_delete_=True, type='Pretrained', checkpoint=str(tmp_path / 'pretrained.pth'))
+        with pytest.raises(ValueError, match='pretrained.pth. was refused'):
+            tiny.build(tiny.distiller_cfg(tmp_path, student=tiny.detector(**{'backbone.init_cfg': init_cfg})))
+        assert not trace.exists()
 
     def test_init_cfg_of_the_student_leaves_the_part_alone(self, tmp_path):
         init_cfg = dict(type='Constant', layer='Conv2d', val=0.5)

@@ -1,0 +1,83 @@
+"""Its numbers against counts of the plain models and of the paper's layers."""
+
+import re
+
+import pytest
+from mmengine.registry import MODELS
+
+from mmdiffkd.utils import model_of, resolve_config
+from tests.conftest import ROOT, load_tool, run_tool
+
+pytestmark = pytest.mark.slow
+TOOL = 'analysis_tools/communication.py'
+CONFIG = 'configs/diffkd_retinanet_r101_r50.py'
+
+
+def count(config, trainable_only):
+    cfg = model_of(resolve_config(config))
+    cfg.backbone.init_cfg = None
+    params = MODELS.build(cfg).train().parameters()
+    return sum(param.numel() for param in params if param.requires_grad or not trainable_only)
+
+
+def conv(inside, outside, kernel=1):
+    return inside * outside * kernel**2 + outside
+
+
+def bottleneck(channels, hidden):
+    convs = conv(channels, hidden) + conv(hidden, hidden, 3) + conv(hidden, channels)
+    return convs + 2 * (hidden + hidden + channels)
+
+
+def diffusion_part(channels=256, levels=5, timesteps=1000):
+    """Without the autoencoder; the pair of the regression adds nothing."""
+    denoiser = timesteps * channels + 2 * bottleneck(channels, channels // 4) + conv(channels, channels) + 2 * channels
+    adapter = bottleneck(channels, channels // 8) + channels * 2 + 2
+    return levels * (conv(channels, channels) + denoiser + adapter + conv(channels, channels) + 2 * channels)
+
+
+def test_numbers():
+    text = run_tool(TOOL, CONFIG).stdout
+    found = dict(re.findall(r'^(student|diffusion part|both|teacher) +([\d,]+)', text, re.MULTILINE))
+    found = {name: int(number.replace(',', '')) for name, number in found.items()}
+    student = count('mmdet::retinanet/retinanet_r50_fpn_2x_coco.py', trainable_only=True)
+    part = diffusion_part()
+    assert found == dict(
+        student=student,
+        both=student + part,
+        teacher=count('mmdet::retinanet/retinanet_r101_fpn_2x_coco.py', trainable_only=False),
+        **{'diffusion part': part},
+    )
+    assert f'adds {100 * part / student:.1f}%' in text
+    rows = [list(map(float, line.split())) for line in text.splitlines() if re.match(r' +\d', line)]
+    assert [row[0] for row in rows] == [2, 8, 64]
+    for gpus, *figures in rows:
+        sent = [2 * (gpus - 1) / gpus * 4 * size for size in (student, part, student + part)]
+        assert figures == pytest.approx(
+            [size / 1e6 for size in sent] + [size / 12.5e9 * 1e3 for size in sent], abs=0.051
+        )
+    assert text.strip() in (ROOT / 'docs' / 'distributed.md').read_text()
+
+
+def test_other_links(capsys):
+    load_tool(TOOL).print_traffic(1_000_000, 500_000, [4], 0.5)
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.split() == ['4', '6.0', '3.0', '9.0', '12.0', '6.0', '18.0']
+
+
+def test_one_gpu_sends_nothing():
+    assert load_tool(TOOL).ring_bytes(1000, 1) == 0
+    assert load_tool(TOOL).ring_bytes(1000, 64) == pytest.approx(2 * 63 / 64 * 4000)
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--cfg-options', 'model.teacher=None'], 'nothing is distilled: the config has no teacher'),
+        (['--cfg-options', 'model.teacher.config=absent.py'], "The config file 'absent.py' does not exist"),
+        (['--bandwidth', 0], 'must be positive'),
+    ],
+)
+def test_mistakes(args, message):
+    done = run_tool(TOOL, CONFIG, *args, check=False)
+    assert done.returncode != 0 and message in done.stdout.splitlines()[-1]
