@@ -95,6 +95,11 @@ def batch(model, count=2, size=SIZE, num_classes=80):
     return data['inputs'], data['data_samples']
 
 
+def unformatted(cfg):
+    """The config, to be written as it is: mmengine formats it five times a run, which takes longer than a tiny run."""
+    return Config(cfg.to_dict(), format_python_code=False)
+
+
 def run_cfg(model_cfg, data_root, work_dir, **options):
     """Config of a real run on the ``shapes`` fixture: the shipped data set, one image size, no workers.
 
@@ -104,7 +109,7 @@ def run_cfg(model_cfg, data_root, work_dir, **options):
         work_dir (Path): Where to write.
         **options: Merged into the config, with ``__`` for dots.
     """
-    cfg = Config.fromfile(ROOT / 'configs' / '_base_' / 'shapes.py')
+    cfg = unformatted(Config.fromfile(ROOT / 'configs' / '_base_' / 'shapes.py'))
     cfg.model = model_cfg
     cfg.work_dir = str(work_dir)
     cfg.experiment_name = work_dir.name

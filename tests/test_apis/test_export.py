@@ -23,7 +23,8 @@ def test_config_is_the_base_again():
     assert plain.model.to_dict() == base.model.to_dict()
     assert plain.custom_imports.imports == ['os']
     assert [hook.type for hook in plain.custom_hooks] == ['NumClassCheckHook']
-    assert plain.default_hooks.checkpoint == dict(base.default_hooks.checkpoint, max_keep_ckpts=2)
+    assert plain.default_hooks.checkpoint.type == base.default_hooks.checkpoint.type == 'CheckpointHook'
+    assert plain.default_hooks.checkpoint.max_keep_ckpts == 2
     assert 'mmdiffkd' not in plain.pretty_text
 
 

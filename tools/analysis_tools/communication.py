@@ -4,10 +4,11 @@ import argparse
 import sys
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.config import DictAction
+from mmengine.registry import MODELS
 from torch import nn
 
+from mmdiffkd.apis import build_distiller
 from mmdiffkd.utils import PREFIX
 
 BYTES = 4  # gradients are fp32, under automatic mixed precision too
@@ -33,29 +34,16 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    if 'student' not in cfg.model:
-        sys.exit(f'Error: {args.config} distils nothing: its model is a plain {cfg.model.type}.')
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = build(cfg)
-    if model.teacher is None:
-        sys.exit(f'Error: nothing is distilled: {model._deferred_error or "the config has no teacher"}')
+    try:
+        _, model = build_distiller(args.config, args.cfg_options)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f'Error: {error}')
+    model.train()  # where some backbones freeze their first stages
     student, part = trainable(model)
     print_parameters(student, part, teacher_size(model.teacher.model_cfg))
     print()
     print_traffic(student, part, args.gpus, args.bandwidth)
     print(f'\n{NOTE}')
-
-
-def build(cfg: Config) -> nn.Module:
-    """The distiller as training sees it."""
-    default_args = None
-    if cfg.get('data_preprocessor') is not None:
-        default_args = dict(data_preprocessor=cfg.data_preprocessor)
-    # in training mode, since some backbones freeze their first stages there
-    return MODELS.build(cfg.model, default_args=default_args).train()
 
 
 def trainable(model: nn.Module) -> tuple:

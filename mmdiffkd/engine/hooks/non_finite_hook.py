@@ -126,7 +126,7 @@ def _made_a_step(runner: Runner) -> bool:
 def _total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
     if not gradients:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # as torch.nn.utils does
 
 
 def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:

@@ -65,7 +65,7 @@ class DiffKDDistiller(BaseModel):
     ):
         # __new__ has built the student: BaseModel.__init__ must not run again
         self.teacher: Optional[Teacher] = None
-        self._deferred_error: Optional[Exception] = None
+        self.deferred_error: Optional[Exception] = None
         self.distill_weight: Optional[float] = 1.0  # set by DistillScheduleHook; None rests the distillation
         self.touch_idle_part = False  # set by DistillScheduleHook
         self.skip_non_finite = False  # set by NonFiniteHook
@@ -84,7 +84,7 @@ class DiffKDDistiller(BaseModel):
         except ValueError:  # a mistake in this config
             raise
         except Exception as error:  # the teacher cannot be had here, which matters to training alone
-            self._deferred_error = error
+            self.deferred_error = error
 
     def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict]) -> None:
         teacher_cfg = teacher.model_cfg
@@ -121,8 +121,8 @@ class DiffKDDistiller(BaseModel):
             FileNotFoundError, ValueError: If the weights of the teacher, or those an ``init_cfg`` names, are not there,
                 do not fit, or hold more than data.
         """
-        if self._deferred_error is not None:
-            raise self._deferred_error
+        if self.deferred_error is not None:
+            raise self.deferred_error
         # the student's init_cfg reaches every registered module; the diffusion part keeps its own initialisation
         diffkd = self._modules.pop('diffkd', None)
         try:
@@ -163,8 +163,8 @@ class DiffKDDistiller(BaseModel):
             pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
             ``.gamma.<level>`` tell them apart; these are logged, not optimised.
         """
-        if self._deferred_error is not None:
-            raise self._deferred_error
+        if self.deferred_error is not None:
+            raise self.deferred_error
         if self.teacher is None or self.distill_weight is None:
             return super().loss(inputs, data_samples, **kwargs)
         self.tap_gradients.clear()

@@ -7,6 +7,8 @@ from mmdiffkd.utils import nearest
 # The paper's weights of the feature distance; its rule is to choose a weight so that the loss is about Faster R-CNN's.
 FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
 DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
+# parts of models that optimizer settings name; upstream looks for the words anywhere in a parameter's name
+PARTS = ('backbone', 'neck', 'head')
 FIELDS = ('student', 'teacher', 'levels', 'neck')
 
 
@@ -58,6 +60,12 @@ def _read_pair(name: str, cfg: dict, student_cfg: dict, teacher_cfg: dict) -> Pa
             f"The pair name '{name}' cannot be used: it becomes part of checkpoint keys and of log keys, where 'loss' "
             "marks what is summed up; take a plain word such as 'fpn'."
         )
+    for part in PARTS:
+        if part in name:
+            raise ValueError(
+                f"The pair name '{name}' contains '{part}': optimizer settings for that part of a model (custom_keys) "
+                "would take the diffusion part for it; take another word such as 'feat' or 'logits'."
+            )
     if not isinstance(cfg, dict):
         raise ValueError(f"distill.{name}={cfg!r} must be a dict such as dict(student='neck', teacher='neck').")
     for field in cfg:
