@@ -73,7 +73,7 @@ def test_one_gpu_sends_nothing():
 @pytest.mark.parametrize(
     'args, message',
     [
-        (['--cfg-options', 'model.teacher=None'], 'nothing is distilled: the config has no teacher'),
+        (['--cfg-options', 'model.teacher=None'], 'distils nothing: it has no teacher'),
         (['--cfg-options', 'model.teacher.config=absent.py'], "The config file 'absent.py' does not exist"),
         (['--bandwidth', 0], 'must be positive'),
     ],

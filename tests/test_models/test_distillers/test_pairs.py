@@ -36,5 +36,5 @@ def test_no_default_outside_detection():
 
 @pytest.mark.parametrize('name', ['neck', 'backbone_feat'])
 def test_names_that_optimizer_settings_would_catch(name):
-    with pytest.raises(ValueError, match=f"pair name '{name}' contains .* custom_keys"):
+    with pytest.raises(ValueError, match=f"pair name '{name}' contains .*custom_keys"):
         read_pairs({name: dict()}, tiny.detector(), tiny.detector())
