@@ -172,10 +172,12 @@ def test_a_rank_dies(run):
     assert done.code == 1 and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
     said = re.sub(r'\d{3,}', '...', message(done, r'Signal 9 \(SIGKILL\) received by PID'))
     run.start('--resume', ranks=2, check=True)
-    assert LAST in files(run.folder)
+    run.start(work_dir='undisturbed', ranks=2, check=True)
+    assert_same(weights(run.folder), weights(run.folder.parent / 'undisturbed'))
     row(
         'one of two processes dies',
-        'the launcher ends the other one and reports which one died; resumed from the last checkpoint',
+        'the launcher ends the other one and reports which one died; resumed to the weights of an undisturbed run'
+        ' of two processes, bit for bit',
         said,
     )
 
