@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
 
 from tests.conftest import ROOT
 
@@ -59,22 +59,17 @@ def test_python(page, block):
         settings = Config.fromstring(OWN.sub('', block), '.py').to_dict()
         cfg = readme_config()
         cfg.merge_from_dict(settings)
-        for name in settings:
-            assert name in cfg, name
-        for hook in settings.get('custom_hooks', []):
-            assert hook['type'].startswith('mmdiffkd.') is False or _registered_hook(hook)
+        if 'type' in settings.get('strategy', {}):
+            assert STRATEGIES.get(settings['strategy']['type']) is not None
+        for hook in [*settings.get('custom_hooks', []), *settings.get('default_hooks', {}).values()]:
+            if hook.get('type', '').startswith('mmdiffkd.'):
+                assert HOOKS.build(dict(hook)) is not None
         return
     scope = {}
     exec(compile(block, page, 'exec'), scope)
     for name, value in scope.items():
         if isinstance(value, dict) and not name.startswith('_'):
             assert set(build(**{'model.distill': value}).diffkd) == set(value), name
-
-
-def _registered_hook(hook):
-    from mmdiffkd.registry import HOOKS
-
-    return HOOKS.build(dict(hook)) is not None
 
 
 @pytest.mark.parametrize('page, command', SHELL)

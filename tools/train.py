@@ -4,7 +4,7 @@ import argparse
 
 import torch
 from mmengine.config import DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
 from mmdiffkd.apis import load_run_config
@@ -43,10 +43,20 @@ def main():
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if 'runner_type' in cfg:
+        check_before_flexible_runner(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def check_before_flexible_runner(cfg):
+    """FlexibleRunner loads before it calls a hook, so what mmdiffkd.CheckpointHook does has to come earlier."""
+    hook = cfg.get('default_hooks', {}).get('checkpoint', {})
+    if hook.get('type') == 'mmdiffkd.CheckpointHook':
+        cfg.load_from = HOOKS.build(dict(hook)).file_to_load(cfg.get('load_from'), cfg.get('resume'), cfg.work_dir)
+        cfg.resume = bool(cfg.get('resume')) and cfg.load_from is not None
 
 
 if __name__ == '__main__':

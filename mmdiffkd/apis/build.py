@@ -5,6 +5,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from mmdiffkd.utils import with_preprocessor
+
 
 def build_distiller(config: str, cfg_options: Optional[dict] = None) -> Tuple[Config, nn.Module]:
     """Build the distiller of a config to look at it; no weights are loaded.
@@ -34,6 +36,4 @@ def build_distiller(config: str, cfg_options: Optional[dict] = None) -> Tuple[Co
 def build_model(cfg: Config, model_cfg: ConfigDict) -> nn.Module:
     """Build a model as the Runner does, with the config's top-level preprocessor where it has none of its own."""
     model_cfg = copy.deepcopy(model_cfg)  # some models change their config while they are built
-    if cfg.get('data_preprocessor') is not None:
-        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return MODELS.build(model_cfg)
+    return MODELS.build(with_preprocessor(model_cfg, cfg.get('data_preprocessor')))

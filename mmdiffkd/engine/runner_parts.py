@@ -1,10 +1,9 @@
 """What the hooks take from a runner."""
 
-from typing import List, Optional
+from typing import Optional
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch.optim import Optimizer
 
@@ -31,7 +30,16 @@ def required_distiller(runner: Runner, hook: Hook) -> DiffKDDistiller:
     return model
 
 
-def optimizers_of(runner: Runner) -> List[Optimizer]:
-    """All optimizers of a runner."""
-    wrapper = runner.optim_wrapper
-    return [one.optimizer for one in (wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper])]
+def required_optimizer(runner: Runner, hook: Hook) -> Optimizer:
+    """The torch optimizer whose steps a hook watches.
+
+    Raises:
+        TypeError: If there are several, or it is none of torch's, as with DeepSpeed.
+    """
+    optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f'{type(hook).__name__} needs one optimizer of torch, but {type(runner.optim_wrapper).__name__} has '
+            f'{"several or none" if optimizer is None else "a " + type(optimizer).__name__}; leave the hook out.'
+        )
+    return optimizer

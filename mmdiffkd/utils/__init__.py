@@ -1,8 +1,17 @@
-from .checkpoint import PREFIX, check_is_data, fingerprint, load_strict, read_checkpoint, without_diffusion_part
-from .config import model_of, preprocessor_of, resolve_config, zoo_checkpoint
+from .checkpoint import (
+    PREFIX,
+    DamagedFileError,
+    check_is_data,
+    fingerprint,
+    load_strict,
+    read_checkpoint,
+    without_diffusion_part,
+)
+from .config import model_of, preprocessor_of, resolve_config, with_preprocessor, zoo_checkpoint
 from .suggest import nearest
 
 __all__ = [
+    'DamagedFileError',
     'PREFIX',
     'check_is_data',
     'fingerprint',
@@ -12,6 +21,7 @@ __all__ = [
     'preprocessor_of',
     'read_checkpoint',
     'resolve_config',
+    'with_preprocessor',
     'without_diffusion_part',
     'zoo_checkpoint',
 ]

@@ -1,28 +1,28 @@
 """Checkpoints as data: read without executing anything in them, and loaded only where they fit."""
 
-import codecs
 import hashlib
 import os
 import os.path as osp
-import pickle
 import re
-import tarfile
 from collections import OrderedDict
 from contextlib import suppress
 from pickle import UnpicklingError
-from types import SimpleNamespace
 from urllib.parse import urlparse
 
-import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
-from mmengine.logging import HistoryBuffer
 from torch import nn
+
+from .safe_load import executable_format, load_data
 
 STATE = 'state_dict'
 PREFIX = 'diffkd.'  # of the diffusion part's keys
 OTHER_SCHEME = re.compile(r'(?!https?:)[\w-]+://')
 URL_HASH = re.compile(r'-([a-f0-9]{8,})\.pth$')
+
+
+class DamagedFileError(ValueError):
+    """A file that is no whole checkpoint."""
 
 
 def read_checkpoint(source: str) -> dict:
@@ -50,7 +50,7 @@ def read_checkpoint(source: str) -> dict:
 def check_is_data(source: str) -> None:
     """Read a checkpoint that mmengine is about to load, since mmengine's loader may run code in it.
 
-    Folders (sharded checkpoints) and schemes such as ``torchvision://``, which name known files, are left to mmengine.
+    Folders (sharded checkpoints) and other schemes, such as ``torchvision://`` and ``s3://``, are not looked into.
 
     Args:
         source (str): Path or URL.
@@ -120,14 +120,15 @@ def _read_data(source: str):
     if not osp.isfile(path):
         raise FileNotFoundError(f"The checkpoint '{source}' does not exist (looked from {osp.abspath('.')}).")
     name = f'{source} (kept as {path})' if is_url else source
-    if tarfile.is_tarfile(path):
-        # torch below 2.6 runs the code in such files in spite of weights_only (CVE-2025-32434)
+    if executable := executable_format(path):
         raise ValueError(
-            f"The checkpoint '{name}' was refused because it has torch's format of before 2018 (tar), which can run "
-            'code when read; save it anew with torch.save.'
+            f"The checkpoint '{name}' was refused because it is {executable}, which can run code when read; save its "
+            "'state_dict' alone with torch.save and use that file."
         )
     try:
-        return _load(path)
+        return load_data(path)
+    except OSError:
+        raise
     except Exception as error:  # the reader meets damage in many ways
         refused = re.search(r'GLOBAL ([\w.]+)', str(error))
         if isinstance(error, UnpicklingError) and refused:
@@ -136,74 +137,12 @@ def _read_data(source: str):
                 "code when read; save its 'state_dict' alone with torch.save and use that file."
             ) from None
         problem = _not_a_checkpoint(name, path)
-        if is_url:  # a connection that breaks off can leave half a file, which must not be taken next time
+        if is_url and not URL_HASH.search(path):
+            # a connection that broke off can have left half a file, which must not be taken next time
             with suppress(FileNotFoundError):
                 os.remove(path)
             problem += ' It has been removed; the next run downloads it anew.'
-        raise ValueError(problem) from None
-
-
-def _load(path: str):
-    """Read a file with torch's ``weights_only`` reader, or before torch 2.4 with one that admits the same."""
-    admitted = _admitted_globals()
-    if hasattr(torch.serialization, 'safe_globals'):
-        with torch.serialization.safe_globals(admitted):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    if hasattr(torch.serialization, 'add_safe_globals'):  # torch 2.4
-        torch.serialization.add_safe_globals(admitted)
-        return torch.load(path, map_location='cpu', weights_only=True)
-    return torch.load(path, map_location='cpu', weights_only=False, pickle_module=restricted_pickle(admitted))
-
-
-def _admitted_globals() -> list:
-    """What mmengine writes into a checkpoint beside tensors, and nothing more."""
-    multiarray = (np.core if np.__version__.startswith('1.') else np._core).multiarray
-    admitted = [HistoryBuffer, np.ndarray, np.dtype, _under_name(_history_buffer_method, 'builtins', 'getattr')]
-    admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # how bytes are pickled
-    admitted += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # NumPy 1 and 2 wrote different names
-        admitted += [_under_name(getattr(multiarray, name), module, name) for name in ('_reconstruct', 'scalar')]
-    return admitted
-
-
-def restricted_pickle(admitted: list) -> SimpleNamespace:
-    """A ``pickle_module`` that finds what torch's own reader allows and what is admitted beside it.
-
-    Args:
-        admitted (list): Functions and classes.
-    """
-    from torch._weights_only_unpickler import _get_allowed_globals
-
-    known = {**_get_allowed_globals(), **{f'{item.__module__}.{item.__name__}': item for item in admitted}}
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            path = f'{module.replace("__builtin__", "builtins")}.{name}'
-            if path not in known:
-                raise UnpicklingError(f'GLOBAL {path}')
-            return known[path]
-
-    def load(file, **options):
-        return Unpickler(file, **options).load()
-
-    return SimpleNamespace(Unpickler=Unpickler, load=load, __name__='restricted_pickle')
-
-
-def _history_buffer_method(owner: type, name: str):
-    """Stands in for ``getattr``, which history buffers are pickled with: it gives their methods and nothing else."""
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r})')
-    return getattr(owner, name)
-
-
-def _under_name(function, module: str, name: str):
-    """A function that the reader finds under the name that stands in the file."""
-
-    def stand_in(*args):
-        return function(*args)
-
-    stand_in.__module__, stand_in.__name__, stand_in.__qualname__ = module, name, name
-    return stand_in
+        raise DamagedFileError(problem) from None
 
 
 def _download(url: str) -> str:
@@ -213,6 +152,7 @@ def _download(url: str) -> str:
         raise ValueError(f'The address {url} names no file.')
     path = osp.join(folder, name)
     digest = URL_HASH.search(path)
+    problem = None
     for my_turn in (is_main_process(), True):  # the first rank fetches it for all that share its cache
         if my_turn and not osp.isfile(path):
             os.makedirs(folder, exist_ok=True)
@@ -220,8 +160,10 @@ def _download(url: str) -> str:
                 # writes to a temporary name, compares the hash, then renames
                 torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
             except (OSError, RuntimeError) as error:
-                raise ValueError(f'The checkpoint {url} could not be downloaded: {error}.') from error
-        barrier()
+                problem = error
+        barrier()  # also where it failed: the others wait
+    if not osp.isfile(path):
+        raise ValueError(f'The checkpoint {url} could not be downloaded: {problem}.') from problem
     return path
 
 

@@ -48,8 +48,13 @@ def model_of(cfg: Config) -> ConfigDict:
     model = copy.deepcopy(ConfigDict(cfg.model))  # some models change their config while they are built
     if model.get('_scope_') is None and cfg.get('default_scope') is not None:
         model['_scope_'] = cfg.default_scope
-    if model.get('data_preprocessor') is None and cfg.get('data_preprocessor') is not None:
-        model['data_preprocessor'] = copy.deepcopy(cfg.data_preprocessor)
+    return with_preprocessor(model, cfg.get('data_preprocessor'))
+
+
+def with_preprocessor(model: ConfigDict, preprocessor: Optional[dict]) -> ConfigDict:
+    """Give a model the top-level preprocessor, which the Runner hands over, where it has none of its own."""
+    if model.get('data_preprocessor') is None and preprocessor is not None:
+        model['data_preprocessor'] = copy.deepcopy(preprocessor)
     return model
 
 

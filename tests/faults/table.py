@@ -7,6 +7,24 @@ import re
 from tests.conftest import ROOT
 
 FILE = ROOT / 'docs' / 'faults.md'
+FAULTS = {
+    'NaN in an image of the batch',
+    "NaN in an image of the batch, `NonFiniteHook(policy='skip')`",
+    'a batch of one image',
+    'all checkpoints damaged',
+    'code in a checkpoint (teacher, `load_from`, `--resume`, `tools/test.py`)',
+    "download of the teacher's weights breaks off, a hash in the file's name",
+    "download of the teacher's weights breaks off, no hash in the file's name",
+    'images of unequal size in a batch',
+    'newest checkpoint truncated or damaged',
+    'no ground truth in one image',
+    'no ground truth in the batch',
+    'no room left while a checkpoint is written (here: the kernel lets no file grow)',
+    'one of two processes dies',
+    'process killed (SIGKILL) in the middle of an epoch',
+    'process killed (SIGKILL) in the middle of writing a checkpoint, `max_keep_ckpts=1`',
+    'teacher file replaced during the run',
+}
 HEAD = '| fault | what happens | what is said |\n|---|---|---|\n'
 
 
@@ -18,6 +36,7 @@ def row(fault: str, happens: str, said: str = '') -> None:
         happens (str): What the test has seen.
         said (str): The message, as printed; paths and sizes are left out.
     """
+    assert fault in FAULTS, fault
     said = re.sub(r"'?/[^\s:')]*/([^\s/:')]*)'?", r'\1', said)
     said = re.sub(r'\d+\.\d+ MB', '... MB', said).replace('|', '/')
     line = f'| {fault} | {happens} | {said} |'
@@ -28,8 +47,13 @@ def row(fault: str, happens: str, said: str = '') -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         before, rest = file.read().split(HEAD)
         rows, _, after = rest.partition('\n\n')
-        lines = {text.split(' | ')[0]: text for text in rows.splitlines() if text}
-        lines[line.split(' | ')[0]] = line
+        lines = {name_of(text): text for text in rows.splitlines() if text}
+        lines[fault] = line
         file.seek(0)
         file.write(before + HEAD + '\n'.join(sorted(lines.values())) + '\n\n' + after)
         file.truncate()
+
+
+def name_of(line: str) -> str:
+    """The fault of a row."""
+    return line[2:].split(' | ')[0]

@@ -20,6 +20,7 @@ from tests.faults.table import row
 from tests.same import assert_same
 
 pytestmark = pytest.mark.slow
+STRATEGY = 'strategy.type=SingleDeviceStrategy'
 LAST = 'epoch_3.pth'
 HOOKS = [dict(type='EMAHook'), dict(type='mmdiffkd.DistillScheduleHook', warmup=2), dict(type='FaultHook')]
 
@@ -145,7 +146,7 @@ def test_disk_full(run, undisturbed):
     run.start('--resume', check=True)
     same_as_undisturbed(run, undisturbed)
     row(
-        'disk full while a checkpoint is written',
+        'no room left while a checkpoint is written (here: the kernel lets no file grow)',
         'stops; no half file is left, the older checkpoint is whole; with room again, resumed to the same weights',
         said,
     )
@@ -201,7 +202,7 @@ def test_nan_in_the_batch(run, policy):
     )
 
 
-@pytest.mark.parametrize('kind', ['load_from', 'resume', 'teacher', 'test'])
+@pytest.mark.parametrize('kind', ['load_from', 'resume', 'teacher', 'test', 'FlexibleRunner'])
 def test_code_in_a_checkpoint(run, kind):
     trace = run.folder.parent / 'trace'
     evil = run.folder.parent / 'evil.pth'
@@ -215,6 +216,7 @@ def test_code_in_a_checkpoint(run, kind):
             load_from=['--cfg-options', f'load_from={evil}'],
             resume=['--resume', str(evil)],
             teacher=['--cfg-options', f'model.teacher.checkpoint={evil}'],
+            FlexibleRunner=['--cfg-options', f'load_from={evil}', 'runner_type=FlexibleRunner', STRATEGY],
         )
         done = run.start(*options[kind])
     assert done.code == 1 and not trace.exists()

@@ -49,9 +49,15 @@ class TestRead:
         (tmp_path / 'storages').write_bytes(pickle.dumps(Attack(trace)))
         with tarfile.open(tmp_path / 'w.pth', 'w') as file:
             file.add(tmp_path / 'storages', 'storages')
-        with pytest.raises(ValueError, match='was refused because it has torch.s format of before 2018'):
+        with pytest.raises(ValueError, match='was refused because it is in torch.s format of before 2018'):
             read_checkpoint(str(tmp_path / 'w.pth'))
         assert not os.path.exists(trace)
+
+    def test_torchscript_is_refused(self, tmp_path):
+        """torch below 2.6 would run it."""
+        torch.jit.save(torch.jit.script(nn.Linear(2, 3)), str(tmp_path / 'w.pth'))
+        with pytest.raises(ValueError, match='was refused because it is a TorchScript archive'):
+            read_checkpoint(str(tmp_path / 'w.pth'))
 
     def test_check_asks_for_data_not_for_weights(self, tmp_path):
         trace = str(tmp_path / 'trace')

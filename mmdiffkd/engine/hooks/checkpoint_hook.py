@@ -1,19 +1,16 @@
 import os.path as osp
-from glob import escape, glob
-from logging import WARNING
-from typing import List, Optional
+from typing import Optional, Union
 
-from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook as BaseCheckpointHook
-from mmengine.logging import print_log
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils import check_is_data
 
 from ..atomic_backend import NAME as ATOMIC_BACKEND
 from ..iteration_seeds import SeededBatches, seed_iteration
+from ..loading import file_to_load
 from ..runner_parts import distiller_of
 
 TEACHER = 'diffkd_teacher'  # key of the teacher's fingerprint in a checkpoint's meta data
@@ -41,82 +38,49 @@ class CheckpointHook(BaseCheckpointHook):
         Raises:
             ValueError: If it is not there, is damaged, or holds more than data; on all ranks.
         """
-        answer: List[Optional[str]] = [None, None]  # the file, or what is wrong with it
-        if is_main_process():
-            try:
-                answer[0] = self._file_to_load(runner)
-            except (FileNotFoundError, ValueError) as error:
-                answer[1] = str(error)
-        broadcast_object_list(answer)
-        path, problem = answer
-        if problem is not None:
-            raise ValueError(problem)
-        if path is None:
-            runner._resume = False
-        elif not isinstance(runner._resume, str):
-            runner._load_from = path
+        if runner._has_loaded:  # FlexibleRunner loads before it calls hooks; tools/train.py has checked it
+            return
+        runner._load_from = self.file_to_load(runner._load_from, runner._resume, runner.work_dir)
+        runner._resume = bool(runner._resume) and runner._load_from is not None
 
-    def _file_to_load(self, runner: Runner) -> Optional[str]:
-        named = runner._resume if isinstance(runner._resume, str) else runner._load_from
-        if named is None:
-            return self._newest_checkpoint(runner.work_dir) if runner._resume else None
-        check_is_data(named)
-        return named
+    def file_to_load(self, load_from: Optional[str], resume: Union[bool, str], work_dir: str) -> Optional[str]:
+        """What a run with these settings loads or resumes; see :func:`mmdiffkd.engine.loading.file_to_load`."""
+        return file_to_load(load_from, resume, work_dir, self._folder(work_dir), self.filename_tmpl)
 
-    def _newest_checkpoint(self, work_dir: str) -> Optional[str]:
-        files = self._saved_checkpoints(work_dir)
-        for file in files:
-            try:
-                check_is_data(file)
-                return file
-            except (FileNotFoundError, ValueError) as error:
-                print_log(f'{error} The checkpoint before it is tried.', logger='current', level=WARNING)
-        if files:
-            raise ValueError(
-                f"None of the {len(files)} checkpoints of '{work_dir}' can be read: start anew without --resume, in "
-                'another work_dir.'
-            )
-        print_log(f"There is no checkpoint in '{work_dir}' to resume; the run begins.", logger='current')
-        return None
-
-    def _saved_checkpoints(self, work_dir: str) -> List[str]:
-        """Newest first: what ``last_checkpoint`` names, then by time, since an older run may have left others."""
-        folder = work_dir
-        if self.out_dir is not None:
-            folder = osp.join(self.out_dir, osp.basename(work_dir.rstrip(osp.sep)))
-        files = glob(osp.join(escape(folder), self.filename_tmpl.format('*')))
-        files.sort(key=osp.getmtime, reverse=True)
-        last = find_latest_checkpoint(work_dir)
-        if last:
-            files = [last] + [file for file in files if osp.abspath(file) != osp.abspath(last)]
-        return files
+    def _folder(self, work_dir: str) -> str:
+        """Where the checkpoints stand; upstream changes ``out_dir`` when training starts."""
+        if self.out_dir is None:
+            return work_dir
+        return osp.join(str(self.out_dir), osp.basename(work_dir.rstrip(osp.sep)))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check that the run goes on with its teacher, and that nothing outside its folder gets deleted.
+        """Check that the run goes on with its teacher, and take out what upstream would execute or delete.
 
         Raises:
             ValueError: If it was saved with another teacher.
         """
+        meta = checkpoint.get('meta', {})
+        meta.pop('config', None)  # upstream runs it as Python; what it writes itself is called cfg
         if not runner._resume:
             return
-        before, now = checkpoint.get('meta', {}).get(TEACHER), _teacher_fingerprint(runner)
+        before, now = meta.get(TEACHER), _teacher_fingerprint(runner)
         if before is not None and now is not None and before != now:
             raise ValueError(
                 'The weights of the teacher are not those that this run has been distilled with so far; give it the '
                 'same teacher.checkpoint, or start a new run from these weights with load_from instead of resume.'
             )
         info = checkpoint.get('message_hub', {}).get('runtime_info', {})
-        home = osp.abspath(runner.work_dir if self.out_dir is None else self.out_dir)
-        for key in list(info):  # upstream deletes these files when there are newer ones
-            is_step = key == 'keep_ckpt_ids' and not all(isinstance(step, int) for step in info[key])
-            is_path = key.startswith('best_ckpt') and osp.commonpath([home, osp.abspath(str(info[key]))]) != home
-            if is_step or is_path:
+        folder = osp.realpath(self._folder(runner.work_dir))
+        for key, value in list(info.items()):  # upstream deletes these files when there are newer ones
+            if key == 'keep_ckpt_ids' and not all(isinstance(step, int) for step in value):
+                del info[key]
+            if key.startswith('best_ckpt') and not _is_best_of(folder, value):
                 del info[key]
 
     def before_train(self, runner: Runner) -> None:
         """Prepare saving and the random numbers."""
         super().before_train(runner)
-        if self.file_client_args is None and type(get_file_backend(self.out_dir)) is LocalBackend:
+        if type(self.file_backend) is LocalBackend:
             self.backend_args = {**(self.backend_args or {}), 'backend': ATOMIC_BACKEND}
         loop = runner.train_loop
         if hasattr(loop, 'dataloader_iterator'):
@@ -175,6 +139,13 @@ class CheckpointHook(BaseCheckpointHook):
             self.file_backend.remove(path)
         elif self.file_backend.isdir(path):
             self.file_backend.rmtree(path)
+
+
+def _is_best_of(folder: str, path) -> bool:
+    """Whether a path is a best checkpoint in a folder itself."""
+    if not isinstance(path, str) or not osp.basename(path).startswith('best_'):
+        return False
+    return osp.dirname(osp.realpath(path)) == folder and not osp.isdir(path)
 
 
 def _teacher_fingerprint(runner: Runner) -> Optional[str]:

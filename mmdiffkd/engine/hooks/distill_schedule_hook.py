@@ -6,8 +6,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.registry import HOOKS
+from mmdiffkd.utils import PREFIX
 
-from ..runner_parts import optimizers_of, required_distiller
+from ..runner_parts import required_distiller, required_optimizer
 
 
 @HOOKS.register_module()
@@ -20,7 +21,7 @@ class DistillScheduleHook(Hook):
     iteration alone, so a resumed run goes on where it was. It is logged as ``diffkd.weight``.
 
     Under DDP the idle diffusion part still takes part in the exchange of gradients, as zeros: its share of the
-    parameters is what that costs.
+    parameters is what that costs. Without a teacher the hook does nothing.
 
     Args:
         begin (int): First epoch or iteration with distillation, from 0. Defaults to 0.
@@ -51,8 +52,8 @@ class DistillScheduleHook(Hook):
         """Convert epochs to iterations and take hold of the optimizers.
 
         Raises:
-            TypeError: If the model is no distiller.
-            ValueError: If epochs are given in an iteration-based loop, or the schedule ends after the training.
+            TypeError: If the model is no distiller, or the optimizer none of torch's.
+            ValueError: If epochs are given in an iteration-based loop, or the schedule does not fit into the training.
         """
         model = required_distiller(runner, self)
         unit = 1
@@ -71,10 +72,17 @@ class DistillScheduleHook(Hook):
                 f'do not fit into the {runner.max_iters // unit} {"epochs" if self.by_epoch else "iterations"} of this '
                 'training.'
             )
+        if model.teacher is None:
+            return
         model.touch_idle_part = isinstance(runner.model, DistributedDataParallel)
         part = list(model.diffkd.parameters())
-        for optimizer in optimizers_of(runner):
-            optimizer.register_step_pre_hook(lambda *args: self._hold_still(model, part))
+        if not part:
+            raise ValueError(
+                'DistillScheduleHook finds no parameters of the diffusion part: under FSDP it needs '
+                'use_orig_params=True.'
+            )
+        optimizer = required_optimizer(runner, self)
+        optimizer.register_step_pre_hook(lambda *args: self._hold_still(model, part))
 
     def weight(self, iteration: int) -> Optional[float]:
         """The weight of ``loss_kd`` in an iteration, counted from 0; None outside ``[begin, end)``."""
@@ -86,8 +94,14 @@ class DistillScheduleHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Set the weight of this iteration."""
-        weight = self.weight(runner.iter)
-        required_distiller(runner, self).distill_weight = weight
+        model = required_distiller(runner, self)
+        if model.teacher is None:
+            return
+        weight = model.distill_weight = self.weight(runner.iter)
+        if weight is None:  # the log would go on showing the last values
+            scalars, pairs = runner.message_hub.log_scalars, tuple(f'train/{PREFIX}{pair}.' for pair in model.pairs)
+            for key in [key for key in scalars if key.startswith(pairs)]:
+                del scalars[key]
         runner.message_hub.update_scalar('train/diffkd.weight', weight or 0.0)
 
     @staticmethod

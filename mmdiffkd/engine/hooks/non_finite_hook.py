@@ -5,14 +5,13 @@ import torch
 from mmengine.dist import all_gather_object, all_reduce
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch.optim import Optimizer
 
 from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.registry import HOOKS
 
-from ..runner_parts import distiller_of, optimizers_of, required_distiller
+from ..runner_parts import distiller_of, required_distiller, required_optimizer
 
 POLICIES = ('raise', 'skip')
 SCALAR = 'diffkd.skipped'  # its name in the log and in the message hub
@@ -44,22 +43,21 @@ class NonFiniteHook(Hook):
         self.policy = policy
         self.max_consecutive_skips = max_consecutive_skips
         self._consecutive = 0
-        self._spoilt_since_step = False
-        self._reasons: List[str] = []
+        self._causes: List[str] = []  # since the last step
         self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # with their values before the iteration
 
     def before_train(self, runner: Runner) -> None:
-        """Watch the model and its optimizers.
+        """Watch the model and its optimizer.
 
         Raises:
-            TypeError: If the model is no distiller.
+            TypeError: If the model is no distiller, or the optimizer none of torch's.
         """
         model = required_distiller(runner, self)
         model.skip_non_finite = self.policy == 'skip'
         model.watch_tap_gradients = True
         names = {parameter: name for name, parameter in model.named_parameters()}
-        for optimizer in optimizers_of(runner):
-            optimizer.register_step_pre_hook(lambda optimizer, *args: self._check(runner, model, optimizer, names))
+        optimizer = required_optimizer(runner, self)
+        optimizer.register_step_pre_hook(lambda *args: self._check(runner, model, optimizer, names))
         if self.policy == 'skip':
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
@@ -71,16 +69,18 @@ class NonFiniteHook(Hook):
 
     def _check(self, runner: Runner, model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> None:
         """Before a step: raise, or take the gradients away; optimizers pass over parameters without one."""
-        if not (self._spoilt_since_step or model.non_finite_losses):
+        if getattr(optimizer, 'found_inf', None) is not None and optimizer.found_inf:
+            return  # the loss scaler's, which leaves the step to fused optimizers to skip
+        if not (self._causes or model.non_finite_losses):
             gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-            is_finite = _total_norm(gradients).isfinite().float()
+            is_finite = _largest(gradients).isfinite().float()
             all_reduce(is_finite, op='min')  # sharded gradients differ between ranks
             if is_finite:
                 return
-            self._reasons = _locate(model, optimizer, names)
+            self._causes = _locate(model, optimizer, names)
             if self.policy == 'raise':
                 raise FloatingPointError(
-                    f'The gradient is not finite in iteration {runner.iter}: {", ".join(self._reasons)}. Lower the '
+                    f'The gradient is not finite in iteration {runner.iter}: {", ".join(self._causes)}. Lower the '
                     "learning rate, or leave such steps out: dict(type='mmdiffkd.NonFiniteHook', policy='skip')."
                 )
         optimizer.zero_grad(set_to_none=True)
@@ -92,52 +92,46 @@ class NonFiniteHook(Hook):
             FloatingPointError: If too many steps in a row were skipped.
         """
         losses = distiller_of(runner).non_finite_losses
-        # within an accumulated step, what comes after a bad batch is lost with it
-        self._spoilt_since_step = (self._spoilt_since_step or bool(losses)) and not _made_a_step(runner)
-        reasons, self._reasons = losses or self._reasons, []
-        if not reasons:
+        made_a_step = runner.optim_wrapper.should_update()
+        if losses or (self._causes and made_a_step):
+            for live, kept in self._buffers:
+                live.copy_(kept)
+        self._causes += [name if made_a_step else f'{name} of iteration {runner.iter}' for name in losses]
+        if not made_a_step:
+            return
+        causes, self._causes = ', '.join(self._causes), []
+        if not causes:
             self._consecutive = 0
             return
         self._consecutive += 1
-        for live, kept in self._buffers:
-            live.copy_(kept)
         count = runner.message_hub.get_info(SCALAR, 0) + 1
         runner.message_hub.update_info(SCALAR, count)
         runner.message_hub.update_scalar(f'train/{SCALAR}', count)
         print_log(
-            f'Iteration {runner.iter} was skipped: not finite were {", ".join(reasons)} ({count} skipped so far).',
+            f'Iteration {runner.iter} was skipped: not finite were {causes} ({count} skipped so far).',
             logger='current',
             level=WARNING,
         )
         if self._consecutive > self.max_consecutive_skips:
             raise FloatingPointError(
-                f'{self._consecutive} iterations in a row were not finite, the last one {runner.iter}: '
-                f'{", ".join(reasons)}. The run cannot recover from this; resume an earlier checkpoint with a lower '
-                'learning rate.'
+                f'{self._consecutive} steps in a row were not finite, the last one in iteration {runner.iter}: '
+                f'{causes}. The run cannot recover from this; resume an earlier checkpoint with a lower learning rate.'
             )
 
 
-def _made_a_step(runner: Runner) -> bool:
-    wrapper = runner.optim_wrapper
-    first = next(iter(wrapper.values())) if isinstance(wrapper, OptimWrapperDict) else wrapper
-    return first.should_update()
-
-
-def _total_norm(gradients: List[torch.Tensor]) -> torch.Tensor:
-    if not gradients:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # as torch.nn.utils does
+def _largest(gradients: List[torch.Tensor]) -> torch.Tensor:
+    """The largest absolute value; unlike the usual norm it does not overflow."""
+    return torch.stack(torch._foreach_norm(gradients, float('inf'))).max() if gradients else torch.zeros(())
 
 
 def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:
     """Where the gradient broke, on any rank: pairs and levels if it came through taps, else parameters."""
-    found = [
-        f'diffkd.{pair}, level {level}' for (pair, level), total in model.tap_gradients.items() if not total.isfinite()
-    ]
+    sums = model.tap_gradients.items()
+    found = [f'diffkd.{pair}, level {level}' for (pair, level), total in sums if not total.isfinite()]
     if not found:
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-        found = [names[p] for p in parameters if not p.grad.isfinite().all()]
-        if len(found) == len(parameters):  # clipping by the total norm has spread it
+        found = [names.get(p, 'a parameter outside the model') for p in parameters if not p.grad.isfinite().all()]
+        if found and len(found) == len(parameters):  # clipping by the total norm has spread it
             found = ['all parameters']
         elif len(found) > 4:
             found = [*found[:4], f'{len(found) - 4} more parameters']

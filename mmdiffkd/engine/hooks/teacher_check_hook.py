@@ -1,4 +1,5 @@
-from typing import Dict, Optional
+from contextlib import contextmanager
+from typing import Dict, Iterator, Optional
 
 import torch
 from mmengine.hooks import Hook
@@ -35,7 +36,7 @@ class TeacherCheckHook(Hook):
             ValueError: If there is no validation set, the teacher cannot be evaluated on it, or it is below the floor.
         """
         model = required_distiller(runner, self)
-        if runner.iter > 0:
+        if runner.iter > 0 or model.teacher is None:
             return
         if runner.val_loop is None:
             raise ValueError('TeacherCheckHook needs val_dataloader, val_evaluator and val_cfg in the config.')
@@ -54,14 +55,23 @@ class TeacherCheckHook(Hook):
     @torch.no_grad()
     def _evaluate(self, runner: Runner, teacher: torch.nn.Module) -> Dict[str, float]:
         loader, evaluator = runner.val_dataloader, runner.val_loop.evaluator
-        device = next(runner.model.parameters()).device
-        teacher.to(device)
-        try:
+        teacher.to(next(runner.model.parameters()).device)
+        with torch.random.fork_rng(devices=[]):  # the run draws what it draws without the check
             for batch in loader:
-                evaluator.process(data_samples=teacher.val_step(batch), data_batch=batch)
+                outputs = teacher.val_step(batch)
+                with _other_classes():
+                    evaluator.process(data_samples=outputs, data_batch=batch)
+        with _other_classes():
             return evaluator.evaluate(len(loader.dataset))
-        except (IndexError, KeyError, AssertionError) as error:
-            raise ValueError(
-                'The teacher cannot be evaluated on the validation set, perhaps because it predicts other classes '
-                f'({type(error).__name__}: {error}); leave TeacherCheckHook out then.'
-            ) from error
+
+
+@contextmanager
+def _other_classes() -> Iterator[None]:
+    """Evaluators look labels up in the classes of the data set."""
+    try:
+        yield
+    except (IndexError, KeyError) as error:
+        raise ValueError(
+            'The teacher cannot be evaluated on the validation set, perhaps because it predicts other classes '
+            f'({type(error).__name__}: {error}); leave TeacherCheckHook out then.'
+        ) from error

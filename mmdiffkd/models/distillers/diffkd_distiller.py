@@ -5,13 +5,13 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import all_reduce
+from mmengine.dist import all_gather_object, all_reduce
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils import PREFIX, check_is_data, nearest
+from mmdiffkd.utils import PREFIX, check_is_data, nearest, with_preprocessor
 
 from .idle import touching
 from .levels import match_levels
@@ -211,7 +211,7 @@ class DiffKDDistiller(BaseModel):
             return loss, log_vars
         bad = non_finite_names(log_vars)
         if self.skip_non_finite:
-            self.non_finite_losses = bad or ['losses of another rank']
+            self.non_finite_losses = sorted({name for names in all_gather_object(bad) for name in names})
             return loss, log_vars
         raise FloatingPointError(
             f'The loss is not finite in iteration {MessageHub.get_current_instance().get_info("iter", 0)}: '
@@ -240,9 +240,11 @@ def _check_gradient(pair: str, path: str, features: Sequence[Tensor], levels: Se
     """Distilling what does not learn would go unnoticed."""
     lost = [level for level in levels if not features[level].requires_grad]
     if lost and torch.is_grad_enabled():
+        others = [level for level in levels if level not in lost]
+        cure = f'choose levels={others}' if others else 'tap another module'
         raise TapError(
             f"distill.{pair}: no gradient reaches the student through its tap '{path}', level {lost[0]}. Either it is "
-            f'frozen: choose levels={[level for level in levels if level not in lost]}. Or it lies inside a part under '
+            f'frozen: {cure}. Or it lies inside a part under '
             'reentrant activation checkpointing (with_cp=True, activation_checkpointing=[...]): tap the module around '
             'that part, or switch the checkpointing off there.'
         )
@@ -256,9 +258,7 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
             f"The student's config is a {student['type']} itself; use its student: student=_base_.model.student."
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
-    if cfg.get('data_preprocessor') is None and data_preprocessor is not None:
-        cfg.data_preprocessor = data_preprocessor
-    return cfg
+    return with_preprocessor(cfg, data_preprocessor)
 
 
 def _check_teacher_keys(teacher: dict) -> None:
@@ -274,9 +274,15 @@ def _check_teacher_keys(teacher: dict) -> None:
 
 def _pretrained_files(model: nn.Module) -> List[str]:
     """The files that ``init_cfg`` of a model's parts names."""
-    cfgs = [getattr(module, 'init_cfg', None) for module in model.modules()]
-    flat = [cfg for entry in cfgs for cfg in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    return [cfg['checkpoint'] for cfg in flat if isinstance(cfg, dict) and cfg.get('checkpoint')]
+
+    def named_in(cfg) -> List[str]:
+        if isinstance(cfg, (list, tuple)):
+            return [file for entry in cfg for file in named_in(entry)]
+        if not isinstance(cfg, dict):
+            return []
+        return [*filter(None, [cfg.get('checkpoint')]), *named_in(cfg.get('override'))]
+
+    return [file for module in model.modules() for file in named_in(getattr(module, 'init_cfg', None))]
 
 
 @cache

@@ -191,19 +191,38 @@ class TestFiles:
             train(cfg, tmp_path / 'run', resume=True)
         assert train(config(EPOCHS, train_cfg__max_epochs=2), tmp_path / 'other', resume=True).epoch == 2
 
-    def test_files_of_an_older_run_are_not_newer(self, config, tmp_path):
+    def test_names_with_a_format_and_files_beside_them(self, config, tmp_path):
+        """Published and exported files have similar names, and cannot be resumed."""
+        cfg = config(EPOCHS, default_hooks__checkpoint__filename_tmpl='epoch_{:03d}.pth')
+        train(cfg, tmp_path / 'run', 10)
         run = tmp_path / 'run'
-        train(config(EPOCHS), run)
-        os.utime(run / 'epoch_3.pth', (0, 0))
-        (run / 'epoch_2.pth').write_bytes(b'damaged')
-        (run / 'last_checkpoint').write_text(str(run / 'epoch_2.pth'))
-        (run / 'epoch_1.pth').write_bytes((run / 'epoch_3.pth').read_bytes())
-        hook = next(h for h in Runner.from_cfg(config(EPOCHS, work_dir=str(run))).hooks if 'Checkpoint' in str(type(h)))
-        assert [Path(file).name for file in hook._saved_checkpoints(str(run))] == [
-            'epoch_2.pth',
-            'epoch_1.pth',
-            'epoch_3.pth',
-        ]
+        exported = dict(state_dict=torch.load(run / 'epoch_001.pth', weights_only=False)['state_dict'], meta={})
+        for name in ('epoch_002_student.pth', 'epoch_002-64491a51.pth', 'epoch_009.pth'):
+            torch.save(exported, run / name)
+        (run / 'last_checkpoint').unlink()
+        assert train(cfg, run, resume=True)._load_from == str(run / 'epoch_002.pth')
+
+    def test_backend_of_the_user_is_kept(self, config, tmp_path):
+        from mmengine.fileio import LocalBackend, register_backend
+
+        written = []
+
+        class Recording(LocalBackend):
+            def put(self, content, path):
+                written.append(Path(path).name)
+                super().put(content, path)
+
+        register_backend('recording', Recording, force=True)
+        cfg = config(EPOCHS, default_hooks__checkpoint__backend_args=dict(backend='recording'))
+        train(cfg, tmp_path / 'run')
+        assert written == ['epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']
+
+    def test_one_cycle_schedule(self, config, tmp_path):
+        """mmengine stores one of its functions with this one."""
+        cfg = config(EPOCHS)
+        cfg.param_scheduler = [dict(type='OneCycleLR', eta_max=0.1, total_steps=12, by_epoch=False)]
+        train(cfg, tmp_path / 'run', 6)
+        assert train(cfg, tmp_path / 'run', resume=True).epoch == 3
 
 
 class TestSafety:
@@ -215,6 +234,24 @@ class TestSafety:
             train(config(EPOCHS, load_from=str(tmp_path / 'evil.pth')), tmp_path / 'run', resume=resume)
         assert not trace.exists()
 
+    def test_what_is_refused_is_not_passed_over(self, config, tmp_path):
+        cfg = config(EPOCHS)
+        train(cfg, tmp_path / 'run', 10)
+        torch.save(dict(state_dict={}, meta=Attack(str(tmp_path / 'trace'))), tmp_path / 'run' / 'epoch_2.pth')
+        with pytest.raises(ValueError, match='epoch_2.pth. was refused because it holds the object'):
+            train(cfg, tmp_path / 'run', resume=True)
+
+    def test_no_text_is_executed(self, config, tmp_path):
+        """Upstream runs this one as a config file."""
+        cfg = config(EPOCHS)
+        train(cfg, tmp_path / 'run', 6)
+        path, trace = tmp_path / 'run' / 'epoch_1.pth', tmp_path / 'trace'
+        content = torch.load(path, weights_only=False)
+        content['meta']['config'] = f'import os\nos.mkdir({str(trace)!r})\n'
+        torch.save(content, path)
+        assert train(cfg, tmp_path / 'run', resume=True).epoch == 3
+        assert not trace.exists()
+
     def test_other_teacher_is_refused(self, config, tmp_path):
         cfg = config(EPOCHS)
         train(cfg, tmp_path / 'run', 6)
@@ -222,19 +259,32 @@ class TestSafety:
         with pytest.raises(ValueError, match='weights of the teacher are not those .* load_from instead of resume'):
             train(cfg, tmp_path / 'run', resume=True)
 
-    def test_a_checkpoint_cannot_have_other_files_deleted(self, config, tmp_path):
+    @pytest.mark.parametrize('kind', ['other file', 'run folder', 'sub-folder', 'bytes', 'through a link'])
+    def test_a_checkpoint_cannot_have_other_files_deleted(self, config, tmp_path, kind):
         cfg = config(EPOCHS, default_hooks__checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP'))
-        train(cfg, tmp_path / 'run', 6)
-        precious = tmp_path / 'precious.pth'
-        precious.write_text('kept')
-        path = tmp_path / 'run' / 'epoch_1.pth'
+        run = tmp_path / 'run'
+        train(cfg, run, 6)
+        (run / 'best_logs').mkdir()
+        precious = [tmp_path / 'best_precious.pth', run / 'best_logs' / 'best_kept.txt']
+        for file in precious:
+            file.write_text('kept')
+        (run / 'link').symlink_to(tmp_path)
+        best = {
+            'other file': str(precious[0]),
+            'run folder': str(run),
+            'sub-folder': str(run / 'best_logs'),
+            'bytes': str(precious[0]).encode(),
+            'through a link': str(run / 'link' / 'best_precious.pth'),
+        }
+        path = run / 'epoch_1.pth'
         content = torch.load(path, weights_only=False)
         content['message_hub']['runtime_info'].update(
-            best_ckpt=str(precious), best_score=-2.0, keep_ckpt_ids=['1.pth/../../precious']
+            best_ckpt=best[kind], best_score=-2.0, keep_ckpt_ids=['1.pth/../../best_precious']
         )
         torch.save(content, path)
-        train(cfg, tmp_path / 'run', resume=True)
-        assert precious.read_text() == 'kept'
+        train(cfg, run, resume=True)
+        assert all(file.read_text() == 'kept' for file in precious)
+        assert (run / 'epoch_3.pth').exists()
 
 
 def checkpoints(folder):

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from tests import tiny
@@ -23,7 +24,7 @@ def runner(tmp_path, shapes):
                 train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=iterations, val_begin=99),
                 param_scheduler=[],
                 default_hooks__logger__interval=1,
-                optim_wrapper=dict(_delete_=True, type='OptimWrapper', optimizer=SGD, **(optim_wrapper or {})),
+                optim_wrapper={'_delete_': True, 'type': 'OptimWrapper', 'optimizer': SGD, **(optim_wrapper or {})},
                 custom_hooks=[dict(type='mmdiffkd.NonFiniteHook', **hook)],
             )
         )
@@ -108,16 +109,14 @@ def test_loss_stops_the_run_also_without_the_hook(runner):
     run = runner()
     run._hooks = [hook for hook in run.hooks if type(hook).__name__ != 'NonFiniteHook']
     spoil(run.model, [1], break_loss)
-    with pytest.raises(
-        FloatingPointError, match=r'not finite in iteration 1: diffkd\.fpn\.loss_kd \(level 0\)'
-    ):
+    with pytest.raises(FloatingPointError, match=r'not finite in iteration 1: diffkd\.fpn\.loss_kd \(level 0\)'):
         run.train()
 
 
 def test_too_many_in_a_row(runner, tmp_path):
     run = runner(iterations=7, policy='skip', max_consecutive_skips=2)
     spoil(run.model, [0, 1, 3, 4, 5], break_loss)
-    with pytest.raises(FloatingPointError, match='3 iterations in a row were not finite, the last one 5'):
+    with pytest.raises(FloatingPointError, match='3 steps in a row were not finite, the last one in iteration 5'):
         run.train()
     assert '(5 skipped so far)' in log_of(tmp_path)
 
@@ -132,6 +131,47 @@ def test_accumulated_step_is_left_out_as_a_whole(runner):
         torch.equal(before[weight], after[weight]) for before, after in zip(states, [*states[1:], state(run.model)])
     ]
     assert same == [True, False, True, True, True, False]
+
+
+def test_limit_counts_steps(runner, tmp_path):
+    """The first half of every step is bad."""
+    run = runner(iterations=8, optim_wrapper=dict(accumulative_counts=2), policy='skip', max_consecutive_skips=2)
+    spoil(run.model, [0, 2, 4, 6], break_loss)
+    with pytest.raises(FloatingPointError, match='3 steps in a row .* iteration 5: .*level 0. of iteration 4'):
+        run.train()
+
+
+def test_large_is_not_infinite(runner, tmp_path):
+    """The sum of the squares would be."""
+    run = runner(iterations=1)
+    run.model.bbox_head.retina_reg.bias.register_hook(lambda gradient: gradient * 0 + 1e25)
+    run.train()
+    assert run.model.bbox_head.retina_reg.bias.abs().max() > 1e22
+
+
+def test_overflow_under_the_loss_scaler_is_the_scalers(runner):
+    """Fused optimizers are called by it all the same."""
+    run = runner(optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01, fused=True)))
+    run.optim_wrapper = run.build_optim_wrapper(run.optim_wrapper)
+    run.register_hook(Overflow())
+    run.train()
+    assert run.message_hub.get_info('diffkd.skipped', 0) == 0
+
+
+class Overflow(Hook):
+    """What GradScaler does for fused optimizers when gradients overflow, in the second iteration."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        optimizer = runner.optim_wrapper.optimizer
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+        if runner.iter == 1:
+            optimizer.found_inf = torch.ones(())
+            bias = runner.model.bbox_head.retina_reg.bias
+            self.handle = bias.register_hook(lambda gradient: gradient * float('inf'))
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter == 1:
+            self.handle.remove()
 
 
 def test_needs_a_distiller(runner):

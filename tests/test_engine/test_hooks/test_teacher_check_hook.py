@@ -18,7 +18,7 @@ def runner(tmp_path, shapes):
                 tmp_path / 'run',
                 train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=2, val_begin=99),
                 param_scheduler=[],
-                default_hooks__checkpoint=dict(type='mmdiffkd.CheckpointHook', by_epoch=False, interval=1),
+                default_hooks__checkpoint=dict(by_epoch=False, interval=1),
                 custom_hooks=[dict(type='mmdiffkd.TeacherCheckHook', **hook)],
                 resume=resume,
             )
@@ -85,3 +85,9 @@ def test_other_classes(runner, tmp_path):
 def test_unknown_metric(runner):
     with pytest.raises(ValueError, match="has no metric 'bbox', only coco/bbox_mAP"):
         runner(metric='bbox').train()
+
+
+def test_without_a_teacher_there_is_nothing_to_do(runner, tmp_path):
+    run = runner(dict(tiny.distiller_cfg(tmp_path), teacher=None), floor=0.9)
+    run.train()
+    assert run.iter == 2
