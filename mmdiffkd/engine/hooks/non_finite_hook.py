@@ -73,7 +73,7 @@ class NonFiniteHook(Hook):
             return  # the loss scaler's, which leaves the step to fused optimizers to skip
         if not (self._causes or model.non_finite_losses):
             gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-            is_finite = _largest(gradients).isfinite().float()
+            is_finite = _all_finite(gradients)
             all_reduce(is_finite, op='min')  # sharded gradients differ between ranks
             if is_finite:
                 return
@@ -119,9 +119,14 @@ class NonFiniteHook(Hook):
             )
 
 
-def _largest(gradients: List[torch.Tensor]) -> torch.Tensor:
-    """The largest absolute value; unlike the usual norm it does not overflow."""
-    return torch.stack(torch._foreach_norm(gradients, float('inf'))).max() if gradients else torch.zeros(())
+def _all_finite(gradients: List[torch.Tensor]) -> torch.Tensor:
+    """Whether all are, as 1.0 or 0.0. The norms are quick, but can overflow where no gradient is infinite."""
+    if not gradients:
+        return torch.ones(())
+    is_finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+    if not is_finite:
+        is_finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+    return is_finite.float()
 
 
 def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:
