@@ -8,7 +8,7 @@ from tests import tiny
 WIDTHS = [8, 16, 24, 32]
 DEPTHS = [1, 1, 4, 1]
 CONVNEXT = dict(type='mmpretrain.ConvNeXt', arch=dict(depths=DEPTHS, channels=WIDTHS), gap_before_final_norm=False)
-# detectors have default taps, other models have none
+# one pair for models of all kinds
 BACKBONES = dict(feat=dict(student='backbone', teacher='backbone'))
 
 

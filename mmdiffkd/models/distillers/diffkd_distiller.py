@@ -36,7 +36,7 @@ class DiffKDDistiller(BaseModel):
         teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
             ``'zoo'``) of the teacher. None trains the student alone. Defaults to None.
         distill (dict, optional): What is compared, ``{name: dict(student=, teacher=, levels=, neck=)}``. Defaults to
-            neck to neck with the paper's weight for detectors.
+            what :func:`default_distill` has for the task.
         inherit (list[str], optional): Modules whose weights the student takes from the teacher before training, such
             as ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): Top-level preprocessor that the Runner hands over; the student gets it

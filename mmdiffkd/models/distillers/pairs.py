@@ -4,6 +4,8 @@ from torch import nn
 
 from mmdiffkd.utils import nearest
 
+from .defaults import default_distill
+
 # The paper's weights of the feature distance; its rule is to choose a weight so that the loss is about Faster R-CNN's.
 FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
 DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
@@ -31,7 +33,7 @@ class Pair(NamedTuple):
 def read_pairs(distill: Optional[dict], student_cfg: dict, teacher_cfg: dict) -> Dict[str, Pair]:
     """Complete the ``distill`` of a config.
 
-    Without it, detectors are distilled from neck to neck. Fields that a pair leaves out take that default, too.
+    Without it, :func:`default_distill` decides. A pair of detectors that names no tap is from neck to neck.
 
     Args:
         distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
@@ -45,7 +47,7 @@ def read_pairs(distill: Optional[dict], student_cfg: dict, teacher_cfg: dict) ->
         ValueError: If it is empty, or a pair is misspelt or incomplete.
     """
     if distill is None:
-        distill = dict(fpn=dict())
+        distill = default_distill(student_cfg, teacher_cfg)
     if not isinstance(distill, dict) or not distill:
         raise ValueError(
             'distill is empty: leave it out for the default pair, or name pairs such as '

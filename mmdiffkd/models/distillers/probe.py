@@ -2,7 +2,7 @@
 
 import copy
 from logging import DEBUG
-from typing import Dict, Iterable, List, NamedTuple, Optional
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from mmengine.logging import print_log
@@ -11,9 +11,9 @@ from mmengine.structures import BaseDataElement
 
 from .taps import TapError, TapRecorder, find_module, flatten
 
-# Device and image size, tried in turn: not every operator knows the meta device, and some models take no small images.
-# Sizes are multiples of the largest FPN stride, so that strides come out whole.
-ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512))
+# Device and image size, tried in turn: not every operator knows the meta device, some models take no small images, and
+# some only those of ImageNet. The others are multiples of the largest FPN stride, so that strides come out whole.
+ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224))
 
 
 class TapInfo(NamedTuple):
@@ -46,17 +46,46 @@ def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInf
 
     Raises:
         TapError: If a path does not exist, or is not reached in a forward pass.
+        RuntimeError: If the model runs on none of the images tried.
     """
-    paths = list(paths)
-    *attempts, last = ATTEMPTS
-    for device, size in attempts:
+    paths, problems = list(paths), []
+    for device, size in (*_own_size(model_cfg), *ATTEMPTS):
         try:
             return _run(model_cfg, paths, owner, device, size)
         except TapError:
             raise
         except Exception as error:
             print_log(f'The dry run of the {owner} fails on {device} at {size} pixels: {error}', 'current', DEBUG)
-    return _run(model_cfg, paths, owner, *last)
+            problems.append(error)
+    if len({str(error) for error in problems}) == 1:  # it is not for the size of the image
+        raise problems[0]
+    raise RuntimeError(
+        f'The {owner} {model_cfg["type"]} runs on no empty image, neither at '
+        f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels nor at an img_size of its backbone; the '
+        f'first error was: {problems[0]}'
+    ) from problems[0]
+
+
+def has_module(model_cfg: dict, path: str) -> bool:
+    """Whether a model has a module at a path of ``named_modules()``.
+
+    It is built to see, on the meta device where the model allows it: some read numbers from tensors when built.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device('meta'):
+                model = MODELS.build(copy.deepcopy(model_cfg))
+        except Exception:
+            model = MODELS.build(copy.deepcopy(model_cfg))
+    return path in dict(model.named_modules())
+
+
+def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
+    """Attempts at the image size that a backbone is made for, if it names a square one."""
+    size = (model_cfg.get('backbone') or {}).get('img_size')
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    return [('meta', size), ('cpu', size)] if isinstance(size, int) else []
 
 
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) -> Dict[str, TapInfo]:
