@@ -91,10 +91,12 @@ class TestRead:
         ):
             read_checkpoint(str(tmp_path / 'page.pth'))
 
-    def test_truncated_file(self, tmp_path):
-        path = save(tmp_path, dict(w=torch.ones(1000)))
+    @pytest.mark.parametrize('size', [100_000, 1000])
+    @pytest.mark.parametrize('share', [0.02, 0.1, 0.5, 0.99])
+    def test_truncated_file(self, tmp_path, size, share):
+        path = save(tmp_path, dict(w=torch.ones(size)))
         with open(path, 'r+b') as file:
-            file.truncate(os.path.getsize(path) // 2)
+            file.truncate(int(os.path.getsize(path) * share))
         with pytest.raises(ValueError, match='no PyTorch checkpoint, it is damaged'):
             read_checkpoint(path)
 
