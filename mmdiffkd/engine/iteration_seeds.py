@@ -15,7 +15,7 @@ def seed_iteration(seed: int, iteration: int, purpose: str) -> None:
 
     Args:
         seed (int): Seed of the run.
-        iteration (int): Iteration, or epoch, that begins.
+        iteration (int): The iteration that begins, from 0.
         purpose (str): ``'train'`` for the step itself, ``'load'`` for loading its batch.
     """
     purposes = ('train', 'load')
