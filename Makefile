@@ -9,13 +9,13 @@ CONSTRAINTS := --constraint requirements/constraints.txt
 .PHONY: help env demo test lint clean
 
 help:
-	@echo "make demo   train teacher, student alone, plain MSE and DiffKD on generated images; at most 15 minutes"
+	@echo "make demo   train teacher, student alone, plain MSE and DiffKD on generated images; about 15 minutes"
 	@echo "make test   run all tests; at most 20 minutes"
 	@echo "make env    the environment in $(VENV) that both need (made by them if it is not there)"
 	@echo "make lint   check formatting and lint"
 
 demo: $(READY)
-	@echo "The demo takes at most 15 minutes on two CPU cores. Interrupted, it goes on where it stopped."
+	@echo "The demo takes about 15 minutes on two CPU cores. Interrupted, it goes on where it stopped."
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
