@@ -1,5 +1,5 @@
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Dict, Iterable, List, Optional
 
 from torch import Tensor, nn
@@ -25,11 +25,13 @@ def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
     Raises:
         TapError: If there is none; it lists the nearest paths.
     """
+    with suppress(AttributeError):  # the way without a search, since this is done in every iteration
+        if path:
+            return model.get_submodule(path)
     modules: Dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        modules.setdefault(
-            WRAPPERS.sub('', name).lstrip('.'), module
-        )  # the wrapper comes first, and it is what is called
+        # the wrapper comes first, and is what gets called
+        modules.setdefault(WRAPPERS.sub('', name).lstrip('.'), module)
     modules.pop('', None)
     if path not in modules:
         raise TapError(
