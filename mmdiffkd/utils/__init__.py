@@ -8,6 +8,7 @@ from .checkpoint import (
     without_diffusion_part,
 )
 from .config import model_of, preprocessor_of, resolve_config, with_preprocessor, zoo_checkpoint
+from .skeleton import skeleton
 from .suggest import nearest
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     'preprocessor_of',
     'read_checkpoint',
     'resolve_config',
+    'skeleton',
     'with_preprocessor',
     'without_diffusion_part',
     'zoo_checkpoint',

@@ -3,13 +3,11 @@
 import argparse
 import sys
 
-import torch
 from mmengine.config import DictAction
-from mmengine.registry import MODELS
 from torch import nn
 
 from mmdiffkd.apis import build_distiller
-from mmdiffkd.utils import PREFIX
+from mmdiffkd.utils import PREFIX, skeleton
 
 BYTES = 4  # gradients are fp32, under automatic mixed precision too
 MB = 1e6
@@ -40,7 +38,8 @@ def main():
         sys.exit(f'Error: {error}')
     model.train()  # where some backbones freeze their first stages
     student, part = trainable(model)
-    print_parameters(student, part, teacher_size(model.teacher.model_cfg))
+    teacher = sum(param.numel() for param in skeleton(model.teacher.model_cfg).parameters())
+    print_parameters(student, part, teacher)
     print()
     print_traffic(student, part, args.gpus, args.bandwidth)
     print(f'\n{NOTE}')
@@ -53,16 +52,6 @@ def trainable(model: nn.Module) -> tuple:
         if param.requires_grad:
             sizes[name.startswith(PREFIX)] += param.numel()
     return sizes[False], sizes[True]
-
-
-def teacher_size(model_cfg: dict) -> int:
-    """Number of the teacher's parameters; on the meta device they take no memory."""
-    try:
-        with torch.device('meta'):
-            model = MODELS.build(model_cfg)
-    except Exception:  # not every model can be built there
-        model = MODELS.build(model_cfg)
-    return sum(param.numel() for param in model.parameters())
 
 
 def ring_bytes(params: int, gpus: int) -> float:

@@ -61,7 +61,8 @@ class FeatureDiffusion(nn.Module):
         loss_reconstruction_weight (float): Weight of the autoencoder's loss. Defaults to 1.
 
     Raises:
-        ValueError: If ``align`` or ``latent_channels`` do not go with the other arguments.
+        ValueError: If ``align`` or ``latent_channels`` do not go with the other arguments, or a distance between
+            classes is given different numbers of them.
     """
 
     def __init__(
@@ -94,6 +95,12 @@ class FeatureDiffusion(nn.Module):
         self.loss_reconstruction_weight = loss_reconstruction_weight
         self.student_conv = nn.Conv2d(student_channels, channels, 1) if align else nn.Identity()
         self.distance = MODELS.build(distance or dict(type='mmdiffkd.MSELoss'))
+        if student_channels != teacher_channels and getattr(self.distance, 'compares_classes', False):
+            raise ValueError(
+                f'{type(self.distance).__name__} compares class by class, but the student has {student_channels} '
+                f"classes and the teacher {teacher_channels}; tap features instead, such as dict(student='backbone', "
+                "teacher='backbone')."
+            )
         if not denoise:
             return
         self.schedule = DDIMSchedule(**(schedule or {}))
@@ -107,13 +114,18 @@ class FeatureDiffusion(nn.Module):
         )
         self.proj = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
 
-    def forward(self, student: Tensor, teacher: Tensor, draws: Optional[Draws] = None) -> DiffusionOutput:
+    def forward(
+        self, student: Tensor, teacher: Tensor, draws: Optional[Draws] = None, mask: Optional[Tensor] = None
+    ) -> DiffusionOutput:
         """Compare a student feature with its teacher's.
 
         Args:
             student (Tensor): (N, C_s, H, W).
-            teacher (Tensor): (N, C_t, H', W'); the student is resized to it where the sizes differ.
+            teacher (Tensor): (N, C_t, H', W'); the student is resized to it where the sizes differ, but for a pooled
+                student (1x1), which is compared with the pooled teacher.
             draws (Draws, optional): Random draws given from outside.
+            mask (Tensor, optional): Pixels that count, (N, 1, h, w) of type bool, resized to the teacher; for
+                distances that take one, ``distance(student, teacher, mask)``. None counts all.
 
         Returns:
             DiffusionOutput: Losses, gamma, denoised feature and target.
@@ -125,23 +137,24 @@ class FeatureDiffusion(nn.Module):
             raise ValueError(
                 f'Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must come from the same batch.'
             )
+        if student.shape[-2:] == (1, 1):
+            teacher = teacher.mean(dim=(2, 3), keepdim=True)
         if self.training and teacher[:, 0].numel() == 1:
             # one pixel of one image is nothing to normalise over: BatchNorm takes its running statistics
             in_training = [module for module in self.modules() if module.training]
             self.eval()
             try:
-                return self.forward(student, teacher, draws)
+                return self.forward(student, teacher, draws, mask)
             finally:
                 for module in in_training:  # not those that were frozen
                     module.training = True
         draws = draws or Draws()
         latent = self._align(student, teacher.shape[-2:])
+        target = teacher.detach()
         if not self.denoise:
-            target = teacher.detach()
-            return DiffusionOutput(dict(loss_kd=self.distance(latent.float(), target.float())), None, latent, target)
+            return DiffusionOutput(dict(loss_kd=self._distance(latent, target, mask)), None, latent, target)
 
         losses = {}
-        target = teacher.detach()
         if self.autoencoder is not None:
             target, reconstruction = self.autoencoder(target)
             loss = F.mse_loss(reconstruction.float(), teacher.detach().float())
@@ -149,14 +162,22 @@ class FeatureDiffusion(nn.Module):
             target = target.detach()
         refined, gamma = self._refine(latent, draws.adapter_noise)
         losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, draws)
-        losses['loss_kd'] = self.distance(refined.float(), target.float())
+        losses['loss_kd'] = self._distance(refined, target, mask)
         return DiffusionOutput(losses, gamma, refined, target)
 
     def _align(self, student: Tensor, size: torch.Size) -> Tensor:
         latent = self.student_conv(student)
-        if latent.shape[-2:] != size:
-            latent = F.interpolate(latent, size, mode='bilinear', align_corners=False)
-        return latent
+        if latent.shape[-2:] == size:
+            return latent
+        if size == (1, 1):  # interpolation would take the pixels in the middle
+            return latent.mean(dim=(2, 3), keepdim=True)
+        return F.interpolate(latent, size, mode='bilinear', align_corners=False)
+
+    def _distance(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor]) -> Tensor:
+        if mask is None or not getattr(self.distance, 'takes_mask', False):
+            return self.distance(student.float(), teacher.float())
+        mask = F.interpolate(mask.float(), teacher.shape[-2:], mode='nearest-exact')[:, 0] > 0
+        return self.distance(student.float(), teacher.float(), mask)
 
     def _refine(self, latent: Tensor, noise: Optional[Tensor]):
         """Blend noise into the student latent (equation 8) and denoise it step by step."""

@@ -2,72 +2,113 @@
 
 from typing import Dict, Optional
 
-from .probe import has_module
+from torch import nn
 
-DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head')
+from mmdiffkd.utils import skeleton
+
+from .passes import ENCODERS, WRAPPED
+
+DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
+# the paper's width of the autoencoder on classifiers' features
+CLASSIFIER_LATENT_CHANNELS = 1024
 
 
-def default_distill(student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
     """The pairs of a student and a teacher of the same task, as the paper has them.
 
     - Detectors: neck to neck, or backbone to backbone where a model has no neck.
-    - Segmentors: logits before they are resized, by DIST.
-    - Classifiers: the last feature map, and the logits by KL divergence where both know as many classes.
+    - Segmentors: logits before they are resized, by DIST; backbone to backbone where a model has none or both know
+      other classes.
+    - Classifiers: the last feature map through an autoencoder, unless the student's is frozen, and the logits by KL
+      divergence where both know as many classes.
+    - Other models: what encodes the images.
 
     Args:
-        student_cfg (dict): Config of the student.
+        student (nn.Module): The student.
+        student_cfg (dict): Its config.
         teacher_cfg (dict): Config of the teacher.
 
     Returns:
         dict[str, dict]: A ``distill`` to be completed by :func:`read_pairs`.
 
     Raises:
-        ValueError: If the two have different tasks, or one that has no default.
+        ValueError: If the two have different tasks, or nothing that can be distilled.
     """
     tasks = [_task(cfg) for cfg in (student_cfg, teacher_cfg)]
-    if tasks[0] is None or tasks[0] != tasks[1]:
+    features = [_features(cfg) for cfg in (student_cfg, teacher_cfg)]
+    if tasks[0] != tasks[1] or None in features:
         raise ValueError(
             f'There is no default tap for the student {student_cfg["type"]} and the teacher {teacher_cfg["type"]}; '
             "name one: distill=dict(feat=dict(student='backbone', teacher='backbone'))."
         )
     if tasks[0] == 'detection':
-        return dict(fpn=dict(student=_features(student_cfg), teacher=_features(teacher_cfg)))
-    logits = [_logits(cfg) for cfg in (student_cfg, teacher_cfg)]
+        return dict(fpn=_pair(features))
+    logits = [None, None]
+    if tasks[0] in LOGITS and _num_classes(student_cfg) == _num_classes(teacher_cfg):
+        logits = [LOGITS[tasks[0]](student, student_cfg), LOGITS[tasks[0]](skeleton(teacher_cfg), teacher_cfg)]
     if tasks[0] == 'segmentation':
-        if None in logits:  # masks instead of logits
-            return dict(feat=dict(student='backbone', teacher='backbone'))
-        return dict(
-            logits=dict(zip(('student', 'teacher'), logits), neck=dict(distance=dict(type='mmdiffkd.DISTLoss')))
+        return dict(feat=_pair(features)) if None in logits else dict(logits=_pair(logits, distance='DISTLoss'))
+
+    pairs = {}
+    if any(parameter.requires_grad for parameter in student.get_submodule(features[0]).parameters()):
+        latent_channels = CLASSIFIER_LATENT_CHANNELS if tasks[0] == 'classification' else None
+        pairs['feat'] = _pair(features, distance='MSELoss', latent_channels=latent_channels)
+    if None not in logits:
+        parts = dict(denoiser=dict(type='mmdiffkd.MLPDenoiser'), noise_adapter=dict(type='mmdiffkd.MLPNoiseAdapter'))
+        pairs['logits'] = _pair(logits, distance='KLDivergence', **parts)
+    if not pairs:
+        raise ValueError(
+            f'The {features[0]} of the student {student_cfg["type"]} is frozen, and there are no logits to compare: '
+            'there is nothing that distillation could train.'
         )
-    mse = dict(type='mmdiffkd.MSELoss')
-    pairs = dict(feat=dict(student='backbone', teacher='backbone', neck=dict(distance=mse)))
-    if None not in logits and student_cfg['head'].get('num_classes') == teacher_cfg['head'].get('num_classes'):
-        neck = dict(
-            denoiser=dict(type='mmdiffkd.MLPDenoiser'),
-            noise_adapter=dict(type='mmdiffkd.MLPNoiseAdapter'),
-            distance=dict(type='mmdiffkd.KLDivergence'),
-        )
-        pairs['logits'] = dict(student=logits[0], teacher=logits[1], neck=neck)
     return pairs
 
 
-def _task(cfg: dict) -> Optional[str]:
+def _pair(taps, distance: Optional[str] = None, **neck) -> dict:
+    if distance is not None:
+        neck['distance'] = dict(type=f'mmdiffkd.{distance}')
+    return dict(student=taps[0], teacher=taps[1], neck=neck)
+
+
+def _task(cfg: dict) -> str:
     if cfg.get('decode_head'):
         return 'segmentation'
-    if any(cfg.get(part) is not None for part in DETECTION_PARTS):
+    if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, WRAPPED)):
         return 'detection'
-    return 'classification' if cfg.get('backbone') and cfg.get('head') else None
+    return 'classification' if cfg['type'].split('.')[-1] == 'ImageClassifier' else 'other'
 
 
-def _features(cfg: dict) -> str:
-    return 'neck' if cfg.get('neck') else 'backbone'
+def _features(cfg: dict) -> Optional[str]:
+    """The module whose features are compared; None if it is not where upstream keeps it."""
+    if isinstance(cfg.get(WRAPPED), dict):
+        inner = _features(cfg[WRAPPED])
+        return inner and f'{WRAPPED}.{inner}'
+    if cfg.get('neck') and _task(cfg) == 'detection':
+        return 'neck'
+    for name in ENCODERS:
+        if cfg.get(name):  # a list is the encoder and what follows it
+            return f'{name}.0' if isinstance(cfg[name], (list, tuple)) else name
+    return None
 
 
-def _logits(cfg: dict) -> Optional[str]:
-    """The module that returns a segmentor's or a classifier's logits; None if there is none."""
-    if cfg.get('decode_head'):
-        head = cfg['decode_head']  # a cascade's last stage decides
-        path = f'decode_head.{len(head) - 1}.conv_seg' if isinstance(head, (list, tuple)) else 'decode_head.conv_seg'
-    else:
-        path = 'head.fc'
-    return path if has_module(cfg, path) else None
+def _num_classes(cfg: dict) -> Optional[int]:
+    head = cfg.get('decode_head') or cfg.get('head') or {}
+    return (head[-1] if isinstance(head, (list, tuple)) else head).get('num_classes')
+
+
+def _pixel_logits(model: nn.Module, cfg: dict) -> Optional[str]:
+    """A segmentor's layer of logits; of a cascade, the last stage's."""
+    head = cfg['decode_head']
+    path = f'decode_head.{len(head) - 1}.conv_seg' if isinstance(head, (list, tuple)) else 'decode_head.conv_seg'
+    return path if path in dict(model.named_modules()) else None
+
+
+def _class_logits(model: nn.Module, cfg: dict) -> Optional[str]:
+    """A classifier's layer of logits: the first linear one of its head with as many outputs as there are classes."""
+    for name, module in model.named_modules():
+        if name.startswith('head.') and getattr(module, 'out_features', None) == _num_classes(cfg):
+            return name
+    return None
+
+
+LOGITS = dict(segmentation=_pixel_logits, classification=_class_logits)

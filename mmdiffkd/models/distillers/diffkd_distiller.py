@@ -1,5 +1,5 @@
 import copy
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cache, partial
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -14,9 +14,11 @@ from mmdiffkd.registry import MODELS
 from mmdiffkd.utils import PREFIX, check_is_data, nearest, with_preprocessor
 
 from .idle import touching
+from .ignored import counted_pixels, ignore_index_of
 from .levels import match_levels
 from .log_names import name_losses, non_finite_names
 from .pairs import read_pairs
+from .passes import ImageRecorder, encoder_path
 from .probe import probe
 from .roi import check_roi_taps, is_roi_tap, record_rois
 from .taps import TapError, TapRecorder, find_module
@@ -88,7 +90,7 @@ class DiffKDDistiller(BaseModel):
 
     def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict]) -> None:
         teacher_cfg = teacher.model_cfg
-        self.pairs = read_pairs(distill, student_cfg, teacher_cfg)
+        self.pairs = read_pairs(distill, self, student_cfg, teacher_cfg)
         check_roi_taps(self.pairs, student_cfg, teacher_cfg)
         student_taps = probe(student_cfg, {pair.student for pair in self.pairs.values()}, 'student')
         teacher_taps = probe(teacher_cfg, {pair.teacher for pair in self.pairs.values()}, 'teacher')
@@ -110,6 +112,7 @@ class DiffKDDistiller(BaseModel):
             except (TypeError, ValueError, KeyError) as error:
                 raise ValueError(f'distill.{name}.neck cannot be built: {error}') from error
         self.diffkd = nn.ModuleDict(necks)
+        self._ignored_labels = {name: ignore_index_of(self, pair.student) for name, pair in self.pairs.items()}
         for path in self._inherit:
             find_module(self, path, 'student')
         self.teacher = teacher
@@ -154,7 +157,8 @@ class DiffKDDistiller(BaseModel):
         """The student's losses and those of the distillation.
 
         Args:
-            inputs (Tensor): Preprocessed images, (N, 3, H, W).
+            inputs (Tensor): Preprocessed images, (N, 3, H, W). Of models that take views or clips, the teacher sees
+                what the student's encoder is first called with.
             data_samples (list, optional): Their data samples.
 
         Returns:
@@ -169,18 +173,28 @@ class DiffKDDistiller(BaseModel):
             return super().loss(inputs, data_samples, **kwargs)
         self.tap_gradients.clear()
         needs_rois = any(is_roi_tap(pair.teacher) for pair in self.pairs.values())
-        with TapRecorder(self, {pair.student for pair in self.pairs.values()}, 'student') as taps:
-            with record_rois(self) if needs_rois else nullcontext([None]) as rois:
-                losses = dict(super().loss(inputs, data_samples, **kwargs))
-        size = inputs.shape[-2:]
-        teacher_features = self.teacher.features(inputs, data_samples, rois[0])
+        with ExitStack() as stack:
+            taps = stack.enter_context(TapRecorder(self, {pair.student for pair in self.pairs.values()}, 'student'))
+            rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
+            if not isinstance(inputs, Tensor):  # views or clips
+                recorder = stack.enter_context(ImageRecorder(self, encoder_path(self)))
+            losses = dict(super().loss(inputs, data_samples, **kwargs))
+        if isinstance(inputs, Tensor):
+            images, samples = inputs, data_samples
+        else:
+            images, samples = recorder.images[0], None
+        size = images.shape[-2:]
+        teacher_features = self.teacher.features(images, samples, rois[0])
         for name, pair in self.pairs.items():
             student, teacher = taps.features(pair.student, size), teacher_features[pair.teacher]
             levels = [s for s, _ in self._matches[name]]
             _check_gradient(name, pair.student, student, levels)
             if self.watch_tap_gradients and torch.is_grad_enabled():
                 self._watch(name, {level: student[level] for level in levels})
-            outputs = self.diffkd[name]([student[s] for s in levels], [teacher[t] for _, t in self._matches[name]])
+            mask = counted_pixels(samples, self._ignored_labels[name])
+            outputs = self.diffkd[name](
+                [student[s] for s in levels], [teacher[t] for _, t in self._matches[name]], mask=mask
+            )
             losses.update(name_losses(name, outputs, levels, self.distill_weight))
         return losses
 

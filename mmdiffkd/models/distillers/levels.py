@@ -8,9 +8,9 @@ def match_levels(
 ) -> List[Tuple[int, int]]:
     """Match the levels of a student's tap with those of its teacher's.
 
-    Levels belong together when their strides are equal. A single feature on both sides is matched whatever its
-    stride, vectors by their order. Levels asked for by number take the teacher's nearest stride, up to a factor of
-    two, and are resized.
+    Levels belong together when their strides are equal; several of one stride, as dilated backbones have them, by
+    their order. A single feature on both sides is matched whatever its stride, vectors by their order. Levels asked
+    for by number take the teacher's nearest stride, up to a factor of two, and are resized.
 
     Args:
         pair (str): Name of the pair, for error messages.
@@ -34,7 +34,16 @@ def match_levels(
             )
     if count == len(teacher.strides) == 1:
         return [(0, 0)]
-    if None in student.strides + teacher.strides:
+    if (None in student.strides) != (None in teacher.strides):
+        kinds = [
+            'vectors' if None in strides else f'maps of stride {_show(strides)}'
+            for strides in (student.strides, teacher.strides)
+        ]
+        raise ValueError(
+            f"distill.{pair}: the student's tap returns {kinds[0]}, the teacher's {kinds[1]}: one of them is pooled "
+            "already. Tap the features before that, such as dict(student='backbone', teacher='backbone')."
+        )
+    if None in student.strides:
         if count != len(teacher.strides):
             raise ValueError(
                 f'distill.{pair}: the taps return {count} (student) and {len(teacher.strides)} (teacher) vectors, '
@@ -47,7 +56,9 @@ def match_levels(
         ratios = [
             max(stride, student.strides[level]) / min(stride, student.strides[level]) for stride in teacher.strides
         ]
-        best = min(range(len(ratios)), key=ratios.__getitem__)
+        nearest = [i for i, ratio in enumerate(ratios) if ratio == min(ratios)]
+        rank = student.strides[:level].count(student.strides[level])
+        best = nearest[min(rank, len(nearest) - 1)]
         if ratios[best] == 1 or (levels is not None and ratios[best] <= 2):
             matches.append((level, best))
         elif levels is not None:

@@ -30,14 +30,15 @@ class Pair(NamedTuple):
     neck: dict
 
 
-def read_pairs(distill: Optional[dict], student_cfg: dict, teacher_cfg: dict) -> Dict[str, Pair]:
+def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, Pair]:
     """Complete the ``distill`` of a config.
 
     Without it, :func:`default_distill` decides. A pair of detectors that names no tap is from neck to neck.
 
     Args:
         distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
-        student_cfg (dict): Config of the student.
+        student (nn.Module): The student.
+        student_cfg (dict): Its config.
         teacher_cfg (dict): Config of the teacher.
 
     Returns:
@@ -47,7 +48,7 @@ def read_pairs(distill: Optional[dict], student_cfg: dict, teacher_cfg: dict) ->
         ValueError: If it is empty, or a pair is misspelt or incomplete.
     """
     if distill is None:
-        distill = default_distill(student_cfg, teacher_cfg)
+        distill = default_distill(student, student_cfg, teacher_cfg)
     if not isinstance(distill, dict) or not distill:
         raise ValueError(
             'distill is empty: leave it out for the default pair, or name pairs such as '

@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 
+from .passes import passes
 from .taps import TapError, TapRecorder, find_module, flatten
 
 # Device and image size, tried in turn: not every operator knows the meta device, some models take no small images, and
@@ -23,11 +24,13 @@ class TapInfo(NamedTuple):
         channels (list[int]): Channels of each level.
         strides (list[float or None]): Image pixels per feature pixel of each level; None for vectors.
         calls (int): How often the module is called in a forward pass.
+        way (str): The shortest of a model's :func:`passes` that reaches it.
     """
 
     channels: List[int]
     strides: List[Optional[float]]
     calls: int
+    way: str = 'features'
 
 
 def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInfo]:
@@ -66,20 +69,6 @@ def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInf
     ) from problems[0]
 
 
-def has_module(model_cfg: dict, path: str) -> bool:
-    """Whether a model has a module at a path of ``named_modules()``.
-
-    It is built to see, on the meta device where the model allows it: some read numbers from tensors when built.
-    """
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device('meta'):
-                model = MODELS.build(copy.deepcopy(model_cfg))
-        except Exception:
-            model = MODELS.build(copy.deepcopy(model_cfg))
-    return path in dict(model.named_modules())
-
-
 def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
     """Attempts at the image size that a backbone is made for, if it names a square one."""
     size = (model_cfg.get('backbone') or {}).get('img_size')
@@ -94,27 +83,32 @@ def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) 
         for path in paths:
             find_module(model, path, owner)
         images, samples = torch.zeros(1, 3, size, size), [_blank_sample(size)]
-        # most taps lie in backbone and neck, which run where proposals and post-processing do not
-        passes = [lambda: model(images, samples, mode='tensor')]
-        if hasattr(model, 'extract_feat'):
-            passes.insert(0, lambda: model.extract_feat(images))
-        for run in passes:
-            with TapRecorder(model, paths, owner) as taps:
-                run()
+        problem, unreached = None, []
+        for way, run in passes(model).items():
+            try:
+                with TapRecorder(model, paths, owner) as taps:
+                    run(images, samples)
+            except TapError:
+                raise
+            except Exception as error:
+                problem = error
+                continue
             unreached = [path for path, outputs in taps.outputs.items() if not outputs]
             if not unreached:
-                return {path: _describe(taps, path, size) for path in paths}
+                return {path: _describe(taps, path, size, way) for path in paths}
+    if problem is not None:
+        raise problem
     raise TapError(
         f"The {owner} {type(model).__name__} has the module '{unreached[0]}', but a forward pass does not call it; "
         'tap the module around it.'
     )
 
 
-def _describe(taps: TapRecorder, path: str, size: int) -> TapInfo:
+def _describe(taps: TapRecorder, path: str, size: int, way: str) -> TapInfo:
     tensors = flatten(taps.outputs[path], path)
     features = taps.features(path, (size, size))
     strides = [None if raw.dim() == 2 else size / feature.size(2) for raw, feature in zip(tensors, features)]
-    return TapInfo([feature.size(1) for feature in features], strides, len(taps.outputs[path]))
+    return TapInfo([feature.size(1) for feature in features], strides, len(taps.outputs[path]), way)
 
 
 def _blank_sample(size: int) -> BaseDataElement:

@@ -17,6 +17,7 @@ from mmdiffkd.utils import (
 )
 
 from .normalisation import Renormalisation
+from .passes import passes
 from .probe import TapInfo
 from .roi import is_roi_tap, run_box_branch
 from .taps import TapRecorder
@@ -122,7 +123,8 @@ class Teacher:
             if any(map(is_roi_tap, calls)):
                 run_box_branch(model, images, rois)
             else:
-                model(images, data_samples, mode='tensor')
+                (way,) = {info.way for info in self.taps.values()}
+                passes(model)[way](images, data_samples)
         features = {path: recorder.features(path, inputs.shape[-2:]) for path in calls}
         if self.dtype:
             features = {path: [level.float() for level in levels] for path, levels in features.items()}

@@ -1,7 +1,11 @@
+from typing import Optional
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+
+LOWEST = -1e30
 
 
 @MODELS.register_module()
@@ -13,14 +17,32 @@ class ChannelWiseDivergence(nn.Module):
         loss_weight (float): Factor of the loss. Defaults to 1.
     """
 
+    takes_mask = True
+
     def __init__(self, tau: float = 1.0, loss_weight: float = 1.0):
         super().__init__()
         self.tau = tau
         self.loss_weight = loss_weight
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compare features or logits of shape (N, C, H, W); returns a scalar."""
-        log_student = (student.flatten(2).flatten(0, 1) / self.tau).log_softmax(dim=1)
-        log_teacher = (teacher.flatten(2).flatten(0, 1) / self.tau).log_softmax(dim=1)
-        loss = F.kl_div(log_student, log_teacher, reduction='batchmean', log_target=True)
-        return self.loss_weight * self.tau**2 * loss
+    def forward(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Compare features or logits.
+
+        Args:
+            student (Tensor): (N, C, H, W).
+            teacher (Tensor): The same shape.
+            mask (Tensor, optional): Pixels that count, (N, H, W) of type bool. None counts all.
+
+        Returns:
+            Tensor: A scalar; 0 where no pixel counts.
+        """
+        student, teacher = student / self.tau, teacher / self.tau
+        if mask is not None:
+            # out of the softmax; a finite number, since an image may have no pixel that counts
+            ignored = ~mask.unsqueeze(1)
+            student, teacher = student.masked_fill(ignored, LOWEST), teacher.masked_fill(ignored, LOWEST)
+        log_student = student.flatten(2).log_softmax(dim=2)
+        log_teacher = teacher.flatten(2).log_softmax(dim=2)
+        divergence = F.kl_div(log_student, log_teacher, reduction='none', log_target=True)
+        if mask is not None:
+            divergence = divergence * mask.flatten(1).unsqueeze(1)
+        return self.loss_weight * self.tau**2 * divergence.sum(dim=2).mean()

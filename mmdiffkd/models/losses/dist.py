@@ -1,9 +1,11 @@
+from typing import Optional
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 
-from .rows import as_rows
+from .rows import as_rows, mean_of_rows
 
 
 @MODELS.register_module()
@@ -20,6 +22,9 @@ class DISTLoss(nn.Module):
         loss_weight (float): Factor of the loss. Defaults to 1.
     """
 
+    compares_classes = True
+    takes_mask = True
+
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0, loss_weight: float = 1.0):
         super().__init__()
         self.beta = beta
@@ -27,16 +32,35 @@ class DISTLoss(nn.Module):
         self.tau = tau
         self.loss_weight = loss_weight
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compare logits of shape (N, K) or (N, K, H, W); returns a scalar."""
+    def forward(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Compare logits.
+
+        Args:
+            student (Tensor): (N, K) or (N, K, H, W).
+            teacher (Tensor): The same shape.
+            mask (Tensor, optional): Pixels that count, (N, H, W) of type bool. None counts all.
+
+        Returns:
+            Tensor: A scalar; 0 where no pixel counts.
+        """
         student = (as_rows(student) / self.tau).softmax(dim=1)
         teacher = (as_rows(teacher) / self.tau).softmax(dim=1)
-        inter = _mean_correlation_distance(student, teacher)
-        intra = _mean_correlation_distance(student.t(), teacher.t())
+        inter = mean_of_rows(1 - _correlation(student, teacher), mask)
+        if mask is None:
+            intra = 1 - _correlation(student.t(), teacher.t()).mean()
+        else:
+            counts = mask.flatten().to(student.dtype)
+            intra = (1 - _correlation(student.t(), teacher.t(), counts).mean()) * counts.max()
         return self.loss_weight * self.tau**2 * (self.beta * inter + self.gamma * intra)
 
 
-def _mean_correlation_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - the mean Pearson correlation of corresponding rows."""
-    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
-    return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8).mean()
+def _correlation(a: Tensor, b: Tensor, counts: Optional[Tensor] = None) -> Tensor:
+    """Pearson correlation of corresponding rows, over the columns that count (1) and not over the others (0)."""
+    return F.cosine_similarity(_centred(a, counts), _centred(b, counts), dim=1, eps=1e-8)
+
+
+def _centred(a: Tensor, counts: Optional[Tensor]) -> Tensor:
+    if counts is None:
+        return a - a.mean(dim=1, keepdim=True)
+    mean = (a * counts).sum(dim=1, keepdim=True) / counts.sum().clamp(min=1)
+    return (a - mean) * counts

@@ -1,9 +1,11 @@
+from typing import Optional
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 
-from .rows import as_rows
+from .rows import as_rows, mean_of_rows
 
 
 @MODELS.register_module()
@@ -15,14 +17,26 @@ class KLDivergence(nn.Module):
         loss_weight (float): Factor of the loss. Defaults to 1.
     """
 
+    compares_classes = True
+    takes_mask = True
+
     def __init__(self, tau: float = 1.0, loss_weight: float = 1.0):
         super().__init__()
         self.tau = tau
         self.loss_weight = loss_weight
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compare logits of shape (N, K) or (N, K, H, W); returns a scalar."""
+    def forward(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Compare logits.
+
+        Args:
+            student (Tensor): (N, K) or (N, K, H, W).
+            teacher (Tensor): The same shape.
+            mask (Tensor, optional): Pixels that count, (N, H, W) of type bool. None counts all.
+
+        Returns:
+            Tensor: A scalar; 0 where no pixel counts.
+        """
         log_student = (as_rows(student) / self.tau).log_softmax(dim=1)
         log_teacher = (as_rows(teacher) / self.tau).log_softmax(dim=1)
-        loss = F.kl_div(log_student, log_teacher, reduction='batchmean', log_target=True)
-        return self.loss_weight * self.tau**2 * loss
+        divergence = F.kl_div(log_student, log_teacher, reduction='none', log_target=True).sum(dim=1)
+        return self.loss_weight * self.tau**2 * mean_of_rows(divergence, mask)

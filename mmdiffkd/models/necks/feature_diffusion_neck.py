@@ -1,4 +1,4 @@
-from typing import List, Sequence, Union
+from typing import List, Optional, Sequence, Union
 
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ class FeatureDiffusionNeck(nn.Module):
         student: Union[Tensor, Sequence[Tensor]],
         teacher: Union[Tensor, Sequence[Tensor]],
         draws: Union[Draws, Sequence[Draws], None] = None,
+        mask: Optional[Tensor] = None,
     ) -> Union[DiffusionOutput, List[DiffusionOutput]]:
         """Compare student and teacher features.
 
@@ -49,6 +50,7 @@ class FeatureDiffusionNeck(nn.Module):
             student (Tensor or list[Tensor]): (N, C_s, H, W), or one such tensor a level.
             teacher (Tensor or list[Tensor]): (N, C_t, H, W), or one such tensor a level.
             draws (Draws or list[Draws], optional): Random draws given from outside.
+            mask (Tensor, optional): Pixels that count, (N, 1, h, w) of type bool, the same for all levels.
 
         Returns:
             DiffusionOutput or list[DiffusionOutput]: One output a level; bare where the features are bare tensors.
@@ -57,14 +59,14 @@ class FeatureDiffusionNeck(nn.Module):
             ValueError: If the number of levels or the batch does not fit.
         """
         if isinstance(student, Tensor):
-            return self.levels[0](student, teacher, draws)
+            return self.levels[0](student, teacher, draws, mask)
         if not len(student) == len(teacher) == len(self.levels):
             raise ValueError(
                 f'The neck has {len(self.levels)} levels, but was given {len(student)} of the student and '
                 f'{len(teacher)} of the teacher.'
             )
         draws = draws or [None] * len(self.levels)
-        return [level(s, t, d) for level, s, t, d in zip(self.levels, student, teacher, draws)]
+        return [level(s, t, d, mask) for level, s, t, d in zip(self.levels, student, teacher, draws)]
 
 
 def _as_list(value: Ints) -> List[int]:

@@ -126,3 +126,33 @@ def test_different_batches():
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ValueError, match=message):
         FeatureDiffusion(6, 8, **options)
+
+
+def test_classes_must_agree_where_classes_are_compared():
+    for distance in ('KLDivergence', 'DISTLoss'):
+        with pytest.raises(ValueError, match='class by class, but the student has 19 classes and the teacher 150; tap'):
+            FeatureDiffusion(19, 150, distance=dict(type=f'mmdiffkd.{distance}'))
+
+
+def test_pooled_features_meet_pooled_features():
+    """A vector is no pixel in the middle of a map."""
+    level = FeatureDiffusion(6, 6, denoise=False, align=False)
+    vector, feature = torch.randn(2, 6, 1, 1), torch.randn(2, 6, 5, 7)
+    expected = nn.functional.mse_loss(vector, feature.mean(dim=(2, 3), keepdim=True))
+    torch.testing.assert_close(level(vector, feature).losses['loss_kd'], expected)
+    torch.testing.assert_close(level(feature, vector).losses['loss_kd'], expected)
+
+
+@pytest.mark.parametrize('denoise', [True, False])
+def test_mask_is_resized_to_the_feature(denoise):
+    torch.manual_seed(0)
+    student, teacher = features(4, 4, size=(4, 6))
+    level = FeatureDiffusion(4, 4, denoise=denoise, distance=dict(type='mmdiffkd.KLDivergence')).eval()
+    mask = torch.ones(2, 1, 32, 48, dtype=torch.bool)
+    mask[:, :, :, 24:] = False
+    draws = Draws(torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6), torch.tensor([3, 900]))
+    output = level(student, teacher, draws, mask)
+    expected = level.distance(output.refined[..., :3], output.target[..., :3])
+    torch.testing.assert_close(output.losses['loss_kd'], expected)
+    plain = FeatureDiffusion(4, 4, denoise=denoise).eval()  # distances of features take none
+    torch.testing.assert_close(plain(student, teacher, draws, mask).losses, plain(student, teacher, draws).losses)

@@ -1,11 +1,14 @@
 """Without ``distill``: what is compared, and a step of training with it."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 
 from mmdiffkd.models.distillers.defaults import default_distill
+from mmdiffkd.utils import skeleton
 from tests import tiny
 from tests.test_upstream import models
 
@@ -47,29 +50,50 @@ def test_segmentors_by_their_logits(tmp_path):
     assert log['diffkd.logits.loss_kd'] > 0
 
 
-@pytest.mark.parametrize('name', ['resnet_classifier', 'swin_classifier', 'vit_classifier'])
-def test_classifiers_by_features_and_logits(tmp_path, name):
+@pytest.mark.parametrize(
+    'name, logits',
+    [('resnet_classifier', 'head.fc'), ('swin_classifier', 'head.fc'), ('vit_classifier', 'head.fc')],
+)
+def test_classifiers_by_features_and_logits(tmp_path, name, logits):
     student = getattr(models, name)()
-    student.pop('train_cfg', None)  # no batch augmentation
-    student.pop('data_preprocessor', None)
     model, log = one_step(tmp_path, 'mmpretrain', student, student, 3)
     assert {pair: (taps.student, taps.teacher) for pair, taps in model.pairs.items()} == dict(
-        feat=('backbone', 'backbone'), logits=('head.fc', 'head.fc')
+        feat=('backbone', 'backbone'), logits=(logits, logits)
     )
     assert log['diffkd.feat.loss_kd'] > 0 and log['diffkd.logits.loss_kd'] > 0
 
 
-def test_other_classes_leave_the_logits_out(tmp_path):
-    pairs = default_distill(models.resnet_classifier(3), models.resnet_classifier(5))
-    assert list(pairs) == ['feat']
+def default(student, teacher):
+    return default_distill(skeleton(student), student, teacher)
+
+
+def test_other_classes_leave_the_logits_out():
+    assert list(default(models.resnet_classifier(3), models.resnet_classifier(5))) == ['feat']
+    segmentor = models.convnext_segmentor()
+    other = copy.deepcopy(segmentor)
+    other.decode_head.num_classes = 19
+    assert default(segmentor, other) == dict(feat=dict(student='backbone', teacher='backbone', neck={}))
+
+
+def test_a_frozen_backbone_leaves_its_features_out():
+    """Linear probes, and what is fine-tuned behind a frozen backbone."""
+    student = models.resnet_classifier()
+    student.backbone.frozen_stages = 4
+    assert list(default(student, models.resnet_classifier())) == ['logits']
+    with pytest.raises(ValueError, match='backbone of the student ImageClassifier is frozen.*no logits'):
+        default(student, models.resnet_classifier(5))
+
+
+def test_the_papers_autoencoder_for_classifiers():
+    assert default(*[models.resnet_classifier()] * 2)['feat']['neck']['latent_channels'] == 1024
 
 
 def test_detectors_without_a_neck():
     student = tiny.detector()
     student.neck = None
-    assert default_distill(student, tiny.detector()) == dict(fpn=dict(student='backbone', teacher='neck'))
+    assert default(student, tiny.detector()) == dict(fpn=dict(student='backbone', teacher='neck', neck={}))
 
 
 def test_different_tasks_have_no_default():
     with pytest.raises(ValueError, match='no default tap for the student RetinaNet and the teacher ImageClassifier'):
-        default_distill(tiny.detector(), models.resnet_classifier())
+        default(tiny.detector(), models.resnet_classifier())

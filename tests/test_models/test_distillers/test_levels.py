@@ -9,6 +9,7 @@ def tap(*strides):
 
 
 ONE_STAGE, TWO_STAGE = tap(8.0, 16.0, 32.0, 64.0, 128.0), tap(4.0, 8.0, 16.0, 32.0, 64.0)
+DILATED = tap(4.0, 8.0, 8.0, 8.0)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,10 @@ ONE_STAGE, TWO_STAGE = tap(8.0, 16.0, 32.0, 64.0, 128.0), tap(4.0, 8.0, 16.0, 32
         (ONE_STAGE, TWO_STAGE, [1, 4], [(1, 2), (4, 4)]),
         (tap(8.0), tap(16.0), None, [(0, 0)]),
         (tap(None, None), tap(None, None), None, [(0, 0), (1, 1)]),
+        (DILATED, DILATED, None, [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        (tap(4.0, 8.0, 16.0, 32.0), DILATED, None, [(0, 0), (1, 1)]),
+        (DILATED, tap(4.0, 8.0, 16.0, 32.0), [3], [(3, 1)]),
+        (tap(32.0), tap(None), None, [(0, 0)]),
     ],
 )
 def test_matches(student, teacher, levels, expected):
@@ -32,6 +37,8 @@ def test_matches(student, teacher, levels, expected):
         (tap(8.0, 16.0), tap(32.0, 64.0), [0], r"student's level 0 has stride 8.*strides are 32, 64"),
         (ONE_STAGE, ONE_STAGE, [7], r'names level 7.*levels 0 - 4 with strides 8, 16, 32, 64, 128'),
         (tap(None), tap(None, None), None, r'return 1 \(student\) and 2 \(teacher\) vectors'),
+        (TWO_STAGE, tap(None), None, r"returns maps of stride 4, .*the teacher's vectors.*teacher='backbone'"),
+        (tap(None), TWO_STAGE, None, r"student's tap returns vectors"),
     ],
 )
 def test_what_cannot_be_matched(student, teacher, levels, message):

@@ -1,12 +1,13 @@
 import pytest
 
 from mmdiffkd.models.distillers.pairs import read_pairs
+from mmdiffkd.utils import skeleton
 from tests import tiny
 
 
 def test_detectors_are_distilled_neck_to_neck():
     retinanet = tiny.detector()
-    pair = read_pairs(None, retinanet, retinanet)['fpn']
+    pair = read_pairs(None, skeleton(retinanet), retinanet, retinanet)['fpn']
     assert (pair.student, pair.teacher, pair.levels) == ('neck', 'neck', None)
     assert pair.neck == dict(
         type='mmdiffkd.FeatureDiffusionNeck', distance=dict(type='mmdiffkd.MSELoss', loss_weight=5.0)
@@ -16,13 +17,13 @@ def test_detectors_are_distilled_neck_to_neck():
 def test_the_papers_weight_for_reppoints():
     reppoints = dict(type='mmdet.RepPointsDetector', neck=dict(), bbox_head=dict())
     reppoints['neck'] = dict(type='FPN')
-    assert read_pairs(None, reppoints, reppoints)['fpn'].neck['distance']['loss_weight'] == 15.0
+    assert read_pairs(None, None, reppoints, reppoints)['fpn'].neck['distance']['loss_weight'] == 15.0
 
 
 def test_a_pair_keeps_what_it_names():
     retinanet = tiny.detector()
     cfg = dict(teacher='backbone.layer4', levels=[2], neck=dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss')))
-    pair = read_pairs(dict(mine=cfg), retinanet, retinanet)['mine']
+    pair = read_pairs(dict(mine=cfg), None, retinanet, retinanet)['mine']
     assert pair.student == 'neck' and pair.teacher == 'backbone.layer4' and pair.levels == [2]
     assert pair.neck['distance'] == dict(type='mmdiffkd.PKDLoss')
     assert cfg['neck'] == dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss'))
@@ -31,4 +32,4 @@ def test_a_pair_keeps_what_it_names():
 @pytest.mark.parametrize('name', ['neck', 'backbone_feat'])
 def test_names_that_optimizer_settings_would_catch(name):
     with pytest.raises(ValueError, match=f"pair name '{name}' contains .*custom_keys"):
-        read_pairs({name: dict()}, tiny.detector(), tiny.detector())
+        read_pairs({name: dict()}, None, tiny.detector(), tiny.detector())

@@ -11,8 +11,8 @@ def test_widths_strides_and_calls():
     taps = probe(tiny.detector(), ['neck', 'backbone.layer1', 'bbox_head.retina_reg'], 'student')
     assert taps['neck'].channels == [16] * 5
     assert taps['neck'].strides == [8, 16, 32, 64, 128]
-    assert taps['backbone.layer1'] == ([8], [4], 1)
-    assert taps['bbox_head.retina_reg'] == ([36] * 5, [8, 16, 32, 64, 128], 5)
+    assert taps['backbone.layer1'][:3] == ([8], [4], 1)
+    assert taps['bbox_head.retina_reg'][:3] == ([36] * 5, [8, 16, 32, 64, 128], 5)
 
 
 def test_leaves_the_random_numbers_alone():
@@ -33,7 +33,7 @@ def test_full_size_detector_costs_no_memory(monkeypatch):
 
 def test_taps_behind_the_proposals_are_found_on_the_cpu():
     taps = probe(tiny.detector(tiny.FASTER_RCNN), ['neck', 'roi_head.bbox_head.fc_reg'], 'student')
-    assert taps['roi_head.bbox_head.fc_reg'] == ([320], [None], 1)
+    assert taps['roi_head.bbox_head.fc_reg'][:3] == ([320], [None], 1)
     assert taps['neck'].strides == [4, 8, 16, 32, 64]
 
 
@@ -42,7 +42,7 @@ def test_operators_without_a_meta_device():
     """RepPoints' deformable convolutions run on the CPU only."""
     cfg = resolve_config('mmdet::reppoints/reppoints-moment_x101-dconv-c3-c5_fpn-gn_head-gn_2x_coco.py')
     cfg.model.backbone.init_cfg = None
-    assert probe(model_of(cfg), ['neck'], 'teacher')['neck'] == ([256] * 5, [8, 16, 32, 64, 128], 1)
+    assert probe(model_of(cfg), ['neck'], 'teacher')['neck'][:3] == ([256] * 5, [8, 16, 32, 64, 128], 1)
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_pass_that_fails_between_two_levels():
     cfg = resolve_config('mmdet::reppoints/reppoints-moment_r50_fpn_1x_coco.py')
     cfg.model.backbone.init_cfg = None
     path = 'bbox_head.reppoints_pts_init_out'
-    assert probe(model_of(cfg), [path], 'student')[path] == ([18] * 5, [8, 16, 32, 64, 128], 5)
+    assert probe(model_of(cfg), [path], 'student')[path][:3] == ([18] * 5, [8, 16, 32, 64, 128], 5)
 
 
 @pytest.mark.slow

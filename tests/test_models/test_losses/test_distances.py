@@ -59,3 +59,45 @@ def test_every_pixel_is_a_row(kind):
     student, teacher = (feature.detach() for feature in maps())
     rows = [feature.permute(0, 2, 3, 1).reshape(-1, 4) for feature in (student, teacher)]
     torch.testing.assert_close(kind()(student, teacher), kind()(*rows))
+
+
+MASKED = [KLDivergence, DISTLoss, ChannelWiseDivergence]
+
+
+def mask():
+    counted = torch.ones(2, 3, 5, dtype=torch.bool)
+    counted[:, 1:, 2:] = False
+    return counted
+
+
+@pytest.mark.parametrize('kind', MASKED)
+def test_pixels_that_do_not_count_have_no_say(kind):
+    student, teacher = maps()
+    everything = torch.ones(2, 3, 5, dtype=torch.bool)
+    torch.testing.assert_close(kind()(student, teacher, everything), kind()(student, teacher))
+    loss = kind(tau=2.0)(student, teacher, mask())
+    ignored = (~mask()).unsqueeze(1)
+    changed = kind(tau=2.0)(student + 9 * torch.randn_like(student) * ignored, teacher + 9 * ignored, mask())
+    torch.testing.assert_close(changed, loss)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert not gradient[ignored.expand_as(gradient)].any() and gradient.any()
+
+
+@pytest.mark.parametrize('kind', [KLDivergence, DISTLoss])
+def test_masked_is_the_same_as_left_out(kind):
+    student, teacher = (feature.detach() for feature in maps())
+    rows = [feature.permute(0, 2, 3, 1)[mask()] for feature in (student, teacher)]
+    torch.testing.assert_close(kind(tau=2.0)(student, teacher, mask()), kind(tau=2.0)(*rows))
+
+
+@pytest.mark.parametrize('kind', MASKED)
+def test_nothing_that_counts(kind):
+    student, teacher = maps()
+    nothing = torch.zeros(2, 3, 5, dtype=torch.bool)
+    loss = kind()(student, teacher, nothing)
+    assert loss == 0
+    loss.backward()
+    assert not student.grad.any() and student.grad.isfinite().all()
+    one_image = nothing.clone()
+    one_image[0] = True
+    assert kind()(student, teacher, one_image).isfinite()
