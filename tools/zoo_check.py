@@ -1,0 +1,278 @@
+"""Put every model family that the installed mmdet, mmseg and mmpretrain ship configs for under the distiller.
+
+Of each family and kind of model the smallest config is taken as it is, but for pretrained weights; only the images are
+small. The plain model trains a step, then the distilled one with the default ``distill``, from the next larger model of
+the same build, or from itself. What is done is kept in the JSON file and not done again.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import tempfile
+import time
+import traceback
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+
+from mmdiffkd.testing import random_batch
+from mmdiffkd.utils import model_of, skeleton
+
+PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
+# image sizes, tried in turn; some models take no small images. mmpretrain's pipelines have a size of their own
+SIZES = dict(mmdet=(128, 256, 512), mmseg=(128, 256, 512), mmpretrain=(256,))
+NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # parts, examples and data set formats
+
+
+class Candidate(NamedTuple):
+    """A config of a family that can be built."""
+
+    file: Path
+    build: dict
+    parameters: int
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('out', type=Path, help='JSON file with the results; what it holds already is not run again')
+    parser.add_argument('--package', choices=PACKAGES, nargs='+', default=PACKAGES)
+    parser.add_argument('--family', nargs='+', help='only these config folders')
+    parser.add_argument('--again', action='store_true', help='run again what failed')
+    parser.add_argument('--timeout', type=float, default=900, help='seconds that a family may take')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    for package in args.package:  # once, before the processes part
+        import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
+    results = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    for name in [f'{package}/{family}' for package in args.package for family in families(package)]:
+        package, family = name.split('/')
+        if args.family and family not in args.family:
+            continue
+        if name not in results:
+            results[name] = in_a_process(survey, args.timeout, package, family)
+            args.out.write_text(json.dumps(results, indent=1))
+        for number, found in enumerate(results[name]):
+            if found['config'] and (not found['plain'] or (args.again and found['distilled'] != 'ok')):
+                results[name][number] = in_a_process(check, args.timeout, package, found)
+                args.out.write_text(json.dumps(results, indent=1))
+                print(f'{name} {found["model"]}: {outcome(results[name][number])}', flush=True)
+
+
+def outcome(result: dict) -> str:
+    """What a row says in words."""
+    if result['plain'] != 'ok':
+        return f'the plain step does not run: {result["plain"]}'
+    return 'ok' if result['distilled'] == 'ok' else f'FAILED: {result["distilled"]}'
+
+
+def in_a_process(function, timeout: float, *args):
+    """Run it apart: what a model does to memory, threads and registries ends with its process."""
+    context = multiprocessing.get_context('fork')
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*args)))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(timeout):
+            return receiver.recv()
+        reason = f'takes longer than {timeout:g} seconds'
+    except EOFError:
+        reason = 'the process died, of too little memory most likely'
+    finally:
+        process.kill()
+        process.join()
+    return dict(args[-1], plain=reason) if isinstance(args[-1], dict) else [row(plain=reason)]
+
+
+def families(package: str) -> List[str]:
+    folder = configs_of(package)
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in NO_FAMILY)
+
+
+def configs_of(package: str) -> Path:
+    return Path(import_module(package).__file__).parent / '.mim' / 'configs'
+
+
+def row(**fields) -> dict:
+    empty = dict(model='', config='', parameters=0, teacher='', size=None, taps={}, plain='', distilled='', seconds=0)
+    return {**empty, **fields}
+
+
+def survey(package: str, family: str) -> List[dict]:
+    """A row for every kind of model in a family: its smallest config, and the teacher's."""
+    quiet(package)
+    folder = configs_of(package) / family
+    seen, kinds, problems = set(), {}, {}
+    for file in sorted(folder.rglob('*.py')):
+        kind = ''
+        try:
+            cfg = load(file)
+            if cfg is None or repr(cfg.model) in seen:
+                continue
+            seen.add(repr(cfg.model))
+            kind = str(cfg.model.type).split('.')[-1]
+            parameters = sum(parameter.numel() for parameter in skeleton(model_of(cfg)).parameters())
+            found = Candidate(file, build_of(cfg.model), parameters)
+            kinds.setdefault(kind, []).append(found)
+        except Exception as error:
+            problems.setdefault(kind, row(model=kind, plain=reason_of(error)))
+    rows = [choose(package, kind, group) for kind, group in kinds.items()]
+    rows += [problem for kind, problem in problems.items() if kind not in kinds and (kind or not rows)]
+    return rows or [row(plain='there is no model in its configs')]
+
+
+def load(file: Path) -> Optional[Config]:
+    """A config with random weights, None if it has no model."""
+    cfg = Config.fromfile(file)
+    if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
+        return None
+    strip_pretrained(cfg.model)
+    return cfg
+
+
+def build_of(model_cfg: dict) -> dict:
+    """What a model is made of: the type of each part."""
+    return {key: _types(value) for key, value in model_cfg.items() if key != 'data_preprocessor'}
+
+
+def choose(package: str, kind: str, group: List[Candidate]) -> dict:
+    """The smallest of a group, and as its teacher the next larger one that is built alike, else itself."""
+    group = sorted(group, key=lambda candidate: (candidate.parameters, candidate.file.name))
+    student = group[0]
+    larger = (c for c in group if c.parameters > 1.05 * student.parameters and c.build == student.build)
+    names = [found.file.relative_to(configs_of(package)).as_posix() for found in (student, next(larger, student))]
+    return row(model=kind, config=names[0], parameters=student.parameters, teacher=names[1])
+
+
+def quiet(package: str) -> None:
+    warnings.filterwarnings('ignore')
+    torch.set_num_threads(1)
+    MMLogger.get_instance('zoo', log_level='ERROR')
+    init_default_scope(package)
+
+
+def strip_pretrained(cfg) -> None:
+    """Random weights do: nothing is downloaded."""
+    if isinstance(cfg, dict):
+        if (cfg.get('init_cfg') or {}) and 'Pretrained' in str(cfg['init_cfg']):
+            cfg['init_cfg'] = None
+        for key in ('pretrained', 'detector_checkpoint', 'teacher_ckpt'):
+            if key in cfg:
+                cfg[key] = None
+        for value in cfg.values():
+            strip_pretrained(value)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            strip_pretrained(value)
+
+
+def _types(cfg):
+    if isinstance(cfg, dict):
+        return cfg.get('type')
+    return [_types(entry) for entry in cfg] if isinstance(cfg, (list, tuple)) else None
+
+
+def check(package: str, found: dict) -> dict:
+    """A row of the survey, completed by a plain and a distilled step."""
+    quiet(package)
+    student, teacher = (load(configs_of(package) / found[key]) for key in ('config', 'teacher'))
+    result, start = dict(found, distilled=''), time.time()
+    for size in sizes(package, student):
+        try:
+            train_one_step(fit(student, size), random_batch(student, size))
+            result.update(plain='ok', size=size)
+            break
+        except Exception as error:
+            result['plain'] = reason_of(error)
+    if result['plain'] == 'ok':
+        try:
+            result.update(taps=distil_one_step(student, teacher, result['size']), distilled='ok')
+        except Exception as error:
+            result['distilled'] = reason_of(error)
+    return dict(result, seconds=round(time.time() - start))
+
+
+def sizes(package: str, cfg: Config) -> List[int]:
+    """Image sizes to try, the one that the backbone is made for last."""
+    own = (cfg.model.get('backbone') or {}).get('img_size', ())
+    own = own if isinstance(own, (list, tuple)) else [own]
+    return [*SIZES[package], *own[:1]]
+
+
+def fit(cfg: Config, size: int) -> dict:
+    """The config of a model, told that images have another size; its layers stay as they are."""
+    model = model_of(cfg)
+    preprocessor = model.get('data_preprocessor') or {}
+    if 'size' in preprocessor:
+        preprocessor['size'] = (size, size)
+    for augment in preprocessor.get('batch_augments') or ():
+        if 'size' in augment:
+            augment['size'] = (size, size)
+    return model
+
+
+def train_one_step(model_cfg: dict, batch: dict):
+    """Build, initialise and train; returns the model and what it logged.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(model_cfg))
+    model.init_weights()
+    model.train()
+    wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-4)))
+    wrapper.zero_grad = lambda: None  # the gradients are looked at
+    hub = MessageHub.get_current_instance()  # the Runner tells the time
+    for key, value in dict(iter=0, epoch=0, max_iters=1000, max_epochs=10).items():
+        hub.update_info(key, value)
+    log = model.train_step(copy.deepcopy(batch), wrapper)
+    if not log['loss'].isfinite():
+        raise FloatingPointError(f'The loss is {log["loss"]}.')
+    return model, log
+
+
+def distil_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict[str, list]:
+    """Train a step of the distiller with the default ``distill``; returns the taps of each pair."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = f'{folder}/teacher.pth'
+        teacher = MODELS.build(fit(teacher_cfg, size))
+        torch.save(dict(state_dict=teacher.state_dict()), weights)
+        del teacher
+        distiller = dict(
+            type='mmdiffkd.DiffKDDistiller',
+            student=fit(student_cfg, size),
+            teacher=dict(config=dict(model=fit(teacher_cfg, size)), checkpoint=weights),
+        )
+        model, log = train_one_step(distiller, random_batch(student_cfg, size))
+    if model.deferred_error:
+        raise model.deferred_error
+    idle = [name for name, p in model.named_parameters() if name.startswith('diffkd.') and p.grad is None]
+    if idle:
+        raise RuntimeError(f'No gradient reaches {idle[0]}.')
+    if not all(log[f'diffkd.{name}.loss_kd'] > 0 for name in model.pairs):
+        raise RuntimeError('The distillation loss is 0.')
+    return {name: [pair.student, pair.teacher, len(model._matches[name])] for name, pair in model.pairs.items()}
+
+
+def reason_of(error: Exception) -> str:
+    """The last line of an error, with the place where it arose."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = ' '.join(str(error).split())[:300]
+    return f'{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})'
+
+
+if __name__ == '__main__':
+    main()
