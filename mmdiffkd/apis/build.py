@@ -28,7 +28,7 @@ def build_distiller(config: str, cfg_options: Optional[dict] = None) -> Tuple[Co
         raise ValueError(f'{config} distils nothing: its model is a plain {cfg.model.type}.')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = build_model(cfg, cfg.model)
-    if model.teacher is None:
+    if model.diffkd_teacher is None:
         raise ValueError(f'{config} distils nothing: {model.deferred_error or "it has no teacher"}')
     return cfg, model
 

@@ -70,7 +70,9 @@ def _detection(cfg: Config, rng, size: int, count: int) -> dict:
     if kind in ('QDTrack', 'MaskTrackRCNN', 'Mask2FormerVideo'):
         return _tracking(cfg, rng, size, 1)
     if kind == 'BaseReID':
-        return _reid(cfg, rng, size)
+        return _reid(rng)
+    if kind == 'CLRNet':
+        return _lanes(cfg, rng, count)
     pairs = [_detection_sample(cfg, rng, size, number) for number in range(count)]
     return pseudo_collate([dict(inputs=image, data_samples=sample) for image, sample in pairs])
 
@@ -156,16 +158,30 @@ def _tracking(cfg: Config, rng, size: int, count: int) -> dict:
     return pseudo_collate(clips)
 
 
-def _reid(cfg: Config, rng, size: int, identities: int = 2, images: int = 2) -> dict:
-    """Several images of each identity, which the triplet loss needs."""
+def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> dict:
+    """Upright images, several of each identity, which the triplet loss needs; they come as one item."""
     from mmdet.structures import ReIDDataSample
 
-    groups = []
-    for identity in range(identities):
-        pixels = torch.stack([_tensor(random_image(rng, size)) for _ in range(images)])
-        samples = [ReIDDataSample(metainfo=_metainfo(size, identity)).set_gt_label(identity) for _ in range(images)]
-        groups.append(dict(inputs=pixels, data_samples=samples))
-    return pseudo_collate(groups)
+    labels = [identity for identity in range(identities) for _ in range(images)]
+    samples = [ReIDDataSample(metainfo=_metainfo(size, label)).set_gt_label(label) for label in labels]
+    pixels = torch.stack([_tensor(random_image(rng, size)[:, : size // 2]) for _ in labels])
+    return pseudo_collate([dict(inputs=pixels, data_samples=samples)])
+
+
+def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) -> dict:
+    """Straight lanes; the priors are made for one size of images."""
+    from mmdet.registry import TRANSFORMS
+
+    to_array = TRANSFORMS.build(dict(type='LinesToArray', img_height=height, img_width=width))
+    pack = TRANSFORMS.build(dict(type='PackLineDetectionInputs'))
+    batch = []
+    for _ in range(count):
+        feet, heads = rng.uniform(0, width, (2, 2))
+        lanes = [np.linspace((foot, height - 1), (head, height / 2), 20) for foot, head in zip(feet, heads)]
+        mask = np.zeros((height, width), dtype=np.uint8)
+        results = dict(img=random_image(rng, width)[:height], lines=lanes, org_lines=lanes, gt_seg_map=mask)
+        batch.append(pack(to_array(dict(results, org_height=height, org_width=width))))
+    return pseudo_collate(batch)
 
 
 def _segmentation(cfg: Config, rng, size: int, count: int) -> dict:

@@ -8,7 +8,7 @@ from torch import nn
 def skeleton(model_cfg: dict) -> nn.Module:
     """Build a model to look at its parts; the random numbers stay where they are.
 
-    It is on the meta device, where it takes no memory, or on the CPU if it reads numbers from tensors while it is built.
+    It is on the meta device, where it takes no memory, or on the CPU if it reads numbers from tensors to be built.
 
     Args:
         model_cfg (dict): Config of the model.

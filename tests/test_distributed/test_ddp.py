@@ -39,7 +39,7 @@ def reduce(cfg, rank, same_boxes):
 
     wrapped.register_comm_hook(None, count)
     logs, gradients = run(model, wrapped, images(model, [rank], same_boxes))
-    teacher = {param.data_ptr() for param in model.teacher.model.parameters()}
+    teacher = {param.data_ptr() for param in model.diffkd_teacher.model.parameters()}
     wrapper = {param.data_ptr() for param in wrapped.parameters()}
     return dict(
         logs=logs,

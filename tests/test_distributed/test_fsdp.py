@@ -87,7 +87,7 @@ def train(cfg, rank, wrap):
     for _ in range(STEPS):
         loss, _ = model.parse_losses(wrapped(**data, mode='loss'))
         OptimWrapper(optimizer).update_params(loss)
-    teacher = {param.data_ptr() for param in model.teacher.model.parameters()}
+    teacher = {param.data_ptr() for param in model.diffkd_teacher.model.parameters()}
     held = list(wrapped.parameters())
     return dict(
         weights=full_weights(wrapped),

@@ -20,15 +20,15 @@ def distiller(tmp_path):
 
 
 def test_student_and_diffusion_part_are_converted(distiller):
-    keys, before, teacher = list(distiller.state_dict()), norms(distiller), norms(distiller.teacher.model)
+    keys, before, teacher = list(distiller.state_dict()), norms(distiller), norms(distiller.diffkd_teacher.model)
     model = convert_sync_batchnorm(distiller, 'torch')
     assert model is distiller and list(model.state_dict()) == keys
     assert norms(model, SyncBatchNorm) == norms(model) == before
     assert {name.split('.')[0] for name in before} == {'backbone', 'diffkd'}
     # the teacher's are outside of what is converted
-    assert teacher and norms(model.teacher.model) == teacher
-    assert not norms(model.teacher.model, SyncBatchNorm)
-    assert not any(module.training for module in model.teacher.model.modules())
+    assert teacher and norms(model.diffkd_teacher.model) == teacher
+    assert not norms(model.diffkd_teacher.model, SyncBatchNorm)
+    assert not any(module.training for module in model.diffkd_teacher.model.modules())
 
 
 def test_a_converted_model_trains_on_the_cpu_after_reverting(distiller):

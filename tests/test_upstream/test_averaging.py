@@ -84,14 +84,14 @@ def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, 
     assert any(not torch.equal(expected[key], history[-1][key]) for key in floats if key.startswith('diffkd.'))
 
     # no teacher in it
-    assert ema.module.teacher is model.teacher
+    assert ema.module.diffkd_teacher is model.diffkd_teacher
     plain = MODELS.build(tiny.detector())
     student = without_diffusion_part(ema.module.state_dict())
     assert list(student) == list(plain.state_dict())
     assert len(ema.state_dict()) == len(model.state_dict()) + 1  # the count of its updates
     content = torch.load(tmp_path / 'run' / 'iter_4.pth', weights_only=False)
     assert list(content['ema_state_dict']) == list(ema.state_dict())
-    teachers = [value for value in model.teacher.model.state_dict().values() if value.is_floating_point()]
+    teachers = [value for value in model.diffkd_teacher.model.state_dict().values() if value.is_floating_point()]
     own = [*ema.parameters(), *ema.buffers(), *content['ema_state_dict'].values(), *content['state_dict'].values()]
     memory = {value.data_ptr() for value in teachers}
     assert not any(value.data_ptr() in memory for value in own)

@@ -25,7 +25,7 @@ def test_detection_teacher_with_other_classes(runner, tmp_path):
     )
     run.train()
     assert run.model.bbox_head.num_classes == len(run.train_dataloader.dataset.metainfo['classes']) == 80
-    assert run.model.teacher.model.bbox_head.num_classes == 7
+    assert run.model.diffkd_teacher.model.bbox_head.num_classes == 7
     assert {'train/loss_cls', 'train/diffkd.fpn.loss_kd'} <= set(run.message_hub.log_scalars)
     assert run.record.validated is not None  # the hook has looked at the validation set, too
 
@@ -99,7 +99,7 @@ def test_classification_teacher_with_other_classes(classification):
     run = classification(num_classes=3)
     run.train()
     assert run.model.head.num_classes == len(run.train_dataloader.dataset.CLASSES) == 3
-    assert run.model.teacher.model.head.num_classes == 5
+    assert run.model.diffkd_teacher.model.head.num_classes == 5
     assert {'train/loss', 'train/diffkd.feat.loss_kd'} <= set(run.message_hub.log_scalars)
     assert 'val/accuracy/top1' in run.message_hub.log_scalars
 

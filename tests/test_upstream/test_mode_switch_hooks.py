@@ -102,7 +102,7 @@ def test_yolox(run, tmp_path):
     runner.model.backbone.register_forward_hook(lambda module, inputs, outputs: sizes.add(inputs[0].shape[-2:]))
     runner.train()
     assert runner.model.bbox_head.use_l1 is True
-    assert runner.model.teacher.model.bbox_head.use_l1 is False
+    assert runner.model.diffkd_teacher.model.bbox_head.use_l1 is False
     assert len(sizes) > 1
     dataset = runner.train_dataloader.dataset
     assert type(dataset).__name__ == 'MultiImageMixDataset'
@@ -116,7 +116,7 @@ def test_yolox(run, tmp_path):
         assert_distilled(record)
         assert record['loss_l1'] > 0
     (ema,) = [hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook']
-    assert ema.ema_model.module.teacher is runner.model.teacher
+    assert ema.ema_model.module.diffkd_teacher is runner.model.diffkd_teacher
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def main():
         sys.exit(f'Error: {error}')
     model.train()  # where some backbones freeze their first stages
     student, part = trainable(model)
-    teacher = sum(param.numel() for param in skeleton(model.teacher.model_cfg).parameters())
+    teacher = sum(param.numel() for param in skeleton(model.diffkd_teacher.model_cfg).parameters())
     print_parameters(student, part, teacher)
     print()
     print_traffic(student, part, args.gpus, args.bandwidth)

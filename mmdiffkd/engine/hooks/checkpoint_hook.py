@@ -150,4 +150,4 @@ def _is_best_of(folder: str, path) -> bool:
 
 def _teacher_fingerprint(runner: Runner) -> Optional[str]:
     model = distiller_of(runner)
-    return model.teacher.fingerprint if model is not None and model.teacher is not None else None
+    return model.diffkd_teacher.fingerprint if model is not None and model.diffkd_teacher is not None else None

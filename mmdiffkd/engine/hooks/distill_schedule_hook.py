@@ -72,7 +72,7 @@ class DistillScheduleHook(Hook):
                 f'do not fit into the {runner.max_iters // unit} {"epochs" if self.by_epoch else "iterations"} of this '
                 'training.'
             )
-        if model.teacher is None:
+        if model.diffkd_teacher is None:
             return
         model.touch_idle_part = isinstance(runner.model, DistributedDataParallel)
         part = list(model.diffkd.parameters())
@@ -95,7 +95,7 @@ class DistillScheduleHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Set the weight of this iteration."""
         model = required_distiller(runner, self)
-        if model.teacher is None:
+        if model.diffkd_teacher is None:
             return
         weight = model.distill_weight = self.weight(runner.iter)
         if weight is None:  # the log would go on showing the last values

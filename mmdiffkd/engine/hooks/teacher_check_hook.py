@@ -36,20 +36,20 @@ class TeacherCheckHook(Hook):
             ValueError: If there is no validation set, the teacher cannot be evaluated on it, or it is below the floor.
         """
         model = required_distiller(runner, self)
-        if runner.iter > 0 or model.teacher is None:
+        if runner.iter > 0 or model.diffkd_teacher is None:
             return
         if runner.val_loop is None:
             raise ValueError('TeacherCheckHook needs val_dataloader, val_evaluator and val_cfg in the config.')
-        metrics = self._evaluate(runner, model.teacher.model)
+        metrics = self._evaluate(runner, model.diffkd_teacher.model)
         name = self.metric or next(iter(metrics), None)
         if name not in metrics:
             raise ValueError(f"The evaluation of the teacher has no metric '{name}', only {', '.join(metrics)}.")
-        print_log(f'The teacher ({model.teacher.name}): {name} {metrics[name]:.4f}', logger='current')
+        print_log(f'The teacher ({model.diffkd_teacher.name}): {name} {metrics[name]:.4f}', logger='current')
         runner.visualizer.add_scalars({f'teacher/{key}': value for key, value in metrics.items()}, step=0)
         if self.floor is not None and not metrics[name] >= self.floor:
             raise ValueError(
-                f'The teacher ({model.teacher.name}) reaches {name} {metrics[name]:.4f} on the validation set, below '
-                f'the floor of {self.floor}: look at its checkpoint, its classes and its image normalisation.'
+                f'The teacher ({model.diffkd_teacher.name}) reaches {name} {metrics[name]:.4f} on the validation set, '
+                f'below the floor of {self.floor}: look at its checkpoint, its classes and its image normalisation.'
             )
 
     @torch.no_grad()

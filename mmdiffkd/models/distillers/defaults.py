@@ -6,7 +6,7 @@ from torch import nn
 
 from mmdiffkd.utils import skeleton
 
-from .passes import ENCODERS, WRAPPED
+from .passes import ENCODERS
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
 # the paper's width of the autoencoder on classifiers' features
@@ -73,16 +73,17 @@ def _pair(taps, distance: Optional[str] = None, **neck) -> dict:
 def _task(cfg: dict) -> str:
     if cfg.get('decode_head'):
         return 'segmentation'
-    if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, WRAPPED)):
+    if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, 'detector')):
         return 'detection'
     return 'classification' if cfg['type'].split('.')[-1] == 'ImageClassifier' else 'other'
 
 
 def _features(cfg: dict) -> Optional[str]:
     """The module whose features are compared; None if it is not where upstream keeps it."""
-    if isinstance(cfg.get(WRAPPED), dict):
-        inner = _features(cfg[WRAPPED])
-        return inner and f'{WRAPPED}.{inner}'
+    if isinstance(cfg.get('detector'), dict):
+        inner = _features(cfg['detector'])
+        is_semi_supervised = 'semi_train_cfg' in cfg  # a detector twice, as student and teacher
+        return inner and f'{"student" if is_semi_supervised else "detector"}.{inner}'
     if cfg.get('neck') and _task(cfg) == 'detection':
         return 'neck'
     for name in ENCODERS:

@@ -66,7 +66,7 @@ class DiffKDDistiller(BaseModel):
         data_preprocessor: Optional[dict] = None,
     ):
         # __new__ has built the student: BaseModel.__init__ must not run again
-        self.teacher: Optional[Teacher] = None
+        self.diffkd_teacher: Optional[Teacher] = None  # some models have a 'teacher' of their own
         self.deferred_error: Optional[Exception] = None
         self.distill_weight: Optional[float] = 1.0  # set by DistillScheduleHook; None rests the distillation
         self.touch_idle_part = False  # set by DistillScheduleHook
@@ -115,7 +115,7 @@ class DiffKDDistiller(BaseModel):
         self._ignored_labels = {name: ignore_index_of(self, pair.student) for name, pair in self.pairs.items()}
         for path in self._inherit:
             find_module(self, path, 'student')
-        self.teacher = teacher
+        self.diffkd_teacher = teacher
 
     def init_weights(self) -> None:
         """Initialise the student as upstream does, then bring in the teacher: training is about to start.
@@ -135,8 +135,8 @@ class DiffKDDistiller(BaseModel):
         finally:
             if diffkd is not None:
                 self._modules['diffkd'] = diffkd
-        if self.teacher is not None:
-            self._take_over(self.teacher.model)
+        if self.diffkd_teacher is not None:
+            self._take_over(self.diffkd_teacher.model)
 
     def _take_over(self, teacher: nn.Module) -> None:
         """Inheriting: start modules of the student with the teacher's weights."""
@@ -169,22 +169,20 @@ class DiffKDDistiller(BaseModel):
         """
         if self.deferred_error is not None:
             raise self.deferred_error
-        if self.teacher is None or self.distill_weight is None:
+        if self.diffkd_teacher is None or self.distill_weight is None:
             return super().loss(inputs, data_samples, **kwargs)
         self.tap_gradients.clear()
+        is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # not views or clips
         needs_rois = any(is_roi_tap(pair.teacher) for pair in self.pairs.values())
         with ExitStack() as stack:
             taps = stack.enter_context(TapRecorder(self, {pair.student for pair in self.pairs.values()}, 'student'))
             rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
-            if not isinstance(inputs, Tensor):  # views or clips
+            if not is_images:
                 recorder = stack.enter_context(ImageRecorder(self, encoder_path(self)))
             losses = dict(super().loss(inputs, data_samples, **kwargs))
-        if isinstance(inputs, Tensor):
-            images, samples = inputs, data_samples
-        else:
-            images, samples = recorder.images[0], None
+        images, samples = (inputs, data_samples) if is_images else (recorder.images[0], None)
         size = images.shape[-2:]
-        teacher_features = self.teacher.features(images, samples, rois[0])
+        teacher_features = self.diffkd_teacher.features(images, samples, rois[0])
         for name, pair in self.pairs.items():
             student, teacher = taps.features(pair.student, size), teacher_features[pair.teacher]
             levels = [s for s, _ in self._matches[name]]

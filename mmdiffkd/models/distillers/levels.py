@@ -9,8 +9,9 @@ def match_levels(
     """Match the levels of a student's tap with those of its teacher's.
 
     Levels belong together when their strides are equal; several of one stride, as dilated backbones have them, by
-    their order. A single feature on both sides is matched whatever its stride, vectors by their order. Levels asked
-    for by number take the teacher's nearest stride, up to a factor of two, and are resized.
+    their order. A single feature on both sides is matched whatever its stride, vectors by their order. Levels of frozen
+    stages are left out. Levels asked for by number take the teacher's nearest stride, up to a factor of two, and are
+    resized.
 
     Args:
         pair (str): Name of the pair, for error messages.
@@ -25,11 +26,17 @@ def match_levels(
         ValueError: If nothing matches; it names the strides of both.
     """
     count = len(student.strides)
-    wanted = range(count) if levels is None else levels
+    learns = student.learns or [True] * count
+    if not any(learns):
+        raise ValueError(
+            f'distill.{pair}: no gradient reaches the student through its tap; it is frozen, or lies inside a part '
+            'under reentrant activation checkpointing (with_cp=True). Tap another module, or the one around that part.'
+        )
+    wanted = [level for level in range(count) if learns[level]] if levels is None else levels
     for level in wanted:
         if not 0 <= level < count:
             raise ValueError(
-                f"distill.{pair}.levels={list(wanted)} names level {level}, but the student's tap has the levels "
+                f"distill.{pair}.levels={list(levels)} names level {level}, but the student's tap has the levels "
                 f'0 - {count - 1} with strides {_show(student.strides)}.'
             )
     if count == len(teacher.strides) == 1:

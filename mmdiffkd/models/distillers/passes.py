@@ -9,19 +9,15 @@ from .taps import find_module
 
 # where upstream's models keep what sees the image first
 ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
-WRAPPED = 'detector'  # trackers keep a whole detector there
+# trackers and semi-supervised models keep a whole detector there
+WRAPPED = ('detector', 'student')
 
 
 def encoder_path(model: nn.Module) -> Optional[str]:
     """Path of the module that sees a model's images first, None if it is not where upstream keeps it."""
-    for part in ('', f'{WRAPPED}.'):
-        for name in ENCODERS:
-            try:
-                model.get_submodule(part + name)
-            except AttributeError:
-                continue
-            return part + name
-    return None
+    modules = dict(model.named_modules())
+    paths = [prefix + name for prefix in ('', *(f'{part}.' for part in WRAPPED)) for name in ENCODERS]
+    return next((path for path in paths if path in modules), None)
 
 
 def passes(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]], object]]:
@@ -30,9 +26,12 @@ def passes(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]], obj
     Most taps lie in backbone and neck, which run where proposals and post-processing do not.
     """
     ways = {}
-    for name, part in (('features', model), (f'{WRAPPED} features', getattr(model, WRAPPED, None))):
+    for name, part in [('features', model)] + [(f'{name} features', getattr(model, name, None)) for name in WRAPPED]:
         if hasattr(part, 'extract_feat'):
             ways[name] = lambda images, samples, part=part: part.extract_feat(images)
+    encoder = encoder_path(model)
+    if encoder is not None:
+        ways['encoder'] = lambda images, samples: model.get_submodule(encoder)(images)
     if hasattr(model, 'decode_head'):
         ways['heads'] = lambda images, samples: _run_segmentation_heads(model, images)
     ways['whole'] = lambda images, samples: model(images, samples, mode='tensor')

@@ -25,12 +25,15 @@ class TapInfo(NamedTuple):
         strides (list[float or None]): Image pixels per feature pixel of each level; None for vectors.
         calls (int): How often the module is called in a forward pass.
         way (str): The shortest of a model's :func:`passes` that reaches it.
+        learns (list[bool], optional): Whether a gradient reaches the model through each level; only the student's
+            are looked at.
     """
 
     channels: List[int]
     strides: List[Optional[float]]
     calls: int
     way: str = 'features'
+    learns: Optional[List[bool]] = None
 
 
 def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInfo]:
@@ -78,7 +81,7 @@ def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
 
 
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) -> Dict[str, TapInfo]:
-    with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'):
         model = MODELS.build(copy.deepcopy(model_cfg)).eval()
         for path in paths:
             find_module(model, path, owner)
@@ -108,7 +111,8 @@ def _describe(taps: TapRecorder, path: str, size: int, way: str) -> TapInfo:
     tensors = flatten(taps.outputs[path], path)
     features = taps.features(path, (size, size))
     strides = [None if raw.dim() == 2 else size / feature.size(2) for raw, feature in zip(tensors, features)]
-    return TapInfo([feature.size(1) for feature in features], strides, len(taps.outputs[path]), way)
+    learns = [feature.requires_grad for feature in features] if torch.is_grad_enabled() else None
+    return TapInfo([feature.size(1) for feature in features], strides, len(taps.outputs[path]), way, learns)
 
 
 def _blank_sample(size: int) -> BaseDataElement:

@@ -74,7 +74,7 @@ def test_weight_scales_the_distance_alone(tmp_path):
 def test_idle_runs_neither_teacher_nor_diffusion_part_and_moves_nothing(runner):
     run = runner(end=3)
     calls, parts = [], []
-    teacher, neck = run.model.teacher.model, run.model.diffkd['fpn']
+    teacher, neck = run.model.diffkd_teacher.model, run.model.diffkd['fpn']
     teacher.backbone.register_forward_hook(lambda *args: calls.append(run.iter))
     neck.register_forward_hook(lambda *args: parts.append(copy.deepcopy(neck.state_dict())))
     weights = []

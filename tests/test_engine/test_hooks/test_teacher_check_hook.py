@@ -57,7 +57,7 @@ def test_the_run_is_the_same_with_and_without(runner, tmp_path):
     """Student, evaluator and the modes of the models are left as they were."""
     run = runner()
     run.train()
-    assert not run.model.teacher.model.training
+    assert not run.model.diffkd_teacher.model.training
     with_check = torch.load(tmp_path / 'run' / 'iter_2.pth', weights_only=False)['state_dict']
     run = runner()
     run._hooks = [hook for hook in run.hooks if type(hook).__name__ != 'TeacherCheckHook']

@@ -31,9 +31,9 @@ def wrapped(model):
     assert isinstance(model.backbone.layer3, CheckpointWrapper)
 
 
-def gradients(folder, tap, prepare=None, **student):
+def gradients(folder, tap, prepare=None, levels=None, **student):
     """Gradients of the distillation alone."""
-    distill = dict(feat=dict(student=tap, teacher=tap))
+    distill = dict(feat=dict(student=tap, teacher=tap, levels=levels))
     model = tiny.build(tiny.distiller_cfg(folder, student=tiny.detector(**student), distill=distill))
     if prepare is not None:
         prepare(model)
@@ -76,12 +76,10 @@ def test_same_gradient(tmp_path, tap, prepare, student):
     ],
 )
 def test_lost_gradient_is_an_error(tmp_path, tap, prepare, student):
-    with pytest.raises(
-        TapError, match=f"distill.feat: no gradient reaches the student through its tap '{tap}', level 0"
-    ):
+    with pytest.raises(ValueError, match='distill.feat: no gradient reaches the student through its tap'):
         gradients(tmp_path, tap, prepare, **student)
 
 
-def test_frozen_level_is_an_error(tmp_path):
-    with pytest.raises(TapError, match=r"tap 'backbone', level 0. Either it is frozen: choose levels=\[1, 2, 3\]"):
-        gradients(tmp_path, 'backbone', **{'backbone.frozen_stages': 1})
+def test_a_frozen_level_asked_for_is_an_error(tmp_path):
+    with pytest.raises(TapError, match=r"tap 'backbone', level 0. Either it is frozen: choose levels=\[2\]"):
+        gradients(tmp_path, 'backbone', levels=[0, 2], **{'backbone.frozen_stages': 1})

@@ -92,15 +92,15 @@ class TestStudentStaysTheStudent:
 
 class TestTeacherIsAGuest:
     def test_is_nowhere_registered(self, distiller):
-        teacher = {id(p) for p in distiller.teacher.model.parameters()}
+        teacher = {id(p) for p in distiller.diffkd_teacher.model.parameters()}
         assert not teacher & {id(p) for p in distiller.parameters()}
-        assert all(module is not distiller.teacher.model for module in distiller.modules())
+        assert all(module is not distiller.diffkd_teacher.model for module in distiller.modules())
 
     def test_stays_frozen_and_in_eval_mode(self, distiller):
-        before = copy.deepcopy(distiller.teacher.model.state_dict())
+        before = copy.deepcopy(distiller.diffkd_teacher.model.state_dict())
         distiller.train()
         distiller.parse_losses(distiller.loss(*tiny.batch(distiller)))[0].backward()
-        model = distiller.teacher.model
+        model = distiller.diffkd_teacher.model
         assert not any(module.training for module in model.modules())
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())
         torch.testing.assert_close(model.state_dict(), before)
@@ -108,7 +108,7 @@ class TestTeacherIsAGuest:
     def test_copies_share_it(self, distiller):
         other = copy.deepcopy(distiller)
         assert type(other) is type(distiller)
-        assert other.teacher is distiller.teacher
+        assert other.diffkd_teacher is distiller.diffkd_teacher
         assert other.backbone.conv1.weight is not distiller.backbone.conv1.weight
         other.load_state_dict(distiller.state_dict())
 
@@ -170,7 +170,7 @@ class TestLosses:
         """Wherever the tap lies: layers behind it that work in place change neither feature."""
         pair = dict(student=tap, teacher=tap, neck=dict(denoise=False, align=False))
         model = tiny.build(tiny.distiller_cfg(tmp_path, teacher=tiny.detector(), distill=dict(same=pair)))
-        model.eval().load_state_dict(model.teacher.model.state_dict())
+        model.eval().load_state_dict(model.diffkd_teacher.model.state_dict())
         torch.testing.assert_close(model.loss(*tiny.batch(model))['diffkd.same.loss_kd'], torch.tensor(0.0))
 
     @pytest.mark.slow
@@ -224,7 +224,7 @@ class TestRegressionOfRoIHeads:
         cfg = tiny.distiller_cfg(tmp_path, student=student, teacher=student, distill=dict(reg=self.PAIR))
         model = tiny.build(cfg)
         # a teacher with the student's weights and BatchNorm mode sees what the student sees: no distance is left
-        model.eval().load_state_dict(model.teacher.model.state_dict())
+        model.eval().load_state_dict(model.diffkd_teacher.model.state_dict())
         losses = model.loss(*tiny.batch(model))
         torch.testing.assert_close(losses['diffkd.reg.loss_kd'], torch.tensor(0.0))
         torch.nn.init.normal_(model.roi_head.bbox_head.fc_reg.weight)
@@ -292,7 +292,7 @@ class TestCheckpoints:
 class TestInherit:
     def test_modules_start_from_the_teacher(self, tmp_path):
         model = tiny.build(tiny.distiller_cfg(tmp_path, inherit=['bbox_head']))
-        torch.testing.assert_close(model.bbox_head.state_dict(), model.teacher.model.bbox_head.state_dict())
+        torch.testing.assert_close(model.bbox_head.state_dict(), model.diffkd_teacher.model.bbox_head.state_dict())
 
     def test_what_does_not_fit_is_named(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path, inherit=['neck'])

@@ -4,8 +4,8 @@ from mmdiffkd.models.distillers.levels import match_levels
 from mmdiffkd.models.distillers.probe import TapInfo
 
 
-def tap(*strides):
-    return TapInfo([16] * len(strides), list(strides), 1)
+def tap(*strides, learns=None):
+    return TapInfo([16] * len(strides), list(strides), 1, learns=learns)
 
 
 ONE_STAGE, TWO_STAGE = tap(8.0, 16.0, 32.0, 64.0, 128.0), tap(4.0, 8.0, 16.0, 32.0, 64.0)
@@ -24,6 +24,8 @@ DILATED = tap(4.0, 8.0, 8.0, 8.0)
         (tap(4.0, 8.0, 16.0, 32.0), DILATED, None, [(0, 0), (1, 1)]),
         (DILATED, tap(4.0, 8.0, 16.0, 32.0), [3], [(3, 1)]),
         (tap(32.0), tap(None), None, [(0, 0)]),
+        (tap(4.0, 8.0, learns=[False, True]), tap(4.0, 8.0), None, [(1, 1)]),
+        (tap(4.0, 8.0, learns=[False, True]), tap(4.0, 8.0), [0], [(0, 0)]),  # the first step finds it out
     ],
 )
 def test_matches(student, teacher, levels, expected):
@@ -38,6 +40,7 @@ def test_matches(student, teacher, levels, expected):
         (ONE_STAGE, ONE_STAGE, [7], r'names level 7.*levels 0 - 4 with strides 8, 16, 32, 64, 128'),
         (tap(None), tap(None, None), None, r'return 1 \(student\) and 2 \(teacher\) vectors'),
         (TWO_STAGE, tap(None), None, r"returns maps of stride 4, .*the teacher's vectors.*teacher='backbone'"),
+        (tap(4.0, learns=[False]), tap(4.0), None, r'no gradient reaches the student through its tap; it is frozen'),
         (tap(None), TWO_STAGE, None, r"student's tap returns vectors"),
     ],
 )

@@ -83,13 +83,13 @@ def test_teacher_in_half_precision(tmp_path, dtype):
     full = tiny.build(cfg)
     half = tiny.build(tiny.ConfigDict(cfg, teacher=dict(cfg.teacher, dtype=dtype)))
     inputs, samples = tiny.batch(full)
-    ours, theirs = (model.teacher.features(inputs, samples)['neck'] for model in (full, half))
+    ours, theirs = (model.diffkd_teacher.features(inputs, samples)['neck'] for model in (full, half))
     for one, two in zip(ours, theirs):
         assert two.dtype == torch.float32
         assert not torch.equal(one, two)
         torch.testing.assert_close(two, one, rtol=0.05, atol=0.05 * one.abs().max().item())
-    assert all(parameter.dtype == torch.float32 for parameter in half.teacher.model.parameters())
-    assert half.teacher.fingerprint == full.teacher.fingerprint
+    assert all(parameter.dtype == torch.float32 for parameter in half.diffkd_teacher.model.parameters())
+    assert half.diffkd_teacher.fingerprint == full.diffkd_teacher.fingerprint
 
 
 def test_unknown_precision_of_the_teacher():

@@ -15,6 +15,13 @@ def test_widths_strides_and_calls():
     assert taps['bbox_head.retina_reg'][:3] == ([36] * 5, [8, 16, 32, 64, 128], 5)
 
 
+def test_which_levels_learn():
+    """ResNet's first stage is frozen in upstream's detectors."""
+    student = tiny.detector(**{'backbone.frozen_stages': 1})
+    assert probe(student, ['backbone'], 'student')['backbone'].learns == [False, True, True, True]
+    assert probe(student, ['backbone'], 'teacher')['backbone'].learns is None
+
+
 def test_leaves_the_random_numbers_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
