@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
@@ -23,7 +24,9 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
+from mmdiffkd.models.distillers.passes import encoder_path
 from mmdiffkd.testing import random_batch
 from mmdiffkd.utils import model_of, skeleton
 
@@ -248,7 +251,7 @@ def distil_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict
     """Train a step of the distiller with the default ``distill``; returns the taps of each pair."""
     with tempfile.TemporaryDirectory() as folder:
         weights = f'{folder}/teacher.pth'
-        teacher = MODELS.build(fit(teacher_cfg, size))
+        teacher = as_trained(MODELS.build(fit(teacher_cfg, size)), size)
         torch.save(dict(state_dict=teacher.state_dict()), weights)
         del teacher
         distiller = dict(
@@ -265,6 +268,21 @@ def distil_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict
     if not all(log[f'diffkd.{name}.loss_kd'] > 0 for name in model.pairs):
         raise RuntimeError('The distillation loss is 0.')
     return {name: [pair.student, pair.teacher, len(model._matches[name])] for name, pair in model.pairs.items()}
+
+
+def as_trained(model: nn.Module, size: int) -> nn.Module:
+    """Initialise a model and show its BatchNorms an image: random weights without statistics may overflow."""
+    model.init_weights()
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    encoder = encoder_path(model)
+    if norms and encoder is not None:
+        with torch.no_grad(), suppress(Exception):  # a few encoders need more than images
+            image = torch.rand(2, 3, size, size)
+            model.extract_feat(image) if hasattr(model, 'extract_feat') else model.get_submodule(encoder)(image)
+    return model
 
 
 def reason_of(error: Exception) -> str:

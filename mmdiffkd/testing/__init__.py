@@ -1,3 +1,3 @@
-from .batches import num_classes_of, random_batch, random_image
+from .batches import num_classes_of, random_batch, random_image, random_items
 
-__all__ = ['num_classes_of', 'random_batch', 'random_image']
+__all__ = ['num_classes_of', 'random_batch', 'random_image', 'random_items']

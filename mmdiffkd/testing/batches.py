@@ -1,6 +1,6 @@
 """Random training batches for upstream's models of any kind, as their dataloaders would give them."""
 
-from typing import Iterator
+from typing import Iterator, List
 
 import numpy as np
 import torch
@@ -10,10 +10,12 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
 BOXES = 3
+# of configs that have no training set
+INFERENCE_ONLY = (dict(type='Resize', scale=224), dict(type='PackInputs'))
 
 
-def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0) -> dict:
-    """A batch that the ``train_step`` of a config's model takes.
+def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[dict]:
+    """Items of a training set, as the dataset of a config would give them.
 
     Args:
         cfg (Config): A config of mmdet, mmseg or mmpretrain.
@@ -23,18 +25,26 @@ def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0) -> dict:
         seed (int): Of everything random but the pipeline's augmentation. Defaults to 0.
 
     Returns:
-        dict: ``inputs`` and ``data_samples``, to be preprocessed.
+        list[dict]: Each with ``inputs`` and ``data_samples``. Where several images make one item, as the identities of
+        re-identification do, there are fewer than ``count``.
 
     Raises:
         ValueError: If the config is of another package.
     """
     rng = np.random.default_rng(seed)
-    scope = cfg.get('default_scope')
+    scope = cfg.get('default_scope') or DefaultScope.get_current_instance().scope_name
     makers = dict(mmdet=_detection, mmseg=_segmentation, mmpretrain=_classification)
     if scope not in makers:
         raise ValueError(f"There are no batches for default_scope='{scope}', only for {', '.join(makers)}.")
     with DefaultScope.overwrite_default_scope(scope):
         return makers[scope](cfg, rng, size, count)
+
+
+def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0) -> dict:
+    """:func:`random_items` put together as the config's dataloader does: what ``train_step`` takes."""
+    items = random_items(cfg, size, count, seed)
+    collate = ((cfg.get('train_dataloader') or {}).get('collate_fn') or {}).get('type')
+    return default_collate(items) if collate == 'default_collate' else pseudo_collate(items)
 
 
 def random_image(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -63,18 +73,19 @@ def _tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
-def _detection(cfg: Config, rng, size: int, count: int) -> dict:
+def _detection(cfg: Config, rng, size: int, count: int) -> List[dict]:
     kind = cfg.model.type.split('.')[-1]
     if kind == 'SoftTeacher':
         return _semi_supervised(cfg, rng, size, count)
-    if kind in ('QDTrack', 'MaskTrackRCNN', 'Mask2FormerVideo'):
-        return _tracking(cfg, rng, size, 1)
+    preprocessor = cfg.model.get('data_preprocessor') or {}
+    if 'Track' in preprocessor.get('type', '') and not preprocessor.get('use_det_processor'):
+        return _tracking(cfg, rng, size)
     if kind == 'BaseReID':
         return _reid(rng)
     if kind == 'CLRNet':
         return _lanes(cfg, rng, count)
     pairs = [_detection_sample(cfg, rng, size, number) for number in range(count)]
-    return pseudo_collate([dict(inputs=image, data_samples=sample) for image, sample in pairs])
+    return [dict(inputs=image, data_samples=sample) for image, sample in pairs]
 
 
 def _detection_sample(cfg: Config, rng, size: int, number: int):
@@ -131,44 +142,39 @@ def _semantic_classes(model_cfg: dict) -> int:
     return head.get('num_classes') or next(_values(model_cfg, 'num_stuff_classes'), 1) or 1
 
 
-def _semi_supervised(cfg: Config, rng, size: int, count: int) -> dict:
+def _semi_supervised(cfg: Config, rng, size: int, count: int) -> List[dict]:
     """Labelled images, and a weakly and a strongly augmented view of unlabelled ones."""
-    views = ('sup', 'unsup_teacher', 'unsup_student')
-    batch = dict(inputs={}, data_samples={})
-    for view in views:
-        pairs = [_detection_sample(cfg, rng, size, number) for number in range(count)]
-        batch['inputs'][view] = [image for image, _ in pairs]
-        batch['data_samples'][view] = [sample for _, sample in pairs]
-    return batch
+    items = []
+    for number in range(count):
+        views = {view: _detection_sample(cfg, rng, size, number) for view in ('sup', 'unsup_teacher', 'unsup_student')}
+        inputs, samples = ({view: pair[i] for view, pair in views.items()} for i in range(2))
+        items.append(dict(inputs=inputs, data_samples=samples))
+    return items
 
 
-def _tracking(cfg: Config, rng, size: int, count: int) -> dict:
-    """Clips of a key frame and a reference frame."""
+def _tracking(cfg: Config, rng, size: int) -> List[dict]:
+    """A clip of a key frame and a reference frame."""
     from mmdet.structures import TrackDataSample
 
-    clips = []
-    for _ in range(count):
-        frames = [_detection_sample(cfg, rng, size, number) for number in range(2)]
-        for _, sample in frames:
-            sample.gt_instances.instances_ids = torch.arange(BOXES)
-            sample.gt_instances.map_instances_to_img_idx = torch.full((BOXES,), sample.img_id)
-        clip = TrackDataSample(metainfo=dict(key_frames_inds=[0], ref_frames_inds=[1]))
-        clip.video_data_samples = [sample for _, sample in frames]
-        clips.append(dict(inputs=torch.stack([image for image, _ in frames]), data_samples=clip))
-    return pseudo_collate(clips)
+    frames = [_detection_sample(cfg, rng, size, number) for number in range(2)]
+    for _, sample in frames:
+        sample.gt_instances.instances_ids = torch.arange(BOXES)
+        sample.gt_instances.map_instances_to_img_idx = torch.full((BOXES,), sample.img_id)
+    clip = TrackDataSample(metainfo=dict(key_frames_inds=[0], ref_frames_inds=[1]))
+    clip.video_data_samples = [sample for _, sample in frames]
+    return [dict(inputs=torch.stack([image for image, _ in frames]), data_samples=clip)]
 
 
-def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> dict:
+def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> List[dict]:
     """Upright images, several of each identity, which the triplet loss needs; they come as one item."""
     from mmdet.structures import ReIDDataSample
 
-    labels = [identity for identity in range(identities) for _ in range(images)]
-    samples = [ReIDDataSample(metainfo=_metainfo(size, label)).set_gt_label(label) for label in labels]
+    labels = torch.arange(identities).repeat_interleave(images)
     pixels = torch.stack([_tensor(random_image(rng, size)[:, : size // 2]) for _ in labels])
-    return pseudo_collate([dict(inputs=pixels, data_samples=samples)])
+    return [dict(inputs=pixels, data_samples=ReIDDataSample().set_gt_label(labels))]
 
 
-def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) -> dict:
+def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) -> List[dict]:
     """Straight lanes; the priors are made for one size of images."""
     from mmdet.registry import TRANSFORMS
 
@@ -181,10 +187,10 @@ def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) ->
         mask = np.zeros((height, width), dtype=np.uint8)
         results = dict(img=random_image(rng, width)[:height], lines=lanes, org_lines=lanes, gt_seg_map=mask)
         batch.append(pack(to_array(dict(results, org_height=height, org_width=width))))
-    return pseudo_collate(batch)
+    return batch
 
 
-def _segmentation(cfg: Config, rng, size: int, count: int) -> dict:
+def _segmentation(cfg: Config, rng, size: int, count: int) -> List[dict]:
     from mmseg.structures import SegDataSample
 
     classes, batch = num_classes_of(cfg.model), []
@@ -195,25 +201,27 @@ def _segmentation(cfg: Config, rng, size: int, count: int) -> dict:
         sample.gt_edge_map = PixelData(data=torch.from_numpy(labels % 2)[None])
         sample.gt_depth_map = PixelData(data=torch.from_numpy(rng.random((1, size, size), dtype=np.float32)))
         batch.append(dict(inputs=_tensor(random_image(rng, size)), data_samples=sample))
-    return pseudo_collate(batch)
+    return batch
 
 
-def _classification(cfg: Config, rng, size: int, count: int) -> dict:
+def _classification(cfg: Config, rng, size: int, count: int) -> List[dict]:
     from mmpretrain.registry import TRANSFORMS
 
-    dataset = cfg.train_dataloader.dataset
+    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or dict(pipeline=INFERENCE_ONLY)
     while 'pipeline' not in dataset:
         dataset = dataset['dataset']
     steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    # what a preprocessor has one mean for comes without a dimension of channels
+    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    channels = len(preprocessor.get('mean') or 'RGB')
     is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
     batch = []
     for number in range(count):
-        image, label = random_image(rng, size), int(rng.integers(num_classes_of(cfg.model)))
+        image, label = random_image(rng, size)[..., :channels].squeeze(), int(rng.integers(num_classes_of(cfg.model)))
         results = dict(img=image, img_shape=(size, size), ori_shape=(size, size), img_path='', sample_idx=number)
         batch.append(pipeline(dict(results, gt_label=[label] if is_multi_label else label)))
-    collate = (cfg.train_dataloader.get('collate_fn') or {}).get('type')
-    return default_collate(batch) if collate == 'default_collate' else pseudo_collate(batch)
+    return batch
 
 
 def _types(cfg: dict) -> list:

@@ -44,7 +44,7 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict) ->
     if tasks[0] == 'detection':
         return dict(fpn=_pair(features))
     logits = [None, None]
-    if tasks[0] in LOGITS and _num_classes(student_cfg) == _num_classes(teacher_cfg):
+    if tasks[0] in LOGITS and _num_classes(student_cfg) == _num_classes(teacher_cfg) is not None:
         logits = [LOGITS[tasks[0]](student, student_cfg), LOGITS[tasks[0]](skeleton(teacher_cfg), teacher_cfg)]
     if tasks[0] == 'segmentation':
         return dict(feat=_pair(features)) if None in logits else dict(logits=_pair(logits, distance='DISTLoss'))

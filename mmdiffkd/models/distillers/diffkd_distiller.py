@@ -94,6 +94,7 @@ class DiffKDDistiller(BaseModel):
         check_roi_taps(self.pairs, student_cfg, teacher_cfg)
         student_taps = probe(student_cfg, {pair.student for pair in self.pairs.values()}, 'student')
         teacher_taps = probe(teacher_cfg, {pair.teacher for pair in self.pairs.values()}, 'teacher')
+        self._student_strides = {path: tap.strides for path, tap in student_taps.items()}
         teacher.expect(student_cfg.get('data_preprocessor'), teacher_taps)
 
         self._matches = {}
@@ -184,7 +185,8 @@ class DiffKDDistiller(BaseModel):
         size = images.shape[-2:]
         teacher_features = self.diffkd_teacher.features(images, samples, rois[0])
         for name, pair in self.pairs.items():
-            student, teacher = taps.features(pair.student, size), teacher_features[pair.teacher]
+            student = taps.features(pair.student, size, self._student_strides[pair.student])
+            teacher = teacher_features[pair.teacher]
             levels = [s for s, _ in self._matches[name]]
             _check_gradient(name, pair.student, student, levels)
             if self.watch_tap_gradients and torch.is_grad_enabled():

@@ -25,61 +25,72 @@ def match_levels(
     Raises:
         ValueError: If nothing matches; it names the strides of both.
     """
-    count = len(student.strides)
-    learns = student.learns or [True] * count
-    if not any(learns):
+    ours, theirs = _present(student), _present(teacher)
+    learns = [level for level in ours if student.learns is None or student.learns[level]]
+    if not learns:
         raise ValueError(
             f'distill.{pair}: no gradient reaches the student through its tap; it is frozen, or lies inside a part '
             'under reentrant activation checkpointing (with_cp=True). Tap another module, or the one around that part.'
         )
-    wanted = [level for level in range(count) if learns[level]] if levels is None else levels
-    for level in wanted:
-        if not 0 <= level < count:
+    for level in levels or ():
+        if level not in ours:
             raise ValueError(
                 f"distill.{pair}.levels={list(levels)} names level {level}, but the student's tap has the levels "
-                f'0 - {count - 1} with strides {_show(student.strides)}.'
+                f'{_numbers(ours)} with strides {_strides(student)}.'
             )
-    if count == len(teacher.strides) == 1:
-        return [(0, 0)]
-    if (None in student.strides) != (None in teacher.strides):
+    wanted = learns if levels is None else levels
+    if len(ours) == len(theirs) == 1:
+        return [(ours[0], theirs[0])]
+    are_vectors = [None in [info.strides[i] for i in levels] for info, levels in ((student, ours), (teacher, theirs))]
+    if are_vectors[0] != are_vectors[1]:
         kinds = [
-            'vectors' if None in strides else f'maps of stride {_show(strides)}'
-            for strides in (student.strides, teacher.strides)
+            'vectors' if pooled else f'maps of stride {_strides(info)}'
+            for pooled, info in zip(are_vectors, (student, teacher))
         ]
         raise ValueError(
             f"distill.{pair}: the student's tap returns {kinds[0]}, the teacher's {kinds[1]}: one of them is pooled "
             "already. Tap the features before that, such as dict(student='backbone', teacher='backbone')."
         )
-    if None in student.strides:
-        if count != len(teacher.strides):
+    if are_vectors[0]:
+        if len(ours) != len(theirs):
             raise ValueError(
-                f'distill.{pair}: the taps return {count} (student) and {len(teacher.strides)} (teacher) vectors, '
+                f'distill.{pair}: the taps return {len(ours)} (student) and {len(theirs)} (teacher) vectors, '
                 'which cannot be matched one by one.'
             )
-        return [(level, level) for level in wanted]
+        partners = dict(zip(ours, theirs))
+        return [(level, partners[level]) for level in wanted]
 
     matches = []
     for level in wanted:
-        ratios = [
-            max(stride, student.strides[level]) / min(stride, student.strides[level]) for stride in teacher.strides
-        ]
-        nearest = [i for i, ratio in enumerate(ratios) if ratio == min(ratios)]
-        rank = student.strides[:level].count(student.strides[level])
+        stride = student.strides[level]
+        ratios = {i: max(teacher.strides[i], stride) / min(teacher.strides[i], stride) for i in theirs}
+        nearest = [i for i in theirs if ratios[i] == min(ratios.values())]
+        rank = student.strides[:level].count(stride)
         best = nearest[min(rank, len(nearest) - 1)]
         if ratios[best] == 1 or (levels is not None and ratios[best] <= 2):
             matches.append((level, best))
         elif levels is not None:
             raise ValueError(
-                f"distill.{pair}: the student's level {level} has stride {_show([student.strides[level]])}, and no "
-                f'level of the teacher is near it: its strides are {_show(teacher.strides)}.'
+                f"distill.{pair}: the student's level {level} has stride {stride:g}, and no level of the teacher is "
+                f'near it: its strides are {_strides(teacher)}.'
             )
     if not matches:
         raise ValueError(
-            f'distill.{pair}: student and teacher share no level: the strides are {_show(student.strides)} and '
-            f'{_show(teacher.strides)}; name the levels to resize with levels=[...], or tap other modules.'
+            f'distill.{pair}: student and teacher share no level: the strides are {_strides(student)} and '
+            f'{_strides(teacher)}; name the levels to resize with levels=[...], or tap other modules.'
         )
     return matches
 
 
-def _show(strides: Sequence[Optional[float]]) -> str:
+def _present(tap: TapInfo) -> List[int]:
+    """Levels that are there when a model predicts."""
+    return [level for level, channels in enumerate(tap.channels) if channels]
+
+
+def _numbers(levels: Sequence[int]) -> str:
+    return ', '.join(map(str, levels))
+
+
+def _strides(tap: TapInfo) -> str:
+    strides = [tap.strides[level] for level in _present(tap)]
     return ', '.join('none' if stride is None else f'{stride:g}' for stride in strides)

@@ -33,7 +33,9 @@ class Pair(NamedTuple):
 def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, Pair]:
     """Complete the ``distill`` of a config.
 
-    Without it, :func:`default_distill` decides. A pair of detectors that names no tap is from neck to neck.
+    Without it, :func:`default_distill` decides. A pair of one of its names that leaves out taps takes the default ones,
+    and those parts of the neck that it does not name: ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``.
+    Any other pair of detectors that names no tap is from neck to neck.
 
     Args:
         distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
@@ -47,17 +49,28 @@ def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, t
     Raises:
         ValueError: If it is empty, or a pair is misspelt or incomplete.
     """
-    if distill is None:
-        distill = default_distill(student, student_cfg, teacher_cfg)
-    if not isinstance(distill, dict) or not distill:
+    if distill is not None and (not isinstance(distill, dict) or not distill):
         raise ValueError(
             'distill is empty: leave it out for the default pair, or name pairs such as '
             "distill=dict(fpn=dict(student='neck', teacher='neck'))."
         )
+    for name, cfg in (distill or {}).items():
+        _check_pair(name, cfg)
+    if distill is None:
+        distill = default_distill(student, student_cfg, teacher_cfg)
+    elif any(not cfg.get('student') and not cfg.get('teacher') for cfg in distill.values()):
+        defaults = default_distill(student, student_cfg, teacher_cfg)
+        distill = {name: _completed(cfg, defaults.get(name, {})) for name, cfg in distill.items()}
     return {name: _read_pair(name, cfg, student_cfg, teacher_cfg) for name, cfg in distill.items()}
 
 
-def _read_pair(name: str, cfg: dict, student_cfg: dict, teacher_cfg: dict) -> Pair:
+def _completed(cfg: dict, default: dict) -> dict:
+    if cfg.get('student') or cfg.get('teacher'):
+        return cfg
+    return {**default, **cfg, 'neck': {**(default.get('neck') or {}), **(cfg.get('neck') or {})}}
+
+
+def _check_pair(name: str, cfg: dict) -> None:
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or 'loss' in name:
         raise ValueError(
             f"The pair name '{name}' cannot be used: it becomes part of checkpoint keys and of log keys, where 'loss' "
@@ -74,6 +87,9 @@ def _read_pair(name: str, cfg: dict, student_cfg: dict, teacher_cfg: dict) -> Pa
     for field in cfg:
         if field not in FIELDS:
             raise ValueError(f"distill.{name} has no field '{field}'; the nearest are {nearest(field, FIELDS)}.")
+
+
+def _read_pair(name: str, cfg: dict, student_cfg: dict, teacher_cfg: dict) -> Pair:
     neck, levels = dict(cfg.get('neck') or {}), cfg.get('levels')
     neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
     neck.setdefault('distance', dict(type='mmdiffkd.MSELoss', loss_weight=_default_weight(student_cfg)))

@@ -13,15 +13,15 @@ from .passes import passes
 from .taps import TapError, TapRecorder, find_module, flatten
 
 # Device and image size, tried in turn: not every operator knows the meta device, some models take no small images, and
-# some only those of ImageNet. The others are multiples of the largest FPN stride, so that strides come out whole.
-ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224))
+# some only those of ImageNet or MNIST. The others are multiples of the largest FPN stride, so that strides come out whole.
+ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224), ('cpu', 32))
 
 
 class TapInfo(NamedTuple):
     """What a tap gives.
 
     Attributes:
-        channels (list[int]): Channels of each level.
+        channels (list[int]): Channels of each level; 0 where a level is None.
         strides (list[float or None]): Image pixels per feature pixel of each level; None for vectors.
         calls (int): How often the module is called in a forward pass.
         way (str): The shortest of a model's :func:`passes` that reaches it.
@@ -80,12 +80,17 @@ def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
     return [('meta', size), ('cpu', size)] if isinstance(size, int) else []
 
 
+def _image_channels(model_cfg: dict) -> int:
+    """As many as the preprocessor has means for, usually three."""
+    return len((model_cfg.get('data_preprocessor') or {}).get('mean') or 'RGB')
+
+
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) -> Dict[str, TapInfo]:
     with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'):
         model = MODELS.build(copy.deepcopy(model_cfg)).eval()
         for path in paths:
             find_module(model, path, owner)
-        images, samples = torch.zeros(1, 3, size, size), [_blank_sample(size)]
+        images, samples = torch.zeros(1, _image_channels(model_cfg), size, size), [_blank_sample(size)]
         problem, unreached = None, []
         for way, run in passes(model).items():
             try:
@@ -110,9 +115,12 @@ def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) 
 def _describe(taps: TapRecorder, path: str, size: int, way: str) -> TapInfo:
     tensors = flatten(taps.outputs[path], path)
     features = taps.features(path, (size, size))
-    strides = [None if raw.dim() == 2 else size / feature.size(2) for raw, feature in zip(tensors, features)]
-    learns = [feature.requires_grad for feature in features] if torch.is_grad_enabled() else None
-    return TapInfo([feature.size(1) for feature in features], strides, len(taps.outputs[path]), way, learns)
+    channels = [0 if feature is None else feature.size(1) for feature in features]
+    strides = [
+        None if feature is None or raw.dim() == 2 else size / feature.size(2) for raw, feature in zip(tensors, features)
+    ]
+    learns = [feature is not None and feature.requires_grad for feature in features]
+    return TapInfo(channels, strides, len(taps.outputs[path]), way, learns if torch.is_grad_enabled() else None)
 
 
 def _blank_sample(size: int) -> BaseDataElement:

@@ -1,12 +1,15 @@
 import re
 from contextlib import AbstractContextManager, suppress
-from typing import Dict, Iterable, List, Optional
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
 from mmdiffkd.utils import nearest
 
 WRAPPERS = re.compile(r'(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.|$)')
+
+# a class token and four registers
+MAX_EXTRA_TOKENS = 5
 
 
 class TapError(ValueError):
@@ -58,11 +61,11 @@ class TapRecorder(AbstractContextManager):
             there and then. None lets it run. Defaults to None.
 
     Attributes:
-        outputs (dict[str, list[list[Tensor]]]): The tensors that every path returned, an entry a call.
+        outputs (dict[str, list[list[Tensor or None]]]): The tensors that every path returned, an entry a call.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], owner: str, stop_after: Optional[Dict[str, int]] = None):
-        self.outputs: Dict[str, List[List[Tensor]]] = {path: [] for path in paths}
+        self.outputs: Dict[str, List[List[Optional[Tensor]]]] = {path: [] for path in paths}
         self._modules = {path: find_module(model, path, owner) for path in self.outputs}
         self._stop_after = stop_after
         self._owner = owner
@@ -82,33 +85,47 @@ class TapRecorder(AbstractContextManager):
     def _hook(self, path: str):
         def record(module, inputs, output):
             # a copy: what follows may work in place, as ReLUs behind a normalisation do
-            self.outputs[path].append([tensor.clone() for tensor in flatten(output, path)])
+            self.outputs[path].append(
+                [tensor if tensor is None else tensor.clone() for tensor in flatten(output, path)]
+            )
             if self._stop_after and all(len(self.outputs[p]) >= n for p, n in self._stop_after.items()):
                 raise _LastTapReached
 
         return record
 
-    def features(self, path: str, input_size) -> List[Tensor]:
+    def features(
+        self, path: str, input_size, strides: Optional[Sequence[Optional[float]]] = None
+    ) -> List[Optional[Tensor]]:
         """The levels of a path as feature maps, one a call and one a member of a returned tuple or list.
+
+        A member that is None, such as the auxiliary output of a network that predicts, stays None.
 
         Args:
             path (str): A tapped path.
             input_size (tuple[int, int]): Height and width of the images, which tell the grid of tokens.
+            strides (list[float or None], optional): Strides of the levels where they are known; what is returned beyond
+                them, by calls that a dry run does not make, is left out.
 
         Raises:
             TapError: If they are no feature maps.
         """
         tensors = [tensor for call in self.outputs[path] for tensor in call]
-        return [as_map(tensor, input_size, path) for tensor in tensors]
+        strides = [None] * len(tensors) if strides is None else strides
+        return [
+            None if tensor is None else as_map(tensor, input_size, path, stride)
+            for tensor, stride in zip(tensors, strides)
+        ]
 
 
-def as_map(tensor: Tensor, input_size, path: str) -> Tensor:
+def as_map(tensor: Tensor, input_size, path: str, stride: Optional[float] = None) -> Tensor:
     """View a tapped tensor as a feature map.
 
     Args:
-        tensor (Tensor): (N, C, H, W), tokens (N, L, C) with or without a class token, or vectors (N, C).
+        tensor (Tensor): (N, C, H, W), tokens (N, L, C) with or without class tokens and the like before them, or
+            vectors (N, C).
         input_size (tuple[int, int]): Height and width of the images.
         path (str): The tap, for the error message.
+        stride (float, optional): Image pixels per token where that is known.
 
     Returns:
         Tensor: (N, C, H, W); vectors become 1x1 maps.
@@ -120,26 +137,46 @@ def as_map(tensor: Tensor, input_size, path: str) -> Tensor:
         return tensor
     if tensor.dim() == 2:
         return tensor[..., None, None]
-    if tensor.dim() == 3:
-        length, ratio = tensor.size(1), input_size[1] / input_size[0]
-        for skip in (0, 1):
-            height = round(((length - skip) / ratio) ** 0.5)
-            if height and (length - skip) % height == 0 and abs((length - skip) / height - height * ratio) < 1:
-                return tensor[:, skip:].transpose(1, 2).unflatten(2, (height, -1))
+    if tensor.dim() != 3:
         raise TapError(
-            f"The tap '{path}' returns {length} tokens, which form no grid on images of "
-            f'{input_size[0]}x{input_size[1]}; tap a module that returns feature maps.'
+            f"The tap '{path}' returns a tensor of shape {tuple(tensor.shape)}; a feature map (N, C, H, W), tokens "
+            '(N, L, C) or vectors (N, C) are needed.'
         )
-    raise TapError(
-        f"The tap '{path}' returns a tensor of shape {tuple(tensor.shape)}; a feature map (N, C, H, W), tokens "
-        '(N, L, C) or vectors (N, C) are needed.'
-    )
+    grid = _grid(tensor.size(1), input_size, stride)
+    if grid is None:
+        images = f'images of {input_size[0]}x{input_size[1]}'
+        if stride is None:
+            raise TapError(
+                f"The tap '{path}' returns {tensor.size(1)} tokens, which form no grid on {images}; tap a module that "
+                'returns feature maps.'
+            )
+        raise TapError(
+            f"The tap '{path}' returns {tensor.size(1)} tokens while it trains, and on {images} a grid of stride "
+            f'{stride:g} while it predicts: the model masks its input. Distil it when it is fine-tuned.'
+        )
+    return tensor[:, tensor.size(1) - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
-def flatten(output, path: str) -> List[Tensor]:
-    """The tensors in nested tuples and lists, in order."""
-    if isinstance(output, Tensor):
+def _grid(length: int, input_size, stride: Optional[float]) -> Optional[Tuple[int, int]]:
+    """Height and width of the grid of tokens on an image; what is left over are class tokens and the like."""
+    if stride is not None:
+        grid = round(input_size[0] / stride), round(input_size[1] / stride)
+        return grid if 0 <= length - grid[0] * grid[1] <= MAX_EXTRA_TOKENS else None
+    ratio = input_size[1] / input_size[0]
+    for extra in range(MAX_EXTRA_TOKENS + 1):
+        count = length - extra
+        if count < 4 * extra:  # chance, not class tokens
+            return None
+        height = round((count / ratio) ** 0.5)
+        if height and count % height == 0 and abs(count / height - height * ratio) < 1:
+            return height, count // height
+    return None
+
+
+def flatten(output, path: str, is_member: bool = False) -> List[Optional[Tensor]]:
+    """The tensors in nested tuples and lists, in order, and the Nones among them."""
+    if isinstance(output, Tensor) or (output is None and is_member):
         return [output]
     if isinstance(output, (tuple, list)):
-        return [tensor for member in output for tensor in flatten(member, path)]
+        return [tensor for member in output for tensor in flatten(member, path, is_member=True)]
     raise TapError(f"The tap '{path}' returns a {type(output).__name__}; tap a module that returns tensors.")

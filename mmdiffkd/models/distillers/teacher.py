@@ -125,7 +125,11 @@ class Teacher:
             else:
                 (way,) = {info.way for info in self.taps.values()}
                 passes(model)[way](images, data_samples)
-        features = {path: recorder.features(path, inputs.shape[-2:]) for path in calls}
+        size = inputs.shape[-2:]
+        features = {path: recorder.features(path, size, info.strides) for path, info in self.taps.items()}
         if self.dtype:
-            features = {path: [level.float() for level in levels] for path, levels in features.items()}
+            features = {
+                path: [level if level is None else level.float() for level in levels]
+                for path, levels in features.items()
+            }
         return features

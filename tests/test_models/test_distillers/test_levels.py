@@ -10,6 +10,7 @@ def tap(*strides, learns=None):
 
 ONE_STAGE, TWO_STAGE = tap(8.0, 16.0, 32.0, 64.0, 128.0), tap(4.0, 8.0, 16.0, 32.0, 64.0)
 DILATED = tap(4.0, 8.0, 8.0, 8.0)
+WITH_ABSENT = TapInfo([0, 16], [None, 32.0], 1)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ DILATED = tap(4.0, 8.0, 8.0, 8.0)
         (tap(4.0, 8.0, 16.0, 32.0), DILATED, None, [(0, 0), (1, 1)]),
         (DILATED, tap(4.0, 8.0, 16.0, 32.0), [3], [(3, 1)]),
         (tap(32.0), tap(None), None, [(0, 0)]),
+        (WITH_ABSENT, WITH_ABSENT, None, [(1, 1)]),  # Inception's auxiliary output is None when it predicts
         (tap(4.0, 8.0, learns=[False, True]), tap(4.0, 8.0), None, [(1, 1)]),
         (tap(4.0, 8.0, learns=[False, True]), tap(4.0, 8.0), [0], [(0, 0)]),  # the first step finds it out
     ],
@@ -37,7 +39,7 @@ def test_matches(student, teacher, levels, expected):
     [
         (tap(8.0, 16.0), tap(32.0, 64.0), None, r'distill\.fpn: .*share no level: the strides are 8, 16 and 32, 64'),
         (tap(8.0, 16.0), tap(32.0, 64.0), [0], r"student's level 0 has stride 8.*strides are 32, 64"),
-        (ONE_STAGE, ONE_STAGE, [7], r'names level 7.*levels 0 - 4 with strides 8, 16, 32, 64, 128'),
+        (ONE_STAGE, ONE_STAGE, [7], r'names level 7.*levels 0, 1, 2, 3, 4 with strides 8, 16, 32, 64, 128'),
         (tap(None), tap(None, None), None, r'return 1 \(student\) and 2 \(teacher\) vectors'),
         (TWO_STAGE, tap(None), None, r"returns maps of stride 4, .*the teacher's vectors.*teacher='backbone'"),
         (tap(4.0, learns=[False]), tap(4.0), None, r'no gradient reaches the student through its tap; it is frozen'),

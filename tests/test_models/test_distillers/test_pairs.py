@@ -3,6 +3,7 @@ import pytest
 from mmdiffkd.models.distillers.pairs import read_pairs
 from mmdiffkd.utils import skeleton
 from tests import tiny
+from tests.test_upstream import models
 
 
 def test_detectors_are_distilled_neck_to_neck():
@@ -27,6 +28,22 @@ def test_a_pair_keeps_what_it_names():
     assert pair.student == 'neck' and pair.teacher == 'backbone.layer4' and pair.levels == [2]
     assert pair.neck['distance'] == dict(type='mmdiffkd.PKDLoss')
     assert cfg['neck'] == dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss'))
+
+
+def test_a_default_pair_is_changed_by_its_name():
+    classifier = models.resnet_classifier()
+    distill = dict(feat=dict(neck=dict(latent_channels=None)), logits={})
+    pairs = read_pairs(distill, skeleton(classifier), classifier, classifier)
+    default = read_pairs(None, skeleton(classifier), classifier, classifier)
+    assert pairs['logits'] == default['logits']
+    assert pairs['feat'] == default['feat']._replace(neck=dict(default['feat'].neck, latent_channels=None))
+    assert default['feat'].neck['latent_channels'] == 1024
+
+
+def test_a_pair_without_taps_has_to_be_a_default_one():
+    classifier = models.resnet_classifier()
+    with pytest.raises(ValueError, match='no default tap for the student ImageClassifier; name one'):
+        read_pairs(dict(mine={}), skeleton(classifier), classifier, classifier)
 
 
 @pytest.mark.parametrize('name', ['neck', 'backbone_feat'])

@@ -3,7 +3,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from mmdiffkd.models.distillers.taps import TapRecorder, as_map, find_module
+from mmdiffkd.models.distillers.taps import TapRecorder, as_map, find_module, flatten
 
 
 class Toy(nn.Module):
@@ -58,6 +58,7 @@ def test_unknown_path_lists_the_nearest():
         ((2, 196, 4), (224, 224), (2, 4, 14, 14)),
         ((2, 197, 4), (224, 224), (2, 4, 14, 14)),
         ((2, 50, 4), (40, 80), (2, 4, 5, 10)),
+        ((2, 201, 4), (224, 224), (2, 4, 14, 14)),  # four registers
     ],
 )
 def test_shapes_become_maps(shape, image, expected):
@@ -73,6 +74,22 @@ def test_class_token_is_left_out():
 def test_other_shapes_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         as_map(torch.randn(shape), (8, 8), 'x')
+
+
+def test_tokens_of_a_known_stride():
+    assert as_map(torch.randn(2, 98, 4), (112, 224), 'x', 16).shape == (2, 4, 7, 14)
+    with pytest.raises(ValueError, match=r'returns 49 tokens while it trains.*224x224 a grid of stride 16.*masks'):
+        as_map(torch.randn(2, 49, 4), (224, 224), 'x', 16)
+
+
+def test_absent_outputs_keep_their_place():
+    """Inception's auxiliary classifier is None in prediction."""
+    recorder = TapRecorder(Toy(), ['head'], 'student')
+    recorder.outputs['head'] = [[None, torch.randn(2, 4, 3, 3)]]
+    assert [feature is None for feature in recorder.features('head', (12, 12))] == [True, False]
+    assert flatten((None, [torch.zeros(1)]), 'x')[0] is None
+    with pytest.raises(ValueError, match='returns a NoneType'):
+        flatten(None, 'x')
 
 
 def test_output_that_is_no_tensor():
