@@ -1,43 +1,115 @@
-"""Every shipped config is built and trained for a step on small images."""
+"""Every shipped config is run for real: a step, a checkpoint, and a step from there in a second run."""
 
+import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import Runner
+from torch.utils.data import Dataset
 
-from mmdiffkd.models import DiffKDDistiller
-from mmdiffkd.utils import model_of, resolve_config, zoo_checkpoint
+from mmdiffkd.testing import fit_to, random_items, without_pretrained
+from mmdiffkd.utils import model_of, read_checkpoint, resolve_config, zoo_checkpoint
 from tests import tiny
+from tests.conftest import logged
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 SHIPPED = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
+ATTENTION = [path for path in SHIPPED if path.stem.startswith('diffkd-attention')]
+SIZES = {'diffkd_dino_swin-l_r50': 224}  # as many tokens as it has queries
+
+
+@DATASETS.register_module(force=True)
+class RandomItems(Dataset):
+    """Two random images in the format of a config's training set."""
+
+    metainfo = {}
+
+    def __init__(self, config, size):
+        cfg = Config.fromfile(config)
+        if 'student' in cfg.model:
+            cfg.model = cfg.model.student
+        self.items = random_items(cfg, size)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+class RecordHook(Hook):
+    """Keep the weights before and after a step."""
+
+    def before_train_iter(self, runner, *args, **kwargs):
+        self.before = {name: p.detach().clone() for name, p in runner.model.named_parameters() if p.requires_grad}
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        self.after = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
+
+
+@pytest.fixture
+def folder():
+    """Emptied at once: the checkpoints of all configs together are large."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def run(path, folder, steps, resume=False):
+    """A run of so many steps; returns the model's first and last weights, and the folder of its logs."""
+    size = SIZES.get(path.stem, 128 if 'cityscapes' in path.parts or 'camvid' in path.parts else 160)
+    cfg = tiny.unformatted(Config.fromfile(path))
+    cfg.work_dir, cfg.resume = str(folder / 'run'), resume
+    if 'student' in cfg.model:
+        weights = folder / 'teacher.pth'
+        if not weights.exists():
+            tiny.write_checkpoint(model_of(resolve_config(cfg.model.teacher.config)), weights)
+        cfg.model.teacher.checkpoint = str(weights)
+    student = cfg.model.get('student') or cfg.model
+    without_pretrained(student)
+    fit_to(student, size)
+    if 'data_preprocessor' in cfg:
+        fit_to(cfg, size)
+    dataset = dict(type='RandomItems', config=str(path), size=size)
+    loader = dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset)
+    if 'collate_fn' in cfg.train_dataloader:
+        loader['collate_fn'] = cfg.train_dataloader.collate_fn
+    cfg.train_dataloader = ConfigDict(loader)
+    by_epoch = cfg.train_cfg.get('by_epoch', cfg.train_cfg.get('type') != 'IterBasedTrainLoop')
+    cfg.train_cfg = ConfigDict(by_epoch=by_epoch, **{'max_epochs' if by_epoch else 'max_iters': steps})
+    cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
+    cfg.auto_scale_lr = None
+    for split in ('val', 'test'):
+        for part in ('dataloader', 'evaluator', 'cfg'):
+            cfg[f'{split}_{part}'] = None
+    runner, record = Runner.from_cfg(cfg), RecordHook()
+    runner.register_hook(record)
+    runner.train()
+    assert runner.iter == steps
+    return record
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.stem)
-def test_one_step(path, tmp_path):
+@pytest.mark.parametrize('path', [p for p in SHIPPED if p not in ATTENTION], ids=lambda path: path.stem)
+def test_step_and_resume(path, folder):
+    first = run(path, folder, steps=1)
+    moved = {part_of(name) for name, weight in first.before.items() if (weight != first.after[name]).any()}
+    # each part moves; a lone parameter's gradient may be zero on this batch
+    assert {part_of(name) for name in first.before if '.' in name} <= moved
+    second = run(path, folder, steps=2, resume=True)
+    assert all(torch.equal(weight, first.after[name]) for name, weight in second.before.items())
+    assert any((weight != second.after[name]).any() for name, weight in second.before.items())
+    records = [record for record in logged(folder / 'run') if 'loss' in record]
+    assert len(records) == 2 and all(record['loss'] == record['loss'] for record in records)
     cfg = Config.fromfile(path)
-    init_default_scope(cfg.default_scope)
-    if 'student' in cfg.model:
-        cfg.model.student.backbone.init_cfg = None
-        teacher = resolve_config(cfg.model.teacher.config)
-        cfg.model.teacher.checkpoint = tiny.write_checkpoint(model_of(teacher), tmp_path / 'teacher.pth')
-    model = tiny.build(cfg.model)
-    assert isinstance(model, DiffKDDistiller) == ('student' in cfg.model)
-    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-    num_classes = len(cfg.metainfo.classes) if 'metainfo' in cfg else 80
-    loss, log_vars = model.parse_losses(model.loss(*tiny.batch(model, size=160, num_classes=num_classes)))
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer.update_params(loss)
-    # parameters whose gradient is zero on this batch may stand still, but each part must move
-    moved = {part_of(name) for name, p in model.named_parameters() if name in before and (p != before[name]).any()}
-    assert moved == {part_of(name) for name in before}
-    assert torch.isfinite(loss)
-    if 'distill' in cfg.model:
-        assert {f'diffkd.{pair}.loss_kd' for pair in cfg.model.distill} <= set(log_vars)
+    pairs = (cfg.model.get('distill') or {}) if 'student' in cfg.model else {}
+    assert {f'diffkd.{pair}.loss_kd' for pair in pairs} <= set(records[1])
+    checkpoint = read_checkpoint((folder / 'run' / 'last_checkpoint').read_text())
+    assert any(key.startswith('diffkd.') for key in checkpoint['state_dict']) == ('student' in cfg.model)
 
 
 def part_of(name):
@@ -46,10 +118,22 @@ def part_of(name):
     return '.'.join(words[:5] if words[0] == 'diffkd' else words[:1])
 
 
-@pytest.mark.parametrize('path', sorted(CONFIGS.glob('diffkd_*.py')), ids=lambda path: path.stem)
-def test_paper_configs_name_weights_of_the_zoo(path):
+@pytest.mark.parametrize('path', ATTENTION, ids=lambda path: path.stem)
+def test_attention_variants_differ_in_the_distance_alone(path):
+    attention, plain = Config.fromfile(path), Config.fromfile(path.with_name(path.name.replace('-attention', '')))
+    distance = attention.model.distill.fpn.neck.distance
+    assert distance.type == 'mmdiffkd.AttentionMSELoss'
+    distance.type = 'mmdiffkd.MSELoss'
+    assert attention.to_dict() == plain.to_dict()
+
+
+PAPER = [*CONFIGS.glob('diffkd*.py'), *CONFIGS.glob('cityscapes/*.py'), *CONFIGS.glob('imagenet/*.py')]
+
+
+@pytest.mark.parametrize('path', sorted(PAPER), ids=lambda path: path.stem)
+def test_teachers_have_weights_in_the_zoo(path):
     teacher = Config.fromfile(path).model.teacher
-    assert teacher.checkpoint == 'zoo' and zoo_checkpoint(teacher.config).endswith('.pth')
+    assert teacher.checkpoint == 'zoo' and Path(zoo_checkpoint(teacher.config)).suffix in ('.pth', '.pkl')
 
 
 def test_the_shortest_config_is_as_short_as_promised():
@@ -57,13 +141,37 @@ def test_the_shortest_config_is_as_short_as_promised():
     assert len(text.splitlines()) <= 12
 
 
-def test_defaults_are_the_papers():
-    """Without ``distill`` RetinaNet is distilled as the paper's config spells it out, but for the regression term."""
-    cfg = Config.fromfile(CONFIGS / 'diffkd_retinanet_r101_r50.py')
-    init_default_scope('mmdet')
+@pytest.mark.parametrize('name', ['diffkd_retinanet_r101_r50.py', 'imagenet/diffkd_r34_r18.py'])
+def test_defaults_are_the_papers(name):
+    """Without ``distill`` a pair is distilled as the paper's config spells it out, but for the regression term."""
+    cfg = Config.fromfile(CONFIGS / name)
+    init_default_scope(cfg.default_scope)
+    cfg.model.data_preprocessor = cfg.get('data_preprocessor')  # as the Runner does
     cfg.model.teacher.checkpoint = 'unused.pth'
     spelt_out = MODELS.build(cfg.model)
     cfg.model.pop('distill')
     default = MODELS.build(cfg.model)
-    assert default.pairs['fpn'] == spelt_out.pairs['fpn']
-    assert list(default.diffkd) == ['fpn'] and list(spelt_out.diffkd) == ['fpn', 'reg']
+    assert {name: spelt_out.pairs[name] for name in default.pairs} == default.pairs
+    assert set(spelt_out.diffkd) - set(default.diffkd) <= {'reg'}
+
+
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('cityscapes/*.py')), ids=lambda path: path.stem)
+def test_the_papers_schedule_on_cityscapes(path):
+    cfg = Config.fromfile(path)
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[0].end == 40000
+    assert cfg.train_dataloader.batch_size * 4 == cfg.auto_scale_lr.base_batch_size == 16
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.momentum) == ('SGD', 0.02, 0.9)
+    assert optimizer.weight_decay == (2e-4 if 'mobilenetv2' in path.stem else 5e-4)
+    assert cfg.model.student.data_preprocessor['size'] == (512, 1024)
+
+
+def test_reloaded_configs_are_the_same(tmp_path):
+    """What a run writes into its folder can be trained from."""
+    for path in (CONFIGS / 'cityscapes' / 'diffkd_deeplabv3_r101_pspnet_r18.py', CONFIGS / 'diffkd_rtmdet_l_s.py'):
+        cfg = Config.fromfile(path)
+        cfg.dump(tmp_path / 'dumped.py')
+        dumped = Config.fromfile(tmp_path / 'dumped.py')
+        assert json.loads(json.dumps(dumped.to_dict(), default=str)) == json.loads(
+            json.dumps(cfg.to_dict(), default=str)
+        )

@@ -27,7 +27,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmdiffkd.models.distillers.passes import encoder_path
-from mmdiffkd.testing import random_batch
+from mmdiffkd.testing import fit_to, random_batch, without_pretrained
 from mmdiffkd.utils import model_of, skeleton
 
 PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
@@ -141,7 +141,7 @@ def load(file: Path) -> Optional[Config]:
     cfg = Config.fromfile(file)
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
         return None
-    strip_pretrained(cfg.model)
+    without_pretrained(cfg.model)
     return cfg
 
 
@@ -166,21 +166,6 @@ def quiet(package: str) -> None:
     init_default_scope(package)
 
 
-def strip_pretrained(cfg) -> None:
-    """Random weights do: nothing is downloaded."""
-    if isinstance(cfg, dict):
-        if (cfg.get('init_cfg') or {}) and 'Pretrained' in str(cfg['init_cfg']):
-            cfg['init_cfg'] = None
-        for key in ('pretrained', 'detector_checkpoint', 'teacher_ckpt'):
-            if key in cfg:
-                cfg[key] = None
-        for value in cfg.values():
-            strip_pretrained(value)
-    elif isinstance(cfg, (list, tuple)):
-        for value in cfg:
-            strip_pretrained(value)
-
-
 def _types(cfg):
     if isinstance(cfg, dict):
         return cfg.get('type')
@@ -194,7 +179,7 @@ def check(package: str, found: dict) -> dict:
     result, start = dict(found, distilled=''), time.time()
     for size in sizes(package, student):
         try:
-            train_one_step(fit(student, size), random_batch(student, size))
+            train_one_step(fit_to(model_of(student), size), random_batch(student, size))
             result.update(plain='ok', size=size)
             break
         except Exception as error:
@@ -212,18 +197,6 @@ def sizes(package: str, cfg: Config) -> List[int]:
     own = (cfg.model.get('backbone') or {}).get('img_size', ())
     own = own if isinstance(own, (list, tuple)) else [own]
     return [*SIZES[package], *own[:1]]
-
-
-def fit(cfg: Config, size: int) -> dict:
-    """The config of a model, told that images have another size; its layers stay as they are."""
-    model = model_of(cfg)
-    preprocessor = model.get('data_preprocessor') or {}
-    if 'size' in preprocessor:
-        preprocessor['size'] = (size, size)
-    for augment in preprocessor.get('batch_augments') or ():
-        if 'size' in augment:
-            augment['size'] = (size, size)
-    return model
 
 
 def train_one_step(model_cfg: dict, batch: dict):
@@ -251,13 +224,13 @@ def distil_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict
     """Train a step of the distiller with the default ``distill``; returns the taps of each pair."""
     with tempfile.TemporaryDirectory() as folder:
         weights = f'{folder}/teacher.pth'
-        teacher = as_trained(MODELS.build(fit(teacher_cfg, size)), size)
+        teacher = as_trained(MODELS.build(fit_to(model_of(teacher_cfg), size)), size)
         torch.save(dict(state_dict=teacher.state_dict()), weights)
         del teacher
         distiller = dict(
             type='mmdiffkd.DiffKDDistiller',
-            student=fit(student_cfg, size),
-            teacher=dict(config=dict(model=fit(teacher_cfg, size)), checkpoint=weights),
+            student=fit_to(model_of(student_cfg), size),
+            teacher=dict(config=dict(model=fit_to(model_of(teacher_cfg), size)), checkpoint=weights),
         )
         model, log = train_one_step(distiller, random_batch(student_cfg, size))
     if model.deferred_error:

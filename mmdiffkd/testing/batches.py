@@ -129,12 +129,16 @@ def _instances(cfg: Config, rng, size: int) -> InstanceData:
     from mmdet.structures.mask import BitmapMasks
 
     boxes = _boxes(rng, size, BOXES)
+    things = next(_values(cfg.model, 'num_things_classes'), None) or num_classes_of(cfg.model)
+    instances = InstanceData(bboxes=boxes, labels=torch.from_numpy(rng.integers(0, things, BOXES)))
+    pipelines = repr(cfg.get('train_dataloader'))  # box detectors take masks for something else
+    if "'with_mask': True" not in pipelines and 'Panoptic' not in pipelines:
+        return instances
     masks = np.zeros((BOXES, size, size), dtype=np.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
         mask[top:bottom, left:right] = 1
-    things = next(_values(cfg.model, 'num_things_classes'), None) or num_classes_of(cfg.model)
-    labels = torch.from_numpy(rng.integers(0, things, BOXES))
-    return InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, size, size))
+    instances.masks = BitmapMasks(masks, size, size)
+    return instances
 
 
 def _semantic_classes(model_cfg: dict) -> int:

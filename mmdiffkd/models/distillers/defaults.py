@@ -9,6 +9,8 @@ from mmdiffkd.utils import skeleton
 from .passes import ENCODERS
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
+# encoders that return what is no map, and the layer before that
+LAST_MAPS = dict(MlpMixer='ln1')
 # the paper's width of the autoencoder on classifiers' features
 CLASSIFIER_LATENT_CHANNELS = 1024
 
@@ -87,8 +89,11 @@ def _features(cfg: dict) -> Optional[str]:
     if cfg.get('neck') and _task(cfg) == 'detection':
         return 'neck'
     for name in ENCODERS:
-        if cfg.get(name):  # a list is the encoder and what follows it
-            return f'{name}.0' if isinstance(cfg[name], (list, tuple)) else name
+        if cfg.get(name):
+            is_list = isinstance(cfg[name], (list, tuple))  # the encoder and what follows it
+            path, encoder = (f'{name}.0', cfg[name][0]) if is_list else (name, cfg[name])
+            last = LAST_MAPS.get(str(encoder.get('type')).split('.')[-1])
+            return path if last is None else f'{path}.{last}'
     return None
 
 

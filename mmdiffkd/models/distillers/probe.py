@@ -12,8 +12,8 @@ from mmengine.structures import BaseDataElement
 from .passes import passes
 from .taps import TapError, TapRecorder, find_module, flatten
 
-# Device and image size, tried in turn: not every operator knows the meta device, some models take no small images, and
-# some only those of ImageNet or MNIST. The others are multiples of the largest FPN stride, so that strides come out whole.
+# Device and image size, tried in turn: not every operator knows the meta device, some models take no small images, some
+# only those of ImageNet or MNIST. The others are multiples of the largest FPN stride, so that strides come out whole.
 ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224), ('cpu', 32))
 
 
@@ -90,7 +90,11 @@ def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) 
         model = MODELS.build(copy.deepcopy(model_cfg)).eval()
         for path in paths:
             find_module(model, path, owner)
-        images, samples = torch.zeros(1, _image_channels(model_cfg), size, size), [_blank_sample(size)]
+        # two, since some models drop the dimension of a single one
+        images, samples = (
+            torch.zeros(2, _image_channels(model_cfg), size, size),
+            [_blank_sample(size) for _ in range(2)],
+        )
         problem, unreached = None, []
         for way, run in passes(model).items():
             try:
