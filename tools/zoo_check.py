@@ -9,11 +9,13 @@ import argparse
 import copy
 import json
 import multiprocessing
+import re
 import tempfile
 import time
 import traceback
 import warnings
 from contextlib import suppress
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
@@ -36,6 +38,17 @@ SIZES = dict(mmdet=(128, 256, 512), mmseg=(128, 256, 512), mmpretrain=(256,))
 NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # parts, examples and data set formats
 
 
+PAGE = """# The model zoo under the distiller
+
+`python tools/zoo_check.py docs/zoo.json --table docs/zoo.md`, run on {date} on a CPU with {versions}.
+It takes hours and goes on where it stopped: what zoo.json holds is not run again.
+
+A row is a kind of model in a config folder of a package: its smallest config, with random weights and small images, and
+as teacher the next larger model of the folder that is built alike, else itself. The plain model trains a step, then the
+distilled one with the default `distill`. This is a check of wiring, gradients and shapes, not of accuracy.
+"""
+
+
 class Candidate(NamedTuple):
     """A config of a family that can be built."""
 
@@ -50,6 +63,7 @@ def parse_args():
     parser.add_argument('--package', choices=PACKAGES, nargs='+', default=PACKAGES)
     parser.add_argument('--family', nargs='+', help='only these config folders')
     parser.add_argument('--again', action='store_true', help='run again what failed')
+    parser.add_argument('--table', type=Path, help='also write the results of all packages as this Markdown file')
     parser.add_argument('--timeout', type=float, default=900, help='seconds that a family may take')
     return parser.parse_args()
 
@@ -65,12 +79,66 @@ def main():
             continue
         if name not in results:
             results[name] = in_a_process(survey, args.timeout, package, family)
-            args.out.write_text(json.dumps(results, indent=1))
+            write(args.out, results)
         for number, found in enumerate(results[name]):
             if found['config'] and (not found['plain'] or (args.again and found['distilled'] != 'ok')):
                 results[name][number] = in_a_process(check, args.timeout, package, found)
-                args.out.write_text(json.dumps(results, indent=1))
+                write(args.out, results)
                 print(f'{name} {found["model"]}: {outcome(results[name][number])}', flush=True)
+    write(args.out, results)
+    if args.table:
+        args.table.write_text(as_table(results))
+
+
+def write(file: Path, results: Dict[str, List[dict]]) -> None:
+    """A line a family, for those who look at changes."""
+    lines = [f'{json.dumps(family)}: {json.dumps(results[family])}' for family in sorted(results)]
+    file.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+
+
+def as_table(results: Dict[str, List[dict]]) -> str:
+    """The page about a whole run: counts, what failed and why, what could not be tried, and every model."""
+    versions = ', '.join(
+        f'{name} {import_module(name).__version__}' for name in ('torch', 'mmengine', 'mmcv', *PACKAGES)
+    )
+    rows = [dict(found, family=family) for family, group in results.items() for found in group]
+    failed = [row for row in rows if row['plain'] == 'ok' != row['distilled']]
+    untried = [row for row in rows if row['plain'] != 'ok']
+    worked = [row for row in rows if row['distilled'] == 'ok']
+    lines = [PAGE.format(date=date.today(), versions=versions)]
+    lines += [
+        '| package | families | one or more models distilled | failed | plain step does not run |',
+        '|---|---|---|---|---|',
+    ]
+    for package in PACKAGES:
+        groups = [group for family, group in results.items() if family.startswith(f'{package}/')]
+        ran = [group for group in groups if any(found['plain'] == 'ok' for found in group)]
+        ok = sum(any(found['distilled'] == 'ok' for found in group) for group in ran)
+        lines.append(f'| {package} | {len(groups)} | {ok} | {len(ran) - ok} | {len(groups) - len(ran)} |')
+    counts = f'{len(worked)} of the {len(worked) + len(failed)} models whose plain step runs also run distilled.'
+    lines += ['', counts, '', '## What failed', '', '| family | model | reason |', '|---|---|---|']
+    lines += [f'| {row["family"]} | {row["model"]} | {as_cell(row["distilled"])} |' for row in failed]
+    lines += [
+        '',
+        '## What could not be tried',
+        '',
+        '| family | model | why its plain step does not run |',
+        '|---|---|---|',
+    ]
+    lines += [f'| {row["family"]} | {row["model"]} | {as_cell(row["plain"])} |' for row in untried]
+    lines += ['', '## What worked', '', '| student | teacher | pixels | pairs: levels |', '|---|---|---|---|']
+    for row in worked:
+        teacher = 'itself' if row['teacher'] == row['config'] else row['teacher']
+        pairs = ', '.join(f'{name} `{taps[0]}`: {taps[2]}' for name, taps in row['taps'].items())
+        lines.append(f'| {row["family"].split("/")[0]}::{row["config"]} | {teacher} | {row["size"]} | {pairs} |')
+    return '\n'.join(lines) + '\n'
+
+
+def as_cell(reason: str) -> str:
+    """A reason without what is the machine's own or would break the table."""
+    reason = re.sub(r'\S*/site-packages/', '', reason)
+    reason = re.sub(r'https?://\S+/', '', reason).replace('|', '/').replace('<', '(').replace('>', ')')
+    return reason if len(reason) < 240 else f'{reason[:200]} ... {reason[reason.rindex("(") :]}'
 
 
 def outcome(result: dict) -> str:
@@ -146,8 +214,9 @@ def load(file: Path) -> Optional[Config]:
 
 
 def build_of(model_cfg: dict) -> dict:
-    """What a model is made of: the type of each part."""
-    return {key: _types(value) for key, value in model_cfg.items() if key != 'data_preprocessor'}
+    """What a model is made of: the type of each part, and the size of images that it is made for."""
+    parts = {key: _types(value) for key, value in model_cfg.items() if key != 'data_preprocessor'}
+    return dict(parts, img_size=(model_cfg.get('backbone') or {}).get('img_size'))
 
 
 def choose(package: str, kind: str, group: List[Candidate]) -> dict:

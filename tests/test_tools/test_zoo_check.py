@@ -1,0 +1,62 @@
+"""A sample of the model zoo, and what the check says of models that do not work."""
+
+import json
+import os
+import time
+
+import pytest
+
+from tests.conftest import ROOT, load_tool
+
+SAMPLE = [
+    ('mmdet', 'atss ddod deformable_detr detr faster_rcnn fcos gfl mask_rcnn mask2former qdtrack retinanet'),
+    ('mmdet', 'reppoints rtmdet soft_teacher solov2 sparse_rcnn yolox'),
+    ('mmseg', 'bisenetv2 deeplabv3 mask2former ocrnet pidnet pspnet segformer setr stdc upernet'),
+    ('mmpretrain', 'arcface deit inception_v3 lenet mlp_mixer mobilenet_v2 resnet simclr swin_transformer van'),
+]
+FAMILIES = [(package, family) for package, families in SAMPLE for family in families.split()]
+
+
+@pytest.fixture(scope='module')
+def zoo():
+    return load_tool('zoo_check.py')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('package, family', FAMILIES, ids=lambda name: name)
+def test_families(zoo, package, family):
+    """What the committed table says of them is still true."""
+    results = json.loads((ROOT / 'docs' / 'zoo.json').read_text())[f'{package}/{family}']
+    expected = next(row for row in results if row['distilled'] == 'ok')
+    found = zoo.in_a_process(zoo.check, 600, package, expected)
+    assert (found['plain'], found['distilled']) == ('ok', 'ok')
+    assert found['taps'] == expected['taps']
+
+
+def test_survey_takes_the_smallest_and_the_next_of_its_build(zoo):
+    (row,) = zoo.in_a_process(zoo.survey, 300, 'mmpretrain', 'seresnet')
+    assert row['config'] == 'seresnet/seresnext50-32x4d_8xb32_in1k.py' and row['model'] == 'ImageClassifier'
+    assert row['teacher'] == 'seresnet/seresnext101-32x4d_8xb32_in1k.py'
+
+
+def test_a_process_that_dies_or_takes_too_long(zoo):
+    row = zoo.row(config='x.py')
+    died = zoo.in_a_process(lambda package, found: os._exit(1), 60, 'mmdet', row)
+    late = zoo.in_a_process(lambda package, found: time.sleep(60), 0.5, 'mmdet', row)
+    assert 'died' in died['plain'] and late['plain'] == 'takes longer than 0.5 seconds'
+    assert died['config'] == 'x.py'
+
+
+def test_table_tells_failed_from_untried(zoo):
+    ok = zoo.row(
+        config='a/a_r18.py', teacher='a/a_r50.py', size=128, plain='ok', distilled='ok', taps=dict(fpn=['neck'] * 2)
+    )
+    ok['taps'] = dict(fpn=['neck', 'neck', 5])
+    failed = zoo.row(model='B', plain='ok', distilled='TapError: no | such tap (taps.py:1)')
+    untried = zoo.row(model='C', plain='RuntimeError: in /x/site-packages/lap: not installed (c.py:2)')
+    table = zoo.as_table({'mmdet/a': [ok, failed], 'mmdet/c': [untried], 'mmseg/b': [failed]})
+    assert '| mmdet | 2 | 1 | 0 | 1 |' in table and '| mmseg | 1 | 0 | 1 | 0 |' in table
+    assert '1 of the 3 models whose plain step runs also run distilled.' in table
+    assert '| mmseg/b | B | TapError: no / such tap (taps.py:1) |' in table
+    assert '| mmdet/c | C | RuntimeError: in lap: not installed (c.py:2) |' in table
+    assert '| mmdet::a/a_r18.py | a/a_r50.py | 128 | fpn `neck`: 5 |' in table
