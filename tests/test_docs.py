@@ -10,6 +10,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
 
+from mmdiffkd.testing import without_pretrained
+from mmdiffkd.utils import with_preprocessor
 from tests.conftest import ROOT
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
@@ -52,8 +54,12 @@ def build(**changes):
 
 @pytest.mark.parametrize('page, block', PYTHON)
 def test_python(page, block):
-    if UPSTREAM in block:
-        assert list(build().diffkd) == ['fpn']
+    if 'DiffKDDistiller' in block:  # a whole config
+        cfg = Config.fromstring(block, '.py')
+        init_default_scope(cfg.default_scope)
+        without_pretrained(cfg.model.student)
+        model = MODELS.build(with_preprocessor(cfg.model, cfg.get('data_preprocessor')))
+        assert model.deferred_error is None and set(model.diffkd) == set(cfg.model.get('distill', ['fpn']))
         return
     if OWN.search(block):  # settings that go on top of a config: they merge with README's
         settings = Config.fromstring(OWN.sub('', block), '.py').to_dict()

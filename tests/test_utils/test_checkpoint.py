@@ -221,3 +221,18 @@ class TestLoadStrict:
     def test_many_misfits_are_counted(self):
         with pytest.raises(ValueError, match=r'missing 0.weight, 0.bias, 1.weight, 1.bias and 2 more'):
             self.load({})
+
+    def test_upstreams_hooks_convert_first(self):
+        """Swin V2 computes its coordinate tables anew, ViT resizes the position embeddings of a file."""
+        from mmpretrain.models import SwinTransformerV2, VisionTransformer
+
+        swin = dict(
+            arch=dict(embed_dims=8, depths=[1, 1], num_heads=[1, 1], extra_norm_every_n_blocks=0), out_indices=(1,)
+        )
+        load_strict(SwinTransformerV2(**swin), SwinTransformerV2(**swin).state_dict(), 'the teacher', 'w.pth')
+        vit = dict(arch=dict(embed_dims=8, num_layers=1, num_heads=1, feedforward_channels=8), patch_size=16)
+        small, large = VisionTransformer(**vit, img_size=64), VisionTransformer(**vit, img_size=96)
+        load_strict(large, small.state_dict(), 'the teacher', 'w.pth')
+        torch.testing.assert_close(large.pos_embed[:, 0], small.pos_embed[:, 0])
+        with pytest.raises(ValueError, match='patch_embed.projection.weight .8x3x16x16 in the file, 8x3x8x8 in the mo'):
+            load_strict(VisionTransformer(**{**vit, 'patch_size': 8}, img_size=32), small.state_dict(), 'it', 'w.pth')
