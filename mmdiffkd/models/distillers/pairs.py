@@ -67,7 +67,10 @@ def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, t
 def _completed(cfg: dict, default: dict) -> dict:
     if cfg.get('student') or cfg.get('teacher'):
         return cfg
-    return {**default, **cfg, 'neck': {**(default.get('neck') or {}), **(cfg.get('neck') or {})}}
+    neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
+    if not neck.get('denoise', True):  # what is left is an adapter and a distance
+        default_neck = {key: value for key, value in default_neck.items() if key == 'distance'}
+    return {**default, **cfg, 'neck': {**default_neck, **neck}}
 
 
 def _check_pair(name: str, cfg: dict) -> None:

@@ -40,6 +40,14 @@ def test_a_default_pair_is_changed_by_its_name():
     assert default['feat'].neck['latent_channels'] == 1024
 
 
+def test_a_default_pair_without_denoising_has_no_autoencoder():
+    classifier = models.resnet_classifier()
+    pair = read_pairs(dict(feat=dict(neck=dict(denoise=False))), skeleton(classifier), classifier, classifier)['feat']
+    assert pair.neck == dict(
+        type='mmdiffkd.FeatureDiffusionNeck', denoise=False, distance=dict(type='mmdiffkd.MSELoss')
+    )
+
+
 def test_a_pair_without_taps_has_to_be_a_default_one():
     classifier = models.resnet_classifier()
     with pytest.raises(ValueError, match='no default tap for the student ImageClassifier; name one'):
