@@ -33,8 +33,8 @@ from mmdiffkd.testing import fit_to, random_batch, without_pretrained
 from mmdiffkd.utils import model_of, skeleton
 
 PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
-# image sizes, tried in turn; some models take no small images. mmpretrain's pipelines have a size of their own
-SIZES = dict(mmdet=(128, 256, 512), mmseg=(128, 256, 512), mmpretrain=(256,))
+# image sizes, tried in turn; some models take no small images, SSD only its own. mmpretrain's pipelines have theirs
+SIZES = dict(mmdet=(128, 256, 512, 300), mmseg=(128, 256, 512), mmpretrain=(256,))
 NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # parts, examples and data set formats
 
 

@@ -8,7 +8,7 @@ PRETRAINED = ('pretrained', 'detector_checkpoint', 'teacher_ckpt')
 def without_pretrained(cfg) -> None:
     """Take pretrained weights out of the config of a model, in place."""
     if isinstance(cfg, dict):
-        if 'Pretrained' in str(cfg.get('init_cfg')):
+        if 'checkpoint' in str(cfg.get('init_cfg')):
             cfg['init_cfg'] = None
         cfg.update({key: None for key in PRETRAINED if key in cfg})
         for value in cfg.values():
