@@ -1,53 +1,72 @@
 # Two commands do everything on a machine with Python 3.10 - 3.12, git and a C++ compiler: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+VENV_OPENMMLAB ?= .venv-openmmlab
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-CONSTRAINTS := --constraint requirements/constraints.txt
+READY_OPENMMLAB := $(VENV_OPENMMLAB)/.ready
 
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test lint env-openmmlab test-openmmlab clean
 
 help:
-	@echo "make demo   train teacher, student alone, plain MSE and DiffKD on generated images; about 15 minutes"
-	@echo "make test   run all tests; at most 20 minutes"
-	@echo "make env    the environment in $(VENV) that both need (made by them if it is not there)"
-	@echo "make lint   check formatting and lint"
+	@echo "make demo            train teacher, student alone, plain MSE and DiffKD on generated images; about 15 minutes"
+	@echo "                     TASK=classification and TASK=segmentation do it for the other tasks"
+	@echo "make test            run all tests; at most 20 minutes"
+	@echo "make env             the environment in $(VENV) that both need (made by them if it is not there)"
+	@echo "make lint            check formatting and lint"
+	@echo "make test-openmmlab  run all tests with the original OpenMMLab packages; at most 20 minutes"
+	@echo "make env-openmmlab   the environment in $(VENV_OPENMMLAB) that this needs (made by it if it is not there)"
 
 demo: $(READY)
 	@echo "The demo takes about 15 minutes on two CPU cores. Interrupted, it goes on where it stopped."
-	$(BIN)/python tools/demo.py
+	$(VENV)/bin/python tools/demo.py $(TASK) $(ARGS)
 
 test: $(READY)
 	@echo "The tests take at most 20 minutes on two CPU cores."
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+test-openmmlab: $(READY_OPENMMLAB)
+	@echo "The tests take at most 20 minutes on two CPU cores."
+	$(VENV_OPENMMLAB)/bin/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
 
 env: $(READY)
 
+env-openmmlab: $(READY_OPENMMLAB)
+
+$(READY): MMCV := onedl-mmcv
+$(READY): PACKAGES := mminstall
+$(READY): CONSTRAINTS := requirements/constraints.txt
+
+$(READY_OPENMMLAB): MMCV := mmcv
+$(READY_OPENMMLAB): PACKAGES := openmmlab
+$(READY_OPENMMLAB): CONSTRAINTS := requirements/constraints-openmmlab.txt
+
+# Both environments are made by the same steps, each in the folder of its .ready file.
 # Interrupted, the installation goes on where it stopped: finished steps are found done.
-$(READY): requirements/*.txt setup.py
+BIN = $(@D)/bin
+INSTALL = $(BIN)/python -m pip --disable-pip-version-check -qq install --constraint $(CONSTRAINTS)
+$(READY) $(READY_OPENMMLAB): requirements/*.txt setup.py
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and 'Python 3.10 - 3.12 is needed, this is ' + sys.version.split()[0] + '; set PYTHON=python3.11, say.')"
-	@echo "Making the environment in $(VENV), once: 15 - 20 minutes, most of it for compiling mmcv's operators."
-	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Making the environment in $(@D), once: 15 - 20 minutes, most of it for compiling mmcv's operators."
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(@D)
 	@echo "[1/5] torch and torchvision: 1 - 5 minutes ..."
-	@$(PIP) install $(CONSTRAINTS) torch torchvision
+	@$(INSTALL) torch torchvision
 	@echo "[2/5] build tools ..."
-	@$(PIP) install $(CONSTRAINTS) --requirement requirements/build.txt
+	@$(INSTALL) --requirement requirements/build.txt
 	@echo "[3/5] mmcv's operators: 10 - 15 minutes on two cores; seconds when pip has built them before ..."
-	@MMCV_WITH_OPS=1 $(PIP) install $(CONSTRAINTS) --no-build-isolation onedl-mmcv
+	@MMCV_WITH_OPS=1 $(INSTALL) --no-build-isolation $(MMCV)
 	@echo "[4/5] the other OpenMMLab packages and the test tools ..."
-	@$(PIP) install $(CONSTRAINTS) --no-build-isolation --requirement requirements.txt
+	@$(INSTALL) --no-build-isolation $(foreach name,runtime $(PACKAGES) tests,--requirement requirements/$(name).txt)
 	@$(BIN)/python -c "import mmcv.ops" 2> /dev/null || { \
 	    echo "      mmcv's operators in pip's cache were built for another torch; building them anew ..."; \
-	    MMCV_WITH_OPS=1 $(PIP) install $(CONSTRAINTS) --no-build-isolation --no-deps --no-cache-dir --force-reinstall onedl-mmcv; }
+	    MMCV_WITH_OPS=1 $(INSTALL) --no-build-isolation --no-deps --no-cache-dir --force-reinstall $(MMCV); }
 	@echo "[5/5] mmdiffkd itself ..."
-	@$(PIP) install --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -c "import mmcv.ops, mmdet, mmseg, mmpretrain, mmdiffkd"
+	@$(INSTALL) --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -W ignore -c "import mmcv.ops, mmdet, mmseg, mmpretrain, mmdiffkd"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV_OPENMMLAB) build *.egg-info

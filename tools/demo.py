@@ -1,7 +1,7 @@
-"""The main job on generated data: teacher, student alone, plain MSE, DiffKD, export.
+"""A whole distillation in minutes: teacher, student alone, plain distillation, DiffKD, export.
 
-Every training is the ordinary train command on the configs of ``configs/shapes``. A run that was interrupted goes on
-where it stopped.
+Every training is the ordinary train command on configs of this repository. A run that was interrupted goes on where it
+stopped. Detection and classification generate their images; segmentation needs CamVid.
 """
 
 import argparse
@@ -9,9 +9,11 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Dict
 
-import mmdet
 import torch
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
@@ -19,53 +21,138 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / 'configs' / 'shapes'
-RUNS = {
-    'teacher': 'retinanet_r18-half_shapes.py',
-    'student alone': 'retinanet_r18-eighth_shapes.py',
-    'student, plain MSE': 'mse_retinanet_r18-half_r18-eighth_shapes.py',
-    'student, DiffKD': 'diffkd_retinanet_r18-half_r18-eighth_shapes.py',
-}
+TOOLS = ROOT / 'tools'
+EPOCHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
+
+
+@dataclass
+class Task:
+    """What is particular to a task."""
+
+    package: str  # that the exported student opens in
+    metric: str  # its name in the table
+    key: str  # its name in the log
+    configs: str  # folder of configs/
+    runs: Dict[str, str]  # rows of the table and their configs: the teacher first, DiffKD last
+    data: str  # folder of data/
+    complete: str  # what is in it when it is complete
+    tested: str  # the images in it that are tested
+    converter: str  # script that writes it
+    digits: int = 1  # of the metric, in the table
+    validated: bool = True  # trainings end with a validation on the images that are tested
+    evaluators: str = ''  # setting of the evaluators that depends on the data
+    generated: bool = True  # the script needs no download
+
+
+TASKS = dict(
+    detection=Task(
+        package='mmdet',
+        metric='mAP',
+        key='coco/bbox_mAP',
+        digits=3,
+        configs='shapes',
+        runs={
+            'teacher': 'retinanet_r18-half_shapes.py',
+            'student alone': 'retinanet_r18-eighth_shapes.py',
+            'student, plain MSE': 'mse_retinanet_r18-half_r18-eighth_shapes.py',
+            'student, DiffKD': 'diffkd_retinanet_r18-half_r18-eighth_shapes.py',
+        },
+        data='shapes',
+        complete='annotations/val.json',
+        tested='images/val/*',
+        converter='make_shapes.py',
+        evaluators='ann_file={data}/annotations/val.json',
+    ),
+    classification=Task(
+        package='mmpretrain',
+        metric='top-1',
+        key='accuracy/top1',
+        configs='shape_classes',
+        runs={
+            'teacher': 'r18-half_shape-classes.py',
+            'student alone': 'r18-eighth_shape-classes.py',
+            'student, plain MSE and KL': 'mse_r18-half_r18-eighth_shape-classes.py',
+            'student, DiffKD': 'diffkd_r18-half_r18-eighth_shape-classes.py',
+        },
+        data='shape_classes',
+        complete='classes.txt',
+        tested='val/*/*',
+        converter='make_shape_classes.py',
+    ),
+    segmentation=Task(
+        package='mmseg',
+        metric='mIoU',
+        key='mIoU',
+        configs='camvid',
+        runs={
+            'teacher': 'deeplabv3_r18-half_camvid.py',
+            'student alone': 'deeplabv3_r18-quarter_camvid.py',
+            'student, plain DIST': 'dist_deeplabv3_r18-half_r18-quarter_camvid.py',
+            'student, DiffKD': 'diffkd_deeplabv3_r18-half_r18-quarter_camvid.py',
+        },
+        data='camvid11_240x180',
+        complete='img_dir/test',
+        tested='img_dir/test/*',
+        converter='camvid.py',
+        generated=False,
+        validated=False,
+    ),
+)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'demo')
-    parser.add_argument('--data', type=Path, default=ROOT / 'data' / 'shapes', help='generated where it is absent')
-    parser.add_argument('--epochs', type=int, default=16, help='epochs of every training')
-    return parser.parse_args()
+    parser.add_argument('task', nargs='?', choices=TASKS, default='detection')
+    parser.add_argument('--work-dir', type=Path, help='where to write, by default a folder of work_dirs')
+    parser.add_argument('--data', type=Path, help='generated where it is absent, but for segmentation')
+    parser.add_argument('--epochs', type=int, help='of every training; not for segmentation, which counts iterations')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='other settings of every training: key=value ...')
+    args = parser.parse_args()
+    name = 'demo' if args.task == 'detection' else f'demo_{args.task}'
+    args.work_dir = (args.work_dir or ROOT / 'work_dirs' / name).resolve()
+    args.data = (args.data or ROOT / 'data' / TASKS[args.task].data).resolve()
+    return args
 
 
 def main():
     args = parse_args()
-    if not (args.data / 'annotations' / 'val.json').is_file():
-        say(f'Generating images of shapes in {args.data} ...')
-        run(ROOT / 'tools' / 'dataset_converters' / 'make_shapes.py', args.data)
+    task = TASKS[args.task]
+    provide_data(task, args.data)
     rows = []
-    for name, config in RUNS.items():
-        work_dir = args.work_dir / Path(config).stem
-        say(f'Training: {name} ({config}); its log is in {work_dir}')
-        rows.append(dict(name=name, **train(CONFIGS / config, work_dir, args), **complexity(CONFIGS / config)))
-        say(f'  mAP {rows[-1]["mAP"]:.3f}')
-    exported = export(CONFIGS / RUNS['student, DiffKD'], args)
-    mmdet_test = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
-    tested = evaluate(mmdet_test, *exported, args.work_dir / 'exported')
-    rows.append(dict(rows[-1], name='the same, exported, in plain mmdet', mAP=tested, seconds=None))
-    if rows[-1]['mAP'] != rows[-2]['mAP']:
-        sys.exit(f'The exported student has mAP {rows[-1]["mAP"]}, in training it was {rows[-2]["mAP"]}.')
-    table = as_table(rows)
+    for name, config in task.runs.items():
+        config = ROOT / 'configs' / task.configs / config
+        work_dir = args.work_dir / config.stem
+        print(f'Training: {name} ({config.name}); its log is in {work_dir}', flush=True)
+        rows.append(dict(name=name, **train(task, config, work_dir, args), **complexity(config)))
+        print(f'  {task.metric} {rows[-1][task.metric]:.{task.digits}f}', flush=True)
+    exported = export(config, args)
+    plain_test = Path(find_spec(task.package).origin).parent / '.mim' / 'tools' / 'test.py'
+    tested = evaluate(task, plain_test, *exported, args.work_dir / 'exported')
+    same = dict(name=f'the same, exported, in plain {task.package}', seconds=None)
+    rows.append({**rows[-1], **same, task.metric: tested})
+    if tested != rows[-2][task.metric]:
+        sys.exit(f'The exported student has {task.metric} {tested}, in training it was {rows[-2][task.metric]}.')
+    table = as_table(task, rows)
     (args.work_dir / 'table.md').write_text(table)
     (args.work_dir / 'table.json').write_text(json.dumps(rows, indent=2))
-    picture = args.work_dir / 'detections.png'
-    run(ROOT / 'tools' / 'analysis_tools' / 'visualize_detections.py', *exported, picture)
-    images = len(json.loads((args.data / 'annotations' / 'val.json').read_text())['images'])
-    print(f'\n{table}\nmAP on {images} generated images, one seed: differences of a point or two are noise.')
-    print(f'Exported student: {exported[1]} (opens in plain mmdet with {exported[0]})')
-    print(f'Its detections beside the ground truth: {picture}')
+    images = f'{len(list(args.data.glob(task.tested)))} {"generated" if task.generated else "test"} images'
+    print(f'\n{table}\n{task.metric} on {images}, one seed: differences of a point or two are noise.')
+    print(f'Exported student: {exported[1]} (opens in plain {task.package} with {exported[0]})')
+    if args.task == 'detection':
+        picture = args.work_dir / 'detections.png'
+        run(TOOLS / 'analysis_tools' / 'visualize_detections.py', *exported, picture)
+        print(f'Its detections beside the ground truth: {picture}')
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
+def provide_data(task: Task, data: Path) -> None:
+    """Generate the data where it is absent."""
+    if (data / task.complete).exists():
+        return
+    script = TOOLS / 'dataset_converters' / task.converter
+    if not task.generated:
+        sys.exit(f'There is no {data / task.complete}: {script} makes it of a download. --data names another folder.')
+    print(f'Generating images of shapes in {data} ...', flush=True)
+    run(script, data)
 
 
 def run(*command) -> None:
@@ -76,65 +163,64 @@ def run(*command) -> None:
         sys.exit(f'{done.stdout[-3000:]}\nThe command failed: {" ".join(command)}')
 
 
-def train(config: Path, work_dir: Path, args) -> dict:
-    """Train by the ordinary command, or go on where it stopped; returns the mAP and the seconds that it took."""
-    result, settings = work_dir / 'result.json', dict(data=str(args.data), epochs=args.epochs)
+def train(task: Task, config: Path, work_dir: Path, args) -> dict:
+    """Train by the ordinary command, or go on where it stopped; returns the metric and the seconds that it took."""
+    result, settings = work_dir / 'result.json', dict(data=str(args.data), epochs=args.epochs, options=args.cfg_options)
     if not result.is_file():
-        options = overrides(args)
+        options = overrides(task, args)
         if 'student' in Config.fromfile(config).model:
-            options.append(f'model.teacher.checkpoint={last_checkpoint(args.work_dir / Path(RUNS["teacher"]).stem)}')
+            teacher = args.work_dir / Path(task.runs['teacher']).stem
+            options.append(f'model.teacher.checkpoint={last_checkpoint(teacher)}')
         start = time.time()
-        run(ROOT / 'tools' / 'train.py', config, '--work-dir', work_dir, '--resume', '--cfg-options', *options)
+        run(TOOLS / 'train.py', config, '--work-dir', work_dir, '--resume', '--cfg-options', *options)
         is_whole = len(list(work_dir.glob('*/vis_data'))) == 1  # not of a run that was interrupted
         seconds = time.time() - start if is_whole else None
-        result.write_text(json.dumps(dict(mAP=final_map(config, work_dir), seconds=seconds, settings=settings)))
+        metric = final_metric(task, config, work_dir)
+        result.write_text(json.dumps({task.metric: metric, 'seconds': seconds, 'settings': settings}))
     content = json.loads(result.read_text())
     if content.pop('settings') != settings:
         sys.exit(f'{work_dir} was made with other settings; choose another --work-dir or remove it.')
     return content
 
 
-def overrides(args) -> list:
+def overrides(task: Task, args) -> list:
     """What the arguments change in every config."""
-    epochs, data = args.epochs, args.data
-    loaders = [f'{split}_dataloader.dataset.data_root={data}/' for split in ('train', 'val', 'test')]
-    evaluators = [f'{split}_evaluator.ann_file={data}/annotations/val.json' for split in ('val', 'test')]
-    schedule = [f'{key}={epochs}' for key in ('train_cfg.max_epochs', 'train_cfg.val_interval')]
-    decay = [f'param_scheduler.1.{key}={epochs}' for key in ('end', 'T_max')]
-    return [*loaders, *evaluators, *schedule, *decay]
+    options = [f'{split}_dataloader.dataset.data_root={args.data}/' for split in ('train', 'val', 'test')]
+    if task.evaluators:
+        options += [f'{split}_evaluator.{task.evaluators.format(data=args.data)}' for split in ('val', 'test')]
+    epochs = [f'{key}={args.epochs}' for key in EPOCHS if args.epochs]
+    return [*options, *epochs, *args.cfg_options]
 
 
 def last_checkpoint(work_dir: Path) -> str:
     return (work_dir / 'last_checkpoint').read_text().strip()
 
 
-def final_map(config: Path, work_dir: Path) -> float:
-    """The mAP that the run logged, measured again where it was interrupted before that."""
+def final_metric(task: Task, config: Path, work_dir: Path) -> float:
+    """The metric that the run logged last; measured where it was on other images, or was interrupted before that."""
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
     records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    logged = [record['coco/bbox_mAP'] for record in records if 'coco/bbox_mAP' in record]
-    if logged:
+    logged = [record[task.key] for record in records if task.key in record]
+    if logged and task.validated:
         return logged[-1]
-    script = ROOT / 'tools' / 'test.py'
-    return evaluate(script, work_dir / config.name, last_checkpoint(work_dir), work_dir / 'tested')
+    return evaluate(task, TOOLS / 'test.py', work_dir / config.name, last_checkpoint(work_dir), work_dir / 'tested')
 
 
-def evaluate(script: Path, config: Path, checkpoint: Path, work_dir: Path) -> float:
-    """The mAP that a test.py gives a checkpoint."""
+def evaluate(task: Task, script: Path, config: Path, checkpoint: str, work_dir: Path) -> float:
+    """The metric that a test.py gives a checkpoint."""
     run(script, config, checkpoint, '--work-dir', work_dir)
     logs = sorted(work_dir.glob('*/*.json'))
     # mmdet leaves the metric out where nothing at all was detected
-    return json.loads(logs[-1].read_text().splitlines()[-1]).get('coco/bbox_mAP', 0.0)
+    return json.loads(logs[-1].read_text().splitlines()[-1]).get(task.key, 0.0)
 
 
 def complexity(config: Path) -> dict:
     """Parameters and GFLOPs of what is deployed: of a distillation, the student."""
     cfg = Config.fromfile(config)
-    init_default_scope('mmdet')
+    init_default_scope(cfg.default_scope)
     MMLogger.get_current_instance().setLevel('ERROR')  # operators that count nothing
-    model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
-    model = MODELS.build(model_cfg).eval()
-    height, width = cfg.image_size
+    model = MODELS.build(cfg.model.get('student', cfg.model)).eval()
+    width, height = cfg.image_size
     counted = get_model_complexity_info(model, inputs=(torch.zeros(1, 3, height, width),), show_table=False)
     return dict(params=counted['params'], flops=counted['flops'])
 
@@ -143,18 +229,17 @@ def export(config: Path, args) -> tuple:
     """Export the distilled student; returns its config and checkpoint."""
     work_dir = args.work_dir / config.stem
     exported = args.work_dir / 'student.py', args.work_dir / 'student.pth'
-    script = ROOT / 'tools' / 'model_converters' / 'export_student.py'
-    run(script, work_dir / config.name, last_checkpoint(work_dir), exported[1], '--config-out', exported[0])
+    files = work_dir / config.name, last_checkpoint(work_dir), exported[1]
+    run(TOOLS / 'model_converters' / 'export_student.py', *files, '--config-out', exported[0])
     return exported
 
 
-def as_table(rows: list) -> str:
-    lines = ['| model | mAP | params (M) | GFLOPs | training (min) |', '|---|---|---|---|---|']
+def as_table(task: Task, rows: list) -> str:
+    lines = [f'| model | {task.metric} | params (M) | GFLOPs | training (min) |', '|---|---|---|---|---|']
     for row in rows:
         minutes = '' if row['seconds'] is None else f'{row["seconds"] / 60:.1f}'
-        lines.append(
-            f'| {row["name"]} | {row["mAP"]:.3f} | {row["params"] / 1e6:.2f} | {row["flops"] / 1e9:.2f} | {minutes} |'
-        )
+        size = f'{row["params"] / 1e6:.2f} | {row["flops"] / 1e9:.3g}'
+        lines.append(f'| {row["name"]} | {row[task.metric]:.{task.digits}f} | {size} | {minutes} |')
     return '\n'.join(lines) + '\n'
 
 

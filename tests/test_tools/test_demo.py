@@ -2,6 +2,7 @@ import json
 import shutil
 
 import cv2
+import numpy as np
 import pytest
 
 from tests.conftest import run_tool
@@ -36,3 +37,43 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
 
     done = run_tool('demo.py', *options[:4], '--epochs', 2, check=False)
     assert done.returncode == 1 and 'was made with other settings' in done.stdout
+
+
+@pytest.mark.slow
+def test_classification(tmp_path):
+    data = tmp_path / 'data'
+    run_tool('dataset_converters/make_shape_classes.py', data, '--train', 10, '--val', 5, '--size', 32)
+    options = ('--work-dir', tmp_path, '--data', data, '--epochs', 1, '--cfg-options', 'train_dataloader.batch_size=5')
+    done = run_tool('demo.py', 'classification', *options)
+    check(tmp_path, done.stdout, 'top-1', ('teacher', 'student alone', 'student, plain MSE and KL', 'student, DiffKD'))
+    assert 'top-1 on 5 generated images' in done.stdout and 'plain mmpretrain' in done.stdout
+
+
+@pytest.mark.slow
+def test_segmentation(tmp_path):
+    """The schedule counts iterations, and what is reported is the mIoU on test."""
+    data = tmp_path / 'data'
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val', 'test'):
+        for kind, suffix, shape, high in (('img_dir', 'jpg', (48, 64, 3), 256), ('ann_dir', 'png', (48, 64), 11)):
+            (data / kind / split).mkdir(parents=True)
+            for name in ('a', 'b'):
+                image = rng.integers(0, high, shape, dtype=np.uint8)
+                cv2.imwrite(str(data / kind / split / f'{name}.{suffix}'), image)
+    iters = ('train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'param_scheduler=[]', 'train_dataloader.batch_size=2')
+    options = ('--work-dir', tmp_path, '--cfg-options', *iters)
+    done = run_tool('demo.py', 'segmentation', '--data', data, *options)
+    check(tmp_path, done.stdout, 'mIoU', ('teacher', 'student alone', 'student, plain DIST', 'student, DiffKD'))
+    assert 'mIoU on 2 test images' in done.stdout and 'plain mmseg' in done.stdout
+    assert (tmp_path / 'deeplabv3_r18-half_camvid' / 'tested').is_dir()
+
+    done = run_tool('demo.py', 'segmentation', '--data', tmp_path / 'nowhere', *options, check=False)
+    assert done.returncode == 1 and 'tools/dataset_converters/camvid.py' in done.stdout
+
+
+def check(work_dir, output, metric, names):
+    rows = json.loads((work_dir / 'table.json').read_text())
+    assert tuple(row['name'] for row in rows[:-1]) == names
+    assert rows[-1][metric] == rows[-2][metric] and (work_dir / 'student.pth').is_file()
+    assert rows[0]['params'] > 3 * rows[1]['params'] and rows[1]['flops'] == rows[-1]['flops']
+    assert all(f'| {row["name"]} | {row[metric]:.1f} |' in output for row in rows)

@@ -1,4 +1,4 @@
-"""The documented commands of mim, on the documented config, with the full R101 and R50."""
+"""The documented commands of mim on a shipped config of each codebase, with a few tiny images."""
 
 import json
 import subprocess
@@ -6,58 +6,111 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 from mmdiffkd.utils import model_of, resolve_config
 from tests import tiny
 from tests.conftest import ROOT
 
-CONFIG = ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py'
+pytestmark = pytest.mark.slow
+LOADERS = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
 
 
-def codebase():
-    """What mim calls mmdet: the two families of packages differ."""
+def detection():
+    """What mim calls mmdet: the two families of packages differ. The other two codebases have one name in both."""
     try:
         return version('onedl-mmdetection') and 'mmdetection'
     except PackageNotFoundError:
         return 'mmdet'
 
 
-@pytest.mark.slow
-def test_mim_train(tmp_path, shapes):
-    teacher = resolve_config(Config.fromfile(CONFIG).model.teacher.config)
-    checkpoint = tiny.write_checkpoint(model_of(teacher), tmp_path / 'teacher.pth')
-    loaders = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
-    options = [f'{loader}.dataset.data_root={shapes}/' for loader in loaders]
-    options += [f'{loader}.{key}' for loader in loaders for key in ('num_workers=0', 'persistent_workers=False')]
-    for loader, split in zip(loaders, ('train', 'val', 'val')):
-        options += [
-            f'{loader}.dataset.ann_file=annotations/{split}.json',
-            f'{loader}.dataset.data_prefix.img=images/{split}/',
-            f'{loader}.dataset.indices=2',
-        ]
-    options += [
-        f'val_evaluator.ann_file={shapes}/annotations/val.json',
-        f'test_evaluator.ann_file={shapes}/annotations/val.json',
-        'train_dataloader.dataset.pipeline.2.scale=(160,160)',
-        'val_dataloader.dataset.pipeline.1.scale=(160,160)',
-        'train_dataloader.batch_size=1',
-        'train_cfg.max_epochs=1',
+def mim_train(codebase, config, folder, *options):
+    """Run ``mim train`` on a few images, with a teacher of random weights, and return the records of its log."""
+    cfg = Config.fromfile(ROOT / config)
+    init_default_scope(cfg.default_scope)
+    teacher = resolve_config(cfg.model.teacher.config)
+    options += (
+        *(f'{loader}.{key}' for loader in LOADERS for key in ('num_workers=0', 'persistent_workers=False')),
+        'train_dataloader.batch_size=2',
         'default_hooks.logger.interval=1',
         'model.student.backbone.init_cfg=None',
-        'model.student.test_cfg.score_thr=0.0',
-        f'model.teacher.checkpoint={checkpoint}',
-    ]
+        f'model.teacher.checkpoint={tiny.write_checkpoint(model_of(teacher), folder / "teacher.pth")}',
+    )
     mim = Path(sys.executable).parent / 'mim'
-    command = [mim, 'train', codebase(), 'configs/diffkd_retinanet_r101_r50.py', '--gpus', '0']
-    command += ['--work-dir', tmp_path / 'run', '--cfg-options', *options]
+    command = [mim, 'train', codebase, config, '--gpus', '0', '--work-dir', folder / 'run', '--cfg-options', *options]
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert 'Training finished successfully' in done.stdout
-    (log,) = (tmp_path / 'run').glob('*/vis_data/scalars.json')
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    (log,) = (folder / 'run').glob('*/vis_data/scalars.json')
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def write_image(path, high, shape):
+    """Write an image of random values below ``high``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(high, size=shape, dtype=np.uint8))
+
+
+def test_detection(tmp_path, shapes):
+    options = []
+    for loader, split in zip(LOADERS, ('train', 'val', 'val')):
+        options += [
+            f'{loader}.dataset.data_root={shapes}/',
+            f'{loader}.dataset.ann_file=annotations/{split}.json',
+            f'{loader}.dataset.data_prefix.img=images/{split}/',
+            f'{loader}.dataset.indices=2',
+        ]
+    records = mim_train(
+        detection(),
+        'configs/diffkd_retinanet_r101_r50.py',
+        tmp_path,
+        *options,
+        f'val_evaluator.ann_file={shapes}/annotations/val.json',
+        f'test_evaluator.ann_file={shapes}/annotations/val.json',
+        'train_dataloader.dataset.pipeline.2.scale=(160,160)',
+        'val_dataloader.dataset.pipeline.1.scale=(160,160)',
+        'train_cfg.max_epochs=1',
+        'model.student.test_cfg.score_thr=0.0',
+    )
     assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.gamma.4', 'diffkd.reg.loss_kd'} <= set(records[0])
     assert 'coco/bbox_mAP' in records[-1]
+
+
+def test_segmentation(tmp_path):
+    for split in ('train', 'val'):
+        for index in range(2):
+            write_image(tmp_path / 'data' / 'img_dir' / split / f'{index}.jpg', 256, (180, 240, 3))
+            write_image(tmp_path / 'data' / 'ann_dir' / split / f'{index}.png', 11, (180, 240))
+    records = mim_train(
+        'mmsegmentation',
+        'configs/camvid/diffkd_deeplabv3_r18-half_r18-quarter_camvid.py',
+        tmp_path,
+        *(f'{loader}.dataset.data_root={tmp_path}/data/' for loader in LOADERS),
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+    )
+    assert 'diffkd.logits.loss_kd' in records[0]
+    assert 'mIoU' in records[-1]
+
+
+def test_classification(tmp_path):
+    config = 'configs/shape_classes/diffkd_r18-half_r18-eighth_shape-classes.py'
+    for split in ('train', 'val'):
+        for name in Config.fromfile(ROOT / config).metainfo.classes:
+            write_image(tmp_path / 'data' / split / name / '0.jpg', 256, (64, 64, 3))
+    records = mim_train(
+        'mmpretrain',
+        config,
+        tmp_path,
+        *(f'{loader}.dataset.data_root={tmp_path}/data/' for loader in LOADERS),
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1',
+    )
+    assert {'diffkd.feat.loss_kd', 'diffkd.logits.loss_kd'} <= set(records[0])
+    assert 'accuracy/top1' in records[-1]

@@ -1,0 +1,12 @@
+_base_ = './deeplabv3_r18-quarter_camvid.py'
+custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
+model = dict(
+    _delete_=True,
+    type='mmdiffkd.DiffKDDistiller',
+    student=_base_.model,
+    teacher=dict(
+        config='{{ fileDirname }}/deeplabv3_r18-half_camvid.py',
+        checkpoint='work_dirs/deeplabv3_r18-half_camvid/iter_1000.pth',
+    ),
+)
+default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))

@@ -1,0 +1,14 @@
+# Without autoencoder: the teacher's feature map has 256 channels only.
+_base_ = './r18-eighth_shape-classes.py'
+custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
+model = dict(
+    _delete_=True,
+    type='mmdiffkd.DiffKDDistiller',
+    student=_base_.model,
+    teacher=dict(
+        config='{{ fileDirname }}/r18-half_shape-classes.py',
+        checkpoint='work_dirs/demo_classification/r18-half_shape-classes/epoch_12.pth',
+    ),
+    distill=dict(feat=dict(neck=dict(latent_channels=None)), logits=dict()),
+)
+default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
