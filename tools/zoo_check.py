@@ -140,8 +140,7 @@ def as_table(results: Dict[str, List[dict]]) -> str:
 
 
 def as_cell(reason: str) -> str:
-    """A reason without what is the machine's own or would break the table."""
-    reason = re.sub(r'\S*/site-packages/', '', reason)
+    """A reason without what would break the table."""
     reason = re.sub(r'https?://\S+/', '', reason).replace('|', '/').replace('<', '(').replace('>', ')')
     return reason if len(reason) < 240 else f'{reason[:200]} ... {reason[reason.rindex("(") :]}'
 
@@ -333,9 +332,9 @@ def as_trained(model: nn.Module, size: int) -> nn.Module:
 
 
 def reason_of(error: Exception) -> str:
-    """The last line of an error, with the place where it arose."""
+    """An error in a line, with the place where it arose and without the machine's paths."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = ' '.join(str(error).split())[:300]
+    text = re.sub(r'[^\s\'"]*/(site-packages|tmp)/', '', ' '.join(str(error).split()))[:300]
     return f'{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})'
 
 

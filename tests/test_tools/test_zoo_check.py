@@ -53,10 +53,20 @@ def test_table_tells_failed_from_untried(zoo):
     )
     ok['taps'] = dict(fpn=['neck', 'neck', 5])
     failed = zoo.row(model='B', plain='ok', distilled='TapError: no | such tap (taps.py:1)')
-    untried = zoo.row(model='C', plain='RuntimeError: in /x/site-packages/lap: not installed (c.py:2)')
+    untried = zoo.row(model='C', plain='RuntimeError: lap: not installed (c.py:2)')
     table = zoo.as_table({'mmdet/a': [ok, failed], 'mmdet/c': [untried], 'mmseg/b': [failed]})
     assert '| mmdet | 2 | 1 | 0 | 1 |' in table and '| mmseg | 1 | 0 | 1 | 0 |' in table
     assert '1 of the 3 models whose plain step runs also run distilled.' in table
     assert '| mmseg/b | B | TapError: no / such tap (taps.py:1) |' in table
-    assert '| mmdet/c | C | RuntimeError: in lap: not installed (c.py:2) |' in table
+    assert '| mmdet/c | C | RuntimeError: lap: not installed (c.py:2) |' in table
     assert '| mmdet::a/a_r18.py | a/a_r50.py | 128 | fpn `neck`: 5 |' in table
+
+
+def test_reasons_name_no_folder_of_the_machine(zoo):
+    try:
+        open('/x/lib/site-packages/configs/gone.py')
+    except FileNotFoundError as error:
+        reason = zoo.reason_of(error)
+    assert reason.startswith(
+        "FileNotFoundError: [Errno 2] No such file or directory: 'configs/gone.py' (test_zoo_check.py:"
+    )

@@ -9,8 +9,9 @@ from mmdiffkd.utils import skeleton
 from .passes import ENCODERS
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
-# encoders that return what is no map, and the layer before that
-LAST_MAPS = dict(MlpMixer='ln1')
+# the last layer that returns maps of the batch: MLP-Mixer turns its tokens round after it, TridentNet has a batch for
+# each of its branches while it trains
+LAST_MAPS = dict(MlpMixer='ln1', TridentResNet='layer2')
 # the paper's width of the autoencoder on classifiers' features
 CLASSIFIER_LATENT_CHANNELS = 1024
 
