@@ -6,7 +6,7 @@ model = dict(
     student=_base_.model,
     teacher=dict(
         config='{{ fileDirname }}/deeplabv3_r18-half_camvid.py',
-        checkpoint='work_dirs/deeplabv3_r18-half_camvid/iter_1000.pth',
+        checkpoint='work_dirs/deeplabv3_r18-half_camvid/iter_1500.pth',
     ),
 )
 default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))

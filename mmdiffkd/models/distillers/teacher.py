@@ -1,5 +1,5 @@
 from contextlib import nullcontext
-from typing import Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from mmengine.config import Config
@@ -54,6 +54,7 @@ class Teacher:
         self.taps: Dict[str, TapInfo] = {}
         self._model: Optional[nn.Module] = None
         self._renormalise: Optional[Renormalisation] = None
+        self._pass: Optional[Callable] = None
 
     def __deepcopy__(self, memo):
         return self  # copies of the student (EMA) share it
@@ -123,8 +124,10 @@ class Teacher:
             if any(map(is_roi_tap, calls)):
                 run_box_branch(model, images, rois)
             else:
-                (way,) = {info.way for info in self.taps.values()}
-                passes(model)[way](images, data_samples)
+                if self._pass is None:
+                    (way,) = {info.way for info in self.taps.values()}
+                    self._pass = passes(model)[way]
+                self._pass(images, data_samples)
         size = inputs.shape[-2:]
         features = {path: recorder.features(path, size, info.strides) for path, info in self.taps.items()}
         if self.dtype:
