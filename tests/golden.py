@@ -12,7 +12,7 @@ TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
 # (names in the released code, names here), first match wins
 RENAMES = [
-    (r'^trans\.', 'student_conv.'),
+    (r'^trans\.', 'align.'),
     (r'^ae\.encoder\.', 'autoencoder.encoder.'),
     (r'^ae\.decoder\.0\.', 'autoencoder.decoder.'),
     (r'^noise_adapter\.feat\.0\.block\.', 'noise_adapter.layers.layers.'),

@@ -83,11 +83,11 @@ def main():
         if args.family and family not in args.family:
             continue
         if name not in results:
-            results[name] = in_a_process(survey, args.timeout, package, family)
+            results[name] = in_a_process(survey, 10 * args.timeout, package, family)
             write(args.out, results)
         for number, found in enumerate(results[name]):
             if found['config'] and (not found['plain'] or (args.again and found['distilled'] != 'ok')):
-                results[name][number] = in_a_process(check, args.timeout, package, found)
+                results[name][number] = check(package, found, args.timeout)
                 write(args.out, results)
                 print(f'{name} {found["model"]}: {outcome(results[name][number])}', flush=True)
     write(args.out, results)
@@ -153,7 +153,11 @@ def outcome(result: dict) -> str:
 
 
 def in_a_process(function, timeout: float, *args):
-    """Run it apart: what a model does to memory, threads and registries ends with its process."""
+    """Run it apart: what a model does to memory, threads and registries ends with its process.
+
+    Raises:
+        RuntimeError: If it dies or takes longer.
+    """
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(function(*args)))
@@ -162,13 +166,12 @@ def in_a_process(function, timeout: float, *args):
     try:
         if receiver.poll(timeout):
             return receiver.recv()
-        reason = f'takes longer than {timeout:g} seconds'
+        raise RuntimeError(f'It takes longer than {timeout:g} seconds.')
     except EOFError:
-        reason = 'the process died, of too little memory most likely'
+        raise RuntimeError('The process died, of too little memory most likely.') from None
     finally:
         process.kill()
         process.join()
-    return dict(args[-1], plain=reason) if isinstance(args[-1], dict) else [row(plain=reason)]
 
 
 def families(package: str) -> List[str]:
@@ -245,24 +248,38 @@ def _types(cfg):
     return [_types(entry) for entry in cfg] if isinstance(cfg, (list, tuple)) else None
 
 
-def check(package: str, found: dict) -> dict:
-    """A row of the survey, completed by a plain and a distilled step."""
+def check(package: str, found: dict, timeout: float) -> dict:
+    """A row of the survey, completed by a plain and a distilled step, each in a process of its own."""
+    result, start = dict(found, plain='', distilled=''), time.time()
+    for step in (plain_step, distilled_step):
+        try:
+            result.update(in_a_process(step, timeout, package, result))
+        except RuntimeError as error:
+            result['distilled' if result['plain'] == 'ok' else 'plain'] = str(error)
+        if result['plain'] != 'ok':
+            break
+    return dict(result, seconds=round(time.time() - start))
+
+
+def plain_step(package: str, found: dict) -> dict:
     quiet(package)
-    student, teacher = (load(configs_of(package) / found[key]) for key in ('config', 'teacher'))
-    result, start = dict(found, distilled=''), time.time()
+    student = load(configs_of(package) / found['config'])
     for size in sizes(package, student):
         try:
             train_one_step(fit_to(model_of(student), size), random_batch(student, size))
-            result.update(plain='ok', size=size)
-            break
+            return dict(plain='ok', size=size)
         except Exception as error:
-            result['plain'] = reason_of(error)
-    if result['plain'] == 'ok':
-        try:
-            result.update(taps=distil_one_step(student, teacher, result['size']), distilled='ok')
-        except Exception as error:
-            result['distilled'] = reason_of(error)
-    return dict(result, seconds=round(time.time() - start))
+            reason = reason_of(error)
+    return dict(plain=reason)
+
+
+def distilled_step(package: str, found: dict) -> dict:
+    quiet(package)
+    student, teacher = (load(configs_of(package) / found[key]) for key in ('config', 'teacher'))
+    try:
+        return dict(taps=distil_one_step(student, teacher, found['size']), distilled='ok')
+    except Exception as error:
+        return dict(distilled=reason_of(error))
 
 
 def sizes(package: str, cfg: Config) -> List[int]:

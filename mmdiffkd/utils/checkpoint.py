@@ -95,16 +95,15 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
     state = without_diffusion_part(state)
     # upstream's key conversions look at the versions that stand in the metadata
     state._metadata = getattr(state_dict, '_metadata', None)
-    try:
-        result = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # what is left misshapen when upstream's hooks have resized position embeddings
-        own = model.state_dict()
-        misshapen = [
-            f'{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the model)'
-            for key in own
-            if key in state and state[key].shape != own[key].shape and f'size mismatch for {key}:' in str(error)
-        ]
-        raise ValueError(f'The weights of {source} do not fit {model_name}: {_some(misshapen) or error}.') from None
+    own = model.state_dict()
+    misshapen = [
+        f'{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the model)'
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if misshapen:
+        raise ValueError(f'The weights of {source} do not fit {model_name}: {_some(misshapen)}.')
+    result = model.load_state_dict(state, strict=False)
     # what the file has and a hook of upstream's leaves out is no weight, but computed when the model is built
     missing = [key for key in result.missing_keys if key not in state and not key.endswith('num_batches_tracked')]
     problems = [

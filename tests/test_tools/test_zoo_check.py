@@ -28,7 +28,7 @@ def test_families(zoo, package, family):
     """What the committed table says of them is still true."""
     results = json.loads((ROOT / 'docs' / 'zoo.json').read_text())[f'{package}/{family}']
     expected = next(row for row in results if row['distilled'] == 'ok')
-    found = zoo.in_a_process(zoo.check, 600, package, expected)
+    found = zoo.check(package, expected, 600)
     assert (found['plain'], found['distilled']) == ('ok', 'ok')
     assert found['taps'] == expected['taps']
 
@@ -40,11 +40,17 @@ def test_survey_takes_the_smallest_and_the_next_of_its_build(zoo):
 
 
 def test_a_process_that_dies_or_takes_too_long(zoo):
-    row = zoo.row(config='x.py')
-    died = zoo.in_a_process(lambda package, found: os._exit(1), 60, 'mmdet', row)
-    late = zoo.in_a_process(lambda package, found: time.sleep(60), 0.5, 'mmdet', row)
-    assert 'died' in died['plain'] and late['plain'] == 'takes longer than 0.5 seconds'
-    assert died['config'] == 'x.py'
+    with pytest.raises(RuntimeError, match='died'):
+        zoo.in_a_process(os._exit, 60, 1)
+    with pytest.raises(RuntimeError, match='longer than 0.5 seconds'):
+        zoo.in_a_process(time.sleep, 0.5, 60)
+
+
+def test_a_distilled_step_that_dies_is_a_failure(zoo, monkeypatch):
+    monkeypatch.setattr(zoo, 'plain_step', lambda package, found: dict(plain='ok', size=64))
+    monkeypatch.setattr(zoo, 'distilled_step', lambda package, found: os._exit(1))
+    row = zoo.check('mmdet', zoo.row(config='x.py'), 60)
+    assert row['plain'] == 'ok' and 'died' in row['distilled']
 
 
 def test_table_tells_failed_from_untried(zoo):

@@ -93,14 +93,10 @@ class FeatureDiffusion(nn.Module):
         self.denoise = denoise
         self.loss_diffusion_weight = loss_diffusion_weight
         self.loss_reconstruction_weight = loss_reconstruction_weight
-        self.student_conv = nn.Conv2d(student_channels, channels, 1) if align else nn.Identity()
+        self.align = nn.Conv2d(student_channels, channels, 1) if align else nn.Identity()
         self.distance = MODELS.build(distance or dict(type='mmdiffkd.MSELoss'))
-        if student_channels != teacher_channels and getattr(self.distance, 'compares_classes', False):
-            raise ValueError(
-                f'{type(self.distance).__name__} compares class by class, but the student has {student_channels} '
-                f"classes and the teacher {teacher_channels}; tap features instead, such as dict(student='backbone', "
-                "teacher='backbone')."
-            )
+        if getattr(self.distance, 'compares_classes', False):
+            self._check_classes(student_channels, teacher_channels)
         if not denoise:
             return
         self.schedule = DDIMSchedule(**(schedule or {}))
@@ -113,6 +109,19 @@ class FeatureDiffusion(nn.Module):
             default_args=dict(channels=channels, num_train_timesteps=self.schedule.num_train_timesteps),
         )
         self.proj = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
+
+    def _check_classes(self, student: int, teacher: int) -> None:
+        name = type(self.distance).__name__
+        if student != teacher:
+            raise ValueError(
+                f'{name} compares class by class, but the student has {student} classes and the teacher {teacher}; tap '
+                "features instead, such as dict(student='backbone', teacher='backbone')."
+            )
+        if student == 1:
+            raise ValueError(
+                f'{name} compares distributions over classes, but there is one channel; take a distance of features, '
+                "such as dict(type='mmdiffkd.MSELoss')."
+            )
 
     def forward(
         self, student: Tensor, teacher: Tensor, draws: Optional[Draws] = None, mask: Optional[Tensor] = None
@@ -166,7 +175,7 @@ class FeatureDiffusion(nn.Module):
         return DiffusionOutput(losses, gamma, refined, target)
 
     def _align(self, student: Tensor, size: torch.Size) -> Tensor:
-        latent = self.student_conv(student)
+        latent = self.align(student)
         if latent.shape[-2:] == size:
             return latent
         if size == (1, 1):  # interpolation would take the pixels in the middle

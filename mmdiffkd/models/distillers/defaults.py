@@ -1,6 +1,6 @@
 """What is distilled where a config does not say."""
 
-from typing import Dict, Optional
+from typing import Dict, List, Optional, Tuple
 
 from torch import nn
 
@@ -22,8 +22,8 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict) ->
     - Detectors: neck to neck, or backbone to backbone where a model has no neck.
     - Segmentors: logits before they are resized, by DIST; backbone to backbone where a model has none or both know
       other classes.
-    - Classifiers: the last feature map through an autoencoder, unless the student's is frozen, and the logits by KL
-      divergence where both know as many classes.
+    - Classifiers: the last feature map through an autoencoder, and the logits by KL divergence where both know as many
+      classes, of which an image has one.
     - Other models: what encodes the images.
 
     Args:
@@ -35,7 +35,7 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict) ->
         dict[str, dict]: A ``distill`` to be completed by :func:`read_pairs`.
 
     Raises:
-        ValueError: If the two have different tasks, or nothing that can be distilled.
+        ValueError: If the two have different tasks, or keep their encoders elsewhere than upstream.
     """
     tasks = [_task(cfg) for cfg in (student_cfg, teacher_cfg)]
     features = [_features(cfg) for cfg in (student_cfg, teacher_cfg)]
@@ -46,24 +46,14 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict) ->
         )
     if tasks[0] == 'detection':
         return dict(fpn=_pair(features))
-    logits = [None, None]
-    if tasks[0] in LOGITS and _num_classes(student_cfg) == _num_classes(teacher_cfg) is not None:
-        logits = [LOGITS[tasks[0]](student, student_cfg), LOGITS[tasks[0]](skeleton(teacher_cfg), teacher_cfg)]
+    logits = _common_logits(tasks[0], (student, skeleton(teacher_cfg)), (student_cfg, teacher_cfg))
     if tasks[0] == 'segmentation':
-        return dict(feat=_pair(features)) if None in logits else dict(logits=_pair(logits, distance='DISTLoss'))
-
-    pairs = {}
-    if any(parameter.requires_grad for parameter in student.get_submodule(features[0]).parameters()):
-        latent_channels = CLASSIFIER_LATENT_CHANNELS if tasks[0] == 'classification' else None
-        pairs['feat'] = _pair(features, distance='MSELoss', latent_channels=latent_channels)
-    if None not in logits:
+        return dict(feat=_pair(features)) if logits is None else dict(logits=_pair(logits, distance='DISTLoss'))
+    latent_channels = CLASSIFIER_LATENT_CHANNELS if tasks[0] == 'classification' else None
+    pairs = dict(feat=_pair(features, distance='MSELoss', latent_channels=latent_channels))
+    if logits is not None:
         parts = dict(denoiser=dict(type='mmdiffkd.MLPDenoiser'), noise_adapter=dict(type='mmdiffkd.MLPNoiseAdapter'))
         pairs['logits'] = _pair(logits, distance='KLDivergence', **parts)
-    if not pairs:
-        raise ValueError(
-            f'The {features[0]} of the student {student_cfg["type"]} is frozen, and there are no logits to compare: '
-            'there is nothing that distillation could train.'
-        )
     return pairs
 
 
@@ -98,24 +88,33 @@ def _features(cfg: dict) -> Optional[str]:
     return None
 
 
-def _num_classes(cfg: dict) -> Optional[int]:
-    head = cfg.get('decode_head') or cfg.get('head') or {}
-    return (head[-1] if isinstance(head, (list, tuple)) else head).get('num_classes')
+def _common_logits(task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Optional[List[str]]:
+    """The layers of logits of student and teacher; None unless both have one, with the same classes, at least two."""
+    find = dict(segmentation=_pixel_logits, classification=_class_logits).get(task)
+    if find is None:
+        return None
+    paths, classes = zip(*(find(model, cfg) for model, cfg in zip(models, cfgs)))
+    return list(paths) if None not in paths and classes[0] == classes[1] > 1 else None
 
 
-def _pixel_logits(model: nn.Module, cfg: dict) -> Optional[str]:
-    """A segmentor's layer of logits; of a cascade, the last stage's."""
+def _pixel_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
+    """A segmentor's layer of logits, of a cascade the last stage's, and its number of classes."""
     head = cfg['decode_head']
     path = f'decode_head.{len(head) - 1}.conv_seg' if isinstance(head, (list, tuple)) else 'decode_head.conv_seg'
-    return path if path in dict(model.named_modules()) else None
+    layer = dict(model.named_modules()).get(path)
+    return (None, 0) if layer is None else (path, layer.out_channels)
 
 
-def _class_logits(model: nn.Module, cfg: dict) -> Optional[str]:
-    """A classifier's layer of logits: the first linear one of its head with as many outputs as there are classes."""
-    for name, module in model.named_modules():
-        if name.startswith('head.') and getattr(module, 'out_features', None) == _num_classes(cfg):
-            return name
-    return None
-
-
-LOGITS = dict(segmentation=_pixel_logits, classification=_class_logits)
+def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
+    """A classifier's layer of logits, linear with an output for each class; none where an image has several."""
+    head = cfg.get('head') or {}
+    kind, classes = str(head.get('type')), head.get('num_classes')
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith('head.') and isinstance(module, nn.Linear) and module.out_features == classes
+    ]
+    if not linear or 'MultiLabel' in kind or 'CSRA' in kind:
+        return None, 0
+    # stacked layers end with it; behind that of a DeiT comes its distillation token's
+    return linear[-1 if 'Stacked' in kind else 0], classes

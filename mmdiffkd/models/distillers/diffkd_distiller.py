@@ -18,8 +18,8 @@ from .ignored import counted_pixels, ignore_index_of
 from .levels import match_levels
 from .log_names import name_losses, non_finite_names
 from .pairs import read_pairs
-from .passes import ImageRecorder, encoder_path
-from .probe import probe
+from .passes import ENCODERS, ImageRecorder, encoder_path
+from .probe import check_training_outputs, probe
 from .roi import check_roi_taps, is_roi_tap, record_rois
 from .taps import TapError, TapRecorder, find_module
 from .teacher import Teacher
@@ -94,9 +94,13 @@ class DiffKDDistiller(BaseModel):
         check_roi_taps(self.pairs, student_cfg, teacher_cfg)
         student_taps = probe(student_cfg, {pair.student for pair in self.pairs.values()}, 'student')
         teacher_taps = probe(teacher_cfg, {pair.teacher for pair in self.pairs.values()}, 'teacher')
-        self._student_strides = {path: tap.strides for path, tap in student_taps.items()}
+        self._student_taps = student_taps
+        self._encoder = encoder_path(self)  # now, before anything is wrapped
         teacher.expect(student_cfg.get('data_preprocessor'), teacher_taps)
 
+        if distill is None:  # what is frozen is left out while there is anything else
+            learning = {name: pair for name, pair in self.pairs.items() if any(student_taps[pair.student].learns)}
+            self.pairs = learning or self.pairs
         self._matches = {}
         necks = {}
         for name, pair in self.pairs.items():
@@ -179,24 +183,37 @@ class DiffKDDistiller(BaseModel):
             taps = stack.enter_context(TapRecorder(self, {pair.student for pair in self.pairs.values()}, 'student'))
             rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
             if not is_images:
-                recorder = stack.enter_context(ImageRecorder(self, encoder_path(self)))
+                recorder = stack.enter_context(self._record_images())
             losses = dict(super().loss(inputs, data_samples, **kwargs))
         images, samples = (inputs, data_samples) if is_images else (recorder.images[0], None)
-        size = images.shape[-2:]
+        size, masks = images.shape[-2:], {}
         teacher_features = self.diffkd_teacher.features(images, samples, rois[0])
         for name, pair in self.pairs.items():
-            student = taps.features(pair.student, size, self._student_strides[pair.student])
+            tap = self._student_taps[pair.student]
+            check_training_outputs(name, pair.student, taps.outputs[pair.student], tap)
+            student = taps.features(pair.student, size, tap.tokens)
             teacher = teacher_features[pair.teacher]
             levels = [s for s, _ in self._matches[name]]
             _check_gradient(name, pair.student, student, levels)
             if self.watch_tap_gradients and torch.is_grad_enabled():
                 self._watch(name, {level: student[level] for level in levels})
-            mask = counted_pixels(samples, self._ignored_labels[name])
+            label = self._ignored_labels[name]
+            if label not in masks:
+                masks[label] = counted_pixels(samples, label)
+            options = {} if masks[label] is None else dict(mask=masks[label])
             outputs = self.diffkd[name](
-                [student[s] for s in levels], [teacher[t] for _, t in self._matches[name]], mask=mask
+                [student[s] for s in levels], [teacher[t] for _, t in self._matches[name]], **options
             )
             losses.update(name_losses(name, outputs, levels, self.distill_weight))
         return losses
+
+    def _record_images(self) -> ImageRecorder:
+        if self._encoder is None:
+            raise TapError(
+                f'{type(self).__mro__[2].__name__} takes views or clips, and its encoder, which tells what the teacher '
+                f'sees, is none of {", ".join(ENCODERS)}.'
+            )
+        return ImageRecorder(self, self._encoder)
 
     def _watch(self, pair: str, features: Dict[int, Tensor]) -> None:
         """Sum up the gradients that reach the student through a pair; the sum of one that breaks is not finite."""

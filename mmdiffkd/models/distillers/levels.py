@@ -32,6 +32,8 @@ def match_levels(
             f'distill.{pair}: no gradient reaches the student through its tap; it is frozen, or lies inside a part '
             'under reentrant activation checkpointing (with_cp=True). Tap another module, or the one around that part.'
         )
+    if levels is not None and not levels:
+        raise ValueError(f'distill.{pair}.levels is empty: leave it out for all levels that both have, or name some.')
     for level in levels or ():
         if level not in ours:
             raise ValueError(
@@ -66,6 +68,8 @@ def match_levels(
         ratios = {i: max(teacher.strides[i], stride) / min(teacher.strides[i], stride) for i in theirs}
         nearest = [i for i in theirs if ratios[i] == min(ratios.values())]
         rank = student.strides[:level].count(stride)
+        if levels is None and rank >= len(nearest):  # a dilated student's deeper levels
+            continue
         best = nearest[min(rank, len(nearest) - 1)]
         if ratios[best] == 1 or (levels is not None and ratios[best] <= 2):
             matches.append((level, best))

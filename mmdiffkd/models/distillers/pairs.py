@@ -35,7 +35,7 @@ def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, t
 
     Without it, :func:`default_distill` decides. A pair of one of its names that leaves out taps takes the default ones,
     and those parts of the neck that it does not name: ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``.
-    Any other pair of detectors that names no tap is from neck to neck.
+    Where there is one default pair, a pair of another name takes its taps, too: detectors' are from neck to neck.
 
     Args:
         distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
@@ -58,15 +58,25 @@ def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, t
         _check_pair(name, cfg)
     if distill is None:
         distill = default_distill(student, student_cfg, teacher_cfg)
-    elif any(not cfg.get('student') and not cfg.get('teacher') for cfg in distill.values()):
+    elif any(not (cfg.get('student') and cfg.get('teacher')) for cfg in distill.values()):
         defaults = default_distill(student, student_cfg, teacher_cfg)
-        distill = {name: _completed(cfg, defaults.get(name, {})) for name, cfg in distill.items()}
-    return {name: _read_pair(name, cfg, student_cfg, teacher_cfg) for name, cfg in distill.items()}
+        distill = {name: _completed(name, cfg, defaults) for name, cfg in distill.items()}
+    return {name: _read_pair(cfg, student_cfg) for name, cfg in distill.items()}
 
 
-def _completed(cfg: dict, default: dict) -> dict:
-    if cfg.get('student') or cfg.get('teacher'):
+def _completed(name: str, cfg: dict, defaults: Dict[str, dict]) -> dict:
+    """A pair with the default taps where it names none, and the default neck where it has a default pair's name."""
+    if cfg.get('student') and cfg.get('teacher'):
         return cfg
+    default = defaults.get(name)
+    if default is None:
+        if len(defaults) > 1:
+            raise ValueError(
+                f'distill.{name} names no tap and is no default pair: those are {", ".join(defaults)}. Name its taps: '
+                f"distill=dict({name}=dict(student='backbone', teacher='backbone'))."
+            )
+        (default,) = defaults.values()
+        default = dict(default, neck={})
     neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
     if not neck.get('denoise', True):  # what is left is an adapter and a distance
         default_neck = {key: value for key, value in default_neck.items() if key == 'distance'}
@@ -92,25 +102,11 @@ def _check_pair(name: str, cfg: dict) -> None:
             raise ValueError(f"distill.{name} has no field '{field}'; the nearest are {nearest(field, FIELDS)}.")
 
 
-def _read_pair(name: str, cfg: dict, student_cfg: dict, teacher_cfg: dict) -> Pair:
+def _read_pair(cfg: dict, student_cfg: dict) -> Pair:
     neck, levels = dict(cfg.get('neck') or {}), cfg.get('levels')
     neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
     neck.setdefault('distance', dict(type='mmdiffkd.MSELoss', loss_weight=_default_weight(student_cfg)))
-    student, teacher = (
-        cfg.get(owner) or _default_tap(name, owner, model_cfg)
-        for owner, model_cfg in (('student', student_cfg), ('teacher', teacher_cfg))
-    )
-    return Pair(student, teacher, [levels] if isinstance(levels, int) else levels, neck)
-
-
-def _default_tap(name: str, owner: str, model_cfg: dict) -> str:
-    is_detector = any(key in model_cfg for key in ('bbox_head', 'rpn_head', 'roi_head'))
-    if is_detector and model_cfg.get('neck'):
-        return 'neck'
-    raise ValueError(
-        f'There is no default tap for the {owner} {model_cfg["type"]}; name one: '
-        f"distill=dict({name}=dict(student='backbone', teacher='backbone'))."
-    )
+    return Pair(cfg['student'], cfg['teacher'], [levels] if isinstance(levels, int) else levels, neck)
 
 
 def _default_weight(student_cfg: dict) -> float:

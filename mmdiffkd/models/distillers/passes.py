@@ -66,12 +66,12 @@ class ImageRecorder(AbstractContextManager):
         self._module = find_module(model, path, 'student')
 
     def __enter__(self):
-        self._handle = self._module.register_forward_pre_hook(self._record)
+        self._handle = self._module.register_forward_pre_hook(self._record, with_kwargs=True)
         return self
 
-    def _record(self, module, args):
+    def _record(self, module, args, kwargs):
         if not self.images:
-            self.images.append(args[0])
+            self.images.append(args[0] if args else next(iter(kwargs.values())))
 
     def __exit__(self, *error):
         self._handle.remove()

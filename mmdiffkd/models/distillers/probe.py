@@ -10,11 +10,14 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 
 from .passes import passes
-from .taps import TapError, TapRecorder, find_module, flatten
+from .taps import TapError, TapRecorder, Tokens, find_module, flatten
 
 # Device and image size, tried in turn: not every operator knows the meta device, some models take no small images, some
 # only those of ImageNet or MNIST. The others are multiples of the largest FPN stride, so that strides come out whole.
 ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224), ('cpu', 32))
+
+# some models drop the dimension of a single one
+IMAGES = 2
 
 
 class TapInfo(NamedTuple):
@@ -27,6 +30,8 @@ class TapInfo(NamedTuple):
         way (str): The shortest of a model's :func:`passes` that reaches it.
         learns (list[bool], optional): Whether a gradient reaches the model through each level; only the student's
             are looked at.
+        tokens (list[Tokens or None], optional): How the tokens of each level are laid out; None where it has none.
+        members (int): Number of tensors that a call returns.
     """
 
     channels: List[int]
@@ -34,6 +39,8 @@ class TapInfo(NamedTuple):
     calls: int
     way: str = 'features'
     learns: Optional[List[bool]] = None
+    tokens: Optional[List[Optional[Tokens]]] = None
+    members: int = 1
 
 
 def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInfo]:
@@ -55,9 +62,12 @@ def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInf
         RuntimeError: If the model runs on none of the images tried.
     """
     paths, problems = list(paths), []
-    for device, size in (*_own_size(model_cfg), *ATTEMPTS):
+    channels = _image_channels(model_cfg)
+    widths = (3, 1) if channels == 1 else (channels,)  # one mean may be meant for three channels
+    attempts = [(*attempt, width) for attempt in (*_own_size(model_cfg), *ATTEMPTS) for width in widths]
+    for device, size, width in attempts:
         try:
-            return _run(model_cfg, paths, owner, device, size)
+            return _run(model_cfg, paths, owner, device, (width, size, size))
         except TapError:
             raise
         except Exception as error:
@@ -68,8 +78,40 @@ def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInf
     raise RuntimeError(
         f'The {owner} {model_cfg["type"]} runs on no empty image, neither at '
         f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels nor at an img_size of its backbone; the '
-        f'first error was: {problems[0]}'
-    ) from problems[0]
+        f'last error was: {problems[-1]}'
+    ) from problems[-1]
+
+
+def check_training_outputs(pair: str, path: str, outputs: List[list], tap: TapInfo) -> None:
+    """Check that a tap returns in training what the dry run saw it return in prediction.
+
+    Args:
+        pair (str): Name of the pair, for the error message.
+        path (str): The tap.
+        outputs (list[list[Tensor or None]]): What it returned, an entry a call.
+        tap (TapInfo): What the dry run saw.
+
+    Raises:
+        TapError: If it was not called, or returned other outputs.
+    """
+    if len(outputs) < tap.calls:
+        raise TapError(
+            f"distill.{pair}: the student's '{path}' is not called as a module while it trains; tap a layer inside it, "
+            "such as 'decode_head.conv_seg'."
+        )
+    members = [tensor for call in outputs[: tap.calls] for tensor in call]
+    widths = [None if tensor is None else tensor.size(1 if tensor.dim() != 3 else 2) for tensor in members]
+    fits = all(not wanted or width == wanted for width, wanted in zip(widths, tap.channels))
+    if not fits or any(len(call) != tap.members for call in outputs[: tap.calls]):
+        raise TapError(
+            f"distill.{pair}: the student's '{path}' returns other outputs while it trains ({_widths(widths)} "
+            f'channels) than while it predicts ({_widths(tap.channels)}), so it is not clear which to compare; tap a '
+            'layer inside it.'
+        )
+
+
+def _widths(channels: Iterable[Optional[int]]) -> str:
+    return ', '.join(str(width or 'no') for width in channels)
 
 
 def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
@@ -85,16 +127,13 @@ def _image_channels(model_cfg: dict) -> int:
     return len((model_cfg.get('data_preprocessor') or {}).get('mean') or 'RGB')
 
 
-def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) -> Dict[str, TapInfo]:
+def _run(model_cfg: dict, paths: List[str], owner: str, device: str, shape: Tuple[int, int, int]) -> Dict[str, TapInfo]:
     with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'):
-        model = MODELS.build(copy.deepcopy(model_cfg)).eval()
+        # some freeze their stages when they are told to train
+        model = MODELS.build(copy.deepcopy(model_cfg)).train().eval()
         for path in paths:
             find_module(model, path, owner)
-        # two, since some models drop the dimension of a single one
-        images, samples = (
-            torch.zeros(2, _image_channels(model_cfg), size, size),
-            [_blank_sample(size) for _ in range(2)],
-        )
+        images, samples = torch.zeros(IMAGES, *shape), [_blank_sample(shape[1]) for _ in range(IMAGES)]
         problem, unreached = None, []
         for way, run in passes(model).items():
             try:
@@ -107,7 +146,7 @@ def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) 
                 continue
             unreached = [path for path, outputs in taps.outputs.items() if not outputs]
             if not unreached:
-                return {path: _describe(taps, path, size, way) for path in paths}
+                return {path: _describe(taps, path, shape[1], way) for path in paths}
     if problem is not None:
         raise problem
     raise TapError(
@@ -119,12 +158,23 @@ def _run(model_cfg: dict, paths: List[str], owner: str, device: str, size: int) 
 def _describe(taps: TapRecorder, path: str, size: int, way: str) -> TapInfo:
     tensors = flatten(taps.outputs[path], path)
     features = taps.features(path, (size, size))
-    channels = [0 if feature is None else feature.size(1) for feature in features]
-    strides = [
-        None if feature is None or raw.dim() == 2 else size / feature.size(2) for raw, feature in zip(tensors, features)
-    ]
+    channels, strides, tokens = [], [], []
+    for raw, feature in zip(tensors, features):
+        channels.append(0 if feature is None else feature.size(1))
+        strides.append(None if feature is None or raw.dim() == 2 else size / feature.size(2))
+        is_tokens = raw is not None and raw.dim() == 3
+        tokens.append(Tokens(strides[-1], raw.size(1) - feature[0, 0].numel()) if is_tokens else None)
+        # regions have another number, and so have vectors of them
+        if feature is not None and raw.dim() > 2 and feature.size(0) != IMAGES and not path.startswith('roi_head'):
+            raise TapError(
+                f"The tap '{path}' returns a tensor of shape {tuple(raw.shape)} for {IMAGES} images; its first "
+                'dimension must be theirs. Tap a module that returns features of the images.'
+            )
     learns = [feature is not None and feature.requires_grad for feature in features]
-    return TapInfo(channels, strides, len(taps.outputs[path]), way, learns if torch.is_grad_enabled() else None)
+    calls = taps.outputs[path]
+    return TapInfo(
+        channels, strides, len(calls), way, learns if torch.is_grad_enabled() else None, tokens, len(calls[0])
+    )
 
 
 def _blank_sample(size: int) -> BaseDataElement:

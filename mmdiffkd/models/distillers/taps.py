@@ -1,6 +1,8 @@
 import re
 from contextlib import AbstractContextManager, suppress
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from itertools import product
+from math import ceil, floor
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -10,6 +12,18 @@ WRAPPERS = re.compile(r'(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_
 
 # a class token and four registers
 MAX_EXTRA_TOKENS = 5
+
+
+class Tokens(NamedTuple):
+    """How a tap lays out its tokens.
+
+    Attributes:
+        stride (float): Image pixels per token.
+        extra (int): Number of class tokens and the like before the grid.
+    """
+
+    stride: float
+    extra: int
 
 
 class TapError(ValueError):
@@ -93,9 +107,7 @@ class TapRecorder(AbstractContextManager):
 
         return record
 
-    def features(
-        self, path: str, input_size, strides: Optional[Sequence[Optional[float]]] = None
-    ) -> List[Optional[Tensor]]:
+    def features(self, path: str, input_size, tokens: Optional[Sequence[Optional[Tokens]]] = None):
         """The levels of a path as feature maps, one a call and one a member of a returned tuple or list.
 
         A member that is None, such as the auxiliary output of a network that predicts, stays None.
@@ -103,21 +115,24 @@ class TapRecorder(AbstractContextManager):
         Args:
             path (str): A tapped path.
             input_size (tuple[int, int]): Height and width of the images, which tell the grid of tokens.
-            strides (list[float or None], optional): Strides of the levels where they are known; what is returned beyond
-                them, by calls that a dry run does not make, is left out.
+            tokens (list[Tokens or None], optional): How the tokens of each level are laid out where it is known; what
+                is returned beyond these levels, by calls that a dry run does not make, is left out.
+
+        Returns:
+            list[Tensor or None]: The levels.
 
         Raises:
             TapError: If they are no feature maps.
         """
         tensors = [tensor for call in self.outputs[path] for tensor in call]
-        strides = [None] * len(tensors) if strides is None else strides
+        tokens = [None] * len(tensors) if tokens is None else tokens
         return [
-            None if tensor is None else as_map(tensor, input_size, path, stride)
-            for tensor, stride in zip(tensors, strides)
+            None if tensor is None else as_map(tensor, input_size, path, layout)
+            for tensor, layout in zip(tensors, tokens)
         ]
 
 
-def as_map(tensor: Tensor, input_size, path: str, stride: Optional[float] = None) -> Tensor:
+def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = None) -> Tensor:
     """View a tapped tensor as a feature map.
 
     Args:
@@ -125,7 +140,7 @@ def as_map(tensor: Tensor, input_size, path: str, stride: Optional[float] = None
             vectors (N, C).
         input_size (tuple[int, int]): Height and width of the images.
         path (str): The tap, for the error message.
-        stride (float, optional): Image pixels per token where that is known.
+        tokens (Tokens, optional): How they are laid out where it is known.
 
     Returns:
         Tensor: (N, C, H, W); vectors become 1x1 maps.
@@ -142,33 +157,36 @@ def as_map(tensor: Tensor, input_size, path: str, stride: Optional[float] = None
             f"The tap '{path}' returns a tensor of shape {tuple(tensor.shape)}; a feature map (N, C, H, W), tokens "
             '(N, L, C) or vectors (N, C) are needed.'
         )
-    grid = _grid(tensor.size(1), input_size, stride)
+    grid = _grid(tensor.size(1), input_size, tokens)
     if grid is None:
         images = f'images of {input_size[0]}x{input_size[1]}'
-        if stride is None:
+        if tokens is None:
             raise TapError(
                 f"The tap '{path}' returns {tensor.size(1)} tokens, which form no grid on {images}; tap a module that "
                 'returns feature maps.'
             )
         raise TapError(
-            f"The tap '{path}' returns {tensor.size(1)} tokens while it trains, and on {images} a grid of stride "
-            f'{stride:g} while it predicts: the model masks its input. Distil it when it is fine-tuned.'
+            f"The tap '{path}' returns {tensor.size(1)} tokens on {images}, which is not its grid of stride "
+            f'{tokens.stride:g} in prediction. A model that masks its input while it trains can be distilled when it '
+            'is fine-tuned.'
         )
     return tensor[:, tensor.size(1) - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
-def _grid(length: int, input_size, stride: Optional[float]) -> Optional[Tuple[int, int]]:
+def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[int, int]]:
     """Height and width of the grid of tokens on an image; what is left over are class tokens and the like."""
-    if stride is not None:
-        grid = round(input_size[0] / stride), round(input_size[1] / stride)
-        return grid if 0 <= length - grid[0] * grid[1] <= MAX_EXTRA_TOKENS else None
+    if tokens is not None:  # patches may be cut off at the border, or padded
+        sides = [(floor(size / tokens.stride), ceil(size / tokens.stride)) for size in input_size]
+        return next((grid for grid in product(*sides) if grid[0] * grid[1] == length - tokens.extra), None)
     ratio = input_size[1] / input_size[0]
     for extra in range(MAX_EXTRA_TOKENS + 1):
         count = length - extra
         if count < 4 * extra:  # chance, not class tokens
             return None
         height = round((count / ratio) ** 0.5)
-        if height and count % height == 0 and abs(count / height - height * ratio) < 1:
+        if not height or count % height or input_size[0] % height:  # queries, say
+            continue
+        if abs(count / height - height * ratio) < 1:
             return height, count // height
     return None
 

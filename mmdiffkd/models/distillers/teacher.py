@@ -129,7 +129,7 @@ class Teacher:
                     self._pass = passes(model)[way]
                 self._pass(images, data_samples)
         size = inputs.shape[-2:]
-        features = {path: recorder.features(path, size, info.strides) for path, info in self.taps.items()}
+        features = {path: recorder.features(path, size, info.tokens) for path, info in self.taps.items()}
         if self.dtype:
             features = {
                 path: [level if level is None else level.float() for level in levels]

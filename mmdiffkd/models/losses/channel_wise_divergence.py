@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 
+from .rows import mean_of_rows
+
 LOWEST = -1e30
 
 
@@ -43,6 +45,8 @@ class ChannelWiseDivergence(nn.Module):
         log_student = student.flatten(2).log_softmax(dim=2)
         log_teacher = teacher.flatten(2).log_softmax(dim=2)
         divergence = F.kl_div(log_student, log_teacher, reduction='none', log_target=True)
+        counts = None
         if mask is not None:
             divergence = divergence * mask.flatten(1).unsqueeze(1)
-        return self.loss_weight * self.tau**2 * divergence.sum(dim=2).mean()
+            counts = mask.flatten(1).any(dim=1)
+        return self.loss_weight * self.tau**2 * mean_of_rows(divergence.sum(dim=2).mean(dim=1), counts)

@@ -48,8 +48,8 @@ def test_without_denoising_it_is_adapter_and_distance():
     student, teacher = features()
     level = FeatureDiffusion(6, 8, denoise=False)
     output = level(student, teacher)
-    assert [name for name, _ in level.named_parameters()] == ['student_conv.weight', 'student_conv.bias']
-    expected = torch.nn.functional.mse_loss(level.student_conv(student), teacher.detach())
+    assert [name for name, _ in level.named_parameters()] == ['align.weight', 'align.bias']
+    expected = torch.nn.functional.mse_loss(level.align(student), teacher.detach())
     torch.testing.assert_close(output.losses, dict(loss_kd=expected))
     assert output.gamma is None
 
@@ -132,6 +132,11 @@ def test_classes_must_agree_where_classes_are_compared():
     for distance in ('KLDivergence', 'DISTLoss'):
         with pytest.raises(ValueError, match='class by class, but the student has 19 classes and the teacher 150; tap'):
             FeatureDiffusion(19, 150, distance=dict(type=f'mmdiffkd.{distance}'))
+
+
+def test_one_channel_is_no_distribution():
+    with pytest.raises(ValueError, match='compares distributions over classes, but there is one channel'):
+        FeatureDiffusion(1, 1, distance=dict(type='mmdiffkd.DISTLoss'))
 
 
 def test_pooled_features_meet_pooled_features():

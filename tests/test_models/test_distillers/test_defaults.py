@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 
 from mmdiffkd.models.distillers.defaults import default_distill
@@ -75,13 +75,36 @@ def test_other_classes_leave_the_logits_out():
     assert default(segmentor, other) == dict(feat=dict(student='backbone', teacher='backbone', neck={}))
 
 
-def test_a_frozen_backbone_leaves_its_features_out():
-    """Linear probes, and what is fine-tuned behind a frozen backbone."""
-    student = models.resnet_classifier()
-    student.backbone.frozen_stages = 4
-    assert list(default(student, models.resnet_classifier())) == ['logits']
-    with pytest.raises(ValueError, match='backbone of the student ImageClassifier is frozen.*no logits'):
-        default(student, models.resnet_classifier(5))
+@pytest.mark.parametrize('name, stages', [('resnet_classifier', 4), ('swin_classifier', 3)])
+def test_a_frozen_backbone_leaves_its_features_out(name, stages):
+    """Linear probes, and what is fine-tuned behind a frozen backbone; Swin freezes when it is told to train."""
+    student, teacher = getattr(models, name)(), getattr(models, name)()
+    student.backbone.frozen_stages = stages
+    assert list(MODELS.build(models.distiller(student, teacher)).pairs) == ['logits']
+    teacher.head.num_classes = 5
+    with pytest.raises(ValueError, match='distill.feat: no gradient reaches the student through its tap; it is frozen'):
+        MODELS.build(models.distiller(student, teacher))
+
+
+def test_logits_of_independent_labels_are_left_out():
+    student = models.resnet_classifier(4)
+    student.head = dict(type='MultiLabelLinearClsHead', num_classes=4, in_channels=64)
+    assert list(default(student, student)) == ['feat']
+
+
+def test_the_last_of_stacked_layers_has_the_logits():
+    student = models.resnet_classifier(8)
+    student.head = dict(type='StackedLinearClsHead', num_classes=8, in_channels=64, mid_channels=[8])
+    assert default(student, student)['logits']['student'] == 'head.layers.1.fc'
+
+
+def test_binary_segmentors_by_their_features():
+    """One channel of logits is no distribution over classes."""
+    student = models.convnext_segmentor()
+    student.decode_head.update(
+        num_classes=2, out_channels=1, loss_decode=dict(type='mmseg.CrossEntropyLoss', use_sigmoid=True)
+    )
+    assert list(default(student, student)) == ['feat']
 
 
 def test_the_papers_autoencoder_for_classifiers():

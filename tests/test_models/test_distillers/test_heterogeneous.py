@@ -65,7 +65,7 @@ def test_other_classes_width_and_levels(tmp_path):
     teacher.bbox_head.anchor_generator.strides = [8, 16, 32]
     model, matches = train(tmp_path, tiny.detector(), teacher)
     assert matches == dict(fpn=[(0, 0), (1, 1), (2, 2)])
-    assert [level.student_conv.weight.shape[:2] for level in model.diffkd['fpn'].levels] == [(24, 16)] * 3
+    assert [level.align.weight.shape[:2] for level in model.diffkd['fpn'].levels] == [(24, 16)] * 3
 
 
 def test_other_strides_of_logits(tmp_path):

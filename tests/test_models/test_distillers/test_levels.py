@@ -23,6 +23,7 @@ WITH_ABSENT = TapInfo([0, 16], [None, 32.0], 1)
         (tap(None, None), tap(None, None), None, [(0, 0), (1, 1)]),
         (DILATED, DILATED, None, [(0, 0), (1, 1), (2, 2), (3, 3)]),
         (tap(4.0, 8.0, 16.0, 32.0), DILATED, None, [(0, 0), (1, 1)]),
+        (DILATED, tap(4.0, 8.0, 16.0, 32.0), None, [(0, 0), (1, 1)]),  # deep levels are not taught by a shallow one
         (DILATED, tap(4.0, 8.0, 16.0, 32.0), [3], [(3, 1)]),
         (tap(32.0), tap(None), None, [(0, 0)]),
         (WITH_ABSENT, WITH_ABSENT, None, [(1, 1)]),  # Inception's auxiliary output is None when it predicts
@@ -43,6 +44,7 @@ def test_matches(student, teacher, levels, expected):
         (tap(None), tap(None, None), None, r'return 1 \(student\) and 2 \(teacher\) vectors'),
         (TWO_STAGE, tap(None), None, r"returns maps of stride 4, .*the teacher's vectors.*teacher='backbone'"),
         (tap(4.0, learns=[False]), tap(4.0), None, r'no gradient reaches the student through its tap; it is frozen'),
+        (ONE_STAGE, ONE_STAGE, [], r'distill\.fpn\.levels is empty'),
         (tap(None), TWO_STAGE, None, r"student's tap returns vectors"),
     ],
 )

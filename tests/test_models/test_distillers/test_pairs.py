@@ -40,6 +40,13 @@ def test_a_default_pair_is_changed_by_its_name():
     assert default['feat'].neck['latent_channels'] == 1024
 
 
+def test_one_tap_of_a_default_pair_is_changed():
+    classifier = models.resnet_classifier()
+    cfg = dict(feat=dict(student='backbone.layer4'))
+    pair = read_pairs(cfg, skeleton(classifier), classifier, classifier)['feat']
+    assert (pair.student, pair.teacher, pair.neck['latent_channels']) == ('backbone.layer4', 'backbone', 1024)
+
+
 def test_a_default_pair_without_denoising_has_no_autoencoder():
     classifier = models.resnet_classifier()
     pair = read_pairs(dict(feat=dict(neck=dict(denoise=False))), skeleton(classifier), classifier, classifier)['feat']
@@ -50,7 +57,7 @@ def test_a_default_pair_without_denoising_has_no_autoencoder():
 
 def test_a_pair_without_taps_has_to_be_a_default_one():
     classifier = models.resnet_classifier()
-    with pytest.raises(ValueError, match='no default tap for the student ImageClassifier; name one'):
+    with pytest.raises(ValueError, match='distill.mine names no tap and is no default pair: those are feat, logits'):
         read_pairs(dict(mine={}), skeleton(classifier), classifier, classifier)
 
 

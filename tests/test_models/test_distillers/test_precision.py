@@ -42,7 +42,7 @@ def runner(tmp_path, shapes):
 def trained(run):
     """The logs of every iteration, and a weight of student and diffusion part before each and after all."""
     logs, weights = [], []
-    student, part = run.model.bbox_head.retina_cls.weight, run.model.diffkd['fpn'].levels[0].student_conv.weight
+    student, part = run.model.bbox_head.retina_cls.weight, run.model.diffkd['fpn'].levels[0].align.weight
     run.model.backbone.register_forward_pre_hook(lambda *_: weights.append((student.clone(), part.clone())))
     parse = run.model.parse_losses
     run.model.parse_losses = lambda losses: (logs.append(losses), parse(losses))[1]

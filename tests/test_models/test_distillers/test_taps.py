@@ -3,7 +3,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from mmdiffkd.models.distillers.taps import TapRecorder, as_map, find_module, flatten
+from mmdiffkd.models.distillers.taps import TapRecorder, Tokens, as_map, find_module, flatten
 
 
 class Toy(nn.Module):
@@ -70,16 +70,25 @@ def test_class_token_is_left_out():
     assert as_map(tokens, (8, 8), 'x').flatten().tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize('shape, message', [((2, 7, 4), '7 tokens, which form no grid'), ((2,), r'shape \(2,\)')])
+@pytest.mark.parametrize(
+    'shape, message',
+    [((2, 7, 4), '7 tokens, which form no grid'), ((2, 9, 4), '9 tokens, which form no grid'), ((2,), r'shape \(2,\)')],
+)
 def test_other_shapes_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         as_map(torch.randn(shape), (8, 8), 'x')
 
 
 def test_tokens_of_a_known_stride():
-    assert as_map(torch.randn(2, 98, 4), (112, 224), 'x', 16).shape == (2, 4, 7, 14)
-    with pytest.raises(ValueError, match=r'returns 49 tokens while it trains.*224x224 a grid of stride 16.*masks'):
-        as_map(torch.randn(2, 49, 4), (224, 224), 'x', 16)
+    patches = Tokens(stride=16, extra=0)
+    assert as_map(torch.randn(2, 98, 4), (112, 224), 'x', patches).shape == (2, 4, 7, 14)
+    # patches that are cut off, and padded ones
+    assert as_map(torch.randn(2, 33 * 33 + 1, 4), (536, 536), 'x', Tokens(16, 1)).shape == (2, 4, 33, 33)
+    assert as_map(torch.randn(2, 20, 4), (128, 144), 'x', Tokens(32, 0)).shape == (2, 4, 4, 5)
+    with pytest.raises(ValueError, match=r'returns 49 tokens on images of 224x224, which is not its grid of stride 16'):
+        as_map(torch.randn(2, 49, 4), (224, 224), 'x', patches)
+    with pytest.raises(ValueError, match='returns 197 tokens'):  # one too many
+        as_map(torch.randn(2, 197, 4), (224, 224), 'x', patches)
 
 
 def test_absent_outputs_keep_their_place():

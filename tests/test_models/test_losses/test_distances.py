@@ -100,4 +100,4 @@ def test_nothing_that_counts(kind):
     assert not student.grad.any() and student.grad.isfinite().all()
     one_image = nothing.clone()
     one_image[0] = True
-    assert kind()(student, teacher, one_image).isfinite()
+    torch.testing.assert_close(kind()(student, teacher, one_image), kind()(student[:1], teacher[:1]))

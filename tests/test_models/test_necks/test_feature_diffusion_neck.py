@@ -10,7 +10,7 @@ NECK_FILES = golden.files('in/student')
 def neck_from(data):
     """A neck whose widths, denoiser and steps are those of a reference file, with its weights."""
     weights = data.group('weight')
-    latent = weights['student_conv.weight'].size(0) if 'autoencoder.decoder.weight' in weights else None
+    latent = weights['align.weight'].size(0) if 'autoencoder.decoder.weight' in weights else None
     is_mlp = 'denoiser.layers.8.weight' in weights
     neck = FeatureDiffusionNeck(
         student_channels=data['in/student'].size(1),
