@@ -47,9 +47,9 @@ A row is a kind of model in a config folder of a package: its smallest config, w
 as teacher the next larger model of the folder that is built alike, else itself. The plain model trains a step, then the
 distilled one with the default `distill`. This is a check of wiring, gradients and shapes, not of accuracy.
 
-Masked image models (MAE and its kin) are refused on purpose: while they train, their encoder sees a part of the tokens,
-which nothing of the teacher's corresponds to. Distil them when they are fine-tuned, as the classifiers of the same
-folders are here. HiViT: models of two sizes share one list of `out_indices`, a default argument of upstream's; with
+Masked image models that drop tokens while they train (MAE and its kin) are refused on purpose: nothing of the teacher's
+corresponds to what is left. Distil them when they are fine-tuned, as the classifiers of the same folders are here.
+HiViT: models of two sizes share one list of `out_indices`, a default argument of upstream's; with
 `out_indices` set in the student's backbone it runs.
 """
 

@@ -71,13 +71,21 @@ def test_same_gradient(tmp_path, tap, prepare, student):
     'tap, prepare, student',
     [
         ('backbone.layer3.1.conv1', None, {'backbone.with_cp': True}),
-        ('backbone.layer3.1.relu', None, {'backbone.with_cp': True}),  # without weights of its own
         ('backbone.layer3.1', reentrant_config, {}),
     ],
 )
 def test_lost_gradient_is_an_error(tmp_path, tap, prepare, student):
     with pytest.raises(ValueError, match='distill.feat: no gradient reaches the student through its tap'):
         gradients(tmp_path, tap, prepare, **student)
+
+
+def test_a_call_inside_the_checkpointed_part_is_left_out(tmp_path):
+    """The block's ReLU is called inside of it and behind it."""
+    student, tap = {'backbone.with_cp': True}, 'backbone.layer3.1.relu'
+    part = {name for name in gradients(tmp_path, tap, **student) if name.startswith('diffkd.')}
+    assert {name.split('.')[3] for name in part} == {'0'}  # one level
+    with pytest.raises(TapError, match="no gradient reaches the student through its tap 'backbone.layer3.1.relu'"):
+        gradients(tmp_path, tap, levels=[0], **student)
 
 
 def test_a_frozen_level_asked_for_is_an_error(tmp_path):
