@@ -100,7 +100,9 @@ def check_training_outputs(pair: str, path: str, outputs: List[list], tap: TapIn
             "such as 'decode_head.conv_seg'."
         )
     members = [tensor for call in outputs[: tap.calls] for tensor in call]
-    widths = [None if tensor is None else tensor.size(1 if tensor.dim() != 3 else 2) for tensor in members]
+    widths = [
+        None if tensor is None or tensor.dim() < 2 else tensor.size(2 if tensor.dim() == 3 else 1) for tensor in members
+    ]
     fits = all(not wanted or width == wanted for width, wanted in zip(widths, tap.channels))
     if not fits or any(len(call) != tap.members for call in outputs[: tap.calls]):
         raise TapError(
