@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import Dataset
 
 from mmdiffkd.testing import fit_to, random_items, without_pretrained
@@ -52,6 +52,27 @@ class RecordHook(Hook):
         self.after = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
 
 
+class Stopped(Exception):
+    """Enough steps."""
+
+
+class StopHook(Hook):
+    """End a run, whose schedule is the config's, when the checkpoint of a step is written."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop) and runner.iter + 1 == self.steps:
+            raise Stopped
+
+    def after_train_epoch(self, runner):
+        if runner.epoch + 1 == self.steps:  # an epoch has one step
+            raise Stopped
+
+
 @pytest.fixture
 def folder():
     """Emptied at once: the checkpoints of all configs together are large."""
@@ -79,8 +100,6 @@ def run(path, folder, steps, resume=False):
     if 'collate_fn' in cfg.train_dataloader:
         loader['collate_fn'] = cfg.train_dataloader.collate_fn
     cfg.train_dataloader = ConfigDict(loader)
-    by_epoch = cfg.train_cfg.get('by_epoch', cfg.train_cfg.get('type') != 'IterBasedTrainLoop')
-    cfg.train_cfg = ConfigDict(by_epoch=by_epoch, **{'max_epochs' if by_epoch else 'max_iters': steps})
     cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
     cfg.auto_scale_lr = None
     for split in ('val', 'test'):
@@ -88,8 +107,9 @@ def run(path, folder, steps, resume=False):
             cfg[f'{split}_{part}'] = None
     runner, record = Runner.from_cfg(cfg), RecordHook()
     runner.register_hook(record)
-    runner.train()
-    assert runner.iter == steps
+    runner.register_hook(StopHook(steps))
+    with pytest.raises(Stopped):
+        runner.train()
     return record
 
 
