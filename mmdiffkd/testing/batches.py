@@ -9,6 +9,8 @@ from mmengine.dataset import Compose, default_collate, pseudo_collate
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
+from mmdiffkd.utils import image_channels, preprocessor_of
+
 BOXES = 3
 # of configs that have no training set
 INFERENCE_ONLY = (dict(type='Resize', scale=224), dict(type='PackInputs'))
@@ -217,8 +219,7 @@ def _classification(cfg: Config, rng, size: int, count: int) -> List[dict]:
     steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
     # what a preprocessor has one mean for comes without a dimension of channels
-    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    channels = len(preprocessor.get('mean') or 'RGB')
+    channels = image_channels(preprocessor_of(cfg))
     is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
     batch = []
     for number in range(count):

@@ -7,7 +7,7 @@ from .checkpoint import (
     read_checkpoint,
     without_diffusion_part,
 )
-from .config import model_of, preprocessor_of, resolve_config, with_preprocessor, zoo_checkpoint
+from .config import image_channels, model_of, preprocessor_of, resolve_config, with_preprocessor, zoo_checkpoint
 from .skeleton import skeleton
 from .suggest import nearest
 
@@ -16,6 +16,7 @@ __all__ = [
     'PREFIX',
     'check_is_data',
     'fingerprint',
+    'image_channels',
     'load_strict',
     'model_of',
     'nearest',

@@ -63,6 +63,11 @@ def preprocessor_of(cfg: Config) -> Optional[dict]:
     return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
 
 
+def image_channels(preprocessor: Optional[dict]) -> int:
+    """Channels of the images that a data preprocessor takes: as many as it has means for, usually three."""
+    return len((preprocessor or {}).get('mean') or 'RGB')
+
+
 def zoo_checkpoint(source: ConfigSource) -> str:
     """The weights that a package's model index lists for one of its configs.
 

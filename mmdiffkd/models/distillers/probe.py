@@ -9,6 +9,8 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 
+from mmdiffkd.utils import image_channels
+
 from .passes import passes
 from .taps import TapError, TapRecorder, Tokens, find_module, flatten
 
@@ -62,7 +64,7 @@ def probe(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, TapInf
         RuntimeError: If the model runs on none of the images tried.
     """
     paths, problems = list(paths), []
-    channels = _image_channels(model_cfg)
+    channels = image_channels(model_cfg.get('data_preprocessor'))
     widths = (3, 1) if channels == 1 else (channels,)  # one mean may be meant for three channels
     attempts = [(*attempt, width) for attempt in (*_own_size(model_cfg), *ATTEMPTS) for width in widths]
     for device, size, width in attempts:
@@ -122,11 +124,6 @@ def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
     return [('meta', size), ('cpu', size)] if isinstance(size, int) else []
-
-
-def _image_channels(model_cfg: dict) -> int:
-    """As many as the preprocessor has means for, usually three."""
-    return len((model_cfg.get('data_preprocessor') or {}).get('mean') or 'RGB')
 
 
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, shape: Tuple[int, int, int]) -> Dict[str, TapInfo]:
