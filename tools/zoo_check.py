@@ -83,7 +83,10 @@ def main():
         if args.family and family not in args.family:
             continue
         if name not in results:
-            results[name] = in_a_process(survey, 10 * args.timeout, package, family)
+            try:
+                results[name] = in_a_process(survey, 10 * args.timeout, package, family)
+            except RuntimeError as error:
+                results[name] = [row(plain=str(error))]
             write(args.out, results)
         for number, found in enumerate(results[name]):
             if found['config'] and (not found['plain'] or (args.again and found['distilled'] != 'ok')):

@@ -76,3 +76,12 @@ def test_reasons_name_no_folder_of_the_machine(zoo):
     assert reason.startswith(
         "FileNotFoundError: [Errno 2] No such file or directory: 'configs/gone.py' (test_zoo_check.py:"
     )
+
+
+def test_a_survey_that_dies_does_not_end_the_run(zoo, monkeypatch, tmp_path):
+    monkeypatch.setattr(zoo, 'families', lambda package: ['a'])
+    monkeypatch.setattr(zoo, 'survey', lambda package, family: os._exit(1))
+    monkeypatch.setattr('sys.argv', ['zoo_check.py', str(tmp_path / 'zoo.json'), '--package', 'mmdet'])
+    zoo.main()
+    (row,) = json.loads((tmp_path / 'zoo.json').read_text())['mmdet/a']
+    assert 'died' in row['plain']
