@@ -4,7 +4,6 @@ from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.nn.parallel import DistributedDataParallel
 
-from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.registry import HOOKS
 from mmdiffkd.utils import PREFIX
 
@@ -28,6 +27,8 @@ class DistillScheduleHook(Hook):
         end (int, optional): First one without it again. None never stops. Defaults to None.
         warmup (float): Length of the rise. Defaults to 0.
         decay (float): Length of the fall before ``end``, or before the end of the training. Defaults to 0.
+        interval (int): Distil every so many iterations only, from ``begin`` on. In between neither the teacher nor the
+            diffusion part is run, and the log repeats the last values. Defaults to 1.
         by_epoch (bool): Whether these are epochs (only in epoch-based loops) or iterations. Defaults to True.
 
     Raises:
@@ -35,8 +36,16 @@ class DistillScheduleHook(Hook):
     """
 
     def __init__(
-        self, begin: int = 0, end: Optional[int] = None, warmup: float = 0, decay: float = 0, by_epoch: bool = True
+        self,
+        begin: int = 0,
+        end: Optional[int] = None,
+        warmup: float = 0,
+        decay: float = 0,
+        interval: int = 1,
+        by_epoch: bool = True,
     ):
+        if interval < 1:
+            raise ValueError(f'DistillScheduleHook(interval={interval}) must be 1, every iteration, or more.')
         if min(begin, warmup, decay) < 0 or (end is not None and not begin + max(warmup + decay, 1) <= end):
             raise ValueError(
                 f'DistillScheduleHook(begin={begin}, end={end}, warmup={warmup}, decay={decay}): none may be negative, '
@@ -46,7 +55,9 @@ class DistillScheduleHook(Hook):
         self.end = end
         self.warmup = warmup
         self.decay = decay
+        self.interval = interval
         self.by_epoch = by_epoch
+        self._has_learnt = False  # since the last step of the optimizer
 
     def before_train(self, runner: Runner) -> None:
         """Convert epochs to iterations and take hold of the optimizers.
@@ -82,11 +93,11 @@ class DistillScheduleHook(Hook):
                 'use_orig_params=True.'
             )
         optimizer = required_optimizer(runner, self)
-        optimizer.register_step_pre_hook(lambda *args: self._hold_still(model, part))
+        optimizer.register_step_pre_hook(lambda *args: self._hold_still(part))
 
     def weight(self, iteration: int) -> Optional[float]:
-        """The weight of ``loss_kd`` in an iteration, counted from 0; None outside ``[begin, end)``."""
-        if not self._begin <= iteration < self._end:
+        """The weight of ``loss_kd`` in an iteration, counted from 0; None where nothing is distilled."""
+        if not self._begin <= iteration < self._end or (iteration - self._begin) % self.interval:
             return None
         rise = (iteration + 1 - self._begin) / self._warmup if self._warmup else 1.0
         fall = (self._end - iteration) / self._decay if self._decay else 1.0
@@ -98,15 +109,16 @@ class DistillScheduleHook(Hook):
         if model.diffkd_teacher is None:
             return
         weight = model.distill_weight = self.weight(runner.iter)
-        if weight is None:  # the log would go on showing the last values
+        self._has_learnt |= weight is not None
+        if not self._begin <= runner.iter < self._end:  # the log would go on showing the last values
             scalars, pairs = runner.message_hub.log_scalars, tuple(f'train/{PREFIX}{pair}.' for pair in model.pairs)
             for key in [key for key in scalars if key.startswith(pairs)]:
                 del scalars[key]
         runner.message_hub.update_scalar('train/diffkd.weight', weight or 0.0)
 
-    @staticmethod
-    def _hold_still(model: DiffKDDistiller, part: list) -> None:
-        """Without a gradient neither momentum nor weight decay moves the idle part."""
-        if model.distill_weight is None:
+    def _hold_still(self, part: list) -> None:
+        """Without a gradient neither momentum nor weight decay moves the part where it was idle since the last step."""
+        if not self._has_learnt:
             for parameter in part:
                 parameter.grad = None
+        self._has_learnt = False

@@ -1,5 +1,6 @@
 from .autoencoder import LinearAutoencoder
 from .bottleneck import Bottleneck
+from .conv_chain import ConvChain
 from .ddim import DDIMSchedule
 from .denoiser import BottleneckDenoiser, MLPDenoiser
 from .feature_diffusion import DiffusionOutput, Draws, FeatureDiffusion
@@ -8,6 +9,7 @@ from .noise_adapter import MLPNoiseAdapter, NoiseAdapter
 __all__ = [
     'Bottleneck',
     'BottleneckDenoiser',
+    'ConvChain',
     'DDIMSchedule',
     'DiffusionOutput',
     'Draws',

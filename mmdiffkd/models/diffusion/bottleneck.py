@@ -1,7 +1,9 @@
-from torch import Tensor, nn
+from torch import nn
+
+from .conv_chain import Residual
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Residual):
     """Residual bottleneck of the denoiser and the noise adapter: 1x1, 3x3, 1x1 convolutions.
 
     Unlike a ResNet's, it keeps the convolutions' bias and has no activation after the sum.
@@ -12,9 +14,8 @@ class Bottleneck(nn.Module):
     """
 
     def __init__(self, channels: int, reduction: int):
-        super().__init__()
         hidden = max(1, channels // reduction)
-        self.layers = nn.Sequential(
+        super().__init__(
             nn.Conv2d(channels, hidden, 1),
             nn.BatchNorm2d(hidden),
             nn.ReLU(inplace=True),
@@ -24,7 +25,3 @@ class Bottleneck(nn.Module):
             nn.Conv2d(hidden, channels, 1),
             nn.BatchNorm2d(channels),
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, C, H, W)."""
-        return x + self.layers(x)

@@ -100,4 +100,4 @@ class DDIMSchedule(nn.Module):
         # x_0 is not formed: x_next = sqrt(a_next / a) x + (sqrt(1 - a_next) - sqrt(a_next (1 - a) / a)) eps
         scale_sample = (alpha_next / alpha) ** 0.5
         scale_noise = (1 - alpha_next) ** 0.5 - (alpha_next * (1 - alpha) / alpha) ** 0.5
-        return scale_sample * sample.float() + scale_noise * noise.float()
+        return (scale_sample * sample.float()).add_(noise.float(), alpha=scale_noise)

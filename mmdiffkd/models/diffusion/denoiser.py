@@ -3,6 +3,7 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 
 from .bottleneck import Bottleneck
+from .conv_chain import ConvChain
 
 
 class _Denoiser(nn.Module):
@@ -39,7 +40,7 @@ class BottleneckDenoiser(_Denoiser):
 
     def __init__(self, channels: int, num_train_timesteps: int = 1000, num_blocks: int = 2, reduction: int = 4):
         blocks = [Bottleneck(channels, reduction) for _ in range(num_blocks)]
-        layers = nn.Sequential(*blocks, nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
+        layers = ConvChain(*blocks, nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
         super().__init__(channels, num_train_timesteps, layers)
 
 
@@ -55,7 +56,7 @@ class MLPDenoiser(_Denoiser):
 
     def __init__(self, channels: int, num_train_timesteps: int = 1000, expansion: int = 4):
         hidden = channels * expansion
-        layers = nn.Sequential(
+        layers = ConvChain(
             nn.Conv2d(channels, hidden, 1),
             nn.BatchNorm2d(hidden),
             nn.ReLU(inplace=True),

@@ -3,6 +3,7 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 
 from .bottleneck import Bottleneck
+from .conv_chain import ConvChain
 
 
 class _NoiseAdapter(nn.Module):
@@ -43,7 +44,7 @@ class MLPNoiseAdapter(_NoiseAdapter):
 
     def __init__(self, channels: int, expansion: int = 2):
         hidden = channels * expansion
-        layers = nn.Sequential(
+        layers = ConvChain(
             nn.Conv2d(channels, hidden, 1),
             nn.BatchNorm2d(hidden),
             nn.ReLU(inplace=True),

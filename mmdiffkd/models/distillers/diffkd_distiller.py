@@ -295,7 +295,7 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
 def _check_teacher_keys(teacher: dict) -> None:
     if not isinstance(teacher, dict):
         raise ValueError(f'teacher={teacher!r} must be dict(config=..., checkpoint=...).')
-    keys = ('config', 'checkpoint', 'dtype')
+    keys = ('config', 'checkpoint', 'dtype', 'channels_last', 'compile')
     for key in teacher:
         if key not in keys:
             raise ValueError(f"teacher has no key '{key}'; the nearest are {nearest(key, keys)}.")

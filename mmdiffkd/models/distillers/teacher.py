@@ -1,8 +1,10 @@
+import copy
 from contextlib import nullcontext
 from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from mmdiffkd.utils import (
 from .normalisation import Renormalisation
 from .passes import passes
 from .probe import TapInfo
+from .quicken import compile_parts, differing_tap, quickened
 from .roi import is_roi_tap, run_box_branch
 from .taps import TapRecorder
 
@@ -33,15 +36,27 @@ class Teacher:
         checkpoint (str): Path or URL of its weights, or ``'zoo'``.
         dtype (str, optional): ``'bfloat16'`` or ``'float16'`` runs it under autocast. Its features are float32 all the
             same. Defaults to None, the precision that the student runs in.
+        channels_last (bool): Whether its convolutions work on that memory format, which is the quicker one on CPUs and
+            tensor cores. Defaults to True.
+        compile (bool): Whether ``torch.compile`` is applied to its parts between taps. Defaults to False.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, ValueError: If the config cannot be resolved, or is a distiller's.
     """
 
-    def __init__(self, config, checkpoint: Optional[str] = None, dtype: Optional[str] = None):
+    def __init__(
+        self,
+        config,
+        checkpoint: Optional[str] = None,
+        dtype: Optional[str] = None,
+        channels_last: bool = True,
+        compile: bool = False,
+    ):
         if dtype not in (None, *DTYPES):
             raise ValueError(f"teacher.dtype='{dtype}' must be one of {', '.join(map(repr, DTYPES))}.")
         self.dtype: Optional[torch.dtype] = dtype and getattr(torch, dtype)
+        self.channels_last = channels_last
+        self.compile = compile
         self.fingerprint: Optional[str] = None  # of its weights, once they are loaded
         self.source = config
         self.checkpoint = checkpoint
@@ -54,7 +69,8 @@ class Teacher:
         self.taps: Dict[str, TapInfo] = {}
         self._model: Optional[nn.Module] = None
         self._renormalise: Optional[Renormalisation] = None
-        self._pass: Optional[Callable] = None
+        self._quick: Optional[nn.Module] = None  # a copy that gives the features, made with the first batch
+        self._pass: Optional[Callable] = None  # how it runs as far as the last tap
 
     def __deepcopy__(self, memo):
         return self  # copies of the student (EMA) share it
@@ -114,25 +130,63 @@ class Teacher:
         Returns:
             dict[str, list[Tensor]]: The levels of every tap, each (N, C, H, W).
         """
-        model = self.model
-        if next(model.parameters()).device != inputs.device:
-            model.to(inputs.device)
         images = self._renormalise(inputs, data_samples)
-        calls = {path: info.calls for path, info in self.taps.items()}
+        if self._quick is None:
+            self._quick = self._quicken(images, data_samples, rois)
+            self._pass = self._pass_of(self._quick)
+        elif next(self._quick.parameters()).device != inputs.device:
+            self._quick.to(inputs.device)
         precision = torch.autocast(inputs.device.type, self.dtype) if self.dtype else nullcontext()
-        with precision, TapRecorder(model, calls, 'teacher', stop_after=calls) as recorder:
-            if any(map(is_roi_tap, calls)):
-                run_box_branch(model, images, rois)
-            else:
-                if self._pass is None:
-                    (way,) = {info.way for info in self.taps.values()}
-                    self._pass = passes(model)[way]
-                self._pass(images, data_samples)
-        size = inputs.shape[-2:]
-        features = {path: recorder.features(path, size, info.tokens) for path, info in self.taps.items()}
+        with precision:
+            features = self._run(self._quick, self._pass, images, data_samples, rois)
         if self.dtype:
             features = {
                 path: [level if level is None else level.float() for level in levels]
                 for path, levels in features.items()
             }
         return features
+
+    def _quicken(self, images: Tensor, data_samples: Optional[Sequence], rois: Optional[Tensor]) -> nn.Module:
+        """The quickest model whose features on a batch are the teacher's."""
+        model = self.model.to(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            expected = self._run(model, self._pass_of(model), images, data_samples, rois)
+            quick = quickened(model, self.channels_last)
+            try:
+                found = self._run(quick, self._pass_of(quick), images, data_samples, rois)
+                tap = differing_tap(expected, found)
+                obstacle = tap and f"the features of '{tap}' would be others"
+            except RuntimeError as error:  # asking for a view of what lies otherwise in memory now, say
+                obstacle = f'it would stop ({error})'
+        if obstacle is None:
+            model = quick
+        else:
+            model.to(memory_format=torch.contiguous_format)  # the weights are shared
+            print_log(
+                f'The teacher runs as it is; with BatchNorm folded and another memory format {obstacle}.',
+                logger='current',
+            )
+        if self.compile:
+            model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+            compile_parts(model, self.taps)
+        return model
+
+    def _pass_of(self, model: nn.Module) -> Callable:
+        (way,) = {info.way for info in self.taps.values()}
+        return passes(model)[way]
+
+    def _run(
+        self,
+        model: nn.Module,
+        run_pass: Callable,
+        images: Tensor,
+        data_samples: Optional[Sequence],
+        rois: Optional[Tensor],
+    ) -> Dict[str, List[Tensor]]:
+        calls = {path: info.calls for path, info in self.taps.items()}
+        with TapRecorder(model, calls, 'teacher', stop_after=calls) as recorder:
+            if any(map(is_roi_tap, calls)):
+                run_box_branch(model, images, rois)
+            else:
+                run_pass(images, data_samples)
+        return {path: recorder.features(path, images.shape[-2:], info.tokens) for path, info in self.taps.items()}

@@ -18,15 +18,25 @@ class FeatureDiffusionNeck(nn.Module):
     Args:
         student_channels (int or list[int]): Student channels, one number a level.
         teacher_channels (int or list[int]): Teacher channels, one number a level.
+        share_levels (bool): Whether one part serves all levels, which must agree in their channels. Defaults to False.
+        compile (bool): Whether ``torch.compile`` is applied, to all levels at once. Defaults to False.
         **level_cfg: Arguments of :class:`FeatureDiffusion`, the same for every level: ``latent_channels``,
             ``denoise``, ``align``, ``denoiser``, ``noise_adapter``, ``schedule``, ``distance``,
-            ``loss_diffusion_weight``, ``loss_reconstruction_weight``.
+            ``loss_diffusion_weight``, ``loss_reconstruction_weight``, ``backprop_steps``, ``memory_efficient``.
 
     Raises:
-        ValueError: If student and teacher differ in their number of levels.
+        ValueError: If student and teacher differ in their number of levels, or levels that are to share a part in their
+            channels.
     """
 
-    def __init__(self, student_channels: Ints, teacher_channels: Ints, **level_cfg):
+    def __init__(
+        self,
+        student_channels: Ints,
+        teacher_channels: Ints,
+        share_levels: bool = False,
+        compile: bool = False,
+        **level_cfg,
+    ):
         super().__init__()
         student_channels, teacher_channels = _as_list(student_channels), _as_list(teacher_channels)
         if len(student_channels) != len(teacher_channels):
@@ -34,8 +44,18 @@ class FeatureDiffusionNeck(nn.Module):
                 f'student_channels={student_channels} and teacher_channels={teacher_channels} must have one entry '
                 'for every level.'
             )
-        pairs = zip(student_channels, teacher_channels)
-        self.levels = nn.ModuleList(FeatureDiffusion(s, t, **level_cfg) for s, t in pairs)
+        widths = list(zip(student_channels, teacher_channels))
+        if share_levels and len(set(widths)) > 1:
+            raise ValueError(
+                f'share_levels=True needs the same channels on all levels, but student_channels={student_channels} and '
+                f'teacher_channels={teacher_channels}.'
+            )
+        self.num_levels = len(widths)
+        if share_levels:
+            widths = widths[:1]
+        self.levels = nn.ModuleList(FeatureDiffusion(s, t, **level_cfg) for s, t in widths)
+        if compile:
+            self.compile()
 
     def forward(
         self,
@@ -60,13 +80,14 @@ class FeatureDiffusionNeck(nn.Module):
         """
         if isinstance(student, Tensor):
             return self.levels[0](student, teacher, draws, mask)
-        if not len(student) == len(teacher) == len(self.levels):
+        if not len(student) == len(teacher) == self.num_levels:
             raise ValueError(
-                f'The neck has {len(self.levels)} levels, but was given {len(student)} of the student and '
+                f'The neck has {self.num_levels} levels, but was given {len(student)} of the student and '
                 f'{len(teacher)} of the teacher.'
             )
-        draws = draws or [None] * len(self.levels)
-        return [level(s, t, d, mask) for level, s, t, d in zip(self.levels, student, teacher, draws)]
+        draws = draws or [None] * self.num_levels
+        levels = self.levels if len(self.levels) == self.num_levels else [self.levels[0]] * self.num_levels
+        return [level(s, t, d, mask) for level, s, t, d in zip(levels, student, teacher, draws)]
 
 
 def _as_list(value: Ints) -> List[int]:
