@@ -1,0 +1,149 @@
+"""Train a student by several methods and seeds on a real set, and compare what it learnt.
+
+Every cell of the table, a method with a seed, is a process of its own with one CPU thread. Of one seed all methods see
+the same data in the same order and start from the same student. Cells that have a result are left alone, cells that
+were interrupted go on where they stopped: start the command again until it says that the table is complete. The
+teacher, where there is none yet, is trained first.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+from benchmarks.accuracy.methods import GROUPS, METHODS
+from benchmarks.accuracy.table import write_page
+
+CONFIGS = Path(__file__).parent / 'configs'
+SETS = {
+    'deeppcb': dict(pair='fpn', metrics=('coco/bbox_mAP', 'coco/bbox_mAP_50'), data='data/deeppcb_coco320'),
+    'camvid': dict(pair='logits', metrics=('mIoU',), data='data/camvid11_240x180'),
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('set', choices=SETS)
+    parser.add_argument('group', choices=GROUPS, help='which methods')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='(default 0 1 2)')
+    parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
+    parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
+    parser.add_argument('--jobs', type=int, default=2, help='cells that run at a time (default 2)')
+    parser.add_argument('--cell', nargs=2, metavar=('METHOD', 'SEED'), help=argparse.SUPPRESS)
+    parser.add_argument('--teacher', action='store_true', help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def config_of(args, name, work_dir, seed):
+    """The config of a plain run."""
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(CONFIGS / f'{args.set}_{name}.py')
+    if args.data is not None:
+        old, new = str(cfg.data_root), f'{args.data}/'
+        cfg = Config.fromstring(cfg.pretty_text.replace(old, new), '.py')
+    cfg.work_dir, cfg.randomness, cfg.resume = str(work_dir), dict(seed=seed), True
+    return cfg
+
+
+def teacher_folder(args):
+    return Path('work_dirs/accuracy') / f'{args.set}_teacher'
+
+
+def result_file(args, method, seed):
+    name = ''.join(c if c.isalnum() else '_' for c in method)
+    return args.results / args.set / f'{name}-{seed}.json'
+
+
+def train(cfg, result):
+    """Train and test, and write down what came of it."""
+    import torch
+    from mmengine.runner import Runner
+
+    import mmdiffkd
+
+    torch.set_num_threads(1)
+    runner = Runner.from_cfg(cfg)
+    start = time.perf_counter()
+    runner.train()
+    seconds = time.perf_counter() - start
+    metrics = runner.test()
+    result.parent.mkdir(parents=True, exist_ok=True)
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, mmdiffkd=mmdiffkd.__version__)
+    record = dict(test=metrics, val=best_val(runner), seconds=round(seconds), iterations=runner.max_iters)
+    result.write_text(json.dumps(dict(record, versions=versions), indent=1) + '\n')
+
+
+def best_val(runner):
+    """The last validation of a run."""
+    return {k[4:]: v.current() for k, v in runner.message_hub.log_scalars.items() if k.startswith('val/')}
+
+
+def run_cell(args):
+    method, seed = args.cell[0], int(args.cell[1])
+    changes = METHODS[method]
+    work_dir = Path('work_dirs/accuracy') / result_file(args, method, seed).relative_to(args.results).with_suffix('')
+    cfg = config_of(args, 'student', work_dir, seed)
+    if changes is not None:
+        teacher = config_of(args, 'teacher', teacher_folder(args), 0)
+        pair = SETS[args.set]['pair']
+        cfg.model = dict(
+            type='mmdiffkd.DiffKDDistiller',
+            student=cfg.model,
+            teacher=dict(
+                config=dict(model=teacher.model, default_scope=teacher.default_scope),
+                checkpoint=(teacher_folder(args) / 'last_checkpoint').read_text(),
+            ),
+            distill={pair: dict(neck=changes.get('neck', {}))},
+        )
+        cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *changes.get('hooks', ())]
+    train(cfg, result_file(args, method, seed))
+
+
+def start(args, *options):
+    """A process that trains; True if it went well."""
+    command = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.accuracy.run', args.set, args.group]
+    command += ['--results', args.results, *(['--data', args.data] if args.data else []), *options]
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    done = subprocess.run(list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        print(done.stdout[-2000:], file=sys.stderr)
+    return done.returncode == 0
+
+
+def main():
+    args = parse_args()
+    teacher_result = args.results / args.set / 'teacher.json'
+    if args.teacher:
+        train(config_of(args, 'teacher', teacher_folder(args), 0), teacher_result)
+        return
+    if args.cell:
+        run_cell(args)
+        return
+    if not (teacher_folder(args) / 'last_checkpoint').exists() or not teacher_result.exists():
+        print('Training the teacher ...', flush=True)
+        if not start(args, '--teacher'):
+            sys.exit('The teacher failed.')
+    cells = [
+        cell for cell in product(args.seeds, GROUPS[args.group]) if not result_file(args, cell[1], cell[0]).exists()
+    ]
+    print(f'{len(cells)} cells to train.', flush=True)
+
+    def run(cell):
+        went_well = start(args, '--cell', cell[1], cell[0])
+        print(f'{cell[1]}, seed {cell[0]}: {"done" if went_well else "FAILED"}', flush=True)
+        return went_well
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failed = list(pool.map(run, cells)).count(False)
+    write_page(args.set, args.group, args.seeds, args.results, SETS[args.set]['metrics'])
+    sys.exit(f'{failed} cells failed.' if failed else None)
+
+
+if __name__ == '__main__':
+    main()
