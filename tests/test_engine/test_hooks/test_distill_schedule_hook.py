@@ -87,10 +87,39 @@ def test_idle_runs_neither_teacher_nor_diffusion_part_and_moves_nothing(runner):
     assert any(not torch.equal(weights[0][key], end[key]) for key in end)
 
 
+def test_every_third_iteration(runner, tmp_path):
+    run = runner(begin=1, interval=3)
+    calls, weights = [], []
+    run.model.diffkd['fpn'].register_forward_hook(lambda *args: calls.append(run.iter))
+    run.model.bbox_head.register_forward_pre_hook(
+        lambda *args: weights.append(copy.deepcopy(run.model.diffkd['fpn'].state_dict()))
+    )
+    run.train()
+    assert calls == [1, 4, 7]
+    moved = [any((a[key] != b[key]).any() for key in a) for a, b in zip(weights, weights[1:])]
+    assert moved == [False, True, False, False, True, False, False]  # no momentum in between
+    log = records(tmp_path)
+    assert [record['diffkd.weight'] for record in log] == [0, 1, 0, 0, 1, 0, 0, 1]
+    assert all(record['diffkd.fpn.loss_kd'] > 0 for record in log[1:])
+
+
+def test_interval_with_accumulated_gradients(runner):
+    """The part learns in every step of the optimizer, also where the last of its iterations rested."""
+    run = runner(interval=2)
+    run.optim_wrapper = run.build_optim_wrapper(dict(type='OptimWrapper', optimizer=SGD, accumulative_counts=2))
+    weights = []
+    part = run.model.diffkd['fpn'].levels[0].align.weight
+    run.model.bbox_head.register_forward_pre_hook(lambda *args: weights.append(part.clone()))
+    run.train()
+    moved = [bool((a != b).any()) for a, b in zip(weights, weights[1:])]
+    assert moved == [False, True, False, True, False, True, False]
+
+
 @pytest.mark.parametrize(
     'hook, message',
     [
         (dict(begin=5, end=5), 'must fit between begin and end'),
+        (dict(interval=0), 'must be 1, every iteration, or more'),
         (dict(warmup=-1), 'none may be negative'),
         (dict(begin=2, end=4, warmup=2, decay=1), 'must fit between begin and end'),
         (dict(end=9), 'do not fit into the 8 iterations'),

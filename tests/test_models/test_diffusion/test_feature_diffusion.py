@@ -110,6 +110,54 @@ def test_one_pixel_does_not_thaw_what_is_frozen():
     assert not any(norm.training for norm in norms) and level.training
 
 
+def gradients(level, *inputs):
+    """Losses, and the gradients they give to the student and to the weights; the draws are fixed."""
+    student, teacher = inputs
+    student = student.detach().clone().requires_grad_()
+    torch.manual_seed(4)
+    losses = level(student, teacher).losses
+    sum(losses.values()).backward()
+    return losses, student.grad, {name: p.grad for name, p in level.named_parameters()}
+
+
+def test_memory_efficient_changes_nothing():
+    inputs, results = features(), []
+    for memory_efficient in (False, True):
+        torch.manual_seed(0)
+        level = FeatureDiffusion(6, 8, latent_channels=4, memory_efficient=memory_efficient)
+        results.append((*gradients(level, *inputs), dict(level.named_buffers())))
+    torch.testing.assert_close(*results)
+
+
+def test_gradient_through_the_last_steps_only():
+    """Of earlier steps only their part past the denoiser is left: the student still learns, scaled by the schedule."""
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8, backprop_steps=1)
+    level(student, teacher).losses['loss_kd'].backward()
+    used = level.denoiser.time_embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert used == [0]
+    assert student.grad.any()
+
+    torch.manual_seed(0)
+    full = FeatureDiffusion(6, 8)
+    torch.manual_seed(0)
+    all_steps = FeatureDiffusion(6, 8, backprop_steps=5)
+    torch.testing.assert_close(gradients(full, student, teacher), gradients(all_steps, student, teacher))
+    assert full.schedule.timesteps == [400, 300, 200, 100, 0]
+
+
+def test_gradient_past_the_denoiser_is_that_of_the_schedule():
+    """With a denoiser that predicts the same for all, nothing but the scales of the steps is left."""
+    student, teacher = features()
+    levels = []
+    for steps in (1, 5):
+        torch.manual_seed(0)
+        levels.append(FeatureDiffusion(6, 8, backprop_steps=steps))
+        nn.init.zeros_(levels[-1].denoiser.layers[-1].weight)
+    ours, theirs = (gradients(level, student, teacher)[1] for level in levels)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_different_batches():
     with pytest.raises(ValueError, match=r'\(1, 6, 5, 7\) and teacher \(2, 8, 5, 7\) must come from the same batch'):
         FeatureDiffusion(6, 8)(torch.randn(1, 6, 5, 7), torch.randn(2, 8, 5, 7))
@@ -120,6 +168,8 @@ def test_different_batches():
     [
         (dict(denoise=False, latent_channels=4), 'latent_channels=4 has no effect'),
         (dict(align=False), 'align=False needs denoise=False'),
+        (dict(backprop_steps=0), 'backprop_steps=0 must lie between 1 and schedule.num_inference_steps=5'),
+        (dict(backprop_steps=6), 'backprop_steps=6 must lie between 1 and'),
         (dict(denoise=False, align=False), 'the student has 6 channels and the teacher 8'),
     ],
 )
