@@ -162,14 +162,17 @@ def draw(figures, path):
         "teacher's pass": (teacher, '#dd8452'),
         "diffusion part's convolutions": (convs, '#55a868'),
         'rest of the diffusion part': (max(neck - convs, 0), '#a8d5b5'),
-        'all else': (max(whole - student - teacher - neck, 0), '#bbbbbb'),
+        'all else': (max(whole - student - teacher - neck, 0), '#bbbbbb'),  # such as copies at the taps
     }
     figure, axes = plt.subplots(figsize=(9, 2.6), layout='constrained')
     axes.barh('student alone', student, color='#4c72b0')
     left = 0
     for name, (value, color) in parts.items():
+        if value < 0.005 * whole:
+            continue
         axes.barh('distilled', value, left=left, color=color, label=f'{name}: {value:.0f} ms')
         left += value
+    axes.invert_yaxis()
     axes.set_xlabel('milliseconds an iteration')
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.25), ncols=3, frameon=False)

@@ -52,20 +52,18 @@ def ratios(times: Sequence[float], base: Sequence[float]) -> Dict[str, float]:
 
 def kept_mib(forward: Callable, ignore: Iterable[Tensor]) -> float:
     """What a forward pass keeps for the backward pass, every storage counted once, without the tensors to ignore."""
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in ignore}
-    sizes = {}
+    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}  # meta tensors have no address
+    kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in ignored:
+            kept[storage._cdata] = storage  # alive, or another would take its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = forward()  # alive, or its storages would be used again
-    total = sum(sizes.values())
-    del held
-    return total / MIB
+        forward()
+    return sum(storage.nbytes() for storage in kept.values()) / MIB
 
 
 def peak_mib(step: Callable) -> float:

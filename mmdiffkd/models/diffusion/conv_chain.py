@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -136,7 +137,7 @@ class _Run(Function):
         count = len(layers)
         parameters, kept = _in_fours(saved[: 4 * count]), saved[4 * count :]
         wanted, *wanted_of = ctx.needs_input_grad[0], *_in_fours(ctx.needs_input_grad[3:])
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):  # meta knows no autocast
             inputs, outputs = _compute_again(ctx, x, parameters, kept)
             gradients: List[Optional[Tensor]] = []
             activation = skip = None
