@@ -115,10 +115,13 @@ def main():
     }
     parameters = [p for one in (neck, *necks.values()) for p in one.parameters()]
 
+    def forget_gradients():
+        for tensor in (*parameters, *student):
+            tensor.grad = None
+
     def step(forward, backward):
         def run():
-            for tensor in (*parameters, *student):
-                tensor.grad = None
+            forget_gradients()
             backward(forward())
 
         return run
@@ -131,6 +134,7 @@ def main():
     for name, (forward, _) in passes.items():
         figures = ratios(times[name], base)
         figures['kept_mib'] = kept_mib(forward, (*parameters, *student, *teacher))
+        forget_gradients()
         figures['peak_mib'] = peak_mib(steps[name])
         data[name] = figures
         rows.append(
@@ -147,7 +151,7 @@ def main():
         f'One step of the diffusion part: {len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, '
         f'{channels} channels, batch {args.batch}, {"bfloat16 autocast" if args.bf16 else "float32"}. Median of '
         f'{args.rounds} rounds, in brackets the quartiles of the ratios inside a round. "plain" is the same neck with '
-        'what autograd keeps by itself. Peak is what a step takes beyond weights and features.'
+        'what autograd keeps by itself. Peak is what a step takes beyond weights and features, gradients included.'
     )
     command = ' '.join(['python -m benchmarks.neck', *(a for a in sys.argv[1:])])
     publish(args.page, 'What the diffusion part costs', text, command, machine(device, args.threads), rows, data)

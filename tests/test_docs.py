@@ -86,7 +86,8 @@ def test_shell(page, command):
     if words[0] == 'make':
         subprocess.run(['make', '--dry-run', *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     elif words[0] == 'python':
-        subprocess.run([sys.executable, words[1], '--help'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        script = words[1:3] if words[1] == '-m' else words[1:2]
+        subprocess.run([sys.executable, *script, '--help'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     elif words[0] == 'bash':
         subprocess.run(['bash', '-n', words[1]], cwd=ROOT, check=True)
     else:  # mim and pip: run by test_mim.py and by the environment itself
