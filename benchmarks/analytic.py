@@ -75,8 +75,7 @@ def main():
     set_memory_efficient(neck)
     operations['the same, memory_efficient=True'] = counted(lambda: forward().backward())
     efficient = kept_mib(forward, ignore)
-    for module in neck.modules():
-        module.__dict__.pop('memory_efficient', None)
+    set_memory_efficient(neck, False)
     kept = kept_mib(forward, ignore)
     memory = dict(zip(operations, ['', '', f'{kept:.0f}', f'{efficient:.0f}']))
     student_alone = operations['student, forward and backward']

@@ -45,10 +45,10 @@ def plain(neck):
     return neck
 
 
-def set_memory_efficient(neck):
+def set_memory_efficient(neck, value=True):
     for module in neck.modules():
         if isinstance(module, ConvChain):
-            module.memory_efficient = True
+            module.memory_efficient = value
     return neck
 
 
@@ -106,8 +106,8 @@ def main():
         'memory_efficient=True': set_memory_efficient(copy.deepcopy(neck)),
     }
     if args.compile:
-        necks['compile=True'] = copy.deepcopy(neck)
-        necks['compile=True'].compile()
+        necks['compile=True'] = FeatureDiffusionNeck([channels] * len(sizes), [channels] * len(sizes), compile=True)
+        necks['compile=True'].to(device)
     passes = {
         'convolutions alone': forward_convolutions(torch.contiguous_format),
         'convolutions alone, channels_last': forward_convolutions(torch.channels_last),

@@ -17,9 +17,17 @@ METHODS = {
     'interval=4': dict(hooks=[dict(type='mmdiffkd.DistillScheduleHook', interval=4, by_epoch=False)]),
     # what people would use instead
     'fitnet': dict(neck=dict(denoise=False)),
-    'pkd': dict(neck=dict(denoise=False, align=False, distance=dict(type='mmdiffkd.PKDLoss', loss_weight=6.0))),
+    'pkd': dict(neck=dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss', loss_weight=6.0))),
     'cwd': dict(neck=dict(denoise=False, distance=dict(type='mmdiffkd.ChannelWiseDivergence', tau=1.0))),
     'diffkd, attention': dict(neck=dict(distance=dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0))),
+    'dist': dict(neck=dict(denoise=False, align=False, distance=dict(type='mmdiffkd.DISTLoss'))),
+    'cwd of logits': dict(
+        neck=dict(
+            denoise=False,
+            align=False,
+            distance=dict(type='mmdiffkd.ChannelWiseDivergence', tau=4.0, loss_weight=3.0),
+        )
+    ),
 }
 GROUPS = {
     'recipes': [
@@ -34,5 +42,6 @@ GROUPS = {
         'interval=2',
         'interval=4',
     ],
-    'alternatives': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention'],
+    'detection': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention'],
+    'segmentation': ['alone', 'dist', 'cwd of logits', 'diffkd'],
 }

@@ -52,10 +52,12 @@ def config_of(args, name, work_dir, seed):
 
 
 def teacher_folder(args):
+    """Where the teacher of a set is trained."""
     return Path('work_dirs/accuracy') / f'{args.set}_teacher'
 
 
 def result_file(args, method, seed):
+    """Where a cell writes what came of it."""
     name = ''.join(c if c.isalnum() else '_' for c in method)
     return args.results / args.set / f'{name}-{seed}.json'
 
@@ -75,34 +77,34 @@ def train(cfg, result):
     metrics = runner.test()
     result.parent.mkdir(parents=True, exist_ok=True)
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, mmdiffkd=mmdiffkd.__version__)
-    record = dict(test=metrics, val=best_val(runner), seconds=round(seconds), iterations=runner.max_iters)
+    record = dict(test=metrics, val=last_val(runner), seconds=round(seconds), iterations=runner.max_iters)
     result.write_text(json.dumps(dict(record, versions=versions), indent=1) + '\n')
 
 
-def best_val(runner):
+def last_val(runner):
     """The last validation of a run."""
     return {k[4:]: v.current() for k, v in runner.message_hub.log_scalars.items() if k.startswith('val/')}
 
 
-def run_cell(args):
-    method, seed = args.cell[0], int(args.cell[1])
+def cell_config(args, method, seed):
+    """The config of a cell."""
     changes = METHODS[method]
     work_dir = Path('work_dirs/accuracy') / result_file(args, method, seed).relative_to(args.results).with_suffix('')
     cfg = config_of(args, 'student', work_dir, seed)
-    if changes is not None:
-        teacher = config_of(args, 'teacher', teacher_folder(args), 0)
-        pair = SETS[args.set]['pair']
-        cfg.model = dict(
-            type='mmdiffkd.DiffKDDistiller',
-            student=cfg.model,
-            teacher=dict(
-                config=dict(model=teacher.model, default_scope=teacher.default_scope),
-                checkpoint=(teacher_folder(args) / 'last_checkpoint').read_text(),
-            ),
-            distill={pair: dict(neck=changes.get('neck', {}))},
-        )
-        cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *changes.get('hooks', ())]
-    train(cfg, result_file(args, method, seed))
+    if changes is None:
+        return cfg
+    teacher = config_of(args, 'teacher', teacher_folder(args), 0)
+    cfg.model = dict(
+        type='mmdiffkd.DiffKDDistiller',
+        student=cfg.model,
+        teacher=dict(
+            config=dict(model=teacher.model, default_scope=teacher.default_scope),
+            checkpoint=(teacher_folder(args) / 'last_checkpoint').read_text(),
+        ),
+        distill={SETS[args.set]['pair']: dict(neck=changes.get('neck', {}))},
+    )
+    cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *changes.get('hooks', ())]
+    return cfg
 
 
 def start(args, *options):
@@ -123,7 +125,8 @@ def main():
         train(config_of(args, 'teacher', teacher_folder(args), 0), teacher_result)
         return
     if args.cell:
-        run_cell(args)
+        method, seed = args.cell[0], int(args.cell[1])
+        train(cell_config(args, method, seed), result_file(args, method, seed))
         return
     if not (teacher_folder(args) / 'last_checkpoint').exists() or not teacher_result.exists():
         print('Training the teacher ...', flush=True)

@@ -29,7 +29,8 @@ class DistillScheduleHook(Hook):
         decay (float): Length of the fall before ``end``, or before the end of the training. Defaults to 0.
         interval (int): Distil every so many iterations only, from ``begin`` on. In between neither the teacher nor the
             diffusion part is run, and the log repeats the last values. Defaults to 1.
-        by_epoch (bool): Whether these are epochs (only in epoch-based loops) or iterations. Defaults to True.
+        by_epoch (bool): Whether these, but for ``interval``, are epochs (only in epoch-based loops) or iterations.
+            Defaults to True.
 
     Raises:
         ValueError: If the numbers leave no distillation.

@@ -1,4 +1,3 @@
-from contextlib import nullcontext
 from typing import Dict, NamedTuple, Optional
 
 import torch
@@ -54,7 +53,8 @@ class FeatureDiffusion(nn.Module):
         denoise (bool): False leaves the diffusion out: a plain adapter and distance. Defaults to True.
         align (bool): Whether a 1x1 convolution maps the student to C; only without denoising can it be left out.
             Defaults to True.
-        denoiser (dict, optional): Config of the denoiser. Defaults to ``BottleneckDenoiser``.
+        denoiser (dict, optional): Config of the denoiser, which is given channels-last features. Defaults to
+            ``BottleneckDenoiser``.
         noise_adapter (dict, optional): Config of the noise adapter. Defaults to ``NoiseAdapter``.
         schedule (dict, optional): Arguments of :class:`DDIMSchedule`. Defaults to its defaults.
         distance (dict, optional): Config of the distance, called as ``distance(student, teacher)``. Defaults to
@@ -91,6 +91,8 @@ class FeatureDiffusion(nn.Module):
         super().__init__()
         if not denoise and latent_channels is not None:
             raise ValueError(f'latent_channels={latent_channels} has no effect with denoise=False; leave it out.')
+        if not denoise and backprop_steps is not None:
+            raise ValueError(f'backprop_steps={backprop_steps} has no effect with denoise=False; leave it out.')
         if denoise and not align:
             raise ValueError('align=False needs denoise=False: the diffusion works on the aligned student feature.')
         if not align and student_channels != teacher_channels:
@@ -175,9 +177,9 @@ class FeatureDiffusion(nn.Module):
             finally:
                 for module in in_training:  # not those that were frozen
                     module.training = True
-        # convolutions and BatchNorm are quickest so
-        student = student.contiguous(memory_format=torch.channels_last)
-        teacher = teacher.contiguous(memory_format=torch.channels_last)
+        if self.denoise:  # convolutions and BatchNorm are quickest so
+            student = student.contiguous(memory_format=torch.channels_last)
+            teacher = teacher.contiguous(memory_format=torch.channels_last)
         draws = draws or Draws()
         latent = self._align(student, teacher.shape[-2:])
         target = teacher.detach()
@@ -204,10 +206,11 @@ class FeatureDiffusion(nn.Module):
         return F.interpolate(latent, size, mode='bilinear', align_corners=False)
 
     def _distance(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor]) -> Tensor:
+        student, teacher = student.float().contiguous(), teacher.float().contiguous()  # some ask for a view
         if mask is None or not getattr(self.distance, 'takes_mask', False):
-            return self.distance(student.float(), teacher.float())
+            return self.distance(student, teacher)
         mask = F.interpolate(mask.float(), teacher.shape[-2:], mode='nearest-exact')[:, 0] > 0
-        return self.distance(student.float(), teacher.float(), mask)
+        return self.distance(student, teacher, mask)
 
     def _refine(self, latent: Tensor, noise: Optional[Tensor]):
         """Blend noise into the student latent (equation 8) and denoise it step by step."""
@@ -218,9 +221,9 @@ class FeatureDiffusion(nn.Module):
         for index, timestep in enumerate(self.schedule.timesteps):
             # one row of the embedding serves the whole batch
             timesteps = torch.full((1,), timestep, dtype=torch.long, device=latent.device)
-            backprop = index >= len(self.schedule.timesteps) - self.backprop_steps
-            with nullcontext() if backprop else torch.no_grad():
-                predicted = self.denoiser(sample, timesteps)
+            predicted = self.denoiser(sample, timesteps)
+            if index < len(self.schedule.timesteps) - self.backprop_steps:
+                predicted = predicted.detach()  # under no_grad, autocast would keep weights that get no gradient
             sample = self.schedule.step(sample, predicted, index)
         return self.proj(sample), gamma
 

@@ -174,9 +174,9 @@ class DiffKDDistiller(BaseModel):
         """
         if self.deferred_error is not None:
             raise self.deferred_error
+        self.tap_gradients.clear()
         if self.diffkd_teacher is None or self.distill_weight is None:
             return super().loss(inputs, data_samples, **kwargs)
-        self.tap_gradients.clear()
         is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # not views or clips
         needs_rois = any(is_roi_tap(pair.teacher) for pair in self.pairs.values())
         with ExitStack() as stack:

@@ -16,16 +16,27 @@ def quickened(model: nn.Module, channels_last: bool) -> nn.Module:
     """A copy that shares the weights of a model in eval mode, with BatchNorm folded into the convolutions.
 
     Args:
-        model (nn.Module): The model; of it nothing changes but the memory format of its weights.
+        model (nn.Module): The model; of it nothing changes but the memory format of its convolutions' weights.
         channels_last (bool): Whether convolutions work on that memory format.
 
     Returns:
         nn.Module: The copy. Its features are the model's, but where a BatchNorm that is no neighbour of a convolution
         was taken for one: compare them (:func:`differing_tap`).
+
+    Raises:
+        Exception: Whatever copying or folding meets in layers that are not what they seem.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = fuse_conv_bn(copy.deepcopy(model, shared)).requires_grad_(False)
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    model = fuse_conv_bn(copy.deepcopy(model, shared)).requires_grad_(False).eval()
+    set_memory_format(model, torch.channels_last if channels_last else torch.contiguous_format)
+    return model
+
+
+def set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Set what the convolutions of a model work on."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=memory_format)
 
 
 def differing_tap(expected: Features, found: Features) -> Optional[str]:

@@ -21,7 +21,7 @@ from mmdiffkd.utils import (
 from .normalisation import Renormalisation
 from .passes import passes
 from .probe import TapInfo
-from .quicken import compile_parts, differing_tap, quickened
+from .quicken import compile_parts, differing_tap, quickened, set_memory_format
 from .roi import is_roi_tap, run_box_branch
 from .taps import TapRecorder
 
@@ -87,7 +87,7 @@ class Teacher:
 
     @property
     def model(self) -> nn.Module:
-        """The model with its weights; built on first use, when training starts."""
+        """The model with its weights; built on first use, and let go when a quicker one takes its place."""
         if self._model is None:
             self._model = self._build()
         return self._model
@@ -149,25 +149,25 @@ class Teacher:
     def _quicken(self, images: Tensor, data_samples: Optional[Sequence], rois: Optional[Tensor]) -> nn.Module:
         """The quickest model whose features on a batch are the teacher's."""
         model = self.model.to(images.device)
-        with torch.autocast(images.device.type, enabled=False):
+        images = images.float()
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False):
             expected = self._run(model, self._pass_of(model), images, data_samples, rois)
-            quick = quickened(model, self.channels_last)
             try:
+                quick = quickened(model, self.channels_last)
                 found = self._run(quick, self._pass_of(quick), images, data_samples, rois)
                 tap = differing_tap(expected, found)
                 obstacle = tap and f"the features of '{tap}' would be others"
-            except RuntimeError as error:  # asking for a view of what lies otherwise in memory now, say
+            except Exception as error:  # whatever it is, the teacher does without
                 obstacle = f'it would stop ({error})'
         if obstacle is None:
-            model = quick
+            model, self._model = quick, None  # what was folded away is not kept
         else:
-            model.to(memory_format=torch.contiguous_format)  # the weights are shared
-            print_log(
-                f'The teacher runs as it is; with BatchNorm folded and another memory format {obstacle}.',
-                logger='current',
-            )
+            set_memory_format(model, torch.contiguous_format)  # of weights that are shared
+            print_log(f'The teacher runs as it is: quickened, {obstacle}.', logger='current')
         if self.compile:
-            model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+            if model is self._model:
+                model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
             compile_parts(model, self.taps)
         return model
 

@@ -19,7 +19,9 @@ class FeatureDiffusionNeck(nn.Module):
         student_channels (int or list[int]): Student channels, one number a level.
         teacher_channels (int or list[int]): Teacher channels, one number a level.
         share_levels (bool): Whether one part serves all levels, which must agree in their channels. Defaults to False.
-        compile (bool): Whether ``torch.compile`` is applied, to all levels at once. Defaults to False.
+        compile (bool): Whether ``torch.compile`` is applied to the chains of convolutions. All levels share what is
+            compiled, which the whole neck, steps and levels unrolled, would take many times as long for. Defaults to
+            False.
         **level_cfg: Arguments of :class:`FeatureDiffusion`, the same for every level: ``latent_channels``,
             ``denoise``, ``align``, ``denoiser``, ``noise_adapter``, ``schedule``, ``distance``,
             ``loss_diffusion_weight``, ``loss_reconstruction_weight``, ``backprop_steps``, ``memory_efficient``.
@@ -54,8 +56,9 @@ class FeatureDiffusionNeck(nn.Module):
         if share_levels:
             widths = widths[:1]
         self.levels = nn.ModuleList(FeatureDiffusion(s, t, **level_cfg) for s, t in widths)
-        if compile:
-            self.compile()
+        for level in self.levels if compile else ():
+            for part in (level.denoiser, level.noise_adapter, level.proj) if level.denoise else ():
+                part.compile()
 
     def forward(
         self,

@@ -146,6 +146,31 @@ def test_gradient_through_the_last_steps_only():
     assert full.schedule.timesteps == [400, 300, 200, 100, 0]
 
 
+def test_gradient_through_the_last_steps_under_autocast():
+    """Steps without a gradient leave no weights behind in autocast's cache that others would take."""
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8, backprop_steps=1)
+    for module in level.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_: None)  # as with SyncBatchNorm, chains run plainly
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = level(student, teacher).losses
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in level.parameters())
+
+
+@pytest.mark.parametrize('denoise', [True, False])
+def test_a_distance_may_ask_for_a_view(denoise):
+    class Flat(nn.Module):
+        def forward(self, student, teacher):
+            return (student.view(2, 8, 35) - teacher.view(2, 8, 35)).abs().mean()
+
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8, denoise=denoise)
+    level.distance = Flat()
+    assert level(student, teacher).losses['loss_kd'] > 0
+
+
 def test_gradient_past_the_denoiser_is_that_of_the_schedule():
     """With a denoiser that predicts the same for all, nothing but the scales of the steps is left."""
     student, teacher = features()
@@ -168,6 +193,7 @@ def test_different_batches():
     [
         (dict(denoise=False, latent_channels=4), 'latent_channels=4 has no effect'),
         (dict(align=False), 'align=False needs denoise=False'),
+        (dict(denoise=False, backprop_steps=1), 'backprop_steps=1 has no effect with denoise=False'),
         (dict(backprop_steps=0), 'backprop_steps=0 must lie between 1 and schedule.num_inference_steps=5'),
         (dict(backprop_steps=6), 'backprop_steps=6 must lie between 1 and'),
         (dict(denoise=False, align=False), 'the student has 6 channels and the teacher 8'),

@@ -1,3 +1,7 @@
+import gc
+import threading
+import weakref
+
 import pytest
 import torch
 from mmcv.cnn import ConvModule
@@ -13,24 +17,23 @@ from tests import tiny
 
 @MODELS.register_module()
 class OddBackbone(BaseModule):
-    """Layers in another order than they are called in, or a view of what must lie in rows."""
+    """What folding or another memory format does not go with."""
 
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
         self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(8, 6 if kind == 'width' else 8, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(8)  # of the first
+        if kind == 'lock':
+            self.lock = threading.Lock()
 
     def forward(self, x):
-        x = self.first(x)
-        if self.kind == 'order':
-            return (self.second(self.norm(x).relu()),)
-        x = self.second(x)
-        return (x.view(len(x), -1).view(x.shape),)
+        x = self.second(self.norm(self.first(x)).relu())
+        return (x.view(len(x), -1).view(x.shape) if self.kind == 'view' else x,)
 
 
-def odd_teacher(kind, tmp_path, monkeypatch=None):
+def odd_teacher(kind, tmp_path):
     cfg = tiny.ConfigDict(
         type='mmpretrain.ImageClassifier', _scope_='mmpretrain', backbone=dict(type='mmengine.OddBackbone', kind=kind)
     )
@@ -79,9 +82,15 @@ def test_features_stay_and_batch_norms_go(tmp_path, channels_last):
 
 
 @pytest.mark.parametrize(
-    'kind, reason', [('order', "the features of 'backbone' would be others"), ('view', 'it would stop (view size')]
+    'kind, reason',
+    [
+        ('order', "the features of 'backbone' would be others"),
+        ('view', 'it would stop'),
+        ('width', 'it would stop (shape'),
+        ('lock', "it would stop (cannot pickle '_thread.lock'"),
+    ],
 )
-def test_teacher_that_cannot_be_quickened_runs_as_it_is(tmp_path, caplog, monkeypatch, kind, reason):
+def test_teacher_that_cannot_be_quickened_runs_as_it_is(tmp_path, monkeypatch, kind, reason):
     said = []
     monkeypatch.setattr('mmdiffkd.models.distillers.teacher.print_log', lambda text, **_: said.append(text))
     teacher, model = odd_teacher(kind, tmp_path)
@@ -91,6 +100,36 @@ def test_teacher_that_cannot_be_quickened_runs_as_it_is(tmp_path, caplog, monkey
     for _ in range(2):
         torch.testing.assert_close(teacher.features(images)['backbone'], [expected])
     assert len(said) == 1 and reason in said[0]
+
+
+def test_what_was_folded_away_is_let_go(tmp_path):
+    teacher, model = detector_teacher(tmp_path)
+    first = weakref.ref(teacher.model)
+    teacher.features(*tiny.batch(model))
+    gc.collect()
+    assert first() is None
+    torch.testing.assert_close(teacher.model.state_dict(), model.state_dict(), rtol=0, atol=0)  # built again if needed
+
+
+def test_half_precision_images(tmp_path):
+    teacher, model = detector_teacher(tmp_path, dtype='bfloat16')
+    inputs, samples = tiny.batch(model)
+    features = teacher.features(inputs.bfloat16(), samples)
+    assert all(feature.dtype == torch.float32 and feature.isfinite().all() for feature in features['neck'])
+
+
+def test_first_batch_draws_nothing(tmp_path):
+    """A run that is resumed has a first batch, too."""
+    teacher, model = detector_teacher(tmp_path)
+    batch = tiny.batch(model)
+    teacher.model.backbone.register_forward_hook(lambda *_: torch.rand(1) and None)
+    torch.manual_seed(0)
+    with torch.random.fork_rng():
+        teacher.features(*batch)
+        after_first = torch.rand(3)
+    torch.manual_seed(0)
+    teacher.features(*batch)
+    torch.testing.assert_close(torch.rand(3), after_first)
 
 
 def test_differing_features_are_found():
