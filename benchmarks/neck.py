@@ -19,6 +19,7 @@ from mmdiffkd.models.diffusion import ConvChain
 
 LEVELS = {
     'half': [(50, 84), (25, 42), (13, 21), (7, 11), (4, 6)],  # an FPN at 400x672
+    'tiny': [(10, 14), (5, 7), (3, 4)],  # to see that it works
     'coco': [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)],  # at 800x1344
 }
 

@@ -14,8 +14,8 @@ from mmdiffkd.models import FeatureDiffusionNeck
 CHANGES = {
     'batch 1': dict(batch=1),
     'batch 4': dict(batch=4),
-    'levels 2 - 5 of the five': dict(first=1),
-    'levels 3 - 5 of the five': dict(first=2),
+    'without the largest level': dict(first=1),
+    'without the two largest levels': dict(first=2),
     '128 channels': dict(channels=128),
     '64 channels': dict(channels=64),
     'num_inference_steps=1': dict(schedule=dict(num_inference_steps=1)),
@@ -33,15 +33,16 @@ CHANGES = {
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--levels', choices=LEVELS, default='half', help='sizes of the features (default half)')
     parser.add_argument('--rounds', type=int, default=9, help='steps of every setting (default 9)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
     parser.add_argument('--page', type=Path, help='write the table to this .md, the figures to a .json beside it')
     return parser.parse_args()
 
 
-def setting(device, batch=2, channels=256, first=0, **options):
+def setting(device, sizes, batch=2, channels=256, first=0, **options):
     """A forward pass, the whole step, and the tensors that are there anyway."""
-    sizes = LEVELS['half'][first:]
+    sizes = sizes[first:]
     neck = FeatureDiffusionNeck([channels] * len(sizes), [channels] * len(sizes), **options).to(device)
     student = [torch.randn(batch, channels, *size, device=device, requires_grad=True) for size in sizes]
     teacher = [torch.randn(batch, channels, *size, device=device) for size in sizes]
@@ -62,11 +63,12 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    base_forward, base, ignore = setting(device)
+    sizes = LEVELS[args.levels]
+    base_forward, base, ignore = setting(device, sizes)
     base_kept = kept_mib(base_forward, ignore)
     rows, data = [], {}
     for name, change in CHANGES.items():
-        forward, step, ignore = setting(device, **change)
+        forward, step, ignore = setting(device, sizes, **change)
         times = in_turn({'default': base, name: step}, args.rounds)
         figures = dict(ratios(times[name], times['default']), kept=kept_mib(forward, ignore) / base_kept)
         data[name] = figures
@@ -81,7 +83,7 @@ def main():
         gc.collect()
     text = (
         'Time of a step of the diffusion part and what it keeps for the backward pass, against the default: batch 2, '
-        f'five levels, the largest {LEVELS["half"][0][0]}x{LEVELS["half"][0][1]}, 256 channels, five steps, float32. '
+        f'{len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, 256 channels, five steps, float32. '
         f'Median ratio of {args.rounds} rounds, in brackets the quartiles. Whether a cheaper setting teaches as '
         'much is another table.'
     )
