@@ -34,6 +34,17 @@ def retinanet(folder):
     return tiny.distiller_cfg(folder, distill=PAIRS)
 
 
+def cheap(folder):
+    """One part for all levels that computes again what it needs, and sends little gradient through the denoiser."""
+    neck = dict(latent_channels=LATENT, share_levels=True, memory_efficient=True, backprop_steps=1)
+    return tiny.distiller_cfg(folder, distill=dict(fpn=dict(neck=neck)))
+
+
+def compiled(folder):
+    """The default, compiled."""
+    return tiny.distiller_cfg(folder, distill=dict(fpn=dict(neck=dict(latent_channels=LATENT, compile=True))))
+
+
 def fcos(folder):
     """FCOS, whose losses are divided by numbers that all ranks share."""
     norm_cfg = dict(type='GN', num_groups=4, requires_grad=True)

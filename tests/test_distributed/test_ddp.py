@@ -5,11 +5,11 @@ import torch
 from mmengine.model import MMDistributedDataParallel
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from .processes import WORLD, build, fcos, images, launch, retinanet, trainable
+from .processes import WORLD, build, cheap, compiled, fcos, images, launch, retinanet, trainable
 
 pytestmark = pytest.mark.slow
 # RetinaNet divides by its own rank's positives, upstream too: both ranks get as many
-CASES = {'retinanet': (retinanet, True), 'fcos': (fcos, False)}
+CASES = {'retinanet': (retinanet, True), 'fcos': (fcos, False), 'cheap': (cheap, True), 'compiled': (compiled, True)}
 PASSES = 2  # DDP complains in the pass after one that left a parameter without gradient
 
 
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_one_large_batch(ranks, case):
     logs, gradients = run(model, model, images(model, every, CASES[case][1]))
     alive = [name for name, gradient in gradients.items() if gradient.any()]
     assert len(alive) > 0.95 * len(gradients)  # a few channels of tiny models are dead
-    assert sum(name.startswith('diffkd.') for name in alive) > 100
+    assert sum(name.startswith('diffkd.') for name in alive) > (20 if case == 'cheap' else 100)
     for result in results:
         assert set(result[case]['gradients']) == set(gradients)
         for name, expected in gradients.items():
