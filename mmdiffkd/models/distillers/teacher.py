@@ -172,21 +172,15 @@ class Teacher:
         return model
 
     def _pass_of(self, model: nn.Module) -> Callable:
+        """How a model runs on images, their samples and RoIs, at least as far as the last tap."""
+        if any(map(is_roi_tap, self.taps)):
+            return lambda images, samples, rois: run_box_branch(model, images, rois)
         (way,) = {info.way for info in self.taps.values()}
-        return passes(model)[way]
+        run = passes(model)[way]
+        return lambda images, samples, rois: run(images, samples)
 
-    def _run(
-        self,
-        model: nn.Module,
-        run_pass: Callable,
-        images: Tensor,
-        data_samples: Optional[Sequence],
-        rois: Optional[Tensor],
-    ) -> Dict[str, List[Tensor]]:
+    def _run(self, model: nn.Module, run_pass: Callable, images: Tensor, *others) -> Dict[str, List[Tensor]]:
         calls = {path: info.calls for path, info in self.taps.items()}
         with TapRecorder(model, calls, 'teacher', stop_after=calls) as recorder:
-            if any(map(is_roi_tap, calls)):
-                run_box_branch(model, images, rois)
-            else:
-                run_pass(images, data_samples)
+            run_pass(images, *others)
         return {path: recorder.features(path, images.shape[-2:], info.tokens) for path, info in self.taps.items()}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import kept_mib
+from benchmarks.neck import plain
 from mmdiffkd.models.diffusion import Bottleneck, BottleneckDenoiser, ConvChain, FeatureDiffusion, MLPDenoiser
 
 CHAINS = {
@@ -26,15 +27,6 @@ def chain(request):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
-    return chain
-
-
-def plain(chain):
-    """The same chain as autograd runs it."""
-    chain = copy.deepcopy(chain)
-    for module in chain.modules():
-        if isinstance(module, ConvChain):
-            module.__class__ = nn.Sequential
     return chain
 
 
