@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import kept_mib, machine, publish
+from benchmarks.measure import MIB, machine, publish
 from benchmarks.neck import set_memory_efficient
 from mmdiffkd.apis.build import build_distiller, build_model
 from mmdiffkd.testing import without_pretrained
-from mmdiffkd.utils import model_of, resolve_config
+from mmdiffkd.utils import kept_bytes, model_of, resolve_config
 
 
 def parse_args():
@@ -74,9 +74,9 @@ def main():
     }
     set_memory_efficient(neck)
     operations['the same, memory_efficient=True'] = counted(lambda: forward().backward())
-    efficient = kept_mib(forward, ignore)
+    efficient = kept_bytes(forward, ignore) / MIB
     set_memory_efficient(neck, False)
-    kept = kept_mib(forward, ignore)
+    kept = kept_bytes(forward, ignore) / MIB
     memory = dict(zip(operations, ['', '', f'{kept:.0f}', f'{efficient:.0f}']))
     student_alone = operations['student, forward and backward']
     rows = [

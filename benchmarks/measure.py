@@ -7,12 +7,11 @@ import statistics
 import time
 from itertools import accumulate
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Sequence
+from typing import Callable, Dict, List, Sequence
 
 import torch
 from mmengine.utils import get_git_hash
 from mmengine.utils.dl_utils import collect_env
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import mmdiffkd
@@ -48,22 +47,6 @@ def ratios(times: Sequence[float], base: Sequence[float]) -> Dict[str, float]:
     """Median and quartiles of the ratios of neighbours, and the median time in milliseconds."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(times, base)], n=4)
     return dict(ms=statistics.median(times) * 1e3, ratio=median, low=low, high=high)
-
-
-def kept_mib(forward: Callable, ignore: Iterable[Tensor]) -> float:
-    """What a forward pass keeps for the backward pass, every storage counted once, without the tensors to ignore."""
-    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}  # meta tensors have no address
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in ignored:
-            kept[storage._cdata] = storage  # alive, or another would take its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values()) / MIB
 
 
 def peak_mib(step: Callable) -> float:

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.measure import in_turn, kept_mib, machine, peak_mib, publish, ratios
+from benchmarks.measure import MIB, in_turn, machine, peak_mib, publish, ratios
 from mmdiffkd.models import FeatureDiffusionNeck
 from mmdiffkd.models.diffusion import ConvChain
+from mmdiffkd.utils import kept_bytes
 
 LEVELS = {
     'half': [(50, 84), (25, 42), (13, 21), (7, 11), (4, 6)],  # an FPN at 400x672
@@ -130,11 +131,11 @@ def main():
     steps = {name: step(*both) for name, both in passes.items()}
     times = in_turn(steps, args.rounds)
     base = times['convolutions alone']
-    size = sum(x.numel() for x in student) * 4 / 2**20
+    size = sum(x.numel() for x in student) * 4 / MIB
     rows, data = [], {}
     for name, (forward, _) in passes.items():
         figures = ratios(times[name], base)
-        figures['kept_mib'] = kept_mib(forward, (*parameters, *student, *teacher))
+        figures['kept_mib'] = kept_bytes(forward, (*parameters, *student, *teacher)) / MIB
         forget_gradients()
         figures['peak_mib'] = peak_mib(steps[name])
         data[name] = figures

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import in_turn, kept_mib, machine, publish, ratios
+from benchmarks.measure import in_turn, machine, publish, ratios
 from benchmarks.neck import LEVELS
 from mmdiffkd.models import FeatureDiffusionNeck
+from mmdiffkd.utils import kept_bytes
 
 CHANGES = {
     'batch 1': dict(batch=1),
@@ -65,12 +66,12 @@ def main():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     sizes = LEVELS[args.levels]
     base_forward, base, ignore = setting(device, sizes)
-    base_kept = kept_mib(base_forward, ignore)
+    base_kept = kept_bytes(base_forward, ignore)
     rows, data = [], {}
     for name, change in CHANGES.items():
         forward, step, ignore = setting(device, sizes, **change)
         times = in_turn({'default': base, name: step}, args.rounds)
-        figures = dict(ratios(times[name], times['default']), kept=kept_mib(forward, ignore) / base_kept)
+        figures = dict(ratios(times[name], times['default']), kept=kept_bytes(forward, ignore) / base_kept)
         data[name] = figures
         rows.append(
             {

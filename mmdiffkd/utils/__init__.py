@@ -8,6 +8,7 @@ from .checkpoint import (
     without_diffusion_part,
 )
 from .config import image_channels, model_of, preprocessor_of, resolve_config, with_preprocessor, zoo_checkpoint
+from .kept import kept_bytes
 from .skeleton import skeleton
 from .suggest import nearest
 
@@ -17,6 +18,7 @@ __all__ = [
     'check_is_data',
     'fingerprint',
     'image_channels',
+    'kept_bytes',
     'load_strict',
     'model_of',
     'nearest',

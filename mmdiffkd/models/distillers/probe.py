@@ -132,7 +132,7 @@ def _run(model_cfg: dict, paths: List[str], owner: str, device: str, shape: Tupl
         model = MODELS.build(copy.deepcopy(model_cfg)).train().eval()
         for path in paths:
             find_module(model, path, owner)
-        images, samples = torch.zeros(IMAGES, *shape), [_blank_sample(shape[1]) for _ in range(IMAGES)]
+        images, samples = torch.zeros(IMAGES, *shape), [blank_sample(*shape[1:]) for _ in range(IMAGES)]
         problem, unreached = None, []
         for way, run in passes(model).items():
             try:
@@ -176,8 +176,8 @@ def _describe(taps: TapRecorder, path: str, size: int, way: str) -> TapInfo:
     )
 
 
-def _blank_sample(size: int) -> BaseDataElement:
-    shape = (size, size)
+def blank_sample(*shape: int) -> BaseDataElement:
+    """A data sample of an image of that height and width, without labels."""
     return BaseDataElement(
         metainfo=dict(
             img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)

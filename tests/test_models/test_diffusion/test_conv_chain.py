@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.measure import kept_mib
 from benchmarks.neck import plain
 from mmdiffkd.models.diffusion import Bottleneck, BottleneckDenoiser, ConvChain, FeatureDiffusion, MLPDenoiser
+from mmdiffkd.utils import kept_bytes
 
 CHAINS = {
     'bottleneck': lambda: BottleneckDenoiser(8, num_train_timesteps=4).layers,
@@ -164,8 +164,8 @@ def test_what_is_kept():
     for mode in ('plain', 'default', 'memory_efficient'):
         level = FeatureDiffusion(64, 64, memory_efficient=mode == 'memory_efficient')
         level = plain(level) if mode == 'plain' else level
-        kept[mode] = kept_mib(lambda level=level: level(student, teacher).losses, [*level.parameters(), teacher])
-    size = student.numel() * 4 / 2**20
+        kept[mode] = kept_bytes(lambda level=level: level(student, teacher).losses, [*level.parameters(), teacher])
+    size = student.numel() * 4
     assert 50 * size < kept['plain'] < 60 * size
     assert kept['default'] < 0.5 * kept['plain']
     assert kept['memory_efficient'] < 0.25 * kept['plain']
