@@ -1,0 +1,269 @@
+"""What a distillation config will do, before anything is trained: no weights, no data."""
+
+import copy
+import re
+from math import ceil
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdiffkd.models.distillers.passes import passes
+from mmdiffkd.models.distillers.probe import blank_sample
+from mmdiffkd.models.distillers.taps import TapRecorder, flatten
+from mmdiffkd.utils import PREFIX, kept_bytes, preprocessor_of, resolve_config, skeleton
+
+from .build import build_distiller
+
+Size = Tuple[int, int]
+DEFAULT_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
+
+
+def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
+    """Tell what a config distils, and what that takes.
+
+    Args:
+        config (str): Path of the config.
+        cfg_options (dict, optional): Overrides, as on the command line.
+        size (tuple[int, int], optional): Height and width of the images. None takes what the preprocessor of the
+            student cuts to, else what is usual for the package. Defaults to None.
+
+    Returns:
+        dict: ``size``; ``pairs``, a dict for every pair and level; ``parameters`` and ``gflops`` of ``student``,
+        ``teacher`` (as far as its last tap) and ``diffusion_part`` (forward and backward), for one image, None where
+        they cannot be counted; ``kept_mib`` of the diffusion part for the backward pass of one image; ``overhead``,
+        operations of teacher and diffusion part over those of the student's step; ``distill``, what the defaults stand
+        for, as text to paste; ``warnings``.
+
+    Raises:
+        ValueError: If the config distils nothing.
+    """
+    cfg, model = build_distiller(config, cfg_options)
+    student_cfg = cfg.model.student
+    teacher = model.diffkd_teacher
+    size = size or _usual_size(cfg)
+    part_gflops, kept = _count_part(model, size)
+    student_net, teacher_net = skeleton(_with_top_level(student_cfg, cfg)), skeleton(teacher.model_cfg)
+    gflops = dict(
+        student=_count_pass(student_net, size),
+        teacher=_count_pass(teacher_net, size, {path: info.calls for path, info in teacher.taps.items()}),
+        diffusion_part=part_gflops,
+    )
+    student_parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(PREFIX))
+    parameters = dict(
+        student=student_parameters,
+        teacher=sum(p.numel() for p in teacher_net.parameters()),
+        diffusion_part=sum(p.numel() for p in model.diffkd.parameters()),
+    )
+    step = gflops['student'] and 3 * gflops['student']  # the backward pass takes twice the forward pass
+    known = None not in gflops.values()
+    return dict(
+        size=list(size),
+        pairs=_rows(model, size),
+        parameters=parameters,
+        gflops=gflops,
+        kept_mib=kept and kept / 2**20,
+        overhead=(gflops['teacher'] + gflops['diffusion_part']) / step if known else None,
+        distill=_distill_text(model),
+        warnings=_warnings(model, cfg, parameters),
+    )
+
+
+def list_taps(config: str, owner: str = 'student', size: Optional[Size] = None) -> Dict[str, List[List[int]]]:
+    """The modules of a model that can be tapped, with the shapes of what they return for one image.
+
+    Args:
+        config (str): A config of a distillation, or of a plain model (``owner`` has no meaning then).
+        owner (str): ``'student'`` or ``'teacher'``. Defaults to ``'student'``.
+        size (tuple[int, int], optional): Height and width of the images. Defaults to None, as for :func:`preview`.
+
+    Returns:
+        dict[str, list[list[int]]]: Shapes by path.
+
+    Raises:
+        RuntimeError: If the model runs neither without memory nor on the CPU at that size.
+    """
+    cfg = resolve_config(config)
+    size = size or _usual_size(cfg)
+    if 'student' in cfg.model and owner == 'teacher':
+        cfg = resolve_config(cfg.model.teacher.config)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
+    net = skeleton(_with_top_level(model_cfg, cfg))
+    shapes: Dict[str, List[List[int]]] = {}
+
+    def note(path):
+        def hook(module, inputs, output):
+            try:
+                tensors = flatten(output, path)
+            except ValueError:  # it returns something else
+                return
+            maps = [list(tensor.shape) for tensor in tensors if tensor is not None and tensor.dim() in (2, 3, 4)]
+            if maps:
+                shapes.setdefault(path, []).extend(maps)
+
+        return hook
+
+    for path, module in net.named_modules():
+        if path:
+            module.register_forward_hook(note(path))
+    _run_longest(net, size)
+    return {path: shapes[path] for path, _ in net.named_modules() if path in shapes}
+
+
+def _with_top_level(model_cfg, cfg: Config):
+    model_cfg = copy.deepcopy(model_cfg)
+    if 'data_preprocessor' in cfg and 'data_preprocessor' not in model_cfg:
+        model_cfg['data_preprocessor'] = cfg.data_preprocessor
+    return model_cfg
+
+
+def _usual_size(cfg: Config) -> Size:
+    preprocessor = preprocessor_of(cfg) if 'student' not in cfg.model else cfg.model.student.get('data_preprocessor')
+    size = (preprocessor or {}).get('size') or (cfg.get('img_scale') or DEFAULT_SIZES.get(cfg.get('default_scope')))
+    return tuple(size) if size else (224, 224)
+
+
+def _rows(model: nn.Module, size: Size) -> List[dict]:
+    rows = []
+    for name, pair in model.pairs.items():
+        ours, theirs = model._student_taps[pair.student], model.diffkd_teacher.taps[pair.teacher]
+        neck = model.diffkd[name]
+        for position, (s, t) in enumerate(model._matches[name]):
+            level = neck.levels[min(position, len(neck.levels) - 1)]
+            student, teacher = (
+                [info.channels[i], *_grid(info.strides[i], size)] for info, i in ((ours, s), (theirs, t))
+            )
+            rows.append(
+                dict(
+                    pair=name,
+                    level=s,
+                    student_tap=pair.student,
+                    student_shape=student,
+                    teacher_tap=pair.teacher,
+                    teacher_shape=teacher,
+                    resized=student[1:] != teacher[1:],
+                    adapter=_describe_conv(level.align),
+                    latent_channels=None if not level.denoise else level.proj[0].out_channels,
+                    autoencoder=level.denoise and level.autoencoder is not None,
+                    denoiser=type(level.denoiser).__name__ if level.denoise else None,
+                    steps=level.schedule.timesteps if level.denoise else None,
+                    distance=type(level.distance).__name__,
+                    loss_weight=getattr(level.distance, 'loss_weight', None),
+                )
+            )
+    return rows
+
+
+def _grid(stride: Optional[float], size: Size) -> List[int]:
+    return [1, 1] if stride is None else [ceil(side / stride) for side in size]
+
+
+def _describe_conv(module: nn.Module) -> Optional[str]:
+    return f'{module.in_channels} -> {module.out_channels}' if isinstance(module, nn.Conv2d) else None
+
+
+def _count_pass(net: nn.Module, size: Size, stop_after: Optional[Dict[str, int]] = None) -> Optional[float]:
+    """1e9 operations of a forward pass on one image; None if the model does not run on the meta device."""
+    net.to('meta')  # what is not there yet was built from numbers
+    with FlopCounterMode(display=False) as counter:
+        try:
+            with TapRecorder(net, stop_after or (), 'teacher', stop_after=stop_after or None):
+                _run_longest(net, size, shortest=bool(stop_after))
+        except Exception:
+            return None
+    return counter.get_total_flops() / 1e9
+
+
+@torch.no_grad()
+def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
+    """Run a model on a blank image by the longest, or the shortest, way that works."""
+    device = next(net.parameters()).device
+    images, samples = torch.zeros(1, 3, *size, device=device), [blank_sample(*size)]
+    ways = list(passes(net.eval()).values())
+    problem = None
+    for way in ways if shortest else reversed(ways):
+        try:
+            way(images, samples)
+            return
+        except Exception as error:
+            problem = error
+    raise RuntimeError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
+
+
+def _count_part(model: nn.Module, size: Size) -> Tuple[Optional[float], Optional[int]]:
+    """1e9 operations of the diffusion part, forward and backward, and the bytes it keeps, for one image."""
+    necks = copy.deepcopy(model.diffkd).to('meta').train()
+
+    def forward():
+        losses = []
+        for name, features in inputs.items():
+            for output in necks[name](*features):
+                losses += output.losses.values()
+        return sum(losses)
+
+    inputs = {}
+    for row in _rows(model, size):
+        student, teacher = inputs.setdefault(row['pair'], ([], []))
+        student.append(torch.empty(2, *row['student_shape'], device='meta', requires_grad=True))
+        teacher.append(torch.empty(2, *row['teacher_shape'], device='meta'))
+    there: List[Tensor] = [*necks.parameters(), *(x for pair in inputs.values() for levels in pair for x in levels)]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            forward().backward()
+        return counter.get_total_flops() / 2e9, kept_bytes(forward, there) // 2
+    except Exception:  # a distance that looks at numbers, say
+        return None, None
+
+
+def _distill_text(model: nn.Module) -> str:
+    pairs = {
+        name: dict(
+            student=pair.student,
+            teacher=pair.teacher,
+            levels=[s for s, _ in model._matches[name]],
+            neck=pair.neck,
+        )
+        for name, pair in model.pairs.items()
+    }
+    text = Config(dict(distill=pairs)).pretty_text.strip()
+    return re.sub(r'\[\s+([\d,\s]+?),?\s*\]', lambda match: f'[{" ".join(match[1].split())}]', text)
+
+
+def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List[str]:
+    found = []
+    teacher = model.diffkd_teacher
+    if parameters['teacher'] <= parameters['student']:
+        found.append(
+            f'The teacher has {parameters["teacher"] / 1e6:.1f} M parameters, no more than the student with '
+            f'{parameters["student"] / 1e6:.1f} M.'
+        )
+    if teacher._renormalise.student != teacher._renormalise.teacher:
+        found.append("The teacher's normalisation is another: it sees the student's images converted to its own.")
+    classes = [_num_classes(model_cfg) for model_cfg in (cfg.model.student, teacher.model_cfg)]
+    if None not in classes and classes[0] != classes[1]:
+        found.append(f'The student knows {classes[0]} classes, the teacher {classes[1]}: distil features, not logits.')
+    if not teacher.checkpoint:
+        found.append('teacher.checkpoint is missing: training would stop at once.')
+    for name, pair in model.pairs.items():
+        parts = pair.student.split('.')
+        owner = cfg.model.student.get(parts[0])
+        if len(parts) > 1 and isinstance(owner, dict) and owner.get('with_cp'):
+            found.append(
+                f"distill.{name} taps '{pair.student}' inside a part under activation checkpointing (with_cp=True): no "
+                f"gradient may come through it; tap '{parts[0]}'."
+            )
+    return found
+
+
+def _num_classes(model_cfg: dict) -> Optional[int]:
+    for head in ('bbox_head', 'decode_head', 'head'):
+        part = model_cfg.get(head)
+        if isinstance(part, dict) and 'num_classes' in part:
+            return part['num_classes']
+    box_head = (model_cfg.get('roi_head') or {}).get('bbox_head')
+    box_head = box_head[0] if isinstance(box_head, (list, tuple)) else box_head
+    return (box_head or {}).get('num_classes')

@@ -1,0 +1,100 @@
+"""Show what a distillation config will do: pairs and levels, shapes, sizes and costs. No weights, no data, seconds."""
+
+import argparse
+import json
+import sys
+
+from mmengine.config import DictAction
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from mmdiffkd.apis import list_taps, preview
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config of the distillation run')
+    parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='of the images')
+    parser.add_argument('--list-taps', choices=('student', 'teacher'), help='list modules that can be tapped instead')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    size = tuple(args.size) if args.size else None
+    try:
+        if args.list_taps:
+            result = list_taps(args.config, args.list_taps, size)
+        else:
+            result = preview(args.config, args.cfg_options, size)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+        print(f'Error: {error}', file=sys.stderr)
+        sys.exit(2)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    elif args.list_taps:
+        for path, shapes in result.items():
+            print(f'{path:50} {", ".join(map(shape, shapes))}')
+    else:
+        show(result)
+
+
+def shape(numbers) -> str:
+    return 'x'.join(map(str, numbers))
+
+
+def show(result) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a pipe has none of its own
+    print(f'Images of {shape(result["size"])}.')
+    table = Table(box=SIMPLE)
+    for name in ('pair', 'level', 'student', '', 'teacher', ' ', 'adapter', 'latent', 'denoiser', 'distance', 'weight'):
+        table.add_column(name, overflow='fold')
+    for row in result['pairs']:
+        latent = str(row['latent_channels'] or '-') + (' (autoencoder)' if row['autoencoder'] else '')
+        steps = f'{row["denoiser"]}, {len(row["steps"])} steps' if row['denoiser'] else '-'
+        weight = '-' if row['loss_weight'] is None else f'{row["loss_weight"]:g}'
+        table.add_row(
+            row['pair'],
+            str(row['level']),
+            row['student_tap'],
+            shape(row['student_shape']) + (' resized' if row['resized'] else ''),
+            row['teacher_tap'],
+            shape(row['teacher_shape']),
+            row['adapter'] or '-',
+            latent,
+            steps,
+            row['distance'],
+            weight,
+        )
+    console.print(table)
+
+    table = Table(box=SIMPLE)
+    for name in ('', 'parameters, M', 'GFLOP an image'):
+        table.add_column(name, justify='left' if not name else 'right')
+    labels = dict(
+        student='student, forward',
+        teacher='teacher, as far as its last tap',
+        diffusion_part='diffusion part, forward and backward',
+    )
+    for key, label in labels.items():
+        gflops = result['gflops'][key]
+        table.add_row(label, f'{result["parameters"][key] / 1e6:.2f}', '?' if gflops is None else f'{gflops:.1f}')
+    console.print(table)
+    if result['overhead'] is not None:
+        print(f"Teacher and diffusion part: {result['overhead']:.2f} times the operations of the student's own step.")
+    if result['kept_mib'] is not None:
+        print(f'Memory for the backward pass of the diffusion part: {result["kept_mib"]:.0f} MiB an image in float32.')
+    print(f'\nWhat is distilled, to paste and change:\n\n{result["distill"]}')
+    for warning in result['warnings']:
+        print(f'\nWarning: {warning}')
+
+
+if __name__ == '__main__':
+    main()
