@@ -130,4 +130,6 @@ def test_mistakes(args, message):
 def test_every_shipped_config(path):
     found = preview(str(path))
     assert found['pairs'] and all(min(row['student_shape']) > 0 for row in found['pairs'])
-    assert found['gflops']['teacher'] and found['gflops']['diffusion_part'] is not None
+    assert found['gflops']['diffusion_part'] is not None
+    # deformable convolutions do not run without numbers
+    assert (found['gflops']['teacher'] is None) is ('reppoints_x101' in path.stem)
