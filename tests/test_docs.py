@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mmengine._strategy  # noqa: F401  registers the strategies
 import pytest
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
