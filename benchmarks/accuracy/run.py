@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.accuracy.methods import GROUPS, METHODS
-from benchmarks.accuracy.table import write_page
+from benchmarks.accuracy.table import cell_file, write_page
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
@@ -58,8 +58,7 @@ def teacher_folder(args):
 
 def result_file(args, method, seed):
     """Where a cell writes what came of it."""
-    name = ''.join(c if c.isalnum() else '_' for c in method)
-    return args.results / args.set / f'{name}-{seed}.json'
+    return cell_file(args.results / args.set, method, seed)
 
 
 def train(cfg, result):

@@ -14,10 +14,14 @@ NAMES = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
 PERCENT = ('coco/bbox_mAP', 'coco/bbox_mAP_50')  # given between 0 and 1
 
 
+def cell_file(folder: Path, method: str, seed: int) -> Path:
+    """Where a cell writes what came of it."""
+    return folder / f'{"".join(c if c.isalnum() else "_" for c in method)}-{seed}.json'
+
+
 def values(folder: Path, method: str, seeds: Sequence[int], metric: str) -> List[float]:
     """A metric of the test split in percent, by seed; of cells that have a result."""
-    name = ''.join(c if c.isalnum() else '_' for c in method)
-    files = [folder / f'{name}-{seed}.json' for seed in seeds]
+    files = [cell_file(folder, method, seed) for seed in seeds]
     return [read(file, metric) for file in files if file.exists()]
 
 

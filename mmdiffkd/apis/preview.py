@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdiffkd.models.distillers.passes import passes
 from mmdiffkd.models.distillers.probe import blank_sample
 from mmdiffkd.models.distillers.taps import TapRecorder, flatten
-from mmdiffkd.utils import PREFIX, kept_bytes, preprocessor_of, resolve_config, skeleton
+from mmdiffkd.utils import PREFIX, kept_bytes, preprocessor_of, resolve_config, skeleton, with_preprocessor
 
 from .build import build_distiller
 
@@ -42,11 +42,11 @@ def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size
         ValueError: If the config distils nothing.
     """
     cfg, model = build_distiller(config, cfg_options)
-    student_cfg = cfg.model.student
     teacher = model.diffkd_teacher
     size = size or _usual_size(cfg)
-    part_gflops, kept = _count_part(model, size)
-    student_net, teacher_net = skeleton(_with_top_level(student_cfg, cfg)), skeleton(teacher.model_cfg)
+    rows = _rows(model, size)
+    part_gflops, kept = _count_part(model, rows)
+    student_net, teacher_net = _skeleton(cfg.model.student, cfg), skeleton(teacher.model_cfg)
     gflops = dict(
         student=_count_pass(student_net, size),
         teacher=_count_pass(teacher_net, size, {path: info.calls for path, info in teacher.taps.items()}),
@@ -62,7 +62,7 @@ def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size
     known = None not in gflops.values()
     return dict(
         size=list(size),
-        pairs=_rows(model, size),
+        pairs=rows,
         parameters=parameters,
         gflops=gflops,
         kept_mib=kept and kept / 2**20,
@@ -92,7 +92,7 @@ def list_taps(config: str, owner: str = 'student', size: Optional[Size] = None) 
         cfg = resolve_config(cfg.model.teacher.config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
-    net = skeleton(_with_top_level(model_cfg, cfg))
+    net = _skeleton(model_cfg, cfg)
     shapes: Dict[str, List[List[int]]] = {}
 
     def note(path):
@@ -114,11 +114,8 @@ def list_taps(config: str, owner: str = 'student', size: Optional[Size] = None) 
     return {path: shapes[path] for path, _ in net.named_modules() if path in shapes}
 
 
-def _with_top_level(model_cfg, cfg: Config):
-    model_cfg = copy.deepcopy(model_cfg)
-    if 'data_preprocessor' in cfg and 'data_preprocessor' not in model_cfg:
-        model_cfg['data_preprocessor'] = cfg.data_preprocessor
-    return model_cfg
+def _skeleton(model_cfg: dict, cfg: Config) -> nn.Module:
+    return skeleton(with_preprocessor(copy.deepcopy(model_cfg), cfg.get('data_preprocessor')))
 
 
 def _usual_size(cfg: Config) -> Size:
@@ -194,7 +191,7 @@ def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
     raise RuntimeError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
 
 
-def _count_part(model: nn.Module, size: Size) -> Tuple[Optional[float], Optional[int]]:
+def _count_part(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:
     """1e9 operations of the diffusion part, forward and backward, and the bytes it keeps, for one image."""
     necks = copy.deepcopy(model.diffkd).to('meta').train()
 
@@ -206,7 +203,7 @@ def _count_part(model: nn.Module, size: Size) -> Tuple[Optional[float], Optional
         return sum(losses)
 
     inputs = {}
-    for row in _rows(model, size):
+    for row in rows:
         student, teacher = inputs.setdefault(row['pair'], ([], []))
         student.append(torch.empty(2, *row['student_shape'], device='meta', requires_grad=True))
         teacher.append(torch.empty(2, *row['teacher_shape'], device='meta'))
