@@ -11,7 +11,7 @@ from tests.conftest import ROOT, load_tool
 SAMPLE = [
     ('mmdet', 'atss ddod deformable_detr detr faster_rcnn fcos gfl mask_rcnn mask2former qdtrack retinanet'),
     ('mmdet', 'reppoints rtmdet soft_teacher solov2 sparse_rcnn yolox'),
-    ('mmseg', 'bisenetv2 deeplabv3 mask2former ocrnet pidnet pspnet segformer setr stdc upernet'),
+    ('mmseg', 'bisenetv2 deeplabv3 mask2former ocrnet pidnet pspnet segformer segmenter stdc upernet'),
     ('mmpretrain', 'arcface deit inception_v3 lenet mlp_mixer mobilenet_v2 resnet simclr swin_transformer van'),
 ]
 FAMILIES = [(package, family) for package, families in SAMPLE for family in families.split()]
