@@ -238,7 +238,7 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
             f'The teacher has {parameters["teacher"] / 1e6:.1f} M parameters, no more than the student with '
             f'{parameters["student"] / 1e6:.1f} M.'
         )
-    if teacher._renormalise.student != teacher._renormalise.teacher:
+    if teacher.renormalise.student != teacher.renormalise.teacher:
         found.append("The teacher's normalisation is another: it sees the student's images converted to its own.")
     classes = [_num_classes(model_cfg) for model_cfg in (cfg.model.student, teacher.model_cfg)]
     if None not in classes and classes[0] != classes[1]:

@@ -1,4 +1,4 @@
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,17 @@ class DiffusionOutput(NamedTuple):
         gamma (Tensor, optional): Share of the student latent that is kept, (N, ); None without denoising.
         refined (Tensor): The denoised student feature that is compared, (N, C, H, W).
         target (Tensor): The detached teacher latent it is compared with, (N, C, H, W).
+        latent (Tensor): The aligned student feature before noise and denoising, (N, C, H, W).
+        samples (list[Tensor]): The noised latent, and what every denoising step made of it, (N, C, H, W) each; empty
+            without denoising. They are kept for the backward pass anyway.
     """
 
     losses: Dict[str, Tensor]
     gamma: Optional[Tensor]
     refined: Tensor
     target: Tensor
+    latent: Tensor
+    samples: Sequence[Tensor] = ()
 
 
 class FeatureDiffusion(nn.Module):
@@ -184,7 +189,7 @@ class FeatureDiffusion(nn.Module):
         latent = self._align(student, teacher.shape[-2:])
         target = teacher.detach()
         if not self.denoise:
-            return DiffusionOutput(dict(loss_kd=self._distance(latent, target, mask)), None, latent, target)
+            return DiffusionOutput(dict(loss_kd=self._distance(latent, target, mask)), None, latent, target, latent)
 
         losses = {}
         if self.autoencoder is not None:
@@ -192,10 +197,11 @@ class FeatureDiffusion(nn.Module):
             loss = F.mse_loss(reconstruction.float(), teacher.detach().float())
             losses['loss_reconstruction'] = self.loss_reconstruction_weight * loss
             target = target.detach()
-        refined, gamma = self._refine(latent, draws.adapter_noise)
+        samples, gamma = self._denoise(latent, draws.adapter_noise)
+        refined = self.proj(samples[-1])
         losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, draws)
         losses['loss_kd'] = self._distance(refined, target, mask)
-        return DiffusionOutput(losses, gamma, refined, target)
+        return DiffusionOutput(losses, gamma, refined, target, latent, samples)
 
     def _align(self, student: Tensor, size: torch.Size) -> Tensor:
         latent = self.align(student)
@@ -212,20 +218,20 @@ class FeatureDiffusion(nn.Module):
         mask = F.interpolate(mask.float(), teacher.shape[-2:], mode='nearest-exact')[:, 0] > 0
         return self.distance(student, teacher, mask)
 
-    def _refine(self, latent: Tensor, noise: Optional[Tensor]):
+    def _denoise(self, latent: Tensor, noise: Optional[Tensor]) -> Tuple[List[Tensor], Tensor]:
         """Blend noise into the student latent (equation 8) and denoise it step by step."""
         gamma = self.noise_adapter(latent)
         if noise is None:
             noise = _randn_like(latent)
-        sample = torch.lerp(noise, latent.float(), gamma.view(-1, 1, 1, 1))
+        samples = [torch.lerp(noise, latent.float(), gamma.view(-1, 1, 1, 1))]
         for index, timestep in enumerate(self.schedule.timesteps):
             # one row of the embedding serves the whole batch
             timesteps = torch.full((1,), timestep, dtype=torch.long, device=latent.device)
-            predicted = self.denoiser(sample, timesteps)
+            predicted = self.denoiser(samples[-1], timesteps)
             if index < len(self.schedule.timesteps) - self.backprop_steps:
                 predicted = predicted.detach()  # under no_grad, autocast would keep weights that get no gradient
-            sample = self.schedule.step(sample, predicted, index)
-        return self.proj(sample), gamma
+            samples.append(self.schedule.step(samples[-1], predicted, index))
+        return samples, gamma
 
     def _diffusion_loss(self, target: Tensor, draws: Draws) -> Tensor:
         """Train the denoiser on the teacher's latent."""

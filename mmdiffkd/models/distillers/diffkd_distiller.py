@@ -1,7 +1,7 @@
 import copy
 from contextlib import ExitStack
 from functools import cache, partial
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import ConfigDict
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils import PREFIX, check_is_data, nearest, with_preprocessor
 
+from ..diffusion import DiffusionOutput
 from .idle import touching
 from .ignored import counted_pixels, ignore_index_of
 from .levels import match_levels
@@ -23,6 +24,18 @@ from .probe import check_training_outputs, probe
 from .roi import check_roi_taps, is_roi_tap, record_rois
 from .taps import TapError, TapRecorder, find_module
 from .teacher import Teacher
+
+
+class Kept(NamedTuple):
+    """What an iteration compared, to be looked at after it.
+
+    Attributes:
+        images (Tensor): Preprocessed images of the student, (N, 3, H, W).
+        outputs (dict[str, dict[int, DiffusionOutput]]): By pair and level.
+    """
+
+    images: Tensor
+    outputs: Dict[str, Dict[int, DiffusionOutput]]
 
 
 @MODELS.register_module()
@@ -72,6 +85,8 @@ class DiffKDDistiller(BaseModel):
         self.touch_idle_part = False  # set by DistillScheduleHook
         self.skip_non_finite = False  # set by NonFiniteHook
         self.watch_tap_gradients = False  # set by NonFiniteHook
+        self.keep_outputs = False  # set by DiffKDVisualizationHook
+        self.kept: Optional[Kept] = None
         self.non_finite_losses: List[str] = []
         self.tap_gradients: Dict[Tuple[str, int], Tensor] = {}  # sums, by pair and level
         self._inherit = [inherit] if isinstance(inherit, str) else list(inherit or ())
@@ -186,7 +201,7 @@ class DiffKDDistiller(BaseModel):
                 recorder = stack.enter_context(self._record_images())
             losses = dict(super().loss(inputs, data_samples, **kwargs))
         images, samples = (inputs, data_samples) if is_images else (recorder.images[0], None)
-        size, masks = images.shape[-2:], {}
+        size, masks, kept = images.shape[-2:], {}, {}
         teacher_features = self.diffkd_teacher.features(images, samples, rois[0])
         for name, pair in self.pairs.items():
             tap = self._student_taps[pair.student]
@@ -205,6 +220,9 @@ class DiffKDDistiller(BaseModel):
                 [student[s] for s in levels], [teacher[t] for _, t in self._matches[name]], **options
             )
             losses.update(name_losses(name, outputs, levels, self.distill_weight))
+            kept[name] = dict(zip(levels, outputs))
+        if self.keep_outputs:
+            self.kept = Kept(images, kept)
         return losses
 
     def _record_images(self) -> ImageRecorder:

@@ -43,6 +43,19 @@ class Renormalisation:
                 image[:, :, shape[1] :] = self.pad_value
         return images
 
+    def displayed(self, inputs: Tensor) -> Tensor:
+        """The student's images as they are shown.
+
+        Args:
+            inputs (Tensor): Its preprocessed images, (N, 3, H, W) or (N, 1, H, W).
+
+        Returns:
+            Tensor: RGB between 0 and 1, (N, 3, H, W).
+        """
+        mean, std, is_rgb = self.student
+        images = (inputs.float() * _column(std, inputs) + _column(mean, inputs)) / 255
+        return (images if is_rgb else images.flip(1)).clamp(0, 1).expand(-1, 3, -1, -1)
+
 
 def _statistics(preprocessor: Optional[dict]):
     """Mean, standard deviation and whether images are RGB; mmpretrain calls the flag ``to_rgb``."""

@@ -68,7 +68,7 @@ class Teacher:
             )
         self.taps: Dict[str, TapInfo] = {}
         self._model: Optional[nn.Module] = None
-        self._renormalise: Optional[Renormalisation] = None
+        self.renormalise: Optional[Renormalisation] = None
         self._quick: Optional[nn.Module] = None  # a copy that gives the features, made with the first batch
         self._pass: Optional[Callable] = None  # how it runs as far as the last tap
 
@@ -113,7 +113,7 @@ class Teacher:
             student_preprocessor (dict, optional): Config of the preprocessor whose output it will see.
             taps (dict[str, TapInfo]): Its taps, from the dry run.
         """
-        self._renormalise = Renormalisation(student_preprocessor, preprocessor_of(self.cfg))
+        self.renormalise = Renormalisation(student_preprocessor, preprocessor_of(self.cfg))
         self.taps = taps
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class Teacher:
         Returns:
             dict[str, list[Tensor]]: The levels of every tap, each (N, C, H, W).
         """
-        images = self._renormalise(inputs, data_samples)
+        images = self.renormalise(inputs, data_samples)
         if self._quick is None:
             self._quick = self._quicken(images, data_samples, rois)
             self._pass = self._pass_of(self._quick)
