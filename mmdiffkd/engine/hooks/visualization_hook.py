@@ -1,9 +1,12 @@
 from typing import Optional, Sequence
 
+import numpy as np
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmengine.visualization import MLflowVisBackend, Visualizer
 
+from mmdiffkd.models import FeatureDiffusionNeck
 from mmdiffkd.registry import HOOKS
 from mmdiffkd.utils import PREFIX
 from mmdiffkd.visualization import draw_comparison, draw_steps
@@ -66,11 +69,19 @@ class DiffKDVisualizationHook(Hook):
         for pair, levels in kept.outputs.items():
             for level, output in levels.items():
                 label, name = f'{pair}, level {level}', f'{PREFIX}{pair}.{level}'
-                runner.visualizer.add_image(name, draw_comparison(label, image, output, step), step)
-                strip = draw_steps(label, output, self._timesteps(model.diffkd[pair]), step)
+                _add_image(runner.visualizer, name, draw_comparison(label, image, output, step), step)
+                strip = draw_steps(label, output, _timesteps(model.diffkd[pair]), step)
                 if strip is not None:
-                    runner.visualizer.add_image(f'{name}.steps', strip, step)
+                    _add_image(runner.visualizer, f'{name}.steps', strip, step)
 
-    def _timesteps(self, neck) -> Sequence[int]:
-        level = neck.levels[0]  # all are built alike
-        return level.schedule.timesteps if level.denoise else ()
+
+def _timesteps(neck: FeatureDiffusionNeck) -> Sequence[int]:
+    level = neck.levels[0]  # all are built alike
+    return level.schedule.timesteps if level.denoise else ()
+
+
+def _add_image(visualizer: Visualizer, name: str, picture: np.ndarray, step: int) -> None:
+    """``Visualizer.add_image``, but for MLflow, which takes the name for a file's and asks for its extension."""
+    for backend in visualizer._vis_backends.values():
+        is_mlflow = isinstance(backend, MLflowVisBackend)
+        backend.add_image(f'{name}_{step}.png' if is_mlflow else name, picture, step)

@@ -1,9 +1,15 @@
 """Pictures of real runs."""
 
+from pathlib import Path
+
 import cv2
 import pytest
 import torch
+from mmengine.registry import VISBACKENDS
 from mmengine.runner import Runner
+from mmengine.visualization import BaseVisBackend, MLflowVisBackend
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import tiny
 
@@ -64,6 +70,37 @@ def test_resting_iterations_wait_for_the_next(train, tmp_path):
     schedule = dict(type='mmdiffkd.DistillScheduleHook', begin=2, by_epoch=False)
     train(hooks=[schedule, dict(type='mmdiffkd.DiffKDVisualizationHook', interval=10)])
     assert {name.rsplit('_', 1)[1] for name in pictures(tmp_path)} == {'3.png'}
+
+
+def test_tensorboard_has_pictures_and_scalars_of_every_level(train, tmp_path):
+    train(
+        iterations=1, visualizer__vis_backends=[dict(type='TensorboardVisBackend')], default_hooks__logger__interval=1
+    )
+    (folder,) = {path.parent for path in tmp_path.glob('run/*/vis_data/events.*')}
+    events = EventAccumulator(str(folder), size_guidance=dict(images=0)).Reload()
+    assert {'diffkd.fpn.0', 'diffkd.fpn.0.steps', 'diffkd.fpn.3'} <= set(events.Tags()['images'])
+    assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.kd.3', 'diffkd.fpn.gamma.3'} <= set(events.Tags()['scalars'])
+    (picture,) = events.Images('diffkd.fpn.0')
+    assert picture.step == 1 and picture.width > 1000
+
+
+@VISBACKENDS.register_module(force=True)
+class MLflowNames(MLflowVisBackend):
+    """MLflow's backend without its server: it saves pictures by their names, as MLflow does."""
+
+    __init__ = BaseVisBackend.__init__
+    _init_env = add_config = add_scalar = add_scalars = close = lambda self, *args, **kwargs: None
+
+    def add_image(self, name, image, step=0, **kwargs):
+        folder = Path(self._save_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+
+
+def test_mlflow_takes_names_for_files(train, tmp_path):
+    train(visualizer__vis_backends=[dict(type='MLflowNames')])
+    names = {path.name for path in tmp_path.glob('run/*/vis_data/*.png')}
+    assert {'diffkd.fpn.0_1.png', 'diffkd.fpn.0_2.png', 'diffkd.fpn.0.steps_4.png'} <= names
 
 
 def test_a_resumed_run_draws_at_its_intervals(train, tmp_path):
