@@ -1,13 +1,17 @@
 from .build import build_distiller, build_model
+from .distill import distill
 from .export import student_config, student_weights
+from .make_config import make_config
 from .preview import list_taps, preview
 from .run_config import load_run_config
 
 __all__ = [
     'build_distiller',
     'build_model',
+    'distill',
     'list_taps',
     'load_run_config',
+    'make_config',
     'preview',
     'student_config',
     'student_weights',

@@ -1,6 +1,6 @@
 from mmengine.config import Config, ConfigDict
 
-from mmdiffkd.utils import read_checkpoint, without_diffusion_part
+from mmdiffkd.utils import imports_of, read_checkpoint, without_diffusion_part
 
 PACKAGE = 'mmdiffkd'
 
@@ -44,11 +44,9 @@ def student_config(cfg: Config) -> Config:
     content.model = model
     if content.get('resume'):  # the config of a resumed run
         content.resume = False
-    if imports := content.pop('custom_imports', None):
-        names = [imports['imports']] if isinstance(imports['imports'], str) else imports['imports']
-        kept = [name for name in names if name.split('.')[0] != PACKAGE]
-        if kept:
-            content.custom_imports = dict(imports, imports=kept)
+    kept, imports = imports_of(cfg), content.pop('custom_imports', None)
+    if kept:
+        content.custom_imports = dict(imports, imports=kept)
     if 'custom_hooks' in content:
         content.custom_hooks = [hook for hook in content.custom_hooks if not _is_ours(hook)]
     checkpoint = content.get('default_hooks', {}).get('checkpoint')

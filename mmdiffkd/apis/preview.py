@@ -1,7 +1,6 @@
 """What a distillation config will do, before anything is trained: no weights, no data."""
 
 import copy
-import re
 from math import ceil
 from typing import Dict, List, Optional, Tuple
 
@@ -17,6 +16,7 @@ from mmdiffkd.models.distillers.taps import TapRecorder, flatten
 from mmdiffkd.utils import PREFIX, kept_bytes, preprocessor_of, resolve_config, skeleton, with_preprocessor
 
 from .build import build_distiller
+from .distill_text import distill_text
 
 Size = Tuple[int, int]
 DEFAULT_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
@@ -67,7 +67,7 @@ def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size
         gflops=gflops,
         kept_mib=kept and kept / 2**20,
         overhead=(gflops['teacher'] + gflops['diffusion_part']) / step if known else None,
-        distill=_distill_text(model),
+        distill=distill_text(model),
         warnings=_warnings(model, cfg, parameters),
     )
 
@@ -214,20 +214,6 @@ def _count_part(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Op
         return counter.get_total_flops() / 2e9, kept_bytes(forward, there) // 2
     except Exception:  # a distance that looks at numbers, say
         return None, None
-
-
-def _distill_text(model: nn.Module) -> str:
-    pairs = {
-        name: dict(
-            student=pair.student,
-            teacher=pair.teacher,
-            levels=[s for s, _ in model._matches[name]],
-            neck=pair.neck,
-        )
-        for name, pair in model.pairs.items()
-    }
-    text = Config(dict(distill=pairs)).pretty_text.strip()
-    return re.sub(r'\[\s+([\d,\s]+?),?\s*\]', lambda match: f'[{" ".join(match[1].split())}]', text)
 
 
 def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List[str]:

@@ -7,7 +7,15 @@ from .checkpoint import (
     read_checkpoint,
     without_diffusion_part,
 )
-from .config import image_channels, model_of, preprocessor_of, resolve_config, with_preprocessor, zoo_checkpoint
+from .config import (
+    image_channels,
+    imports_of,
+    model_of,
+    preprocessor_of,
+    resolve_config,
+    with_preprocessor,
+    zoo_checkpoint,
+)
 from .kept import kept_bytes
 from .skeleton import skeleton
 from .suggest import nearest
@@ -18,6 +26,7 @@ __all__ = [
     'check_is_data',
     'fingerprint',
     'image_channels',
+    'imports_of',
     'kept_bytes',
     'load_strict',
     'model_of',

@@ -4,7 +4,7 @@ import copy
 import os.path as osp
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
@@ -61,6 +61,12 @@ def with_preprocessor(model: ConfigDict, preprocessor: Optional[dict]) -> Config
 def preprocessor_of(cfg: Config) -> Optional[dict]:
     """The data preprocessor of a config: the model's own, or the top-level one (mmpretrain's way)."""
     return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+
+
+def imports_of(cfg: Config) -> List[str]:
+    """The modules that a config imports (``custom_imports``), but for this package's."""
+    names = (cfg.get('custom_imports') or {}).get('imports') or []
+    return [name for name in ([names] if isinstance(names, str) else names) if name.split('.')[0] != 'mmdiffkd']
 
 
 def image_channels(preprocessor: Optional[dict]) -> int:

@@ -1,0 +1,111 @@
+"""A distillation in one call."""
+
+import copy
+import time
+from pathlib import Path
+from typing import Optional, Sequence, Union
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmdiffkd.utils import imports_of, resolve_config, zoo_checkpoint
+
+from .export import student_config, student_weights
+
+Source = Union[str, Path, Config]
+
+
+def distill(
+    student_config: Source,
+    teacher_config: Source,
+    teacher_checkpoint: str = 'zoo',
+    work_dir: str = 'work_dirs/distill',
+    pairs: Optional[dict] = None,
+    inherit: Optional[Sequence[str]] = None,
+    custom_hooks: Sequence[dict] = (),
+    cfg_options: Optional[dict] = None,
+    resume: bool = False,
+) -> dict:
+    """Train a student with a teacher, and export it.
+
+    Data, schedule and optimizer are the student's config's. The log is mmengine's.
+
+    Args:
+        student_config (str, Path or Config): Config of the student: ``pkg::path``, a file, or a config at hand.
+        teacher_config (str, Path or Config): Config of the teacher.
+        teacher_checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for those that the package lists
+            for ``teacher_config``. Defaults to ``'zoo'``.
+        work_dir (str): Folder for logs and checkpoints. Defaults to ``'work_dirs/distill'``.
+        pairs (dict, optional): What is compared, the ``distill`` of configs. Defaults to what suits the task.
+        inherit (list[str], optional): Modules that the student takes from the teacher before training.
+        custom_hooks (list[dict]): Hooks beside the config's, such as
+            ``dict(type='mmdiffkd.DiffKDVisualizationHook')``. Defaults to none.
+        cfg_options (dict, optional): Other settings, as on the command line: ``{'train_cfg.max_epochs': 12}``.
+        resume (bool): Go on from the newest checkpoint in ``work_dir``. Defaults to False.
+
+    Returns:
+        dict: ``config`` and ``checkpoint`` of the run; ``student_config`` and ``student_checkpoint``, which open in
+        the student's own package without this one; ``metrics``, of the last validation, empty without one.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: If a config or the weights are not there, or the two cannot
+            be distilled.
+    """
+    cfg = _run_config(student_config, teacher_config, teacher_checkpoint, pairs, inherit)
+    cfg.work_dir, cfg.resume = str(work_dir), resume
+    cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *custom_hooks]
+    cfg.merge_from_dict(cfg_options or {})
+    # mmengine keeps visualizers by name: a second run in a process would draw into the folder of the first
+    cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
+    cfg.visualizer.name = f'{work_dir}_{time.time_ns()}'
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.train()
+    return _export(runner, Path(cfg.work_dir))
+
+
+def _run_config(
+    student: Source, teacher: Source, checkpoint: str, pairs: Optional[dict], inherit: Optional[Sequence[str]]
+) -> Config:
+    cfg = copy.deepcopy(student) if isinstance(student, Config) else resolve_config(student)
+    if 'student' in cfg.model:
+        raise ValueError('student_config is a distillation already; train it with tools/train.py or a Runner.')
+    if isinstance(teacher, Config):
+        if checkpoint == 'zoo':
+            raise ValueError("teacher_checkpoint='zoo' needs teacher_config='pkg::path'; give a path or URL instead.")
+        kept = ('model', 'default_scope', 'data_preprocessor', 'custom_imports')
+        teacher = {key: value for key, value in teacher.to_dict().items() if key in kept}
+    elif checkpoint == 'zoo':
+        checkpoint = zoo_checkpoint(str(teacher))
+    model = dict(
+        type='mmdiffkd.DiffKDDistiller',
+        student=cfg.model,
+        teacher=dict(config=str(teacher) if isinstance(teacher, Path) else teacher, checkpoint=checkpoint),
+    )
+    cfg.model = {**model, **(dict(distill=pairs) if pairs else {}), **(dict(inherit=inherit) if inherit else {})}
+    cfg.custom_imports = dict(imports=[*imports_of(cfg), 'mmdiffkd'], allow_failed_imports=False)
+    cfg.merge_from_dict(dict(default_hooks=dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))))
+    return cfg
+
+
+def _export(runner: Runner, work_dir: Path) -> dict:
+    checkpoint = (work_dir / 'last_checkpoint').read_text().strip()
+    config, plain_config, plain_checkpoint = (
+        str(work_dir / name) for name in ('distill.py', 'student.py', 'student.pth')
+    )
+    runner.cfg.dump(config)
+    student_config(runner.cfg).dump(plain_config)
+    torch.save(student_weights(checkpoint), plain_checkpoint)
+    metrics = {
+        key[len('val/') :]: float(scalar.current())
+        for key, scalar in runner.message_hub.log_scalars.items()
+        if key.startswith('val/') and key not in ('val/time', 'val/data_time')
+    }
+    return dict(
+        config=config,
+        checkpoint=checkpoint,
+        student_config=plain_config,
+        student_checkpoint=plain_checkpoint,
+        metrics=metrics,
+    )

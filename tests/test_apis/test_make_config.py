@@ -1,0 +1,114 @@
+import re
+
+import pytest
+from mmengine.config import Config
+
+from mmdiffkd.apis import build_distiller, make_config
+from tests import tiny
+from tests.conftest import ROOT, run_tool
+
+STUDENT = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
+
+
+def pairs_of(config):
+    cfg, model = build_distiller(str(config))
+    return {name: (pair.student, pair.teacher, pair.levels, pair.neck) for name, pair in model.pairs.items()}
+
+
+def uncommented(text):
+    """The config with everything in it that can be turned."""
+    return re.sub(r'^( *)# (?= *(distill|custom_hooks|[\w*.]+[=(]|[\])]))', r'\1', text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    'student, teacher',
+    [
+        (STUDENT, TEACHER),
+        ('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py'),
+        (
+            'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+            'mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
+        ),
+        ('mmpretrain::resnet/resnet18_8xb32_in1k.py', 'mmpretrain::resnet/resnet34_8xb32_in1k.py'),
+    ],
+)
+def test_it_distils_by_default_what_its_comments_say(student, teacher, tmp_path):
+    text = make_config(student, teacher, output=str(tmp_path / 'new' / 'small.py'))
+    file = tmp_path / 'new' / 'small.py'
+    assert file.read_text() == text and [path.name for path in file.parent.iterdir()] == ['small.py']
+    cfg = Config.fromfile(file)
+    assert cfg.model.teacher == dict(config=teacher, checkpoint='zoo')
+    assert 'distill' not in cfg.model and cfg.default_hooks.checkpoint.type == 'mmdiffkd.CheckpointHook'
+    full = tmp_path / 'full.py'
+    full.write_text(uncommented(text))
+    cfg = Config.fromfile(full)
+    assert {'mmdiffkd.DiffKDVisualizationHook', 'mmdiffkd.TeacherCheckHook'} <= {hook.type for hook in cfg.custom_hooks}
+    spelt_out = {name: (pair.student, pair.teacher, pair.levels, pair.neck) for name, pair in cfg.model.distill.items()}
+    default = pairs_of(file)
+    assert {name: pair[:2] for name, pair in spelt_out.items()} == {name: pair[:2] for name, pair in default.items()}
+    assert pairs_of(full).keys() == default.keys()
+
+
+def test_hooks_and_imports_of_the_student_stay(tmp_path):
+    student = tmp_path / 'mine' / 'student.py'
+    student.parent.mkdir()
+    student.write_text(
+        f"_base_ = '{STUDENT}'\ncustom_imports = dict(imports=['json'])\ncustom_hooks = [dict(type='EMAHook')]\n"
+    )
+    file = tmp_path / 'configs' / 'small.py'
+    text = make_config(str(student), TEACHER, output=str(file))
+    assert "_base_ = '../mine/student.py'" in text
+    file.write_text(uncommented(text))
+    cfg = Config.fromfile(file)
+    assert cfg.custom_imports.imports == ['json', 'mmdiffkd']
+    assert cfg.custom_hooks[0].type == 'EMAHook' and len(cfg.custom_hooks) == 3
+
+
+def test_local_files_are_found_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / 'teacher.pth').touch()
+    folder = ROOT / 'configs' / 'deeppcb'
+    local = [str(folder / name) for name in ('retinanet_r18_deeppcb.py', 'retinanet_r50_deeppcb.py')]
+    make_config(*local, checkpoint=str(tmp_path / 'teacher.pth'), output=str(tmp_path / 'small.py'))
+    monkeypatch.chdir(tmp_path)
+    assert pairs_of('small.py')['fpn'][:2] == ('neck', 'neck')
+    (tmp_path / 'printed.py').write_text(make_config(*local, checkpoint='https://x/teacher.pth'))
+    assert pairs_of('printed.py')['fpn'][:2] == ('neck', 'neck')
+
+
+def test_mistakes(tmp_path):
+    def error(kind, match, *args, **options):
+        with pytest.raises(kind, match=match):
+            make_config(*args, output=str(tmp_path / 'small.py'), **options)
+        assert not (tmp_path / 'small.py').exists()
+
+    local = str(ROOT / 'configs' / 'deeppcb' / 'retinanet_r50_deeppcb.py')
+    distillation = str(ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py')
+    error(FileNotFoundError, 'the nearest are.*retinanet_r50_fpn_1x_coco', STUDENT.replace('1x', '9x'), TEACHER)
+    error(ModuleNotFoundError, "'mmnot'", 'mmnot::x.py', TEACHER)
+    error(ValueError, 'is a distillation already', distillation, TEACHER)
+    error(ValueError, "checkpoint='zoo' needs", STUDENT, local)
+    error(FileNotFoundError, "checkpoint 'gone.pth' does not exist", STUDENT, TEACHER, checkpoint='gone.pth')
+    error(ValueError, 'There is no default tap.*name one', STUDENT, 'mmpretrain::resnet/resnet34_8xb32_in1k.py')
+
+
+def test_configs_in_pure_python_are_refused(tmp_path):
+    student = tmp_path / 'lazy.py'
+    student.write_text('from mmdet.models import RetinaNet\nmodel = dict(type=RetinaNet)\n')
+    with pytest.raises(ValueError, match='pure Python'):
+        make_config(str(student), TEACHER)
+
+
+def test_no_file_is_written_over(tmp_path):
+    (tmp_path / 'small.py').write_text('x = 1')
+    with pytest.raises(FileExistsError, match='small.py'):
+        make_config(STUDENT, TEACHER, output=str(tmp_path / 'small.py'))
+
+
+def test_tool(tmp_path):
+    done = run_tool('misc/make_config.py', STUDENT, TEACHER, '-o', tmp_path / 'small.py')
+    assert 'preview.py' in done.stdout
+    printed = run_tool('misc/make_config.py', STUDENT, TEACHER).stdout
+    assert (tmp_path / 'small.py').read_text() in printed
+    done = run_tool('misc/make_config.py', STUDENT, tiny.RETINANET.replace('retinanet', 'retina'), check=False)
+    assert done.returncode == 2 and 'Error: There is no config' in done.stdout and 'Traceback' not in done.stdout

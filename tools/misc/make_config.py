@@ -1,0 +1,34 @@
+"""Write the config that distils a teacher into a student, from the configs of both."""
+
+import argparse
+import sys
+
+from mmdiffkd.apis import make_config
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('student', help='config of the student: pkg::path or a file')
+    parser.add_argument('teacher', help='config of the teacher: pkg::path or a file')
+    parser.add_argument(
+        '--checkpoint', default='zoo', help="weights of the teacher: a path, a URL, or what its package lists ('zoo')"
+    )
+    parser.add_argument('-o', '--output', help='file to write (default: print)')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    try:
+        text = make_config(args.student, args.teacher, args.checkpoint, args.output)
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        print(f'Error: {error}', file=sys.stderr)
+        sys.exit(2)
+    if args.output is None:
+        print(text, end='')
+    else:
+        print(f'{args.output}: look at it with tools/analysis_tools/preview.py, train it with tools/train.py.')
+
+
+if __name__ == '__main__':
+    main()
