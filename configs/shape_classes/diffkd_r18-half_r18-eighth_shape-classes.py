@@ -12,3 +12,4 @@ model = dict(
     distill=dict(feat=dict(neck=dict(latent_channels=None)), logits=dict()),
 )
 default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
+custom_hooks = [dict(type='mmdiffkd.DiffKDVisualizationHook', interval=100)]

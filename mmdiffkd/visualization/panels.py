@@ -107,6 +107,7 @@ def _draw_vectors(title: str, image: Tensor, features: List[Tuple[str, Tensor]])
     for label, feature in features:
         right.plot(feature.flatten()[order].numpy(), label=label, **styles[label])
     right.set_xlabel("channels, in the order of the teacher's", fontsize=7, color=SOFT)
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.tick_params(labelsize=6, colors=SOFT)
     right.spines[['top', 'right']].set_visible(False)
     right.legend(fontsize=7, frameon=False)
