@@ -17,9 +17,12 @@ from mmdiffkd.utils import PREFIX, kept_bytes, preprocessor_of, resolve_config, 
 
 from .build import build_distiller
 from .distill_text import distill_text
+from .dry_training import try_training_taps
 
 Size = Tuple[int, int]
 DEFAULT_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
+
+UNTRIED = 'The student does not run on random images here, so its taps were not tried in a training pass.'
 
 
 def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
@@ -39,9 +42,10 @@ def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size
         for, as text to paste; ``warnings``.
 
     Raises:
-        ValueError: If the config distils nothing.
+        ValueError: If the config distils nothing, or a tap gives nothing to distil while the student trains.
     """
     cfg, model = build_distiller(config, cfg_options)
+    tried = try_training_taps(cfg, model)
     teacher = model.diffkd_teacher
     size = size or _usual_size(cfg)
     rows = _rows(model, size)
@@ -68,7 +72,7 @@ def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size
         kept_mib=kept and kept / 2**20,
         overhead=(gflops['teacher'] + gflops['diffusion_part']) / step if known else None,
         distill=distill_text(model),
-        warnings=_warnings(model, cfg, parameters),
+        warnings=_warnings(model, cfg, parameters) + ([] if tried else [UNTRIED]),
     )
 
 

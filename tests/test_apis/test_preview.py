@@ -98,6 +98,17 @@ def test_taps():
     assert set(student) <= {name for name, _ in model.named_modules()}
 
 
+def test_taps_that_give_nothing_while_the_student_trains():
+    """Known before training: one that is no module call then, and one that is frozen."""
+    camvid = ROOT / 'configs' / 'camvid' / 'diffkd_deeplabv3_r18-half_r18-quarter_camvid.py'
+    head = dict(student='decode_head', teacher='decode_head')
+    with pytest.raises(ValueError, match="distill.x: the student's 'decode_head' is not called as a module while it"):
+        preview(str(camvid), {'model.distill': dict(x=head)})
+    stem = dict(student='backbone.layer1', teacher='backbone.layer1')
+    with pytest.raises(ValueError, match='distill.x: no gradient reaches the student'):
+        preview(str(CONFIG), {'model.distill.x': stem}, size=(128, 128))
+
+
 @pytest.mark.slow
 def test_command(tmp_path):
     text = run_tool(TOOL, CONFIG).stdout
@@ -131,5 +142,6 @@ def test_every_shipped_config(path):
     found = preview(str(path))
     assert found['pairs'] and all(min(row['student_shape']) > 0 for row in found['pairs'])
     assert found['gflops']['diffusion_part'] is not None
+    assert not any('not tried in a training pass' in warning for warning in found['warnings'])
     # deformable convolutions do not run without numbers
     assert (found['gflops']['teacher'] is None) is ('reppoints_x101' in path.stem)

@@ -89,7 +89,7 @@ class DDIMSchedule(nn.Module):
         Args:
             sample (Tensor): x_t at ``timesteps[index]``, (N, C, H, W).
             noise (Tensor): The denoiser's eps, same shape.
-            index (int): Position in :attr:`timesteps`.
+            index (int): Position in ``timesteps``.
 
         Returns:
             Tensor: x at the next timestep in float32, (N, C, H, W).

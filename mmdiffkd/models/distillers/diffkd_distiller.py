@@ -20,7 +20,7 @@ from .levels import match_levels
 from .log_names import name_losses, non_finite_names
 from .pairs import read_pairs
 from .passes import ENCODERS, ImageRecorder, encoder_path
-from .probe import check_training_outputs, probe
+from .probe import check_gradient, check_training_outputs, probe
 from .roi import check_roi_taps, is_roi_tap, record_rois
 from .taps import TapError, TapRecorder, find_module
 from .teacher import Teacher
@@ -51,7 +51,7 @@ class DiffKDDistiller(BaseModel):
         teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
             ``'zoo'``) of the teacher. None trains the student alone. Defaults to None.
         distill (dict, optional): What is compared, ``{name: dict(student=, teacher=, levels=, neck=)}``. Defaults to
-            what :func:`default_distill` has for the task.
+            what :func:`.default_distill` has for the task.
         inherit (list[str], optional): Modules whose weights the student takes from the teacher before training, such
             as ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): Top-level preprocessor that the Runner hands over; the student gets it
@@ -209,7 +209,7 @@ class DiffKDDistiller(BaseModel):
             student = taps.features(pair.student, size, tap.tokens)
             teacher = teacher_features[pair.teacher]
             levels = [s for s, _ in self._matches[name]]
-            _check_gradient(name, pair.student, student, levels)
+            check_gradient(name, pair.student, student, levels)
             if self.watch_tap_gradients and torch.is_grad_enabled():
                 self._watch(name, {level: student[level] for level in levels})
             label = self._ignored_labels[name]
@@ -283,20 +283,6 @@ def _keep_fresh_part(model: nn.Module, incompatible_keys) -> None:
     if part and set(part) <= set(missing):
         missing[:] = [key for key in missing if not key.startswith(PREFIX)]
         print_log('The checkpoint holds no diffusion part (diffkd.*), it starts fresh.', logger='current')
-
-
-def _check_gradient(pair: str, path: str, features: Sequence[Tensor], levels: Sequence[int]) -> None:
-    """Distilling what does not learn would go unnoticed."""
-    lost = [level for level in levels if not features[level].requires_grad]
-    if lost and torch.is_grad_enabled():
-        others = [level for level in levels if level not in lost]
-        cure = f'choose levels={others}' if others else 'tap another module'
-        raise TapError(
-            f"distill.{pair}: no gradient reaches the student through its tap '{path}', level {lost[0]}. Either it is "
-            f'frozen: {cure}. Or it lies inside a part under '
-            'reentrant activation checkpointing (with_cp=True, activation_checkpointing=[...]): tap the module around '
-            'that part, or switch the checkpointing off there.'
-        )
 
 
 def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optional[dict] = None, **kwargs):

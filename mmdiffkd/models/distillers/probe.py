@@ -2,12 +2,13 @@
 
 import copy
 from logging import DEBUG
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
+from torch import Tensor
 
 from mmdiffkd.utils import image_channels
 
@@ -111,6 +112,30 @@ def check_training_outputs(pair: str, path: str, outputs: List[list], tap: TapIn
             f"distill.{pair}: the student's '{path}' returns other outputs while it trains ({_widths(widths)} "
             f'channels) than while it predicts ({_widths(tap.channels)}), so it is not clear which to compare; tap a '
             'layer inside it.'
+        )
+
+
+def check_gradient(pair: str, path: str, features: Sequence[Tensor], levels: Sequence[int]) -> None:
+    """Check that a tap sends gradient to the student: distilling what does not learn would go unnoticed.
+
+    Args:
+        pair (str): Name of the pair, for the error message.
+        path (str): The tap.
+        features (list[Tensor]): What it returned, one a level.
+        levels (list[int]): Those that are distilled.
+
+    Raises:
+        TapError: If no gradient reaches the student through one of them.
+    """
+    lost = [level for level in levels if not features[level].requires_grad]
+    if lost and torch.is_grad_enabled():
+        others = [level for level in levels if level not in lost]
+        cure = f'choose levels={others}' if others else 'tap another module'
+        raise TapError(
+            f"distill.{pair}: no gradient reaches the student through its tap '{path}', level {lost[0]}. Either it is "
+            f'frozen: {cure}. Or it lies inside a part under '
+            'reentrant activation checkpointing (with_cp=True, activation_checkpointing=[...]): tap the module around '
+            'that part, or switch the checkpointing off there.'
         )
 
 

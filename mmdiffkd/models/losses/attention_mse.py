@@ -7,7 +7,7 @@ from mmdiffkd.registry import MODELS
 class AttentionMSELoss(nn.Module):
     """Mean squared error weighted by the teacher's spatial attention, the paper's variant for detection.
 
-    The weight of a position is V = H W softmax(mean_c |F_t| / tau), whose mean over the map is 1. The paper gives
+    The weight of a position is ``V = H W softmax(mean_c |F_t| / tau)``, whose mean over the map is 1. The paper gives
     this map but not how it enters the loss; here each position's squared error is multiplied by it.
 
     Args:
