@@ -1,8 +1,11 @@
+import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+bdist_wheel = Distribution().get_command_class('bdist_wheel')  # setuptools' own, before 70.1 wheel's
 
 
 def requirements(name):
@@ -14,15 +17,73 @@ def version():
     return (ROOT / 'mmdiffkd' / 'version.py').read_text().split("'")[1]
 
 
+def copy_mim(folder):
+    """What mim looks for in an installed package, and nothing that an earlier build left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ('configs', 'tools'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy2(ROOT / 'model-index.yml', folder)
+
+
+class BuildPackage(build_py):
+    """The package with ``.mim``.
+
+    An editable install has none: onedl-mim searches the whole repository and refuses a config that it finds twice.
+    """
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            copy_mim(Path(self.build_lib, 'mmdiffkd', '.mim'))
+
+
+class BuildWheel(bdist_wheel):
+    """A wheel with ``.mim`` in two places.
+
+    onedl-mim looks in the folder of the first file that pip recorded. Where package and distribution share their name,
+    that is not the package, where openmim looks, but the ``.dist-info`` beside it.
+    """
+
+    def write_wheelfile(self, wheelfile_base, **kwargs):
+        super().write_wheelfile(wheelfile_base, **kwargs)
+        packed = Path(self.bdist_dir, 'mmdiffkd', '.mim')
+        if packed.is_dir():  # not in an editable install
+            shutil.copytree(packed, Path(wheelfile_base, '.mim'))
+
+
 setup(
     name='mmdiffkd',
     version=version(),
     description='DiffKD: denoised feature distillation for mmdet, mmseg and mmpretrain models',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
+    author='The mmdiffkd authors',
     license='Apache-2.0',
+    keywords=[
+        'knowledge distillation',
+        'diffusion model',
+        'model compression',
+        'object detection',
+        'semantic segmentation',
+        'image classification',
+        'OpenMMLab',
+    ],
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3 :: Only',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
     packages=find_packages(include=['mmdiffkd', 'mmdiffkd.*']),
+    package_data={'mmdiffkd': ['report/*.html']},
     python_requires='>=3.10',
     install_requires=requirements('runtime.txt'),
     extras_require=dict(tests=requirements('tests.txt')),
+    cmdclass=dict(build_py=BuildPackage, bdist_wheel=BuildWheel),
 )

@@ -20,7 +20,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim
 TOOLS = ROOT / 'tools'
 EPOCHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
 
@@ -109,8 +109,8 @@ def parse_args():
     parser.add_argument('--cfg-options', nargs='+', default=[], help='other settings of every training: key=value ...')
     args = parser.parse_args()
     name = 'demo' if args.task == 'detection' else f'demo_{args.task}'
-    args.work_dir = (args.work_dir or ROOT / 'work_dirs' / name).resolve()
-    args.data = (args.data or ROOT / 'data' / TASKS[args.task].data).resolve()
+    args.work_dir = (args.work_dir or Path('work_dirs', name)).resolve()
+    args.data = (args.data or Path('data', TASKS[args.task].data)).resolve()
     return args
 
 
@@ -158,7 +158,7 @@ def provide_data(task: Task, data: Path) -> None:
 def run(*command) -> None:
     """Run a script of this interpreter; show its output only if it fails."""
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.exit(f'{done.stdout[-3000:]}\nThe command failed: {" ".join(command)}')
 
