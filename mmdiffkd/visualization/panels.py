@@ -26,7 +26,7 @@ def draw_comparison(name: str, image: Tensor, output: DiffusionOutput, iteration
     Args:
         name (str): Title, such as ``'fpn, level 0'``.
         image (Tensor): RGB between 0 and 1, (3, H, W).
-        output (DiffusionOutput): What the neck returned for the level.
+        output (DiffusionOutput): What the neck returned for the level, with its samples.
         iteration (int): Of the training, for the title.
 
     Returns:
@@ -69,7 +69,7 @@ def draw_steps(name: str, output: DiffusionOutput, timesteps: Sequence[int], ite
 
     Args:
         name (str): Title, such as ``'fpn, level 0'``.
-        output (DiffusionOutput): What the neck returned for the level.
+        output (DiffusionOutput): What the neck returned for the level, with its samples.
         timesteps (list[int]): Timestep of every denoising step.
         iteration (int): Of the training, for the title.
 

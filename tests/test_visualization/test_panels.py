@@ -11,7 +11,7 @@ TIMESTEPS = [400, 300, 200, 100, 0]
 def output_of(size=(6, 9), **options):
     torch.manual_seed(0)
     neck = FeatureDiffusionNeck(8, 16, **options)
-    return neck(torch.randn(2, 8, *size), torch.randn(2, 16, *size))
+    return neck(torch.randn(2, 8, *size), torch.randn(2, 16, *size), keep_samples=True)
 
 
 def differs(picture, other):

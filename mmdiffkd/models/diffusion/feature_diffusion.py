@@ -35,8 +35,8 @@ class DiffusionOutput(NamedTuple):
         refined (Tensor): The denoised student feature that is compared, (N, C, H, W).
         target (Tensor): The detached teacher latent it is compared with, (N, C, H, W).
         latent (Tensor): The aligned student feature before noise and denoising, (N, C, H, W).
-        samples (list[Tensor]): The noised latent, and what every denoising step made of it, (N, C, H, W) each; empty
-            without denoising. They are kept for the backward pass anyway.
+        samples (list[Tensor]): Where they are asked for, the noised latent, and what every denoising step made of it,
+            (N, C, H, W) each; empty without denoising.
     """
 
     losses: Dict[str, Tensor]
@@ -149,7 +149,12 @@ class FeatureDiffusion(nn.Module):
             )
 
     def forward(
-        self, student: Tensor, teacher: Tensor, draws: Optional[Draws] = None, mask: Optional[Tensor] = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        draws: Optional[Draws] = None,
+        mask: Optional[Tensor] = None,
+        keep_samples: bool = False,
     ) -> DiffusionOutput:
         """Compare a student feature with its teacher's.
 
@@ -160,6 +165,8 @@ class FeatureDiffusion(nn.Module):
             draws (Draws, optional): Random draws given from outside.
             mask (Tensor, optional): Pixels that count, (N, 1, h, w) of type bool, resized to the teacher; for
                 distances that take one, ``distance(student, teacher, mask)``. None counts all.
+            keep_samples (bool): Whether the output has the samples; the backward pass does not need them. Defaults to
+                False.
 
         Returns:
             DiffusionOutput: Losses, gamma, denoised feature and target.
@@ -178,7 +185,7 @@ class FeatureDiffusion(nn.Module):
             in_training = [module for module in self.modules() if module.training]
             self.eval()
             try:
-                return self.forward(student, teacher, draws, mask)
+                return self.forward(student, teacher, draws, mask, keep_samples)
             finally:
                 for module in in_training:  # not those that were frozen
                     module.training = True
@@ -197,8 +204,9 @@ class FeatureDiffusion(nn.Module):
             loss = F.mse_loss(reconstruction.float(), teacher.detach().float())
             losses['loss_reconstruction'] = self.loss_reconstruction_weight * loss
             target = target.detach()
-        samples, gamma = self._denoise(latent, draws.adapter_noise)
-        refined = self.proj(samples[-1])
+        samples: List[Tensor] = []
+        clean, gamma = self._denoise(latent, draws.adapter_noise, samples if keep_samples else None)
+        refined = self.proj(clean)
         losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, draws)
         losses['loss_kd'] = self._distance(refined, target, mask)
         return DiffusionOutput(losses, gamma, refined, target, latent, samples)
@@ -218,20 +226,26 @@ class FeatureDiffusion(nn.Module):
         mask = F.interpolate(mask.float(), teacher.shape[-2:], mode='nearest-exact')[:, 0] > 0
         return self.distance(student, teacher, mask)
 
-    def _denoise(self, latent: Tensor, noise: Optional[Tensor]) -> Tuple[List[Tensor], Tensor]:
-        """Blend noise into the student latent (equation 8) and denoise it step by step."""
+    def _denoise(
+        self, latent: Tensor, noise: Optional[Tensor], samples: Optional[List[Tensor]]
+    ) -> Tuple[Tensor, Tensor]:
+        """Blend noise into the student latent (equation 8) and denoise it step by step, noting the samples."""
         gamma = self.noise_adapter(latent)
         if noise is None:
             noise = _randn_like(latent)
-        samples = [torch.lerp(noise, latent.float(), gamma.view(-1, 1, 1, 1))]
+        sample = torch.lerp(noise, latent.float(), gamma.view(-1, 1, 1, 1))
+        if samples is not None:
+            samples.append(sample)
         for index, timestep in enumerate(self.schedule.timesteps):
             # one row of the embedding serves the whole batch
             timesteps = torch.full((1,), timestep, dtype=torch.long, device=latent.device)
-            predicted = self.denoiser(samples[-1], timesteps)
+            predicted = self.denoiser(sample, timesteps)
             if index < len(self.schedule.timesteps) - self.backprop_steps:
                 predicted = predicted.detach()  # under no_grad, autocast would keep weights that get no gradient
-            samples.append(self.schedule.step(samples[-1], predicted, index))
-        return samples, gamma
+            sample = self.schedule.step(sample, predicted, index)
+            if samples is not None:
+                samples.append(sample)
+        return sample, gamma
 
     def _diffusion_loss(self, target: Tensor, draws: Draws) -> Tensor:
         """Train the denoiser on the teacher's latent."""

@@ -216,6 +216,8 @@ class DiffKDDistiller(BaseModel):
             if label not in masks:
                 masks[label] = counted_pixels(samples, label)
             options = {} if masks[label] is None else dict(mask=masks[label])
+            if self.keep_outputs:
+                options['keep_samples'] = True
             outputs = self.diffkd[name](
                 [student[s] for s in levels], [teacher[t] for _, t in self._matches[name]], **options
             )

@@ -19,9 +19,8 @@ class FeatureDiffusionNeck(nn.Module):
         student_channels (int or list[int]): Student channels, one number a level.
         teacher_channels (int or list[int]): Teacher channels, one number a level.
         share_levels (bool): Whether one part serves all levels, which must agree in their channels. Defaults to False.
-        compile (bool): Whether ``torch.compile`` is applied to the chains of convolutions. All levels share what is
-            compiled, which the whole neck, steps and levels unrolled, would take many times as long for. Defaults to
-            False.
+        compile (bool): Whether ``torch.compile`` is applied to the chains of convolutions; all levels and steps share
+            what is compiled. Defaults to False.
         **level_cfg: Arguments of :class:`FeatureDiffusion`, the same for every level: ``latent_channels``,
             ``denoise``, ``align``, ``denoiser``, ``noise_adapter``, ``schedule``, ``distance``,
             ``loss_diffusion_weight``, ``loss_reconstruction_weight``, ``backprop_steps``, ``memory_efficient``.
@@ -66,6 +65,7 @@ class FeatureDiffusionNeck(nn.Module):
         teacher: Union[Tensor, Sequence[Tensor]],
         draws: Union[Draws, Sequence[Draws], None] = None,
         mask: Optional[Tensor] = None,
+        keep_samples: bool = False,
     ) -> Union[DiffusionOutput, List[DiffusionOutput]]:
         """Compare student and teacher features.
 
@@ -74,6 +74,7 @@ class FeatureDiffusionNeck(nn.Module):
             teacher (Tensor or list[Tensor]): (N, C_t, H, W), or one such tensor a level.
             draws (Draws or list[Draws], optional): Random draws given from outside.
             mask (Tensor, optional): Pixels that count, (N, 1, h, w) of type bool, the same for all levels.
+            keep_samples (bool): Whether the outputs have the samples of the denoising steps. Defaults to False.
 
         Returns:
             DiffusionOutput or list[DiffusionOutput]: One output a level; bare where the features are bare tensors.
@@ -82,7 +83,7 @@ class FeatureDiffusionNeck(nn.Module):
             ValueError: If the number of levels or the batch does not fit.
         """
         if isinstance(student, Tensor):
-            return self.levels[0](student, teacher, draws, mask)
+            return self.levels[0](student, teacher, draws, mask, keep_samples)
         if not len(student) == len(teacher) == self.num_levels:
             raise ValueError(
                 f'The neck has {self.num_levels} levels, but was given {len(student)} of the student and '
@@ -90,7 +91,7 @@ class FeatureDiffusionNeck(nn.Module):
             )
         draws = draws or [None] * self.num_levels
         levels = self.levels if len(self.levels) == self.num_levels else [self.levels[0]] * self.num_levels
-        return [level(s, t, d, mask) for level, s, t, d in zip(levels, student, teacher, draws)]
+        return [level(s, t, d, mask, keep_samples) for level, s, t, d in zip(levels, student, teacher, draws)]
 
 
 def _as_list(value: Ints) -> List[int]:

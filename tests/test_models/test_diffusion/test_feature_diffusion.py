@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -127,6 +129,31 @@ def test_memory_efficient_changes_nothing():
         level = FeatureDiffusion(6, 8, latent_channels=4, memory_efficient=memory_efficient)
         results.append((*gradients(level, *inputs), dict(level.named_buffers())))
     torch.testing.assert_close(*results)
+
+
+def test_samples_are_kept_where_they_are_asked_for():
+    """The backward pass does not need them: without being asked for, they are gone after the forward pass."""
+    student, teacher = features()
+    level = FeatureDiffusion(6, 8)
+    noised = []
+    level.denoiser.register_forward_pre_hook(lambda module, args: noised.append(args[0]))
+    output = level(student, teacher, keep_samples=True)
+    assert len(output.samples) == 6
+    for sample, seen in zip(output.samples, noised[:5]):  # its sixth pass is that of the teacher
+        torch.testing.assert_close(sample, seen)
+
+    alive = []
+    level = FeatureDiffusion(6, 8, memory_efficient=True)
+    step = level.schedule.step
+
+    def note(*args):
+        sample = step(*args)
+        alive.append(weakref.ref(sample))
+        return sample
+
+    level.schedule.step = note
+    output = level(student, teacher)
+    assert not output.samples and len(alive) == 5 and not any(sample() is not None for sample in alive[:-1])
 
 
 def test_gradient_through_the_last_steps_only():
