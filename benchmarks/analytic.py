@@ -1,18 +1,22 @@
-"""Floating-point operations and memory of an iteration, counted on meta tensors: nothing is run, any size will do.
+"""Operations and memory of an iteration, counted on meta tensors: nothing is run, any size will do.
 
-For dense detectors, distilled from neck to neck. Counted are convolutions and matrix products; the student's losses,
-normalisation and activations are not.
+For dense detectors, distilled from neck to neck. Operations are those of convolutions and matrix products; bytes are
+what all operators read and write, as if nothing of it stayed in a cache. The student's losses are not counted.
 """
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import MIB, machine, publish
-from benchmarks.neck import set_memory_efficient
+from benchmarks.neck import convolutions, set_memory_efficient
 from mmdiffkd.apis.build import build_distiller, build_model
 from mmdiffkd.testing import without_pretrained
 from mmdiffkd.utils import kept_bytes, model_of, resolve_config
@@ -29,11 +33,36 @@ def parse_args():
     return parser.parse_args()
 
 
-def counted(function) -> float:
-    """Floating-point operations in units of 1e9."""
-    with FlopCounterMode(display=False) as counter:
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write; views move none."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if not (function.is_view or 'empty' in str(function)):
+            tensors = (x for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor))
+            self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return output
+
+
+class Work(NamedTuple):
+    """What a step takes: floating-point operations and bytes, both in units of 1e9."""
+
+    operations: float
+    moved: float
+
+    def __add__(self, other):
+        return Work(*map(sum, zip(self, other)))
+
+
+def counted(function) -> Work:
+    """Count what a function takes."""
+    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
         function()
-    return counter.get_total_flops() / 1e9
+    return Work(counter.get_total_flops() / 1e9, traffic.num_bytes / 1e9)
 
 
 def total(output) -> torch.Tensor:
@@ -67,36 +96,52 @@ def main():
     def forward():
         return sum(sum(output.losses.values()) for output in neck(features, teacher_features))
 
-    operations = {
+    def convolve():
+        levels = zip(neck.levels, features, teacher_features)
+        total(list(chain(*(convolutions(*level) for level in levels)))).backward()
+
+    work = {
         'student, forward and backward': counted(student),
         'teacher, forward to the neck': counted(teach),
-        'diffusion part, forward and backward': counted(lambda: forward().backward()),
+        'convolutions of the diffusion part': counted(convolve),
     }
-    set_memory_efficient(neck)
-    operations['the same, memory_efficient=True'] = counted(lambda: forward().backward())
-    efficient = kept_bytes(forward, ignore) / MIB
-    set_memory_efficient(neck, False)
+    unavoidable = sum(work.values(), Work(0, 0))
+    part = counted(lambda: forward().backward())
     kept = kept_bytes(forward, ignore) / MIB
-    memory = dict(zip(operations, ['', '', f'{kept:.0f}', f'{efficient:.0f}']))
-    student_alone = operations['student, forward and backward']
+    set_memory_efficient(neck)
+    lean = counted(lambda: forward().backward())
+    lean_kept = kept_bytes(forward, ignore) / MIB
+    others = work['student, forward and backward'] + work['teacher, forward to the neck']
+    work.update(
+        {
+            'diffusion part, forward and backward': part,
+            'the same, memory_efficient=True': lean,
+            'sum of the first three': unavoidable,
+            'distilled step': others + part,
+        }
+    )
+    memory = {'diffusion part, forward and backward': kept, 'the same, memory_efficient=True': lean_kept}
     rows = [
         {
             'what': name,
-            'GFLOP': f'{value:.0f}',
-            'against the student': f'{value / student_alone:.2f}',
-            'kept for backward in float32, MiB': memory[name],
+            'GFLOP': f'{value.operations:.0f}',
+            'against the sum of the first three': f'{value.operations / unavoidable.operations:.2f}',
+            'GB moved': f'{value.moved:.0f}',
+            'against that sum': f'{value.moved / unavoidable.moved:.2f}',
+            'kept for backward, MiB': f'{memory[name]:.0f}' if name in memory else '',
         }
-        for name, value in operations.items()
+        for name, value in work.items()
     ]
     text = (
-        f'`{args.config}` at {args.size[0]}x{args.size[1]}, batch {args.batch}: counted, not measured. Convolutions '
-        'and matrix products, two operations a product; what is computed again in the backward pass is counted again.'
+        f'`{args.config}` at {args.size[0]}x{args.size[1]}, batch {args.batch}, float32: counted, not measured. '
+        'Operations are those of convolutions and matrix products, two a product; what is computed again in the '
+        'backward pass is counted again. Bytes are what every operator reads and writes, as if there were no cache and '
+        'nothing was fused.'
     )
     command = ' '.join(['python -m benchmarks.analytic', *sys.argv[1:]])
     where = dict(machine('cpu', 0), machine='No machine')
-    publish(
-        args.page, 'What an iteration takes at full size', text, command, where, rows, dict(operations, kept=memory)
-    )
+    data = {name: dict(value._asdict(), kept_mib=memory.get(name)) for name, value in work.items()}
+    publish(args.page, 'What an iteration takes at full size', text, command, where, rows, data)
 
 
 if __name__ == '__main__':

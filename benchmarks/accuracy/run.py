@@ -2,8 +2,8 @@
 
 Every cell of the table, a method with a seed, is a process of its own with one CPU thread. Of one seed all methods see
 the same data in the same order and start from the same student. Cells that have a result are left alone, cells that
-were interrupted go on where they stopped: start the command again until it says that the table is complete. The
-teacher, where there is none yet, is trained first.
+were interrupted go on where they stopped: start the command again until it writes the page. The teacher, where there
+is none yet, is trained first; what an iteration of every method costs is measured last.
 """
 
 import argparse
@@ -11,13 +11,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 from benchmarks.accuracy.methods import GROUPS, METHODS
-from benchmarks.accuracy.table import cell_file, write_page
+from benchmarks.accuracy.table import cell_file, costs_file, write_page
+from benchmarks.measure import machine
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
@@ -34,8 +34,10 @@ def parse_args():
     parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
     parser.add_argument('--jobs', type=int, default=2, help='cells that run at a time (default 2)')
+    parser.add_argument('--rounds', type=int, default=15, help='steps of every method, for its cost (default 15)')
     parser.add_argument('--cell', nargs=2, metavar=('METHOD', 'SEED'), help=argparse.SUPPRESS)
     parser.add_argument('--teacher', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--costs', action='store_true', help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -70,14 +72,32 @@ def train(cfg, result):
 
     torch.set_num_threads(1)
     runner = Runner.from_cfg(cfg)
-    start = time.perf_counter()
     runner.train()
-    seconds = time.perf_counter() - start
     metrics = runner.test()
-    result.parent.mkdir(parents=True, exist_ok=True)
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, mmdiffkd=mmdiffkd.__version__)
-    record = dict(test=metrics, val=last_val(runner), seconds=round(seconds), iterations=runner.max_iters)
-    result.write_text(json.dumps(dict(record, versions=versions), indent=1) + '\n')
+    write(result, dict(test=metrics, val=last_val(runner), iterations=runner.max_iters, versions=versions))
+
+
+def write(file, record):
+    """Write a JSON file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix('.part')
+    part.write_text(json.dumps(record, indent=1) + '\n')
+    part.replace(file)
+
+
+def measure_costs(args):
+    """Measure what the methods of a group cost."""
+    import torch
+    from mmengine.logging import MMLogger
+
+    from benchmarks.accuracy.costs import measure
+
+    threads = 1
+    torch.set_num_threads(threads)
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+    costs = measure({method: cell_config(args, method, 0) for method in GROUPS[args.group]}, rounds=args.rounds)
+    write(costs_file(args.results / args.set, args.group), dict(machine('cpu', threads), methods=costs))
 
 
 def last_val(runner):
@@ -109,7 +129,8 @@ def cell_config(args, method, seed):
 def start(args, *options):
     """A process that trains; True if it went well."""
     command = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.accuracy.run', args.set, args.group]
-    command += ['--results', args.results, *(['--data', args.data] if args.data else []), *options]
+    command += ['--results', args.results, *(['--data', args.data] if args.data else [])]
+    command += ['--rounds', args.rounds, *options]
     env = dict(os.environ, OMP_NUM_THREADS='1')
     done = subprocess.run(list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -131,6 +152,9 @@ def main():
         print('Training the teacher ...', flush=True)
         if not start(args, '--teacher'):
             sys.exit('The teacher failed.')
+    if args.costs:
+        measure_costs(args)
+        return
     cells = [
         cell for cell in product(args.seeds, GROUPS[args.group]) if not result_file(args, cell[1], cell[0]).exists()
     ]
@@ -143,8 +167,11 @@ def main():
 
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = list(pool.map(run, cells)).count(False)
+    if failed:
+        sys.exit(f'{failed} cells failed.')
+    if not costs_file(args.results / args.set, args.group).exists() and not start(args, '--costs'):
+        sys.exit('The costs could not be measured.')
     write_page(args.set, args.group, args.seeds, args.results, SETS[args.set]['metrics'])
-    sys.exit(f'{failed} cells failed.' if failed else None)
 
 
 if __name__ == '__main__':

@@ -3,13 +3,14 @@
 import json
 import statistics
 from pathlib import Path
-from typing import List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from scipy.stats import t as student_t
 
 from benchmarks.accuracy.methods import GROUPS
 from benchmarks.measure import markdown
 
+TITLES = dict(deeppcb='DeepPCB', camvid='CamVid')
 NAMES = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
 PERCENT = ('coco/bbox_mAP', 'coco/bbox_mAP_50')  # given between 0 and 1
 
@@ -46,20 +47,41 @@ def interval(differences: Sequence[float]) -> str:
 
 def rows_of(folder: Path, group: str, seeds: Sequence[int], metrics: Sequence[str]) -> List[dict]:
     """A row for every method of which all seeds are there."""
+    found = {method: {metric: values(folder, method, seeds, metric) for metric in metrics} for method in GROUPS[group]}
+    found = {method: numbers for method, numbers in found.items() if len(numbers[metrics[0]]) == len(seeds)}
+    first = {method: numbers[metrics[0]] for method, numbers in found.items()}
+    file = costs_file(folder, group)
+    costs = json.loads(file.read_text())['methods'] if file.exists() else {}
     rows = []
-    alone = values(folder, 'alone', seeds, metrics[0])
-    for method in GROUPS[group]:
-        found = {metric: values(folder, method, seeds, metric) for metric in metrics}
-        if len(found[metrics[0]]) < len(seeds):
-            continue
-        row = {'method': method}
-        for metric, numbers in found.items():
-            row[NAMES.get(metric, metric)] = spread(numbers)
-        is_base = method == 'alone' or len(alone) < len(seeds)
-        differences = [] if is_base else [a - b for a, b in zip(found[metrics[0]], alone)]
-        row['difference to alone (95% interval)'] = interval(differences) if differences else ''
+    for method, numbers in found.items():
+        row = {'method': method, **{NAMES.get(metric, metric): spread(values) for metric, values in numbers.items()}}
+        for base in ('alone', _rival(group, first)):
+            if base is not None:
+                row[f'difference to {base}'] = _difference(first, method, base)
+        if costs:
+            row['time'] = f'{costs[method]["time"]:.2f}'
+            row['memory, MiB'] = f'{costs[method]["peak_mib"]:.0f}'
         rows.append(row)
     return rows
+
+
+def costs_file(folder: Path, group: str) -> Path:
+    """Where the costs of a group are written."""
+    return folder / f'costs-{group}.json'
+
+
+def _rival(group: str, first: Dict[str, List[float]]) -> Optional[str]:
+    """What methods are compared with beside the student alone: DiffKD for its cheaper recipes, else the best other."""
+    others = [method for method in first if method != 'alone' and 'diffkd' not in method]
+    if group == 'recipes':
+        return 'diffkd' if 'diffkd' in first else None
+    return max(others, key=lambda method: statistics.mean(first[method]), default=None)
+
+
+def _difference(first: Dict[str, List[float]], method: str, base: str) -> str:
+    if base not in first or method in ('alone', base):
+        return ''
+    return interval([a - b for a, b in zip(first[method], first[base])])
 
 
 def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metrics: Sequence[str]) -> None:
@@ -71,11 +93,15 @@ def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metri
     table = markdown(rows)
     print(table)
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m):.1f}' for m in metrics)
+    costs = json.loads(costs_file(folder, group).read_text())
     text = [
-        f'# {name}: {group}',
-        f'Test split, {len(seeds)} seeds ({", ".join(map(str, seeds))}): mean and standard deviation; differences are '
-        f'paired by seed. The teacher: {teacher}.',
+        f'# {TITLES[name]}: {group}',
+        f'Test split, {len(seeds)} seeds ({", ".join(map(str, seeds))}): mean and standard deviation. Differences are '
+        f'in {NAMES.get(metrics[0], metrics[0])}, paired by seed, with their 95% interval. The teacher: {teacher}. '
+        'Time of a training step against the student alone, and the most memory that it takes beyond weights, '
+        'optimizer and images.',
         f'```shell\npython -m benchmarks.accuracy.run {name} {group} --seeds {" ".join(map(str, seeds))}\n```',
+        f'{costs["machine"]}; {costs["versions"]}.',
         table,
     ]
     (results / f'{name}-{group}.md').write_text('\n\n'.join(text) + '\n')
