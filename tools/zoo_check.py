@@ -40,7 +40,7 @@ NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # parts, examples and data set
 
 PAGE = """# The model zoo under the distiller
 
-`python tools/zoo_check.py docs/zoo.json --table docs/zoo.md`, run on {date} on a CPU with {versions}.
+`python tools/zoo_check.py docs/zoo.json --table docs/zoo.md`, run on {dates} on a CPU with {versions}.
 It takes hours and goes on where it stopped: what zoo.json holds is not run again.
 
 A row is a kind of model in a config folder of a package: its smallest config, with random weights and small images, and
@@ -49,8 +49,8 @@ distilled one with the default `distill`. This is a check of wiring, gradients a
 
 Masked image models that drop tokens while they train (MAE and its kin) are refused on purpose: nothing of the teacher's
 corresponds to what is left. Distil them when they are fine-tuned, as the classifiers of the same folders are here.
-HiViT: models of two sizes share one list of `out_indices`, a default argument of upstream's; with
-`out_indices` set in the student's backbone it runs.
+SparK's sparse backbone runs on masked images alone. HiViT: models of two sizes share one list of `out_indices`, a
+default argument of upstream's; with `out_indices` set in the student's backbone it runs.
 """
 
 
@@ -113,16 +113,19 @@ def as_table(results: Dict[str, List[dict]]) -> str:
     failed = [row for row in rows if row['plain'] == 'ok' != row['distilled']]
     untried = [row for row in rows if row['plain'] != 'ok']
     worked = [row for row in rows if row['distilled'] == 'ok']
-    lines = [PAGE.format(date=date.today(), versions=versions)]
+    days = sorted({row['date'] for row in rows if row['date']}) or [f'{date.today()}']
+    lines = [PAGE.format(dates=' - '.join(dict.fromkeys((days[0], days[-1]))), versions=versions)]
     lines += [
-        '| package | families | one or more models distilled | failed | plain step does not run |',
-        '|---|---|---|---|---|',
+        '| package | families | one or more models distilled | failed | plain step does not run | models distilled |',
+        '|---|---|---|---|---|---|',
     ]
     for package in PACKAGES:
         groups = [group for family, group in results.items() if family.startswith(f'{package}/')]
         ran = [group for group in groups if any(found['plain'] == 'ok' for found in group)]
         ok = sum(any(found['distilled'] == 'ok' for found in group) for group in ran)
-        lines.append(f'| {package} | {len(groups)} | {ok} | {len(ran) - ok} | {len(groups) - len(ran)} |')
+        models = [found for group in ran for found in group if found['plain'] == 'ok']
+        share = f'{sum(found["distilled"] == "ok" for found in models)} of {len(models)}'
+        lines.append(f'| {package} | {len(groups)} | {ok} | {len(ran) - ok} | {len(groups) - len(ran)} | {share} |')
     counts = f'{len(worked)} of the {len(worked) + len(failed)} models whose plain step runs also run distilled.'
     lines += ['', counts, '', '## What failed', '', '| family | model | reason |', '|---|---|---|']
     lines += [f'| {row["family"]} | {row["model"]} | {as_cell(row["distilled"])} |' for row in failed]
@@ -187,8 +190,8 @@ def configs_of(package: str) -> Path:
 
 
 def row(**fields) -> dict:
-    empty = dict(model='', config='', parameters=0, teacher='', size=None, taps={}, plain='', distilled='', seconds=0)
-    return {**empty, **fields}
+    empty = dict(model='', config='', parameters=0, teacher='', size=None, taps={}, plain='', distilled='')
+    return {**empty, 'seconds': 0, 'date': '', **fields}
 
 
 def survey(package: str, family: str) -> List[dict]:
@@ -261,7 +264,7 @@ def check(package: str, found: dict, timeout: float) -> dict:
             result['distilled' if result['plain'] == 'ok' else 'plain'] = str(error)
         if result['plain'] != 'ok':
             break
-    return dict(result, seconds=round(time.time() - start))
+    return dict(result, seconds=round(time.time() - start), date=f'{date.today()}')
 
 
 def plain_step(package: str, found: dict) -> dict:

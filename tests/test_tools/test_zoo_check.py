@@ -57,11 +57,12 @@ def test_table_tells_failed_from_untried(zoo):
     ok = zoo.row(
         config='a/a_r18.py', teacher='a/a_r50.py', size=128, plain='ok', distilled='ok', taps=dict(fpn=['neck'] * 2)
     )
-    ok['taps'] = dict(fpn=['neck', 'neck', 5])
+    ok.update(taps=dict(fpn=['neck', 'neck', 5]), date='2026-01-02')
     failed = zoo.row(model='B', plain='ok', distilled='TapError: no | such tap (taps.py:1)')
-    untried = zoo.row(model='C', plain='RuntimeError: lap: not installed (c.py:2)')
+    untried = zoo.row(model='C', plain='RuntimeError: lap: not installed (c.py:2)', date='2026-02-03')
     table = zoo.as_table({'mmdet/a': [ok, failed], 'mmdet/c': [untried], 'mmseg/b': [failed]})
-    assert '| mmdet | 2 | 1 | 0 | 1 |' in table and '| mmseg | 1 | 0 | 1 | 0 |' in table
+    assert '| mmdet | 2 | 1 | 0 | 1 | 1 of 2 |' in table and '| mmseg | 1 | 0 | 1 | 0 | 0 of 1 |' in table
+    assert 'run on 2026-01-02 - 2026-02-03 on a CPU' in table
     assert '1 of the 3 models whose plain step runs also run distilled.' in table
     assert '| mmseg/b | B | TapError: no / such tap (taps.py:1) |' in table
     assert '| mmdet/c | C | RuntimeError: lap: not installed (c.py:2) |' in table
