@@ -9,7 +9,7 @@ from mmengine.registry import MODELS, init_default_scope
 from benchmarks.measure import in_turn, peak_mib, ratios
 from mmdiffkd.testing import random_batch
 
-SIZES = dict(mmdet=320, mmseg=160)  # of the images that the sets train on
+SIZE = 160  # of the crops that both sets train on
 
 
 def measure(cfgs: Dict[str, Config], rounds: int) -> Dict[str, dict]:
@@ -39,7 +39,7 @@ def _step(cfg: Config):
     model.init_weights()
     model.train()
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    batch = random_batch(cfg, SIZES[cfg.default_scope], cfg.train_dataloader.batch_size)
+    batch = random_batch(cfg, SIZE, cfg.train_dataloader.batch_size)
     return lambda: model.train_step(batch, optim_wrapper)
 
 
