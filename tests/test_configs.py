@@ -148,10 +148,10 @@ def test_attention_variants_differ_in_the_distance_alone(path):
     assert attention.to_dict() == plain.to_dict()
 
 
-PAPER = [*CONFIGS.glob('diffkd*.py'), *CONFIGS.glob('cityscapes/*.py'), *CONFIGS.glob('imagenet/*.py')]
+ZOO = [path for pattern in ('.', 'ade20k', 'cityscapes', 'imagenet') for path in CONFIGS.glob(f'{pattern}/diffkd*.py')]
 
 
-@pytest.mark.parametrize('path', sorted(PAPER), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted(ZOO), ids=lambda path: path.stem)
 def test_teachers_have_weights_in_the_zoo(path):
     teacher = Config.fromfile(path).model.teacher
     assert teacher.checkpoint == 'zoo' and Path(zoo_checkpoint(teacher.config)).suffix in ('.pth', '.pkl')
