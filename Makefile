@@ -5,7 +5,7 @@ VENV_OPENMMLAB ?= .venv-openmmlab
 READY := $(VENV)/.ready
 READY_OPENMMLAB := $(VENV_OPENMMLAB)/.ready
 
-.PHONY: help env demo test lint env-openmmlab test-openmmlab clean
+.PHONY: help env demo test lint docs env-openmmlab test-openmmlab clean
 
 help:
 	@echo "make demo            train teacher, student alone, plain MSE and DiffKD on generated images; about 15 minutes"
@@ -13,6 +13,7 @@ help:
 	@echo "make test            run all tests; about 35 minutes"
 	@echo "make env             the environment in $(VENV) that both need (made by them if it is not there)"
 	@echo "make lint            check formatting and lint"
+	@echo "make docs            build the documentation in docs/_build/html"
 	@echo "make test-openmmlab  run all tests with the original OpenMMLab packages; about 35 minutes"
 	@echo "make env-openmmlab   the environment in $(VENV_OPENMMLAB) that this needs (made by it if it is not there)"
 
@@ -32,12 +33,16 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
+docs: $(READY)
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
+	@echo "The documentation begins in docs/_build/html/index.html."
+
 env: $(READY)
 
 env-openmmlab: $(READY_OPENMMLAB)
 
 $(READY): MMCV := onedl-mmcv
-$(READY): PACKAGES := mminstall
+$(READY): PACKAGES := mminstall docs
 $(READY): CONSTRAINTS := requirements/constraints.txt
 
 $(READY_OPENMMLAB): MMCV := mmcv

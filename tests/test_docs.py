@@ -1,10 +1,11 @@
 """The code blocks of README and docs are run."""
 
+import ast
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
+from functools import cache
 
 import mmengine._strategy  # noqa: F401  registers the strategies
 import pytest
@@ -15,80 +16,103 @@ from mmdiffkd.testing import without_pretrained
 from mmdiffkd.utils import with_preprocessor
 from tests.conftest import ROOT
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
-TEXT = PAGES[0].read_text()
+DOCS = ROOT / 'docs'
+PAGES = [ROOT / 'README.md', *sorted(page for page in DOCS.rglob('*.md') if '_build' not in page.parts)]
+
+
+def blocks_of(page, language):
+    return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def blocks(language):
-    return [
-        (page.name, block)
-        for page in PAGES
-        for block in re.findall(rf'```{language}\n(.*?)```', page.read_text(), re.DOTALL)
-    ]
+    return [(page.relative_to(ROOT).as_posix(), block) for page in PAGES for block in blocks_of(page, language)]
 
 
 PYTHON = blocks('python')
-SHELL = [
-    (page, line.split('#')[0].strip())
+CONFIGS = [(page, block) for page, block in PYTHON if '_base_ =' in block]
+STATEMENTS = [(page, block) for page, block in PYTHON if '_base_ =' not in block]
+COMMANDS = [
+    (page, line)
     for page, block in blocks('shell')
-    for line in block.splitlines()
-    if line.split('#')[0].strip()
+    for line in (line.split('#')[0].strip() for line in block.replace('\\\n', ' ').splitlines())
+    if line
 ]
-UPSTREAM = "_base_ = 'mmdet::"
-OWN = re.compile(r"_base_ = '\./\w+\.py'.*\n(custom_imports = .*\n)?")  # a config, and a module, of the reader's
 
 
-def readme_config():
-    """The README's config."""
-    cfg = Config.fromstring(next(block for page, block in PYTHON if UPSTREAM in block), '.py')
-    init_default_scope('mmdet')
-    cfg.model.student.backbone.init_cfg = None
-    return cfg
+def first(page, mark):
+    """The first block of a page with these characters in it."""
+    return next(block for block in blocks_of(ROOT / page, 'python') if mark in block)
 
 
-def build(**changes):
-    """The README's model, with the settings of another block."""
-    cfg = readme_config()
-    cfg.merge_from_dict(changes)
-    return MODELS.build(cfg.model)
+# the configs that the pages take their reader to have
+READERS = dict(
+    my_diffkd_config=first('README.md', 'DiffKDDistiller'),
+    my_diffkd_segmentor=first('docs/guides/segmentation.md', 'DiffKDDistiller'),
+    my_diffkd_classifier=first('docs/guides/classification.md', 'DiffKDDistiller'),
+    my_student="_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'",
+    my_teacher="_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'",
+    fsdp=first('docs/distributed.md', 'FSDPStrategy'),
+)
 
 
-@pytest.mark.parametrize('page, block', PYTHON)
-def test_python(page, block):
-    if 'DiffKDDistiller' in block:  # a whole config
-        cfg = Config.fromstring(block, '.py')
-        init_default_scope(cfg.default_scope)
-        without_pretrained(cfg.model.student)
-        model = MODELS.build(with_preprocessor(cfg.model, cfg.get('data_preprocessor')))
-        assert model.deferred_error is None and set(model.diffkd) == set(cfg.model.get('distill', ['fpn']))
-        return
-    if OWN.search(block):  # settings that go on top of a config: they merge with README's
-        settings = Config.fromstring(OWN.sub('', block), '.py').to_dict()
-        cfg = readme_config()
-        cfg.merge_from_dict(settings)
-        if 'type' in settings.get('strategy', {}):
-            assert STRATEGIES.get(settings['strategy']['type']) is not None
-        for hook in [*settings.get('custom_hooks', []), *settings.get('default_hooks', {}).values()]:
-            if hook.get('type', '').startswith('mmdiffkd.'):
-                assert HOOKS.build(dict(hook)) is not None
-        return
+def write(folder, name, text):
+    """Write a config, and beside it those that it names."""
+    (folder / f'{name}.py').write_text(text)
+    for other in re.findall(r"'(?:\./|\{\{ fileDirname \}\}/)(\w+)\.py'", text):
+        write(folder, other, READERS[other])
+    return folder / f'{name}.py'
+
+
+def build(cfg):
+    init_default_scope(cfg.default_scope)
+    without_pretrained(cfg.model.student)
+    model = MODELS.build(with_preprocessor(cfg.model, cfg.get('data_preprocessor')))
+    assert model.deferred_error is None
+    return model
+
+
+@pytest.mark.parametrize('page, block', CONFIGS)
+def test_config(page, block, tmp_path):
+    cfg = Config.fromfile(write(tmp_path, 'block', block), import_custom_modules=False)
+    says = {target.id for node in ast.parse(block).body if isinstance(node, ast.Assign) for target in node.targets}
+    if 'model' in says:
+        model = build(cfg)
+        assert set(model.diffkd) == set(cfg.model.get('distill', model.pairs))
+    if 'type' in cfg.get('strategy', {}):
+        assert STRATEGIES.get(cfg.strategy.type) is not None
+    for hook in [*cfg.get('custom_hooks', []), *cfg.default_hooks.values()]:
+        if hook['type'].startswith('mmdiffkd.'):
+            assert HOOKS.build(dict(hook)) is not None
+
+
+@pytest.mark.parametrize('page, block', STATEMENTS)
+def test_statements(page, block, tmp_path):
     scope = {}
     exec(compile(block, page, 'exec'), scope)
     for name, value in scope.items():
-        if isinstance(value, dict) and not name.startswith('_'):
-            assert set(build(**{'model.distill': value}).diffkd) == set(value), name
+        if isinstance(value, dict) and not name.startswith('_'):  # a distill of README's config
+            cfg = Config.fromfile(write(tmp_path, 'block', READERS['my_diffkd_config']))
+            cfg.model.distill = value
+            assert set(build(cfg).diffkd) == set(value), name
 
 
-@pytest.mark.parametrize('page, command', SHELL)
-def test_shell(page, command):
+@cache
+def help_of(*script):
+    done = subprocess.run([sys.executable, *script, '--help'], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize('page, command', COMMANDS)
+def test_command(page, command):
     words = shlex.split(command)
     while re.match(r'[A-Z_]+=', words[0]):
         words.pop(0)
     if words[0] == 'make':
         subprocess.run(['make', '--dry-run', *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     elif words[0] == 'python':
-        script = words[1:3] if words[1] == '-m' else words[1:2]
-        subprocess.run([sys.executable, *script, '--help'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        usage = help_of(*(words[1:3] if words[1] == '-m' else words[1:2]))
+        for word in words:
+            assert not word.startswith('--') or re.search(rf'{word}\b', usage), f'{word} is no option of {words[1]}'
     elif words[0] == 'bash':
         subprocess.run(['bash', '-n', words[1]], cwd=ROOT, check=True)
     else:  # mim and pip: run by test_mim.py and by the environment itself
@@ -102,6 +126,46 @@ def test_shell(page, command):
 def test_files_that_are_named_exist(page):
     text = page.read_text()
     for path in re.findall(r'[(`]((?:benchmarks|configs|docs|mmdiffkd|requirements|tests|tools)/[\w./-]+)[)`\s]', text):
-        assert Path(ROOT / path).exists(), path
-    for path in re.findall(r'\]\(((?!https?:)[\w./-]+)\)', text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r'\]\(((?!https?:)[\w./-]+)(?:#[\w-]+)?\)', text):
         assert (page.parent / path).exists(), path
+
+
+@cache
+def messages():
+    """The texts in the package's code, with ... for what is filled in."""
+    texts = set()
+    for file in (ROOT / 'mmdiffkd').rglob('*.py'):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else '...' for part in node.values]
+                texts.add(''.join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(node.value)
+    return texts
+
+
+def quoted_messages():
+    """First cells of the trouble-shooting tables that are one message of ours; upstream's stand in a sentence."""
+    rows = re.findall(r'^\| `([^|]*)` \|', (DOCS / 'troubleshooting.md').read_text(), re.MULTILINE)
+    return [row for row in rows if '`' not in row]
+
+
+@pytest.mark.parametrize('message', quoted_messages())
+def test_messages_are_those_of_the_code(message):
+    parts = [part for part in message.split('...') if part.strip()]
+    pattern = re.compile('.*'.join(map(re.escape, parts)), re.DOTALL)
+    assert any(pattern.search(text) for text in messages())
+
+
+def test_model_zoo_names_every_config_with_its_figures():
+    rows = [line for line in (DOCS / 'model_zoo.md').read_text().splitlines() if '](../configs/' in line]
+    named = set()
+    for row in rows:
+        files = [(DOCS / path).resolve() for path in re.findall(r'\]\((\.\./configs/[\w./-]+)\)', row)]
+        comments = ' '.join(line for file in files for line in file.read_text().splitlines() if line.startswith('#'))
+        for figure in re.findall(r'\| (\d+\.\d+)(?= \|)', row):
+            assert re.search(rf'(?<![\d.]){figure}(?!\d)', comments), (figure, row)
+        named.update(files)
+    shipped = {file for file in (ROOT / 'configs').rglob('*.py') if file.parent.name != '_base_'}
+    assert shipped - named <= {ROOT / 'configs/cifar/r18_cifar100.py'}  # a base of another
