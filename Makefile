@@ -74,4 +74,4 @@ $(READY) $(READY_OPENMMLAB): requirements/*.txt setup.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_OPENMMLAB) build *.egg-info
+	rm -rf $(VENV) $(VENV_OPENMMLAB) build docs/_build *.egg-info

@@ -84,6 +84,6 @@ setup(
     package_data={'mmdiffkd': ['report/*.html']},
     python_requires='>=3.10',
     install_requires=requirements('runtime.txt'),
-    extras_require=dict(tests=requirements('tests.txt')),
+    extras_require=dict(docs=requirements('docs.txt'), tests=requirements('tests.txt')),
     cmdclass=dict(build_py=BuildPackage, bdist_wheel=BuildWheel),
 )

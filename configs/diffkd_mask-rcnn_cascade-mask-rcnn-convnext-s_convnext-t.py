@@ -1,5 +1,5 @@
 # Cascade Mask R-CNN ConvNeXt-S -> Mask R-CNN ConvNeXt-T on COCO, 3x schedule, multi-scale and crops; 51.8 and 46.2 box
-# AP, 44.8 and 41.7 mask AP in mmdet, not in the paper. In float32, where upstream trains with AMP.
+# AP, 44.8 and 41.7 mask AP in mmdet, not in the paper. Upstream trains with AMP.
 _base_ = 'mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py'
 custom_imports = dict(imports=['mmpretrain.models', 'mmdiffkd'], allow_failed_imports=False)
 model = dict(
@@ -11,6 +11,5 @@ model = dict(
         checkpoint='zoo',
     ),
 )
-optim_wrapper = dict(type='OptimWrapper')
 default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
 randomness = dict(seed=0)

@@ -1,11 +1,13 @@
 """The code blocks of README and docs are run."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import mmengine._strategy  # noqa: F401  registers the strategies
 import pytest
@@ -15,6 +17,7 @@ from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
 from mmdiffkd.testing import without_pretrained
 from mmdiffkd.utils import with_preprocessor
 from tests.conftest import ROOT
+from tests.test_tools.test_mim import detection
 
 DOCS = ROOT / 'docs'
 PAGES = [ROOT / 'README.md', *sorted(page for page in DOCS.rglob('*.md') if '_build' not in page.parts)]
@@ -109,17 +112,40 @@ def test_command(page, command):
         words.pop(0)
     if words[0] == 'make':
         subprocess.run(['make', '--dry-run', *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    elif words[0] == 'python':
-        usage = help_of(*(words[1:3] if words[1] == '-m' else words[1:2]))
+    elif words[0] in ('python', 'mim'):
+        module = ['-m', 'mim', words[1]] if words[0] == 'mim' else words[1:3] if words[1] == '-m' else words[1:2]
+        usage = help_of(*module)
         for word in words:
             assert not word.startswith('--') or re.search(rf'{word}\b', usage), f'{word} is no option of {words[1]}'
     elif words[0] == 'bash':
         subprocess.run(['bash', '-n', words[1]], cwd=ROOT, check=True)
-    else:  # mim and pip: run by test_mim.py and by the environment itself
-        assert words[0] in ('mim', 'pip'), f'{page} has a command that nothing tests: {command}'
+    else:  # run by the environment itself
+        assert words[0] == 'pip', f'{page} has a command that nothing tests: {command}'
     for word in words:
         if word.startswith(('configs/', 'tools/')):
             assert (ROOT / word).exists(), word
+
+
+@pytest.mark.slow
+def test_the_first_distillation_runs(tmp_path):
+    """The commands of "Get started", one after the other in an empty folder, on fewer images."""
+    for name in ('configs', 'tools'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    text = (DOCS / 'get_started.md').read_text().split('## The first distillation')[1]
+    commands = ''.join(re.findall(r'^```shell\n(.*?)^```', text, re.DOTALL | re.MULTILINE)).replace('\\\n', ' ')
+    fewer = {'--train 200 --val 50': '--train 16 --val 4', 'mim test mmdetection': f'mim test {detection()}'}
+    for old, new in fewer.items():
+        assert old in commands
+        commands = commands.replace(old, new)
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    for command in commands.splitlines():
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=dict(os.environ, PATH=path, OMP_NUM_THREADS='1'), capture_output=True
+        )
+        assert done.returncode == 0, f'{command}\n{done.stderr.decode()[-3000:]}'
+    assert (tmp_path / 'student.pth').exists()
+    pictures = (tmp_path / 'work_dirs').glob('diffkd*/*/vis_data/vis_image/diffkd.fpn.*.png')
+    assert len(list(pictures)) > 1
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

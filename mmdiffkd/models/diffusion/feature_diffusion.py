@@ -73,8 +73,8 @@ class FeatureDiffusion(nn.Module):
             computes the steps again. Results and gradients are the same. Defaults to False.
 
     Raises:
-        ValueError: If ``align``, ``latent_channels`` or ``backprop_steps`` do not go with the other arguments, or a
-            distance between classes is given different numbers of them.
+        ValueError: If ``align``, ``latent_channels``, ``backprop_steps`` or ``memory_efficient`` do not go with the
+            other arguments, or a distance between classes is given different numbers of them.
     """
 
     def __init__(
@@ -94,10 +94,12 @@ class FeatureDiffusion(nn.Module):
         memory_efficient: bool = False,
     ):
         super().__init__()
-        if not denoise and latent_channels is not None:
-            raise ValueError(f'latent_channels={latent_channels} has no effect with denoise=False; leave it out.')
-        if not denoise and backprop_steps is not None:
-            raise ValueError(f'backprop_steps={backprop_steps} has no effect with denoise=False; leave it out.')
+        of_denoising = dict(
+            latent_channels=latent_channels, backprop_steps=backprop_steps, memory_efficient=memory_efficient or None
+        )
+        for name, value in of_denoising.items():
+            if not denoise and value is not None:
+                raise ValueError(f'{name}={value} has no effect with denoise=False; leave it out.')
         if denoise and not align:
             raise ValueError('align=False needs denoise=False: the diffusion works on the aligned student feature.')
         if not align and student_channels != teacher_channels:

@@ -27,7 +27,7 @@ class FeatureDiffusionNeck(nn.Module):
 
     Raises:
         ValueError: If student and teacher differ in their number of levels, or levels that are to share a part in their
-            channels.
+            channels, or if ``compile`` does not go with the other arguments.
     """
 
     def __init__(
@@ -55,8 +55,13 @@ class FeatureDiffusionNeck(nn.Module):
         if share_levels:
             widths = widths[:1]
         self.levels = nn.ModuleList(FeatureDiffusion(s, t, **level_cfg) for s, t in widths)
+        if compile and (level_cfg.get('memory_efficient') or not level_cfg.get('denoise', True)):
+            raise ValueError(
+                'compile=True needs denoise=True and memory_efficient=False: it is the diffusion that is compiled, and '
+                'torch.compile decides itself what to keep.'
+            )
         for level in self.levels if compile else ():
-            for part in (level.denoiser, level.noise_adapter, level.proj) if level.denoise else ():
+            for part in (level.denoiser, level.noise_adapter, level.proj):
                 part.compile()
 
     def forward(

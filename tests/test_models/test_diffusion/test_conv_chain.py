@@ -81,15 +81,16 @@ def test_frozen_weights_get_no_gradient(chain):
 
 
 @pytest.mark.parametrize('memory_efficient', [False, True])
-def test_under_autocast(chain, memory_efficient):
-    """As near to float32 as the plain chain is, and all gradients in float32."""
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_under_autocast(chain, memory_efficient, dtype):
+    """As near to float32 as the plain chain is, and all gradients in float32; on channels-last memory, as in use."""
     chain = chain.float()
     chain.memory_efficient = memory_efficient
-    x = feature(chain, torch.float32)
+    x = feature(chain, torch.float32).contiguous(memory_format=torch.channels_last)
     exact = run(plain(chain), x)
     results = []
     for one in (plain(chain), chain):
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast('cpu', dtype):
             results.append(run(one, x))
     for name, value in exact.items():
         ours, theirs = (result[name] for result in results[::-1])
@@ -111,6 +112,15 @@ def test_what_it_cannot_run_runs_as_a_sequential(chain):
     assert is_lean(chain, x)
     for other in (nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(chain)), ConvChain(*chain, nn.GELU())):
         assert not is_lean(other.eval(), x)
+
+
+@pytest.mark.parametrize('options', [dict(momentum=None), dict(affine=False), dict(track_running_stats=False)])
+def test_other_kinds_of_batch_norm_run_as_a_sequential(options):
+    chain = ConvChain(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, **options), nn.Conv2d(4, 4, 1)).double()
+    x = feature(chain)
+    reference = plain(chain)
+    assert not is_lean(copy.deepcopy(chain), x)
+    torch.testing.assert_close(run(chain, x), run(reference, x))
 
 
 def test_no_gradient_wanted(chain):

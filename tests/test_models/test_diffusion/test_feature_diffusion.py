@@ -221,6 +221,7 @@ def test_different_batches():
         (dict(denoise=False, latent_channels=4), 'latent_channels=4 has no effect'),
         (dict(align=False), 'align=False needs denoise=False'),
         (dict(denoise=False, backprop_steps=1), 'backprop_steps=1 has no effect with denoise=False'),
+        (dict(denoise=False, memory_efficient=True), 'memory_efficient=True has no effect with denoise=False'),
         (dict(backprop_steps=0), 'backprop_steps=0 must lie between 1 and schedule.num_inference_steps=5'),
         (dict(backprop_steps=6), 'backprop_steps=6 must lie between 1 and'),
         (dict(denoise=False, align=False), 'the student has 6 channels and the teacher 8'),

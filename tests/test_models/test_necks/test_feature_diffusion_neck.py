@@ -131,6 +131,14 @@ def test_compiled_neck_under_autocast_copies_and_saves():
         torch.testing.assert_close(one.losses, two.losses, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    'option', [dict(denoise=False), dict(memory_efficient=True)], ids=lambda option: next(iter(option))
+)
+def test_what_cannot_be_compiled(option):
+    with pytest.raises(ValueError, match='compile=True needs denoise=True and memory_efficient=False'):
+        FeatureDiffusionNeck(6, 8, compile=True, **option)
+
+
 def test_uneven_levels():
     with pytest.raises(ValueError, match='one entry for every level'):
         FeatureDiffusionNeck([4, 4], [8])
