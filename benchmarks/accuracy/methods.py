@@ -14,7 +14,6 @@ METHODS = {
     'latent_channels=32': dict(neck=dict(latent_channels=32)),
     'latent_channels=16': dict(neck=dict(latent_channels=16)),
     'interval=2': dict(hooks=[dict(type='mmdiffkd.DistillScheduleHook', interval=2, by_epoch=False)]),
-    'interval=4': dict(hooks=[dict(type='mmdiffkd.DistillScheduleHook', interval=4, by_epoch=False)]),
     # what people would use instead
     'fitnet': dict(neck=dict(denoise=False)),
     'pkd': dict(neck=dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss', loss_weight=6.0))),
@@ -40,7 +39,6 @@ GROUPS = {
         'latent_channels=32',
         'latent_channels=16',
         'interval=2',
-        'interval=4',
     ],
     'detection': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention'],
     'segmentation': ['alone', 'dist', 'cwd of logits', 'diffkd'],

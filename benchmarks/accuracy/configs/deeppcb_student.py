@@ -1,11 +1,11 @@
-# A quarter of the teacher's backbone, half of its neck and head, and a third of its schedule.
+# A quarter of the teacher's backbone, half of its neck and head, and a quarter of its schedule.
 _base_ = './deeppcb_teacher.py'
 model = dict(
     backbone=dict(base_channels=8, stem_channels=8),
     neck=dict(in_channels=[8, 16, 32, 64], out_channels=32),
     bbox_head=dict(in_channels=32, feat_channels=32),
 )
-max_epochs = 8
+max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(end=max_epochs, T_max=max_epochs)
