@@ -1,5 +1,5 @@
-from contextlib import nullcontext
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from contextlib import contextmanager, nullcontext
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,17 @@ class Layer(NamedTuple):
         return self.norm is not None and self.conv.weight[0].numel() >= self.conv.out_channels
 
 
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Before torch 2.6 plain layers would find the weights there that were cast here, without a gradient."""
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)
+
+
 class LeanRun(Function):
     """The two passes of a chain of layers, of which autograd keeps little.
 
@@ -35,6 +46,7 @@ class LeanRun(Function):
     """
 
     @staticmethod
+    @_without_autocast_cache()
     def forward(ctx, x: Tensor, layers: List[Layer], memory_efficient: bool, *parameters: Optional[Tensor]) -> Tensor:
         kept: List[Optional[Tensor]] = []
         value = skip = x

@@ -131,6 +131,16 @@ def test_compiled_neck_under_autocast_copies_and_saves():
         torch.testing.assert_close(one.losses, two.losses, rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_part_under_autocast():
+    """A level of one pixel runs as plain layers: it must not find weights in autocast's cache that want no gradient."""
+    neck = FeatureDiffusionNeck([6, 6], [8, 8], share_levels=True)
+    student = [torch.randn(1, 6, size, size, requires_grad=True) for size in (4, 1)]
+    with torch.autocast('cpu', torch.bfloat16):
+        outputs = neck(student, [torch.randn(1, 8, size, size) for size in (4, 1)])
+    sum(outputs[1].losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in neck.parameters())
+
+
 @pytest.mark.parametrize(
     'option', [dict(denoise=False), dict(memory_efficient=True)], ids=lambda option: next(iter(option))
 )
