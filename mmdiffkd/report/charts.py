@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .runs import Group, Run, Series
+from .runs import Group, Run, Series, deviation
 
 # Okabe and Ito's, told apart by the colour-blind, too; without their yellow, which is too light for lines
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
@@ -77,7 +77,7 @@ def lines_of(groups: Sequence[Group], value: Callable[[Run], Series]) -> List[Li
         x = sorted(set.intersection(*map(set, found)))
         columns = [[series[i] for series in found] for i in x]
         means = [statistics.fmean(column) for column in columns]
-        deviations = [_deviation(column) for column in columns] if len(found) > 1 else None
+        deviations = [deviation(column) for column in columns] if len(found) > 1 else None
         if x:
             lines.append(Line(group, x, means, deviations))
     return lines
@@ -219,17 +219,28 @@ def _draw_line(axes: Axes, line: Line, small: bool, above: int) -> None:
 
 def _note(axes: Axes, text: str, at: tuple, coordinates: tuple, shift: tuple, ha: str) -> None:
     axes.annotate(
-        text, at, xycoords=coordinates, xytext=shift, textcoords='offset points', ha=ha, fontsize=FONT, color=TEACHER
+        _plain(text),
+        at,
+        xycoords=coordinates,
+        xytext=shift,
+        textcoords='offset points',
+        ha=ha,
+        fontsize=FONT,
+        color=TEACHER,
     )
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading formulas."""
+    return text.replace('$', r'\$')
 
 
 def _label(line: Line) -> str:
     name = line.group.name
     if len(name) > LONGEST:
         name = f'{name[: LONGEST // 2]}…{name[-LONGEST // 2 :]}'
-    name = name.replace('$', r'\$')  # no formula
     seeds = f' ({len(line.group.runs)} seeds)' if line.deviation is not None else ''
-    return f'{" " * name.startswith("_")}{name}{seeds}'  # legends leave out what begins with an underscore
+    return f'{" " * name.startswith("_")}{_plain(name)}{seeds}'  # legends leave out what begins with an underscore
 
 
 def _thousands(value: float, position: int) -> str:
@@ -240,10 +251,6 @@ def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format='png', facecolor='white')
     return file.getvalue()
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _ends(lines: Sequence[Line], levels: Optional[Dict[str, float]]) -> str:

@@ -5,10 +5,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from mmdiffkd.models.distillers.log_names import OF_A_LEVEL
 from mmdiffkd.utils import PREFIX
 
 from .charts import Chart, Line, common_limits, draw, draw_ends, lines_of
-from .logs import OF_A_LEVEL, OF_A_PAIR, WEIGHT
+from .logs import OF_A_PAIR, WEIGHT
 from .runs import Group, last, main_metrics
 
 TERMS = {
@@ -128,7 +129,7 @@ def _by_level(groups: Sequence[Group], pair: str, term: str, levels: Sequence[in
 def _limits_of_gamma(groups: Sequence[Group], pair: str, levels: Sequence[int]) -> Optional[Tuple[float, float]]:
     """From the tenth below its lowest value to 1."""
     keys = [f'{PREFIX}{pair}.gamma', *(f'{PREFIX}{pair}.gamma.{level}' for level in levels)]
-    low = [min(line.mean) for key in keys for line in _logged(groups, key)]
+    low = [mean for key in keys for line in _logged(groups, key) for mean in line.mean if math.isfinite(mean)]
     return (math.floor(min(low) * 10) / 10, 1.01) if low else None
 
 

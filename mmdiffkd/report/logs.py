@@ -6,25 +6,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+from mmdiffkd.models.distillers.log_names import OF_A_LEVEL
 from mmdiffkd.utils import PREFIX
 
 OF_A_PAIR = re.compile(re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<term>loss_kd|loss_diffusion|loss_reconstruction|gamma)')
-OF_A_LEVEL = re.compile(
-    re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<term>kd|diffusion|reconstruction|gamma)\.(?P<level>\d+)'
-)
 WEIGHT, SKIPPED = f'{PREFIX}weight', f'{PREFIX}skipped'
 TEACHER = 'teacher/'
 NO_METRICS = {'data_time', 'time', 'step', 'epoch', 'iter', 'memory', 'lr'}
 EPOCH_LENGTH = re.compile(r'Epoch\(train\)\s+\[\s*\d+\]\[\s*\d+/(\d+)\]')
 HEADER = 20_000  # characters of the text log in which mmengine lists the environment
-VERSIONS = {
+ENVIRONMENT = {
     'Python': r'^ +Python: (\S+)',
     'PyTorch': r'^ +PyTorch: (\S+)',
     'MMEngine': r'^ +MMEngine: (\S+)',
-    'mmdiffkd': r'\bmmdiffkd:? +(?:version )?v?(\d[\w.+]*)',
     'GPU': r'^ +GPU [\d,]+: (.+)',
     'seed': r'^ +seed: (\d+)',
 }
+PACKAGES = re.compile(r'- Versions: (mmdiffkd .*)')  # the distiller's, behind the config
+
+
+class DamagedLogError(ValueError):
+    """A log without a single readable record."""
 
 
 @dataclass
@@ -58,7 +60,8 @@ def read_log(folder: Path) -> Log:
         Log: Its records.
 
     Raises:
-        ValueError: If the file has no readable record, or distillation values of an unknown form.
+        DamagedLogError: If the file has no readable record.
+        ValueError: If it has distillation values of an unknown form.
     """
     log = Log(folder)
     file = folder / 'vis_data' / 'scalars.json'
@@ -81,10 +84,7 @@ def read_log(folder: Path) -> Log:
                 after = step or iteration
             log.val.setdefault(after, {}).update(_numbers(record))
     _check_keys(file, {key for record in records for key in record})
-    for name, pattern in VERSIONS.items():
-        found = re.search(pattern, text[:HEADER], re.MULTILINE)
-        if found:
-            log.versions[name] = found[1].strip()
+    log.versions = _versions(text)
     return log
 
 
@@ -93,7 +93,7 @@ def _records(file: Path) -> Tuple[List[dict], int]:
     lines = [line for line in file.read_text(errors='replace').splitlines() if line.strip()]
     records = [record for record in map(_parsed, lines) if record is not None]
     if not records:
-        raise ValueError(
+        raise DamagedLogError(
             f'{file} holds no readable record: it is damaged, or of another program. Remove the folder {file.parent} '
             'to leave it out.'
         )
@@ -129,6 +129,13 @@ def _numbers(record: dict, prefix: str = '') -> Dict[str, float]:
 def _text(folder: Path) -> str:
     file = folder / f'{folder.name}.log'
     return file.read_text(errors='replace') if file.is_file() else ''
+
+
+def _versions(text: str) -> Dict[str, str]:
+    found = {name: re.search(pattern, text[:HEADER], re.MULTILINE) for name, pattern in ENVIRONMENT.items()}
+    versions = {name: match[1].strip() for name, match in found.items() if match}
+    packages = PACKAGES.search(text)
+    return {**versions, **dict(re.findall(r'(\w+) ([^\s,]+)', packages[1]))} if packages else versions
 
 
 def _check_keys(file: Path, keys: set) -> None:

@@ -1,5 +1,6 @@
 """The page: one HTML file with all that it shows in it."""
 
+import re
 import shlex
 from itertools import chain
 from pathlib import Path
@@ -12,15 +13,15 @@ import mmdiffkd
 from .charts import colour, css_style
 from .curves import Section, sections, unit
 from .describe import models_of
-from .logs import VERSIONS
 from .pictures import data_uri, shown_pictures
 from .runs import Group, Run, best, last, main_metrics, metrics_of, read_groups
 
 MIB_IN_GIB = 1024
+PAGE = 'report.html'
 
 
 def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command: Sequence[str]) -> Path:
-    """Write a page on runs, and its charts as files beside it.
+    """Write a page on runs, and its charts as files beside it, in place of an earlier page and its charts.
 
     Args:
         named (list[tuple[str | None, Path]]): Names, where there are any, and work dirs. Runs of one name are seeds of
@@ -41,13 +42,22 @@ def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command
     page = _environment().get_template('page.html').render(_content(groups, drawn), command=shlex.join(command))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for file in _charts_of_page(out):
+            file.unlink(missing_ok=True)
         for section in drawn:
             for chart in [*section.charts, *chain.from_iterable(section.rows.values())]:
                 (out / f'{chart.name}.png').write_bytes(chart.png)
-        (out / 'report.html').write_text(page, encoding='utf-8')
+        (out / PAGE).write_text(page, encoding='utf-8')
     except OSError as error:
         raise OSError(f'{out} cannot be written: {error.strerror}.') from error
-    return out / 'report.html'
+    return out / PAGE
+
+
+def _charts_of_page(out: Path) -> List[Path]:
+    """The charts of an earlier page, as it names them: other pictures in the folder stay."""
+    page = out / PAGE
+    names = re.findall(r'data-file="([\w.-]+\.png)"', page.read_text('utf-8', 'replace')) if page.is_file() else []
+    return [out / name for name in names]
 
 
 def _content(groups: Sequence[Group], drawn: Sequence[Section]) -> dict:
@@ -66,7 +76,7 @@ def _content(groups: Sequence[Group], drawn: Sequence[Section]) -> dict:
         sections=drawn,
         pictures=pictures,
         notes=[*_notes(groups), *missing],
-        versions=[name for name in VERSIONS if any(name in run.versions for _, run in runs)],
+        versions=list({name: None for _, run in runs for name in run.versions}),
         version=mmdiffkd.__version__,
         has_seeds=len(runs) > len(groups),
         has_test=any(metric in run.test for _, run in runs for metric in metrics),

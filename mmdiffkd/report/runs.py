@@ -1,6 +1,7 @@
 """Runs as they are compared: every start of a run joined, and runs of one name together as seeds of one thing."""
 
 import json
+import math
 import re
 import statistics
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from mmdiffkd.utils import PREFIX
 
-from .logs import NO_METRICS, Log, read_log
+from .logs import NO_METRICS, DamagedLogError, Log, read_log
 
 PICTURE = re.compile(
     re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<level>\d+)(?P<steps>\.steps)?_(?P<iteration>\d+)\.png',
@@ -115,7 +116,7 @@ class Group:
         values = [v for v in map(value, self.runs) if v is not None]
         if not values:
             return None
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+        return statistics.fmean(values), deviation(values) if len(values) > 1 else None
 
 
 def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
@@ -147,7 +148,7 @@ def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
 def read_run(folder: Path) -> Run:
     """Read all starts of a run. Where a later one repeats iterations, it is the one that counts."""
     run = Run(folder)
-    for log in map(read_log, _starts(folder)):
+    for log in _logs(folder, run.notes):
         begin = min([*log.train, *log.val], default=float('inf'))
         run.train = {**_before(run.train, begin), **log.train}
         run.val = {**_before(run.val, begin), **log.val}
@@ -164,6 +165,11 @@ def read_run(folder: Path) -> Run:
     if skipped and max(skipped.values()):
         run.notes.append(f'{folder.name}: {max(skipped.values()):.0f} iterations were skipped, being not finite.')
     return run
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation (n-1); NaN where not all values are finite, which ``statistics`` cannot do."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def metrics_of(group: Group) -> List[str]:
@@ -186,7 +192,8 @@ def last(series: Series) -> Optional[float]:
 
 def best(name: str, series: Series) -> Optional[float]:
     """The highest value, of losses the lowest."""
-    return (min if 'loss' in name else max)(series.values(), default=None)
+    values = [value for value in series.values() if not math.isnan(value)]
+    return (min if 'loss' in name else max)(values, default=None)
 
 
 def _starts(folder: Path) -> List[Path]:
@@ -206,6 +213,20 @@ def _starts(folder: Path) -> List[Path]:
     raise FileNotFoundError(
         f"{folder} has no logs, */vis_data/scalars.json: the config's vis_backends need dict(type='LocalVisBackend')."
     )
+
+
+def _logs(folder: Path, notes: List[str]) -> List[Log]:
+    """The starts that can be read; notes say which cannot, such as one that was killed in its first line."""
+    logs, errors = [], []
+    for start in _starts(folder):
+        try:
+            logs.append(read_log(start))
+        except DamagedLogError as error:
+            errors.append(error)
+            notes.append(f'{folder.name}/{start.name}: left out, its log has no readable record.')
+    if not logs:
+        raise errors[-1]
+    return logs
 
 
 def _before(records: Dict[int, dict], begin: float) -> Dict[int, dict]:

@@ -27,6 +27,12 @@ def test_validations_that_count_epochs_and_versions(tmp_path):
     assert log.versions == dict(Python='3.11.7', PyTorch='2.12.1', seed='3')
 
 
+def test_versions_stand_behind_the_config(tmp_path):
+    line = '2026/01/01 00:00:00 - mmengine - INFO - Versions: mmdiffkd 0.1.0, mmdet 3.5.1+cu1\n'
+    log = read(tmp_path, [logs.train(5)], text=' PyTorch: 2.12.1\n' + 'model = dict()\n' * 5000 + line)
+    assert log.versions == dict(PyTorch='2.12.1', mmdiffkd='0.1.0', mmdet='3.5.1+cu1')
+
+
 def test_a_run_that_was_killed_has_half_a_line(tmp_path):
     log = read(tmp_path, [logs.train(10), '{"loss": 0.'])
     assert list(log.train) == [10] and log.unreadable == 0

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,31 @@ def test_runs_of_one_name_are_seeds(tmp_path):
     assert names == ['seed0', 'seed1']
 
 
+def test_seeds_without_a_number(tmp_path):
+    for index, value in enumerate((0.2, math.nan)):
+        logs.write(tmp_path / f'seed{index}', [logs.train(10), logs.val(10, value)])
+    (group,) = read_groups([('x', tmp_path / 'seed0'), ('x', tmp_path / 'seed1')])
+    assert all(map(math.isnan, group.spread(lambda run: last(run.metric('coco/bbox_mAP')))))
+
+
 def test_best():
     assert best('coco/bbox_mAP', {1: 0.3, 2: 0.2}) == 0.3 and best('val_loss', {1: 0.3, 2: 0.2}) == 0.2
+    assert best('coco/bbox_mAP', {1: math.nan, 2: 0.2}) == 0.2 and best('mIoU', {1: math.nan}) is None
+
+
+def test_a_start_that_was_killed_in_its_first_line(tmp_path):
+    folder = logs.write(tmp_path / 'run', [logs.train(10)])
+    logs.write(folder, ['{"loss": 0.'], '20260102_000000')
+    run = read_run(folder)
+    assert list(run.train) == [10] and run.starts == ['20260101_000000']
+    assert run.notes == ['run/20260102_000000: left out, its log has no readable record.']
+
+
+def test_no_start_with_a_whole_line(tmp_path):
+    folder = logs.write(tmp_path / 'run', ['{"loss": 0.'])
+    logs.write(folder, [], '20260102_000000')
+    with pytest.raises(ValueError, match='holds no readable record'):
+        read_run(folder)
 
 
 def test_pictures_of_the_hook(tmp_path):

@@ -4,10 +4,12 @@ import re
 from html.parser import HTMLParser
 
 import cv2
+import mmdet
 import numpy as np
 import pytest
 from mmengine.runner import Runner
 
+import mmdiffkd
 from tests import tiny
 from tests.conftest import run_tool
 from tests.test_report import logs
@@ -22,7 +24,8 @@ class Page(HTMLParser):
     def __init__(self, file):
         super().__init__()
         self.open, self.pictures, self.text = [], 0, ''
-        self.feed(file.read_text())
+        self.source = file.read_text()
+        self.feed(self.source)
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
@@ -73,7 +76,9 @@ def test_a_real_run(run, tmp_path):
     assert {'report.html', 'loss.png', 'fpn-loss_kd.png', 'fpn-gamma-0.png', 'validation-coco_bbox_mAP.png'} <= files
     for text in ('small', 'coco/bbox_mAP', 'gamma', 'fpn, level 0', 'Denoising steps, iteration 1', 'DiffKDDistiller'):
         assert text in page.text, text
-    assert re.search(r'teacher', page.text)
+    assert re.search(r'The teacher of small, checked before the training: coco/bbox_mAP \d\.\d{3}\.', page.text)
+    versions = re.search(r'<th>mmdiffkd</th><th>mmdet</th>', page.source)
+    assert versions and all(f'<td>{package.__version__}</td>' in page.source for package in (mmdiffkd, mmdet))
 
 
 def test_seeds_side_by_side(tmp_path):

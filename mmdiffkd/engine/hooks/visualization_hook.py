@@ -7,6 +7,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import MLflowVisBackend, Visualizer
 
 from mmdiffkd.models import FeatureDiffusionNeck
+from mmdiffkd.models.distillers.diffkd_distiller import Kept
 from mmdiffkd.registry import HOOKS
 from mmdiffkd.utils import PREFIX
 from mmdiffkd.visualization import draw_comparison, draw_steps
@@ -20,13 +21,15 @@ class DiffKDVisualizationHook(Hook):
 
     Of the first image of a batch, a picture for every pair and level, and a strip of its denoising steps, in the first
     iteration and then every ``interval`` of them. They go to all backends of the visualizer, named
-    ``diffkd.<pair>.<level>`` and ``diffkd.<pair>.<level>.steps``; mmengine's local one, which every OpenMMLab config
-    has, writes them to ``vis_data/vis_image`` of the run. What is drawn is what the iteration computed: nothing is run
-    again, and the training is the same with and without the hook. Without a teacher it does nothing.
+    ``diffkd.<pair>.<level>`` and ``diffkd.<pair>.<level>.steps``. Only mmengine's ``LocalVisBackend``, which every
+    OpenMMLab config has, writes them as files, to ``vis_data/vis_image`` of the run, where the report finds them. What
+    is drawn is what the iteration computed: nothing is run again, and the training is the same with and without the
+    hook. Pairs whose neck is no ``FeatureDiffusionNeck`` are left out. Without a teacher it does nothing.
 
     Args:
         interval (int): Iterations from picture to picture. Where one of them distils nothing, see
-            ``DistillScheduleHook``, the next that does is drawn. Defaults to 500.
+            ``DistillScheduleHook``, or its features are not finite, see ``NonFiniteHook``, the next one is drawn.
+            Defaults to 500.
 
     Raises:
         ValueError: If ``interval`` is below 1.
@@ -61,7 +64,7 @@ class DiffKDVisualizationHook(Hook):
         """Draw it."""
         model = required_distiller(runner, self)
         kept, model.kept, model.keep_outputs = model.kept, None, False
-        if kept is None:
+        if kept is None or not _is_finite(kept):
             return
         self._is_due = False
         step = runner.iter + 1
@@ -73,6 +76,13 @@ class DiffKDVisualizationHook(Hook):
                 strip = draw_steps(label, output, _timesteps(model.diffkd[pair]), step)
                 if strip is not None:
                     _add_image(runner.visualizer, f'{name}.steps', strip, step)
+
+
+def _is_finite(kept: Kept) -> bool:
+    """Whether what is drawn is: features that are not have no colours."""
+    outputs = [output for levels in kept.outputs.values() for output in levels.values()]
+    drawn = [feature[0] for o in outputs for feature in (o.latent, o.refined, o.target, *o.samples)]
+    return all(feature.isfinite().all() for feature in drawn)
 
 
 def _timesteps(neck: FeatureDiffusionNeck) -> Sequence[int]:

@@ -1,4 +1,5 @@
 import copy
+import sys
 from contextlib import ExitStack
 from functools import cache, partial
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils import PREFIX, check_is_data, nearest, with_preprocessor
+from mmdiffkd.version import __version__
 
 from ..diffusion import DiffusionOutput
+from ..necks import FeatureDiffusionNeck
 from .idle import touching
 from .ignored import counted_pixels, ignore_index_of
 from .levels import match_levels
@@ -31,7 +34,8 @@ class Kept(NamedTuple):
 
     Attributes:
         images (Tensor): Preprocessed images of the student, (N, 3, H, W).
-        outputs (dict[str, dict[int, DiffusionOutput]]): By pair and level.
+        outputs (dict[str, dict[int, DiffusionOutput]]): By pair and level, with their samples; of a
+            ``FeatureDiffusionNeck`` only.
     """
 
     images: Tensor
@@ -132,6 +136,8 @@ class DiffKDDistiller(BaseModel):
             except (TypeError, ValueError, KeyError) as error:
                 raise ValueError(f'distill.{name}.neck cannot be built: {error}') from error
         self.diffkd = nn.ModuleDict(necks)
+        # now, before FSDP wraps them; other necks may have no samples to keep
+        self._with_samples = {name for name, neck in necks.items() if isinstance(neck, FeatureDiffusionNeck)}
         self._ignored_labels = {name: ignore_index_of(self, pair.student) for name, pair in self.pairs.items()}
         for path in self._inherit:
             find_module(self, path, 'student')
@@ -146,6 +152,7 @@ class DiffKDDistiller(BaseModel):
         """
         if self.deferred_error is not None:
             raise self.deferred_error
+        print_log(f'Versions: {", ".join(_versions())}', logger='current')
         # the student's init_cfg reaches every registered module; the diffusion part keeps its own initialisation
         diffkd = self._modules.pop('diffkd', None)
         try:
@@ -216,13 +223,15 @@ class DiffKDDistiller(BaseModel):
             if label not in masks:
                 masks[label] = counted_pixels(samples, label)
             options = {} if masks[label] is None else dict(mask=masks[label])
-            if self.keep_outputs:
+            is_kept = self.keep_outputs and name in self._with_samples
+            if is_kept:
                 options['keep_samples'] = True
             outputs = self.diffkd[name](
                 [student[s] for s in levels], [teacher[t] for _, t in self._matches[name]], **options
             )
             losses.update(name_losses(name, outputs, levels, self.distill_weight))
-            kept[name] = dict(zip(levels, outputs))
+            if is_kept:
+                kept[name] = dict(zip(levels, outputs))
         if self.keep_outputs:
             self.kept = Kept(images, kept)
         return losses
@@ -296,6 +305,12 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     return with_preprocessor(cfg, data_preprocessor)
+
+
+def _versions() -> List[str]:
+    """This package's, and those of the packages that models come from, for the log."""
+    upstream = [name for name in ('mmdet', 'mmseg', 'mmpretrain') if name in sys.modules]
+    return [f'mmdiffkd {__version__}', *(f'{name} {sys.modules[name].__version__}' for name in upstream)]
 
 
 def _check_teacher_keys(teacher: dict) -> None:

@@ -1,16 +1,20 @@
 """Pictures of real runs."""
 
-from pathlib import Path
+import re
+import sys
+from unittest.mock import MagicMock
 
 import cv2
 import pytest
 import torch
-from mmengine.registry import VISBACKENDS
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
-from mmengine.visualization import BaseVisBackend, MLflowVisBackend
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
+from mmdiffkd.models.diffusion import DiffusionOutput
 from tests import tiny
 
 
@@ -84,23 +88,71 @@ def test_tensorboard_has_pictures_and_scalars_of_every_level(train, tmp_path):
     assert picture.step == 1 and picture.width > 1000
 
 
-@VISBACKENDS.register_module(force=True)
-class MLflowNames(MLflowVisBackend):
-    """MLflow's backend without its server: it saves pictures by their names, as MLflow does."""
+def test_wandb_has_pictures_and_scalars_of_every_level(train, monkeypatch):
+    wandb = MagicMock()
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    by_iteration = dict(name='*', step_metric='iter')
+    train(
+        iterations=1,
+        visualizer__vis_backends=[dict(type='WandbVisBackend', define_metric_cfg=[by_iteration])],
+        default_hooks__logger__interval=1,
+    )
+    wandb.define_metric.assert_called_once_with(**by_iteration)
+    logged = {name: value for call in wandb.log.call_args_list for name, value in call.args[0].items()}
+    assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.kd.3', 'diffkd.fpn.gamma.3'} <= set(logged) and logged['iter'] == 1
+    pictures = {name for name, value in logged.items() if value is wandb.Image.return_value}
+    assert {'diffkd.fpn.0', 'diffkd.fpn.0.steps', 'diffkd.fpn.3'} <= pictures
+    assert wandb.Image.call_args_list[0].args[0].shape[1] > 1000
 
-    __init__ = BaseVisBackend.__init__
-    _init_env = add_config = add_scalar = add_scalars = close = lambda self, *args, **kwargs: None
 
-    def add_image(self, name, image, step=0, **kwargs):
-        folder = Path(self._save_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / name)
+def test_mlflow_takes_names_of_pictures_for_files_and_those_of_scalars(train, tmp_path, monkeypatch):
+    mlflow = MagicMock(MlflowException=ValueError)
+    mlflow.log_image.side_effect = lambda picture, name: Image.fromarray(picture).save(tmp_path / name)
+    monkeypatch.setitem(sys.modules, 'mlflow', mlflow)
+    train(visualizer__vis_backends=[dict(type='MLflowVisBackend')], default_hooks__logger__interval=1)
+    files = {path.name for path in tmp_path.glob('*.png')}
+    assert {'diffkd.fpn.0_1.png', 'diffkd.fpn.0_2.png', 'diffkd.fpn.0.steps_4.png'} <= files
+    scalars = {name for call in mlflow.log_metrics.call_args_list for name in call.args[0]}
+    assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.gamma.3'} <= scalars
+    assert all(re.fullmatch(r'[/\w.\- :]+', name) for name in scalars)  # what MLflow allows
 
 
-def test_mlflow_takes_names_for_files(train, tmp_path):
-    train(visualizer__vis_backends=[dict(type='MLflowNames')])
-    names = {path.name for path in tmp_path.glob('run/*/vis_data/*.png')}
-    assert {'diffkd.fpn.0_1.png', 'diffkd.fpn.0_2.png', 'diffkd.fpn.0.steps_4.png'} <= names
+@HOOKS.register_module()
+class NaNImage(Hook):
+    """Spoil the batch of the second iteration."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 1:
+            data_batch['inputs'][0] = torch.full_like(data_batch['inputs'][0], float('nan'), dtype=torch.float32)
+
+
+def test_what_is_not_finite_waits_for_the_next(train, tmp_path):
+    skipping = dict(type='mmdiffkd.NonFiniteHook', policy='skip')
+    drawing = dict(type='mmdiffkd.DiffKDVisualizationHook', interval=2)
+    runner = train(hooks=[skipping, drawing, dict(type='NaNImage')])
+    assert runner.iter == 4 and runner.message_hub.get_info('diffkd.skipped') == 1
+    assert {name.rsplit('_', 1)[1] for name in pictures(tmp_path)} == {'1.png', '3.png', '4.png'}
+
+
+@MODELS.register_module()
+class PlainNeck(nn.Module):
+    """A neck of one's own that has no diffusion."""
+
+    def __init__(self, student_channels, teacher_channels, **options):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(s, t, 1) for s, t in zip(student_channels, teacher_channels))
+
+    def forward(self, student, teacher, mask=None):
+        widened = [conv(feature) for conv, feature in zip(self.convs, student)]
+        return [
+            DiffusionOutput(dict(loss_kd=nn.functional.mse_loss(w, t)), None, w, t, w) for w, t in zip(widened, teacher)
+        ]
+
+
+def test_other_necks_are_not_drawn(train, tmp_path):
+    own = dict(tiny.FPN, neck=dict(type='PlainNeck'))
+    train(iterations=1, model=tiny.distiller_cfg(tmp_path, distill=dict(fpn=tiny.FPN, own=own)))
+    assert {name.split('.')[1] for name in pictures(tmp_path)} == {'fpn'}
 
 
 def test_a_resumed_run_draws_at_its_intervals(train, tmp_path):
