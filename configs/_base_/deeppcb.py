@@ -2,6 +2,7 @@
 # The objects are small (14 - 26 pixels) and of one scale. Choose on val, report on test.
 _base_ = './small_detection.py'
 data_root = 'data/deeppcb_coco320/'
+image_size = (320, 320)
 metainfo = dict(classes=('open', 'short', 'mousebite', 'spur', 'copper', 'pin-hole'))
 source = dict(metainfo=metainfo, data_root=data_root, data_prefix=dict(img='images/'))
 

@@ -1,4 +1,4 @@
-from .build import build_distiller, build_model
+from .build import build_distiller, build_model, read_config
 from .distill import distill
 from .export import student_config, student_weights
 from .make_config import make_config
@@ -13,6 +13,7 @@ __all__ = [
     'load_run_config',
     'make_config',
     'preview',
+    'read_config',
     'student_config',
     'student_weights',
 ]

@@ -1,35 +1,57 @@
 import copy
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmdiffkd.utils import with_preprocessor
+from mmdiffkd.utils import resolve_config, with_preprocessor
 
 
-def build_distiller(config: str, cfg_options: Optional[dict] = None) -> Tuple[Config, nn.Module]:
+def read_config(config: Union[str, Config], cfg_options: Optional[dict] = None) -> Config:
+    """Read a config as tools do.
+
+    Args:
+        config (str or Config): Path of the config, ``pkg::path``, or a config at hand, which stays as it is.
+        cfg_options (dict, optional): Overrides, as on the command line.
+
+    Returns:
+        Config: A config with the key ``model``.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: If it does not exist.
+        ValueError: If it is no Python, or describes no model.
+    """
+    try:
+        cfg = copy.deepcopy(config) if isinstance(config, Config) else resolve_config(config)
+    except SyntaxError as error:
+        raise ValueError(f"The config '{config}', or one that it inherits, is no Python: {error}.") from error
+    cfg.merge_from_dict(cfg_options or {})
+    return cfg
+
+
+def build_distiller(config: Union[str, Config], cfg_options: Optional[dict] = None) -> Tuple[Config, nn.Module]:
     """Build the distiller of a config to look at it; no weights are loaded.
 
     Args:
-        config (str): Path of the config.
+        config (str or Config): Path of the config, or a config at hand.
         cfg_options (dict, optional): Overrides, as on the command line.
 
     Returns:
         tuple[Config, Module]: The config and its model.
 
     Raises:
-        ValueError: If nothing is distilled.
+        FileNotFoundError, ModuleNotFoundError: If the config does not exist.
+        ValueError: If it cannot be read, or nothing is distilled.
     """
-    cfg = Config.fromfile(config)
-    if cfg_options is not None:
-        cfg.merge_from_dict(cfg_options)
+    name = 'The config' if isinstance(config, Config) else config
+    cfg = read_config(config, cfg_options)
     if 'student' not in cfg.model:
-        raise ValueError(f'{config} distils nothing: its model is a plain {cfg.model.type}.')
+        raise ValueError(f'{name} distils nothing: its model is a plain {cfg.model.type}.')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = build_model(cfg, cfg.model)
     if model.diffkd_teacher is None:
-        raise ValueError(f'{config} distils nothing: {model.deferred_error or "it has no teacher"}')
+        raise ValueError(f'{name} distils nothing: {model.deferred_error or "it has no teacher"}')
     return cfg, model
 
 

@@ -7,6 +7,7 @@ from typing import Optional, Sequence, Union
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -30,7 +31,8 @@ def distill(
 ) -> dict:
     """Train a student with a teacher, and export it.
 
-    Data, schedule and optimizer are the student's config's. The log is mmengine's.
+    Data, schedule and optimizer are the student's config's. The log is mmengine's. Where several processes call it,
+    one of them writes what is exported.
 
     Args:
         student_config (str, Path or Config): Config of the student: ``pkg::path``, a file, or a config at hand.
@@ -90,13 +92,15 @@ def _run_config(
 
 
 def _export(runner: Runner, work_dir: Path) -> dict:
-    checkpoint = (work_dir / 'last_checkpoint').read_text().strip()
+    checkpoint = runner.message_hub.get_info('last_ckpt')  # wherever the hook writes
     config, plain_config, plain_checkpoint = (
         str(work_dir / name) for name in ('distill.py', 'student.py', 'student.pth')
     )
-    runner.cfg.dump(config)
-    student_config(runner.cfg).dump(plain_config)
-    torch.save(student_weights(checkpoint), plain_checkpoint)
+    if is_main_process():
+        runner.cfg.dump(config)
+        student_config(runner.cfg).dump(plain_config)
+        torch.save(student_weights(checkpoint), plain_checkpoint)
+    barrier()
     metrics = {
         key[len('val/') :]: float(scalar.current())
         for key, scalar in runner.message_hub.log_scalars.items()

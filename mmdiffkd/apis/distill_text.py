@@ -1,8 +1,18 @@
+import inspect
 import re
+from typing import Sequence
 
 from mmengine.config import Config
+from torch import nn
 
-from mmdiffkd.models import DiffKDDistiller
+from mmdiffkd.models import DiffKDDistiller, FeatureDiffusionNeck
+from mmdiffkd.models.diffusion import DDIMSchedule, FeatureDiffusion
+
+# what the neck and its levels are given when they are built
+WIDTHS = ('student_channels', 'teacher_channels')
+GIVEN = ('channels', 'num_train_timesteps')
+# what a pair without denoising has
+PLAIN = ('denoise', 'align', 'distance', 'share_levels')
 
 
 def distill_text(model: DiffKDDistiller) -> str:
@@ -16,9 +26,41 @@ def distill_text(model: DiffKDDistiller) -> str:
     """
     pairs = {
         name: dict(
-            student=pair.student, teacher=pair.teacher, levels=[s for s, _ in model._matches[name]], neck=pair.neck
+            student=pair.student,
+            teacher=pair.teacher,
+            levels=[s for s, _ in model._matches[name]],
+            neck=_spelt_out(pair.neck, model.diffkd[name]),
         )
         for name, pair in model.pairs.items()
     }
     text = Config(dict(distill=pairs)).pretty_text.strip()
     return re.sub(r'\[\s+([\d,\s]+?),?\s*\]', lambda match: f'[{" ".join(match[1].split())}]', text)
+
+
+def _spelt_out(cfg: dict, neck: nn.Module) -> dict:
+    """The config of a neck with the defaults of ours and of its parts."""
+    if type(neck) is not FeatureDiffusionNeck:
+        return cfg
+    level = neck.levels[0]
+    full = {**_defaults(FeatureDiffusion, WIDTHS), **_defaults(FeatureDiffusionNeck, WIDTHS)}
+    if not level.denoise:
+        full = {key: value for key, value in full.items() if key in PLAIN}
+    full.update(cfg)
+    full['distance'] = _part(full['distance'], level.distance)
+    if level.denoise:
+        full['denoiser'] = _part(full['denoiser'], level.denoiser)
+        full['noise_adapter'] = _part(full['noise_adapter'], level.noise_adapter)
+        full['schedule'] = {**_defaults(DDIMSchedule), **(full['schedule'] or {})}
+    return full
+
+
+def _part(cfg: dict, module: nn.Module) -> dict:
+    kind = type(module)
+    if kind.__module__.split('.')[0] != 'mmdiffkd':
+        return cfg
+    return {'type': f'mmdiffkd.{kind.__name__}', **_defaults(kind, GIVEN), **(cfg or {})}
+
+
+def _defaults(kind: type, given: Sequence[str] = ()) -> dict:
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}

@@ -1,16 +1,15 @@
 """A distillation config from two configs."""
 
 import os
-import tempfile
 from pathlib import Path
 from textwrap import indent
 from typing import Optional
 
 from mmengine.config import Config
 
-from mmdiffkd.utils import imports_of, resolve_config, zoo_checkpoint
+from mmdiffkd.utils import imports_of, zoo_checkpoint
 
-from .build import build_distiller
+from .build import build_distiller, read_config
 from .distill_text import distill_text
 
 # mmengine knows mmsegmentation by its original name alone, so `mmseg::` is no base with the maintained packages
@@ -66,7 +65,7 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
     """
     if output is not None and os.path.exists(output):
         raise FileExistsError(f"There is a file '{output}' already; choose another name or remove it.")
-    student_cfg, teacher_cfg = resolve_config(student), resolve_config(teacher)
+    student_cfg, teacher_cfg = read_config(student), read_config(teacher)
     for source, cfg in ((student, student_cfg), (teacher, teacher_cfg)):
         if 'student' in cfg.model:
             raise ValueError(f"'{source}' is a distillation already; give the plain config.")
@@ -74,38 +73,40 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
         zoo_checkpoint(teacher)
     elif '://' not in checkpoint and not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"The teacher's checkpoint '{checkpoint}' does not exist.")
-    folder = None if output is None else Path(output).resolve().parent
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
     own_hooks = "#     *_base_.get('custom_hooks', []),\n" if student_cfg.get('custom_hooks') else ''
-    parts = dict(
-        teacher_name=Path(teacher).stem,
-        student_name=Path(student).stem,
-        base=_base(student, folder),
-        imports=[*imports_of(student_cfg), 'mmdiffkd'],
-        config=_file(teacher, folder, '{{ fileDirname }}/'),
-        checkpoint=checkpoint,
-        hooks=own_hooks,
-    )
-    bare = TEMPLATE.format(**parts, distill='')
-    text = TEMPLATE.format(**parts, distill=indent(_defaults(bare, folder), '    # ', lambda line: True))
-    if output is not None:
-        Path(output).write_text(text)
+
+    def write(folder: Optional[Path], distill: str = '') -> str:
+        return TEMPLATE.format(
+            teacher_name=Path(teacher).stem,
+            student_name=Path(student).stem,
+            base=_base(student, folder),
+            imports=[*imports_of(student_cfg), 'mmdiffkd'],
+            config=_file(teacher, folder, '{{ fileDirname }}/'),
+            checkpoint=checkpoint,
+            hooks=own_hooks,
+            distill=distill,
+        )
+
+    distill = indent(_defaults(write(None), student), '    # ', lambda line: True)
+    if output is None:
+        return write(None, distill)
+    folder = Path(output).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write(folder, distill)
+    Path(output).write_text(text)
     return text
 
 
-def _defaults(text: str, folder: Optional[Path]) -> str:
-    """What a config without ``distill`` distils; it is read from where it will lie."""
-    with tempfile.NamedTemporaryFile('w', suffix='.py', dir=folder) as file:
-        file.write(text)
-        file.flush()
-        try:
-            Config.fromfile(file.name)
-        except RuntimeError as error:  # of mmengine, whose two styles of config do not mix
-            raise ValueError(
-                f"The student's config is one in pure Python, which cannot be inherited here: {error}"
-            ) from error
-        _, model = build_distiller(file.name)
+def _defaults(text: str, student: str) -> str:
+    """What a config without ``distill`` distils; its paths are absolute."""
+    try:
+        cfg = Config.fromstring(text, '.py')
+    except RuntimeError as error:  # of mmengine, whose two styles of config do not mix
+        raise ValueError(
+            f"The student's config '{student}' is one in pure Python, which cannot be inherited here; give one in "
+            'which types are strings.'
+        ) from error
+    _, model = build_distiller(cfg)
     return distill_text(model).replace('distill = dict(', 'distill=dict(', 1) + ','
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from math import ceil
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -13,41 +13,45 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdiffkd.models.distillers.passes import passes
 from mmdiffkd.models.distillers.probe import blank_sample
 from mmdiffkd.models.distillers.taps import TapRecorder, flatten
-from mmdiffkd.utils import PREFIX, kept_bytes, preprocessor_of, resolve_config, skeleton, with_preprocessor
+from mmdiffkd.utils import PREFIX, kept_bytes, resolve_config, skeleton, with_preprocessor
 
-from .build import build_distiller
+from .build import build_distiller, read_config
 from .distill_text import distill_text
 from .dry_training import try_training_taps
+from .image_size import Size, image_size
 
-Size = Tuple[int, int]
-DEFAULT_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
-
+# of a parameter in float32: its weight alone, and with gradient and momentum of SGD
+WEIGHT_BYTES = dict(teacher=4, diffusion_part=12)
 UNTRIED = 'The student does not run on random images here, so its taps were not tried in a training pass.'
 
 
-def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
+def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
     """Tell what a config distils, and what that takes.
 
     Args:
-        config (str): Path of the config.
+        config (str or Config): Path of the config, or a config at hand.
         cfg_options (dict, optional): Overrides, as on the command line.
-        size (tuple[int, int], optional): Height and width of the images. None takes what the preprocessor of the
-            student cuts to, else what is usual for the package. Defaults to None.
+        size (tuple[int, int], optional): Height and width of the images. None takes what the student trains on:
+            what its preprocessor, ``image_size`` of the config or the training pipeline says, else what is usual for
+            the package. Defaults to None.
 
     Returns:
-        dict: ``size``; ``pairs``, a dict for every pair and level; ``parameters`` and ``gflops`` of ``student``,
-        ``teacher`` (as far as its last tap) and ``diffusion_part`` (forward and backward), for one image, None where
-        they cannot be counted; ``kept_mib`` of the diffusion part for the backward pass of one image; ``overhead``,
-        operations of teacher and diffusion part over those of the student's step; ``distill``, what the defaults stand
-        for, as text to paste; ``warnings``.
+        dict: ``size``; ``pairs``, a dict for every pair and level; ``parameters`` of ``student``, ``teacher`` and
+        ``diffusion_part``; their ``gflops`` for one image, a multiply-add counting as two: of the student's forward
+        pass, of the teacher's as far as its last tap, of the diffusion part forward and backward, None where they
+        cannot be counted; ``kept_mib`` of the diffusion part for the backward pass of one image; ``weights_mb``, of
+        the teacher's weights, and of the diffusion part's with gradients and momentum of SGD; ``overhead``, operations
+        of teacher and diffusion part over those of the student's step; ``distill``, what the defaults stand for, as
+        text to paste; ``warnings``.
 
     Raises:
         ValueError: If the config distils nothing, or a tap gives nothing to distil while the student trains.
     """
-    cfg, model = build_distiller(config, cfg_options)
+    with torch.random.fork_rng(devices=[]):
+        cfg, model = build_distiller(config, cfg_options)
     tried = try_training_taps(cfg, model)
     teacher = model.diffkd_teacher
-    size = size or _usual_size(cfg)
+    size = size or image_size(cfg)
     rows = _rows(model, size)
     part_gflops, kept = _count_part(model, rows)
     student_net, teacher_net = _skeleton(cfg.model.student, cfg), skeleton(teacher.model_cfg)
@@ -70,29 +74,41 @@ def preview(config: str, cfg_options: Optional[dict] = None, size: Optional[Size
         parameters=parameters,
         gflops=gflops,
         kept_mib=kept and kept / 2**20,
+        weights_mb={part: number * parameters[part] / 1e6 for part, number in WEIGHT_BYTES.items()},
         overhead=(gflops['teacher'] + gflops['diffusion_part']) / step if known else None,
         distill=distill_text(model),
         warnings=_warnings(model, cfg, parameters) + ([] if tried else [UNTRIED]),
     )
 
 
-def list_taps(config: str, owner: str = 'student', size: Optional[Size] = None) -> Dict[str, List[List[int]]]:
+def list_taps(
+    config: Union[str, Config],
+    owner: str = 'student',
+    size: Optional[Size] = None,
+    cfg_options: Optional[dict] = None,
+) -> Dict[str, List[List[int]]]:
     """The modules of a model that can be tapped, with the shapes of what they return for one image.
 
     Args:
-        config (str): A config of a distillation, or of a plain model (``owner`` has no meaning then).
+        config (str or Config): A config of a distillation, or of a plain model (``owner`` has no meaning then).
         owner (str): ``'student'`` or ``'teacher'``. Defaults to ``'student'``.
         size (tuple[int, int], optional): Height and width of the images. Defaults to None, as for :func:`preview`.
+        cfg_options (dict, optional): Overrides, as on the command line.
 
     Returns:
         dict[str, list[list[int]]]: Shapes by path.
 
     Raises:
+        ValueError: If there is no teacher.
         RuntimeError: If the model runs neither without memory nor on the CPU at that size.
     """
-    cfg = resolve_config(config)
-    size = size or _usual_size(cfg)
+    cfg = read_config(config, cfg_options)
+    size = size or image_size(cfg)
     if 'student' in cfg.model and owner == 'teacher':
+        if not cfg.model.get('teacher'):
+            raise ValueError(
+                "The config has no teacher whose taps could be listed; list the student's, or set teacher."
+            )
         cfg = resolve_config(cfg.model.teacher.config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
@@ -122,12 +138,6 @@ def _skeleton(model_cfg: dict, cfg: Config) -> nn.Module:
     return skeleton(with_preprocessor(copy.deepcopy(model_cfg), cfg.get('data_preprocessor')))
 
 
-def _usual_size(cfg: Config) -> Size:
-    preprocessor = preprocessor_of(cfg) if 'student' not in cfg.model else cfg.model.student.get('data_preprocessor')
-    size = (preprocessor or {}).get('size') or (cfg.get('img_scale') or DEFAULT_SIZES.get(cfg.get('default_scope')))
-    return tuple(size) if size else (224, 224)
-
-
 def _rows(model: nn.Module, size: Size) -> List[dict]:
     rows = []
     for name, pair in model.pairs.items():
@@ -135,6 +145,7 @@ def _rows(model: nn.Module, size: Size) -> List[dict]:
         neck = model.diffkd[name]
         for position, (s, t) in enumerate(model._matches[name]):
             level = neck.levels[min(position, len(neck.levels) - 1)]
+            has_autoencoder = level.denoise and level.autoencoder is not None
             student, teacher = (
                 [info.channels[i], *_grid(info.strides[i], size)] for info, i in ((ours, s), (theirs, t))
             )
@@ -149,11 +160,13 @@ def _rows(model: nn.Module, size: Size) -> List[dict]:
                     resized=student[1:] != teacher[1:],
                     adapter=_describe_conv(level.align),
                     latent_channels=None if not level.denoise else level.proj[0].out_channels,
-                    autoencoder=level.denoise and level.autoencoder is not None,
+                    autoencoder=has_autoencoder,
                     denoiser=type(level.denoiser).__name__ if level.denoise else None,
                     steps=level.schedule.timesteps if level.denoise else None,
                     distance=type(level.distance).__name__,
                     loss_weight=getattr(level.distance, 'loss_weight', None),
+                    loss_diffusion_weight=level.loss_diffusion_weight if level.denoise else None,
+                    loss_reconstruction_weight=level.loss_reconstruction_weight if has_autoencoder else None,
                 )
             )
     return rows
@@ -231,26 +244,35 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
     if teacher.renormalise.student != teacher.renormalise.teacher:
         found.append("The teacher's normalisation is another: it sees the student's images converted to its own.")
     classes = [_num_classes(model_cfg) for model_cfg in (cfg.model.student, teacher.model_cfg)]
-    if None not in classes and classes[0] != classes[1]:
-        found.append(f'The student knows {classes[0]} classes, the teacher {classes[1]}: distil features, not logits.')
+    for name in _comparing_classes(model, *classes):
+        found.append(
+            f'distill.{name} compares class scores, but the student knows {classes[0]} classes, the teacher '
+            f'{classes[1]}: distil features, not logits.'
+        )
     if not teacher.checkpoint:
         found.append('teacher.checkpoint is missing: training would stop at once.')
+    return found
+
+
+def _comparing_classes(model: nn.Module, ours: Optional[int], theirs: Optional[int]) -> List[str]:
+    """The pairs that compare scores of other classes: layers of heads whose widths go with the numbers of classes."""
+    if ours is None or theirs is None or ours == theirs:
+        return []
+    taps = model._student_taps, model.diffkd_teacher.taps
+    found = []
     for name, pair in model.pairs.items():
-        parts = pair.student.split('.')
-        owner = cfg.model.student.get(parts[0])
-        if len(parts) > 1 and isinstance(owner, dict) and owner.get('with_cp'):
-            found.append(
-                f"distill.{name} taps '{pair.student}' inside a part under activation checkpointing (with_cp=True): no "
-                f"gradient may come through it; tap '{parts[0]}'."
-            )
+        widths = [
+            (taps[0][pair.student].channels[s], taps[1][pair.teacher].channels[t]) for s, t in model._matches[name]
+        ]
+        if 'head' in pair.student and any(s != t and s % ours == t % theirs == 0 for s, t in widths):
+            found.append(name)
     return found
 
 
 def _num_classes(model_cfg: dict) -> Optional[int]:
-    for head in ('bbox_head', 'decode_head', 'head'):
-        part = model_cfg.get(head)
-        if isinstance(part, dict) and 'num_classes' in part:
-            return part['num_classes']
-    box_head = (model_cfg.get('roi_head') or {}).get('bbox_head')
-    box_head = box_head[0] if isinstance(box_head, (list, tuple)) else box_head
-    return (box_head or {}).get('num_classes')
+    roi_head = model_cfg.get('roi_head') or {}
+    for head in (*(model_cfg.get(name) for name in ('bbox_head', 'decode_head', 'head')), roi_head.get('bbox_head')):
+        last = head[-1] if isinstance(head, (list, tuple)) else head  # of a cascade
+        if isinstance(last, dict) and 'num_classes' in last:
+            return last['num_classes']
+    return None

@@ -19,11 +19,13 @@ from .config import (
 from .kept import kept_bytes
 from .skeleton import skeleton
 from .suggest import nearest
+from .tool_errors import exit_on_mistake
 
 __all__ = [
     'DamagedFileError',
     'PREFIX',
     'check_is_data',
+    'exit_on_mistake',
     'fingerprint',
     'image_channels',
     'imports_of',

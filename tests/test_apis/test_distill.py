@@ -1,5 +1,6 @@
 """The call of notebooks: real runs."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,20 @@ def test_options(student, teacher, tmp_path):
     (record,) = [record for record in logged(tmp_path / 'run') if 'loss' in record]
     assert 'diffkd.last.loss_reconstruction' in record
     assert list((tmp_path / 'run').glob('*/vis_data/vis_image/diffkd.last.3_1.png'))
+
+
+def test_checkpoints_in_another_folder(student, teacher, tmp_path):
+    options = {'default_hooks.checkpoint.out_dir': str(tmp_path / 'elsewhere')}
+    result = distill(student, *teacher, work_dir=tmp_path / 'run', cfg_options=options)
+    assert Path(result['checkpoint']) == tmp_path / 'elsewhere' / 'run' / 'iter_2.pth'
+    assert (tmp_path / 'run' / 'student.pth').is_file()
+
+
+def test_one_process_writes_the_files(student, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module('mmdiffkd.apis.distill'), 'is_main_process', lambda: False)
+    result = distill(student, *teacher, work_dir=tmp_path / 'run')
+    assert Path(result['checkpoint']).is_file() and result['metrics']
+    assert not Path(result['student_checkpoint']).exists() and not Path(result['config']).exists()
 
 
 def test_mistakes(student, teacher, tmp_path):

@@ -4,16 +4,21 @@ import pytest
 from mmengine.config import Config
 
 from mmdiffkd.apis import build_distiller, make_config
+from mmdiffkd.apis.distill_text import distill_text
 from tests import tiny
-from tests.conftest import ROOT, run_tool
+from tests.conftest import ROOT, logged, run_tool
 
 STUDENT = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
 
 
 def pairs_of(config):
-    cfg, model = build_distiller(str(config))
-    return {name: (pair.student, pair.teacher, pair.levels, pair.neck) for name, pair in model.pairs.items()}
+    """Taps, matched levels, and all that the neck is built of."""
+    _, model = build_distiller(str(config))
+    text = Config.fromstring(distill_text(model), '.py').distill
+    return {
+        name: (pair.student, pair.teacher, model._matches[name], text[name].neck) for name, pair in model.pairs.items()
+    }
 
 
 def uncommented(text):
@@ -44,10 +49,9 @@ def test_it_distils_by_default_what_its_comments_say(student, teacher, tmp_path)
     full.write_text(uncommented(text))
     cfg = Config.fromfile(full)
     assert {'mmdiffkd.DiffKDVisualizationHook', 'mmdiffkd.TeacherCheckHook'} <= {hook.type for hook in cfg.custom_hooks}
-    spelt_out = {name: (pair.student, pair.teacher, pair.levels, pair.neck) for name, pair in cfg.model.distill.items()}
     default = pairs_of(file)
-    assert {name: pair[:2] for name, pair in spelt_out.items()} == {name: pair[:2] for name, pair in default.items()}
-    assert pairs_of(full).keys() == default.keys()
+    assert pairs_of(full) == default
+    assert {name: pair.neck for name, pair in cfg.model.distill.items()} == {n: pair[3] for n, pair in default.items()}
 
 
 def test_hooks_and_imports_of_the_student_stay(tmp_path):
@@ -78,9 +82,9 @@ def test_local_files_are_found_from_everywhere(tmp_path, monkeypatch):
 
 def test_mistakes(tmp_path):
     def error(kind, match, *args, **options):
-        with pytest.raises(kind, match=match):
-            make_config(*args, output=str(tmp_path / 'small.py'), **options)
-        assert not (tmp_path / 'small.py').exists()
+        with pytest.raises(kind, match=match) as caught:
+            make_config(*args, output=str(tmp_path / 'new' / 'small.py'), **options)
+        assert not (tmp_path / 'new').exists() and '/tmp' not in str(caught.value).replace(str(tmp_path), '')
 
     local = str(ROOT / 'configs' / 'deeppcb' / 'retinanet_r50_deeppcb.py')
     distillation = str(ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py')
@@ -90,13 +94,40 @@ def test_mistakes(tmp_path):
     error(ValueError, "checkpoint='zoo' needs", STUDENT, local)
     error(FileNotFoundError, "checkpoint 'gone.pth' does not exist", STUDENT, TEACHER, checkpoint='gone.pth')
     error(ValueError, 'There is no default tap.*name one', STUDENT, 'mmpretrain::resnet/resnet34_8xb32_in1k.py')
+    broken = tmp_path / 'broken.py'
+    broken.write_text(f"_base_ = '{STUDENT}'\nmodel = dict(backbone=dict(type='ResNett'))\n")
+    error(ValueError, '^The config distils nothing.*ResNett', STUDENT, str(broken), checkpoint='https://x/teacher.pth')
+    broken.write_text('model = dict(')
+    error(ValueError, 'broken.py.*is no Python', str(broken), TEACHER)
 
 
 def test_configs_in_pure_python_are_refused(tmp_path):
     student = tmp_path / 'lazy.py'
     student.write_text('from mmdet.models import RetinaNet\nmodel = dict(type=RetinaNet)\n')
-    with pytest.raises(ValueError, match='pure Python'):
+    with pytest.raises(ValueError, match=f"'{student}' is one in pure Python"):
         make_config(str(student), TEACHER)
+
+
+@pytest.mark.slow
+def test_a_config_that_it_wrote_trains(tmp_path, shapes):
+    for name, model in (('student', tiny.detector()), ('teacher', tiny.detector(base_channels=16))):
+        cfg = tiny.run_cfg(
+            model,
+            shapes,
+            tmp_path / 'run',
+            train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=2, val_interval=9),
+            default_hooks=dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False, interval=2)),
+            param_scheduler=[],
+        )
+        cfg.pop('experiment_name')
+        cfg.dump(tmp_path / f'{name}.py')
+    weights = tiny.write_checkpoint(model, tmp_path / 'teacher.pth')
+    file = tmp_path / 'configs' / 'small.py'
+    make_config(*(str(tmp_path / f'{name}.py') for name in ('student', 'teacher')), weights, str(file))
+    run_tool('train.py', file)
+    steps = [record for record in logged(tmp_path / 'run') if 'loss' in record]
+    assert [record['diffkd.fpn.loss_kd'] > 0 for record in steps] == [True, True]
+    assert (tmp_path / 'run' / 'iter_2.pth').is_file()
 
 
 def test_no_file_is_written_over(tmp_path):

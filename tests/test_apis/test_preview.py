@@ -1,9 +1,17 @@
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 
 from mmdiffkd.apis import build_distiller, list_taps, preview
+from mmdiffkd.apis.distill_text import distill_text
+from mmdiffkd.models.distillers.taps import TapError, TapRecorder
+from mmdiffkd.utils import resolve_config
+from tests import tiny
 from tests.conftest import ROOT, run_tool
 
 TOOL = 'analysis_tools/preview.py'
@@ -20,6 +28,25 @@ def retinanet():
     return preview(str(CONFIG))
 
 
+@pytest.fixture
+def small(tmp_path):
+    """A quick config at hand: a tiny RetinaNet and its teacher, with other settings of the model."""
+
+    def write(student=None, **options):
+        model = dict(tiny.distiller_cfg(tmp_path, student), **options)
+        return Config(dict(default_scope='mmdet', custom_imports=dict(imports=['mmdiffkd']), model=model))
+
+    return write
+
+
+def distillation(student, teacher, **distill):
+    """A config at hand of two configs of a package."""
+    cfg = resolve_config(student)
+    model = dict(type='mmdiffkd.DiffKDDistiller', student=cfg.model, teacher=dict(config=teacher, checkpoint='x.pth'))
+    cfg.model = dict(model, distill=distill) if distill else model
+    return cfg
+
+
 def test_a_row_for_every_pair_and_level(retinanet):
     rows = retinanet['pairs']
     assert [(row['pair'], row['level']) for row in rows] == [(p, level) for p in ('fpn', 'reg') for level in range(5)]
@@ -31,6 +58,8 @@ def test_a_row_for_every_pair_and_level(retinanet):
         [400, 300, 200, 100, 0],
     )
     assert (first['distance'], first['loss_weight']) == ('MSELoss', 5.0)
+    assert (first['loss_diffusion_weight'], first['loss_reconstruction_weight']) == (1.0, None)  # no autoencoder
+    assert (last['loss_diffusion_weight'], last['loss_reconstruction_weight']) == (None, None)
     assert last['student_shape'] == [36, 7, 11] and last['denoiser'] is None and last['distance'] == 'L1Loss'
     assert retinanet['warnings'] == []
 
@@ -55,12 +84,38 @@ def test_costs(retinanet):
         (retinanet['gflops']['teacher'] + retinanet['gflops']['diffusion_part']) / retinanet['gflops']['student'] / 3
     )
     assert 25 < retinanet['kept_mib'] * 2**20 / (pixels * 256 * 4) < 27
+    # four bytes a parameter; of the diffusion part its gradient and the optimizer's momentum, too
+    assert retinanet['weights_mb'] == pytest.approx(
+        dict(teacher=4 * 56.96, diffusion_part=12 * retinanet['parameters']['diffusion_part'] / 1e6), rel=1e-3
+    )
 
 
-def test_defaults_spelt_out_distil_the_same(tmp_path, retinanet):
-    config = tmp_path / 'spelt_out.py'
-    config.write_text(f"_base_ = '{CONFIG}'\n{retinanet['distill']}\nmodel = dict(distill=distill)\n")
-    assert preview(str(config))['pairs'] == retinanet['pairs']
+@pytest.mark.parametrize(
+    'config',
+    [
+        'diffkd_retinanet_r101_r50.py',
+        'imagenet/diffkd_r34_r18.py',
+        'camvid/diffkd_deeplabv3_r18-half_r18-quarter_camvid.py',
+    ],
+)
+def test_defaults_spelt_out_build_the_same(config, tmp_path):
+    default, distiller = build_distiller(str(ROOT / 'configs' / config))
+    text = distill_text(distiller)
+    spelt_out = tmp_path / 'spelt_out.py'
+    spelt_out.write_text(f'{text}\nmodel = dict(distill=distill)\n')
+    neck = next(iter(Config.fromfile(spelt_out).distill.values())).neck
+    assert neck.schedule.num_inference_steps == 5 and neck.noise_adapter.type and neck.denoiser.type
+    assert (neck.loss_diffusion_weight, neck.loss_reconstruction_weight, neck.backprop_steps) == (1.0, 1.0, None)
+    default.model['distill'] = Config.fromfile(spelt_out).distill
+    _, same = build_distiller(default)
+    assert str(same.diffkd) == str(distiller.diffkd) and same._matches == distiller._matches
+    for level, other in zip(*(sum((list(neck.levels) for neck in m.diffkd.values()), []) for m in (distiller, same))):
+        assert vars(level.distance).keys() == vars(other.distance).keys()
+        plain = (bool, int, float, str, list, type(None))
+        for ours, theirs in ((level, other), (level.distance, other.distance)):
+            settings = {key: value for key, value in vars(ours).items() if isinstance(value, plain)}
+            assert settings == {key: vars(theirs)[key] for key in settings}
+    assert distill_text(same) == text
 
 
 def test_size_and_options():
@@ -84,9 +139,68 @@ def test_warnings(tmp_path):
         ')\n'
     )
     found = preview(str(config), size=(320, 320))['warnings']
-    for text in ('no more than the student', 'normalisation is another', '6 classes, the teacher 80', 'is missing'):
+    for text in ('no more than the student', 'normalisation is another', 'is missing'):
         assert sum(text in warning for warning in found) == 1, text
-    assert len(found) == 4
+    assert len(found) == 3  # what is compared are features, so other classes are no matter
+
+
+def test_other_classes(small):
+    cfg = small(tiny.detector(**{'bbox_head.num_classes': 6}))
+    assert not preview(cfg, size=(128, 128))['warnings']
+    head = dict(student='bbox_head.retina_cls', teacher='bbox_head.retina_cls')
+    (warning,) = preview(cfg, {'model.distill': dict(x=head)}, (128, 128))['warnings']
+    assert 'distill.x' in warning and '6 classes, the teacher 80' in warning
+    head = dict(student='bbox_head.retina_reg', teacher='bbox_head.retina_reg')
+    assert not preview(cfg, {'model.distill': dict(x=head)}, (128, 128))['warnings']
+
+
+def test_other_classes_of_a_cascade_of_heads():
+    cfg = distillation(
+        'mmseg::ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024.py',
+        'mmseg::ocrnet/ocrnet_hr18_4xb4-80k_ade20k-512x512.py',
+        x=dict(student='decode_head.1.conv_seg', teacher='decode_head.1.conv_seg'),
+    )
+    warnings = preview(cfg, size=(128, 128))['warnings']
+    assert any('19 classes, the teacher 150' in warning for warning in warnings)
+
+
+def test_taps_around_and_inside_of_checkpointed_parts(small):
+    student = tiny.detector(**{'backbone.with_cp': True})
+    around, inside = (dict(student=tap, teacher=tap) for tap in ('backbone.layer3', 'backbone.layer3.1.conv1'))
+    assert not preview(small(student, distill=dict(x=around)), size=(128, 128))['warnings']
+    with pytest.raises(ValueError, match='no gradient reaches the student.*under reentrant activation checkpointing'):
+        preview(small(student, distill=dict(x=inside)))
+
+
+def test_tokens_of_images_that_the_pipeline_cuts():
+    """mmpretrain's come with 224 pixels, which is the one size that an MLP-Mixer takes."""
+    cfg = distillation(
+        'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py',
+        'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py',
+    )
+    cfg.model.student.backbone.arch = dict(embed_dims=32, num_layers=2, tokens_mlp_dims=16, channels_mlp_dims=64)
+    cfg.model.student.head.in_channels = 32
+    found = preview(cfg)
+    assert [row['student_shape'] for row in found['pairs']] == [[32, 14, 14], [1000, 1, 1]] and not found['warnings']
+
+
+def test_an_error_of_a_tap_is_no_failed_try(small, monkeypatch):
+    class Recorder(TapRecorder):
+        def __enter__(self):
+            raise TapError('The tap returns a dict.')
+
+    monkeypatch.setattr('mmdiffkd.apis.dry_training.TapRecorder', Recorder)
+    with pytest.raises(TapError, match='returns a dict'):
+        preview(small())
+
+
+def test_it_leaves_no_trace(small):
+    hub = MessageHub.get_current_instance()
+    hub.update_info('iter', 7)
+    cfg, before = small(), torch.get_rng_state()
+    preview(cfg, size=(128, 128))
+    assert hub.get_info('iter') == 7 and 'epoch' not in hub.runtime_info
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_taps():
@@ -96,6 +210,16 @@ def test_taps():
     assert 'backbone.layer3.22' in teacher and 'backbone.layer3.22' not in student
     _, model = build_distiller(str(CONFIG))
     assert set(student) <= {name for name, _ in model.named_modules()}
+
+
+def test_taps_of_another_width(small):
+    narrow = {'model.student.neck.out_channels': 8, 'model.student.bbox_head.in_channels': 8}
+    assert list_taps(small(), size=(128, 128), cfg_options=narrow)['neck'][0] == [1, 8, 16, 16]
+
+
+def test_no_teacher_to_tap(small):
+    with pytest.raises(ValueError, match='has no teacher'):
+        list_taps(small(), 'teacher', cfg_options={'model.teacher': None})
 
 
 def test_taps_that_give_nothing_while_the_student_trains():
@@ -110,30 +234,67 @@ def test_taps_that_give_nothing_while_the_student_trains():
 
 
 @pytest.mark.slow
-def test_command(tmp_path):
+def test_command():
     text = run_tool(TOOL, CONFIG).stdout
-    assert 'bbox_head.retina_reg' in text and 'BottleneckDenoiser, 5 steps' in text and "student='neck'" in text
-    text = run_tool(TOOL, CONFIG, '--json', '--size', '320', '320').stdout
-    data = json.loads(text[text.index('{') :])
-    assert data['size'] == [320, 320]
+    for part in (
+        'bbox_head.retina_reg',
+        'BottleneckDenoiser, 5 steps',
+        "student='neck'",
+        'kd 5, diffusion 1',
+        'operations as far as its last tap',
+        'a multiply-add counts as two',
+        'teacher 228 MB',
+    ):
+        assert part in text, part
     assert 'neck.fpn_convs.0' in run_tool(TOOL, CONFIG, '--list-taps', 'teacher').stdout
+    options = ['model.student.neck.out_channels=64', 'model.student.bbox_head.in_channels=64']
+    text = run_tool(TOOL, CONFIG, '--cfg-options', *options, '--list-taps').stdout  # bare, the student
+    assert '1x64x100x168' in text
+
+
+@pytest.mark.slow
+def test_json_is_all_that_is_printed():
+    command = [sys.executable, str(ROOT / 'tools' / TOOL), str(CONFIG), '--json', '--size', '320', '320']
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)['size'] == [320, 320]
+
+
+TYPO = """
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
+model = dict(
+    _delete_=True,
+    type='mmdiffkd.DiffKDDistiller',
+    student=dict(_base_.model, type='RetinaNett'),
+    teacher=dict(config='mmdet::retinanet/retinanet_r101_fpn_2x_coco.py', checkpoint='x.pth'),
+)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'args, message',
+    'config, args, message',
     [
-        (['configs/shapes/retinanet_r18-half_shapes.py'], 'distils nothing: its model is a plain RetinaNet'),
-        (['configs/absent.py'], 'absent.py'),
+        ('configs/shapes/retinanet_r18-half_shapes.py', [], 'distils nothing: its model is a plain RetinaNet'),
+        ('configs/absent.py', [], 'absent.py'),
         (
-            [CONFIG, '--cfg-options', 'model.distill.fpn.student=nick'],
-            "has no module 'nick' to tap; the nearest are 'neck'",
+            CONFIG,
+            ['--cfg-options', 'model.distill.fpn.student=nick'],
+            "no module 'nick' to tap; the nearest are 'neck'",
         ),
+        (CONFIG, ['--list-taps', 'teacher', '--cfg-options', 'model.teacher=None'], 'has no teacher'),
+        ('x = 1', [], 'describes no model'),
+        ('model = dict(', [], "mistaken.py', or one that it inherits, is no Python"),
+        (TYPO, [], 'RetinaNett is not in the mmdet::model registry: check how RetinaNett is spelt'),
     ],
 )
-def test_mistakes(args, message):
-    done = run_tool(TOOL, *args, check=False)
-    assert done.returncode == 2 and message in done.stdout and 'Traceback' not in done.stdout
+def test_mistakes(config, args, message, tmp_path):
+    if '=' in str(config):  # the text of one
+        (tmp_path / 'mistaken.py').write_text(config)
+        config = tmp_path / 'mistaken.py'
+    done = run_tool(TOOL, config, *args, check=False)
+    assert done.returncode == 2 and 'Traceback' not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith('Error: ') and message in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow

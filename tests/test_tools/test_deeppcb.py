@@ -55,11 +55,11 @@ def test_converter(tmp_path):
 
 def test_incomplete_download(tmp_path):
     done = run_tool('dataset_converters/deeppcb.py', tmp_path, tmp_path / 'out', check=False)
-    assert done.returncode == 1 and 'give the folder PCBData of the DeepPCB download' in done.stdout
+    assert done.returncode == 2 and 'give the folder PCBData of the DeepPCB download' in done.stdout
     source = download(tmp_path / 'PCBData')
     (source / 'group1' / '1' / '00000003_test.jpg').unlink()
     done = run_tool('dataset_converters/deeppcb.py', source, tmp_path / 'out', check=False)
-    assert done.returncode == 1 and '00000003_test.jpg does not exist or is no image' in done.stdout
+    assert done.returncode == 2 and '00000003_test.jpg does not exist or is no image' in done.stdout
 
 
 @needs_data

@@ -129,6 +129,18 @@ def test_test_time_augmentation(config, tmp_path):
     assert done.returncode == 1 and '--tta needs tta_model and tta_pipeline' in done.stdout
 
 
+@pytest.mark.parametrize(
+    'text, message', [('x = 1', 'describes no model'), ('model = dict(', 'is no Python'), (None, 'does not exist')]
+)
+def test_export_of_a_config_that_cannot_be_read(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / 'mistaken.py').write_text(text)
+    tool = 'model_converters/export_student.py'
+    done = run_tool(tool, tmp_path / 'mistaken.py', 'absent.pth', tmp_path / 'out.pth', check=False)
+    assert done.returncode == 2 and 'Traceback' not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith('Error: ') and message in done.stdout.splitlines()[-1]
+
+
 def test_killed_run_is_resumed(config, tmp_path):
     run = tmp_path / 'run'
     command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(run)]

@@ -145,5 +145,5 @@ def test_what_differs_is_named(config, tmp_path):
 )
 def test_nothing_to_compare(config, text, message):
     done = run_tool(TOOL, config(text), check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout.splitlines()[-1].startswith('Error: ') and message in done.stdout.splitlines()[-1]

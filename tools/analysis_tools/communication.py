@@ -1,13 +1,12 @@
 """Estimate what data-parallel training of a distillation run communicates, from the numbers of parameters alone."""
 
 import argparse
-import sys
 
 from mmengine.config import DictAction
 from torch import nn
 
 from mmdiffkd.apis import build_distiller
-from mmdiffkd.utils import PREFIX, skeleton
+from mmdiffkd.utils import PREFIX, exit_on_mistake, skeleton
 
 BYTES = 4  # gradients are fp32, under automatic mixed precision too
 MB = 1e6
@@ -32,10 +31,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    try:
+    with exit_on_mistake():
         _, model = build_distiller(args.config, args.cfg_options)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'Error: {error}')
     model.train()  # where some backbones freeze their first stages
     student, part = trainable(model)
     teacher = sum(param.numel() for param in skeleton(model.diffkd_teacher.model_cfg).parameters())

@@ -13,7 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from mmdiffkd.apis import build_distiller, build_model
-from mmdiffkd.utils import PREFIX
+from mmdiffkd.utils import PREFIX, exit_on_mistake
 
 Setting = Tuple[float, float]  # learning rate and weight decay
 ROW = '{:<8} {:>11} {:>8} {:>12} {:>12} {:>12} {:>12}'
@@ -32,12 +32,10 @@ def parse_args():
 def main():
     args = parse_args()
     MMLogger.get_instance('param_groups', log_level='ERROR')  # the constructors log every single parameter
-    try:
+    with exit_on_mistake():
         cfg, distilled = build_distiller(args.config, args.cfg_options)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'Error: {error}')
-    alone = build_model(cfg, cfg.model.student)
-    before, after = param_settings(alone, cfg.optim_wrapper), param_settings(distilled, cfg.optim_wrapper)
+        alone = build_model(cfg, cfg.model.student)
+        before, after = param_settings(alone, cfg.optim_wrapper), param_settings(distilled, cfg.optim_wrapper)
 
     constructor = cfg.optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
     base_lr = cfg.optim_wrapper.optimizer.get('lr', "the optimizer's own")

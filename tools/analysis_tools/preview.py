@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 
 from mmengine.config import DictAction
 from rich.box import SIMPLE
@@ -10,13 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdiffkd.apis import list_taps, preview
+from mmdiffkd.utils import exit_on_mistake
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config of the distillation run')
     parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='of the images')
-    parser.add_argument('--list-taps', choices=('student', 'teacher'), help='list modules that can be tapped instead')
+    parser.add_argument(
+        '--list-taps',
+        nargs='?',
+        const='student',
+        choices=('student', 'teacher'),
+        help='list modules that can be tapped instead (default: of the student)',
+    )
     parser.add_argument('--json', action='store_true', help='print JSON')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
@@ -27,14 +35,11 @@ def parse_args():
 def main():
     args = parse_args()
     size = tuple(args.size) if args.size else None
-    try:
+    with exit_on_mistake(), redirect_stdout(sys.stderr):  # what packages print is no part of the answer
         if args.list_taps:
-            result = list_taps(args.config, args.list_taps, size)
+            result = list_taps(args.config, args.list_taps, size, args.cfg_options)
         else:
             result = preview(args.config, args.cfg_options, size)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
-        print(f'Error: {error}', file=sys.stderr)
-        sys.exit(2)
     if args.json:
         print(json.dumps(result, indent=1))
     elif args.list_taps:
@@ -48,18 +53,34 @@ def shape(numbers) -> str:
     return 'x'.join(map(str, numbers))
 
 
+def weights(row) -> str:
+    names = dict(kd='loss_weight', diffusion='loss_diffusion_weight', reconstruction='loss_reconstruction_weight')
+    return ', '.join(f'{name} {row[key]:g}' for name, key in names.items() if row[key] is not None) or '-'
+
+
 def show(result) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has none of its own
     print(f'Images of {shape(result["size"])}.')
     table = Table(box=SIMPLE)
-    for name in ('pair', 'level', 'student', '', 'teacher', ' ', 'adapter', 'latent', 'denoiser', 'distance', 'weight'):
+    for name in (
+        'pair',
+        'level',
+        'student',
+        '',
+        'teacher',
+        ' ',
+        'adapter',
+        'latent',
+        'denoiser',
+        'distance',
+        'weights',
+    ):
         table.add_column(name, overflow='fold')
     for row in result['pairs']:
         latent = str(row['latent_channels'] or '-') + (' (autoencoder)' if row['autoencoder'] else '')
         steps = f'{row["denoiser"]}, {len(row["steps"])} steps' if row['denoiser'] else '-'
-        weight = '-' if row['loss_weight'] is None else f'{row["loss_weight"]:g}'
         table.add_row(
             row['pair'],
             str(row['level']),
@@ -71,7 +92,7 @@ def show(result) -> None:
             latent,
             steps,
             row['distance'],
-            weight,
+            weights(row),
         )
     console.print(table)
 
@@ -80,7 +101,7 @@ def show(result) -> None:
         table.add_column(name, justify='left' if not name else 'right')
     labels = dict(
         student='student, forward',
-        teacher='teacher, as far as its last tap',
+        teacher='teacher, whole; operations as far as its last tap',
         diffusion_part='diffusion part, forward and backward',
     )
     for key, label in labels.items():
@@ -89,6 +110,10 @@ def show(result) -> None:
     console.print(table)
     if result['overhead'] is not None:
         print(f"Teacher and diffusion part: {result['overhead']:.2f} times the operations of the student's own step.")
+    print('Operations are counted, a multiply-add counts as two; no time is measured.')
+    teacher, part = (f'{result["weights_mb"][name]:.0f} MB' for name in ('teacher', 'diffusion_part'))
+    print(f'Memory for weights in float32: teacher {teacher}.')
+    print(f'Memory for weights, gradients and momentum of SGD of the diffusion part: {part} (with AdamW a third more).')
     if result['kept_mib'] is not None:
         print(f'Memory for the backward pass of the diffusion part: {result["kept_mib"]:.0f} MiB an image in float32.')
     print(f'\nWhat is distilled, to paste and change:\n\n{result["distill"]}')

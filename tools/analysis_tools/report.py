@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mmdiffkd.report import write_report
+from mmdiffkd.utils import exit_on_mistake
 
 
 def parse_args():
@@ -31,11 +32,8 @@ def named(text):
 def main():
     args = parse_args()
     command = ['python', 'tools/analysis_tools/report.py', *sys.argv[1:]]
-    try:
+    with exit_on_mistake():
         page = write_report([named(run) for run in args.runs], args.out, command)
-    except (ValueError, OSError) as error:
-        print(f'Error: {error}', file=sys.stderr)
-        sys.exit(2)
     print(page)
 
 

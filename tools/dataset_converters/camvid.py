@@ -5,11 +5,12 @@ and ``test.txt``.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from mmdiffkd.utils import exit_on_mistake
 
 SPLITS = ('train', 'val', 'test')
 NUM_CLASSES = 11
@@ -26,10 +27,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    try:
+    with exit_on_mistake():
         convert(args.source, args.out, args.scale)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f'Error: {error}')
 
 
 def convert(source: Path, out: Path, scale: float) -> None:

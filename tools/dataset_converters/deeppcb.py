@@ -7,10 +7,11 @@ The download (github.com/tangsanli5201/DeepPCB) is a folder ``PCBData`` with the
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import cv2
+
+from mmdiffkd.utils import exit_on_mistake
 
 CLASSES = ('open', 'short', 'mousebite', 'spur', 'copper', 'pin-hole')
 # its boxes and class names are drawn into the pixels
@@ -27,10 +28,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    try:
+    with exit_on_mistake():
         convert(args.source, args.out, args.size)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f'Error: {error}')
 
 
 def convert(source: Path, out: Path, size: int) -> None:

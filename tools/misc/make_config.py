@@ -1,9 +1,9 @@
 """Write the config that distils a teacher into a student, from the configs of both."""
 
 import argparse
-import sys
 
 from mmdiffkd.apis import make_config
+from mmdiffkd.utils import exit_on_mistake
 
 
 def parse_args():
@@ -19,11 +19,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    try:
+    with exit_on_mistake():
         text = make_config(args.student, args.teacher, args.checkpoint, args.output)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
-        print(f'Error: {error}', file=sys.stderr)
-        sys.exit(2)
     if args.output is None:
         print(text, end='')
     else:

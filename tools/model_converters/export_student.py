@@ -1,13 +1,12 @@
 """Write the student of a distillation run as a plain checkpoint and config of its own package."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 
-from mmdiffkd.apis import student_config, student_weights
+from mmdiffkd.apis import read_config, student_config, student_weights
+from mmdiffkd.utils import exit_on_mistake
 
 
 def parse_args():
@@ -21,14 +20,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    try:
-        config = student_config(Config.fromfile(args.config))
+    with exit_on_mistake():
+        config = student_config(read_config(args.config))
         weights = student_weights(args.checkpoint)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'Error: {error}')
-    for file in filter(None, (args.out, args.config_out)):
-        Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
-    torch.save(weights, args.out)
+        for file in filter(None, (args.out, args.config_out)):
+            Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
+        torch.save(weights, args.out)
     print(f'{args.out}: {len(weights["state_dict"])} tensors, {Path(args.out).stat().st_size / 2**20:.1f} MiB')
     if args.config_out:
         config.dump(args.config_out)

@@ -1,0 +1,32 @@
+"""How the tools end on a mistake of the person who calls them."""
+
+import re
+import sys
+from contextlib import contextmanager
+from typing import Iterator
+
+MISTAKES = (ValueError, TypeError, OSError, ImportError, RuntimeError, SyntaxError)
+UNKNOWN_TYPE = re.compile(r'([^\s\'"]+) is not in the \S+ registry')  # mmengine's KeyError
+
+
+@contextmanager
+def exit_on_mistake() -> Iterator[None]:
+    """End the process with the sentence of an error on stderr and code 2; what can only be a fault of ours is raised.
+
+    >>> with exit_on_mistake():
+    ...     config = student_config(read_config('my_config.py'))
+    """
+    try:
+        yield
+    except MISTAKES as error:
+        _exit(str(error))
+    except KeyError as error:
+        unknown = UNKNOWN_TYPE.search(str(error))
+        if unknown is None:
+            raise
+        _exit(f'{unknown[0]}: check how {unknown[1]} is spelt, or import its module by custom_imports.')
+
+
+def _exit(sentence: str) -> None:
+    print(f'Error: {sentence}', file=sys.stderr)
+    sys.exit(2)
