@@ -102,7 +102,7 @@ def run(path, folder, steps, resume=False):
     cfg.train_dataloader = ConfigDict(loader)
     cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
     cfg.auto_scale_lr = None
-    if cfg.optim_wrapper.type == 'AmpOptimWrapper':  # it refuses the CPU
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':  # it refuses the CPU
         cfg.optim_wrapper.type = 'OptimWrapper'
     for split in ('val', 'test'):
         for part in ('dataloader', 'evaluator', 'cfg'):
