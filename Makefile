@@ -10,11 +10,11 @@ READY_OPENMMLAB := $(VENV_OPENMMLAB)/.ready
 help:
 	@echo "make demo            train teacher, student alone, plain MSE and DiffKD on generated images; about 15 minutes"
 	@echo "                     TASK=classification and TASK=segmentation do it for the other tasks"
-	@echo "make test            run all tests; about 35 minutes"
+	@echo "make test            run all tests; up to an hour"
 	@echo "make env             the environment in $(VENV) that both need (made by them if it is not there)"
 	@echo "make lint            check formatting and lint"
 	@echo "make docs            build the documentation in docs/_build/html"
-	@echo "make test-openmmlab  run all tests with the original OpenMMLab packages; about 35 minutes"
+	@echo "make test-openmmlab  run all tests with the original OpenMMLab packages; up to an hour"
 	@echo "make env-openmmlab   the environment in $(VENV_OPENMMLAB) that this needs (made by it if it is not there)"
 
 demo: $(READY)
@@ -22,11 +22,11 @@ demo: $(READY)
 	$(VENV)/bin/python tools/demo.py $(TASK) $(ARGS)
 
 test: $(READY)
-	@echo "The tests take about 35 minutes on two CPU cores."
+	@echo "The tests take up to an hour on two CPU cores."
 	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
 test-openmmlab: $(READY_OPENMMLAB)
-	@echo "The tests take about 35 minutes on two CPU cores."
+	@echo "The tests take up to an hour on two CPU cores."
 	$(VENV_OPENMMLAB)/bin/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)
