@@ -10,4 +10,3 @@ model = dict(
     ),
 )
 default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
-custom_hooks = [dict(type='mmdiffkd.DiffKDVisualizationHook', interval=300)]
