@@ -190,8 +190,9 @@ def configs_of(package: str) -> Path:
 
 
 def row(**fields) -> dict:
-    empty = dict(model='', config='', parameters=0, teacher='', size=None, taps={}, plain='', distilled='')
-    return {**empty, 'seconds': 0, 'date': '', **fields}
+    names = dict(model='', config='', parameters=0, teacher='')
+    results = dict(size=None, taps={}, plain='', distilled='', seconds=0, date='')
+    return {**names, **results, **fields}
 
 
 def survey(package: str, family: str) -> List[dict]:
