@@ -4,7 +4,7 @@ from .conv_chain import ConvChain
 from .ddim import DDIMSchedule
 from .denoiser import BottleneckDenoiser, MLPDenoiser
 from .feature_diffusion import DiffusionOutput, Draws, FeatureDiffusion
-from .noise_adapter import MLPNoiseAdapter, NoiseAdapter
+from .noise_adapter import FixedGamma, MLPNoiseAdapter, NoiseAdapter
 
 __all__ = [
     'Bottleneck',
@@ -14,6 +14,7 @@ __all__ = [
     'DiffusionOutput',
     'Draws',
     'FeatureDiffusion',
+    'FixedGamma',
     'LinearAutoencoder',
     'MLPDenoiser',
     'MLPNoiseAdapter',

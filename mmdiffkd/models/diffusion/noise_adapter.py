@@ -1,3 +1,5 @@
+from typing import Optional
+
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
@@ -52,3 +54,26 @@ class MLPNoiseAdapter(_NoiseAdapter):
             nn.BatchNorm2d(channels),
         )
         super().__init__(channels, layers)
+
+
+@MODELS.register_module()
+class FixedGamma(nn.Module):
+    """No noise adapter: the same share of every sample is kept, as in the paper's ablation of the adapter.
+
+    Args:
+        gamma (float): That share, between 0 and 1. Defaults to 1, which adds no noise.
+        channels (int, optional): Width of the latent features; any will do.
+
+    Raises:
+        ValueError: If gamma is not between 0 and 1.
+    """
+
+    def __init__(self, gamma: float = 1.0, channels: Optional[int] = None):
+        super().__init__()
+        if not 0 <= gamma <= 1:
+            raise ValueError(f'noise_adapter.gamma={gamma} must lie between 0, noise alone, and 1, which adds none.')
+        self.gamma = gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give gamma for every sample of (N, C, H, W), (N, )."""
+        return x.new_full((x.size(0),), self.gamma).float()
