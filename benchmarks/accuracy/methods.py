@@ -1,45 +1,98 @@
 """What is compared: changes to the plain DiffKD config of a set.
 
-``neck`` is merged into the neck of the default pair, ``hooks`` are added to the run. ``None`` trains the student alone.
+``neck`` is merged into the neck of the set's pair, ``levels`` are those of the pair, ``hooks`` are added to the run.
+``None`` trains the student alone.
 """
+
+import copy
+from typing import Optional
+
+
+def schedule(**kwargs) -> dict:
+    return dict(neck=dict(schedule=kwargs))
+
+
+def plain(distance: str, loss_weight: float = 1.0, align: bool = True, **kwargs) -> dict:
+    """A distance without denoising."""
+    distance = dict(type=f'mmdiffkd.{distance}', loss_weight=loss_weight, **kwargs)
+    return dict(neck=dict(denoise=False, align=align, distance=distance))
+
+
+def every(interval: int) -> dict:
+    return dict(hooks=[dict(type='mmdiffkd.DistillScheduleHook', interval=interval, by_epoch=False)])
+
 
 METHODS = {
     'alone': None,
     'diffkd': dict(),
-    # cheaper recipes
-    'steps=3': dict(neck=dict(schedule=dict(num_inference_steps=3))),
-    'steps=1': dict(neck=dict(schedule=dict(num_inference_steps=1))),
+    # its parts, and cheaper recipes
+    'steps=3': schedule(num_inference_steps=3),
+    'steps=1': schedule(num_inference_steps=1),
+    'start_timestep=500': schedule(start_timestep=500),
+    'gamma=1': dict(neck=dict(noise_adapter=dict(type='mmdiffkd.FixedGamma', gamma=1.0))),
+    'gamma=0.9': dict(neck=dict(noise_adapter=dict(type='mmdiffkd.FixedGamma', gamma=0.9))),
+    'loss_diffusion_weight=0': dict(neck=dict(loss_diffusion_weight=0.0)),
+    'levels=[0]': dict(levels=[0]),
+    'levels=[0, 1]': dict(levels=[0, 1]),
     'backprop_steps=1': dict(neck=dict(backprop_steps=1)),
     'share_levels': dict(neck=dict(share_levels=True)),
     'latent_channels=32': dict(neck=dict(latent_channels=32)),
     'latent_channels=16': dict(neck=dict(latent_channels=16)),
-    'interval=2': dict(hooks=[dict(type='mmdiffkd.DistillScheduleHook', interval=2, by_epoch=False)]),
-    # what people would use instead
-    'fitnet': dict(neck=dict(denoise=False)),
-    'pkd': dict(neck=dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss', loss_weight=6.0))),
-    'cwd': dict(neck=dict(denoise=False, distance=dict(type='mmdiffkd.ChannelWiseDivergence', tau=1.0))),
+    'interval=2': every(2),
+    # with other distances
     'diffkd, attention': dict(neck=dict(distance=dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0))),
-    'dist': dict(neck=dict(denoise=False, align=False, distance=dict(type='mmdiffkd.DISTLoss'))),
-    'cwd of logits': dict(
-        neck=dict(
-            denoise=False,
-            align=False,
-            distance=dict(type='mmdiffkd.ChannelWiseDivergence', tau=4.0, loss_weight=3.0),
-        )
-    ),
+    # what people would use instead
+    'fitnet': plain('MSELoss', 5.0),
+    'pkd': plain('PKDLoss', 6.0),
+    'cwd': plain('ChannelWiseDivergence'),
+    'dist': plain('DISTLoss', align=False),
+    'cwd of logits': plain('ChannelWiseDivergence', 3.0, align=False, tau=4.0),
 }
+# loss weights that are tried on the validation split, with one seed: the usual one and a third and three times as much
+WEIGHTS = dict(
+    deeppcb={
+        'fitnet': (1.7, 15),
+        'pkd': (2, 18),
+        'cwd': (0.3, 3),
+        'diffkd': (1.7, 15),
+        'diffkd, attention': (1.7, 15),
+    },
+    camvid={'dist': (0.3, 3), 'cwd of logits': (1, 9), 'diffkd': (0.3, 3)},
+)
+DISTANCES = dict(deeppcb='MSELoss', camvid='DISTLoss')  # of DiffKD
+
+RECIPES = ['steps=3', 'steps=1', 'backprop_steps=1', 'share_levels', 'latent_channels=32', 'latent_channels=16']
 GROUPS = {
-    'recipes': [
+    'recipes': ['alone', 'diffkd', *RECIPES, 'interval=2'],
+    'parts': [
         'alone',
         'diffkd',
-        'steps=3',
-        'steps=1',
-        'backprop_steps=1',
-        'share_levels',
-        'latent_channels=32',
-        'latent_channels=16',
-        'interval=2',
+        'gamma=1',
+        'gamma=0.9',
+        'start_timestep=500',
+        'loss_diffusion_weight=0',
+        'levels=[0]',
+        'levels=[0, 1]',
     ],
     'detection': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention'],
     'segmentation': ['alone', 'dist', 'cwd of logits', 'diffkd'],
+    'weights': [],
 }
+
+
+def methods_of(name: str, group: str) -> list:
+    """The methods of a group; of weights, those of a set."""
+    if group != 'weights':
+        return GROUPS[group]
+    grid = WEIGHTS[name].items()
+    return [method for usual, weights in grid for method in (usual, *(f'{usual}, weight {w:g}' for w in weights))]
+
+
+def changes_of(name: str, method: str) -> Optional[dict]:
+    """What a method changes in the config of a set; 'pkd, weight 2' is 'pkd' with that weight of its distance."""
+    method, _, weight = method.partition(', weight ')
+    changes = copy.deepcopy(METHODS[method])
+    if weight:
+        neck = changes.setdefault('neck', {})
+        neck.setdefault('distance', dict(type=f'mmdiffkd.{DISTANCES[name]}'))['loss_weight'] = float(weight)
+    return changes

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from benchmarks.accuracy.methods import GROUPS, METHODS
+from benchmarks.accuracy.methods import GROUPS, changes_of, methods_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
 
@@ -30,7 +30,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('set', choices=SETS)
     parser.add_argument('group', choices=GROUPS, help='which methods')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='(default 0 1 2)')
+    parser.add_argument('--seeds', type=int, nargs='+', help='(default 0 1 2; of weights 0)')
     parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
     parser.add_argument('--jobs', type=int, default=2, help='cells that run at a time (default 2)')
@@ -38,7 +38,9 @@ def parse_args():
     parser.add_argument('--cell', nargs=2, metavar=('METHOD', 'SEED'), help=argparse.SUPPRESS)
     parser.add_argument('--teacher', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--costs', action='store_true', help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.seeds = args.seeds or ([0] if args.group == 'weights' else [0, 1, 2])
+    return args
 
 
 def config_of(args, name, work_dir, seed):
@@ -75,7 +77,9 @@ def train(cfg, result):
     runner.train()
     metrics = runner.test()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, mmdiffkd=mmdiffkd.__version__)
-    write(result, dict(test=metrics, val=last_val(runner), iterations=runner.max_iters, versions=versions))
+    record = dict(test=metrics, val=last_val(runner), iterations=runner.max_iters, versions=versions)
+    gamma = gamma_curves(runner.message_hub.log_scalars)
+    write(result, dict(record, gamma=gamma) if gamma else record)
 
 
 def write(file, record):
@@ -96,18 +100,33 @@ def measure_costs(args):
     threads = 1
     torch.set_num_threads(threads)
     MMLogger.get_instance('mmengine', log_level='ERROR')
-    costs = measure({method: cell_config(args, method, 0) for method in GROUPS[args.group]}, rounds=args.rounds)
+    methods = methods_of(args.set, args.group)
+    costs = measure({method: cell_config(args, method, 0) for method in methods}, rounds=args.rounds)
     write(costs_file(args.results / args.set, args.group), dict(machine('cpu', threads), methods=costs))
 
 
 def last_val(runner):
     """The last validation of a run."""
-    return {k[4:]: v.current() for k, v in runner.message_hub.log_scalars.items() if k.startswith('val/')}
+    scalars = runner.message_hub.log_scalars
+    return {k[4:]: v.current() for k, v in scalars.items() if k.startswith('val/') and not k.endswith('time')}
+
+
+def gamma_curves(scalars, points=24):
+    """Gamma over training, by level: means of equal pieces of it."""
+    curves = {}
+    for key, buffer in scalars.items():
+        if '.gamma.' in key or key.endswith('.gamma'):
+            values = buffer.data[0]
+            edges = [len(values) * i // points for i in range(points + 1)]
+            curves[key.removeprefix('train/')] = [
+                round(float(values[a:b].mean()), 4) for a, b in zip(edges, edges[1:]) if b > a
+            ]
+    return curves
 
 
 def cell_config(args, method, seed):
     """The config of a cell."""
-    changes = METHODS[method]
+    changes = changes_of(args.set, method)
     work_dir = Path('work_dirs/accuracy') / result_file(args, method, seed).relative_to(args.results).with_suffix('')
     cfg = config_of(args, 'student', work_dir, seed)
     if changes is None:
@@ -120,7 +139,7 @@ def cell_config(args, method, seed):
             config=dict(model=teacher.model, default_scope=teacher.default_scope),
             checkpoint=(teacher_folder(args) / 'last_checkpoint').read_text(),
         ),
-        distill={SETS[args.set]['pair']: dict(neck=changes.get('neck', {}))},
+        distill={SETS[args.set]['pair']: {key: changes[key] for key in ('levels', 'neck') if key in changes}},
     )
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *changes.get('hooks', ())]
     return cfg
@@ -155,9 +174,8 @@ def main():
     if args.costs:
         measure_costs(args)
         return
-    cells = [
-        cell for cell in product(args.seeds, GROUPS[args.group]) if not result_file(args, cell[1], cell[0]).exists()
-    ]
+    wanted = product(args.seeds, methods_of(args.set, args.group))
+    cells = [(seed, method) for seed, method in wanted if not result_file(args, method, seed).exists()]
     print(f'{len(cells)} cells to train.', flush=True)
 
     def run(cell):
@@ -169,7 +187,8 @@ def main():
         failed = list(pool.map(run, cells)).count(False)
     if failed:
         sys.exit(f'{failed} cells failed.')
-    if not costs_file(args.results / args.set, args.group).exists() and not start(args, '--costs'):
+    has_costs = args.group == 'weights' or costs_file(args.results / args.set, args.group).exists()
+    if not has_costs and not start(args, '--costs'):
         sys.exit('The costs could not be measured.')
     write_page(args.set, args.group, args.seeds, args.results, SETS[args.set]['metrics'])
 

@@ -3,14 +3,16 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from scipy.stats import t as student_t
 
-from benchmarks.accuracy.methods import GROUPS
+from benchmarks.accuracy.figures import draw_bars, draw_gamma
+from benchmarks.accuracy.methods import methods_of
 from benchmarks.measure import markdown
 
 TITLES = dict(deeppcb='DeepPCB', camvid='CamVid')
+SPLITS = dict(test='Test', val='Validation')
 NAMES = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
 PERCENT = ('coco/bbox_mAP', 'coco/bbox_mAP_50')  # given between 0 and 1
 
@@ -20,14 +22,14 @@ def cell_file(folder: Path, method: str, seed: int) -> Path:
     return folder / f'{"".join(c if c.isalnum() else "_" for c in method)}-{seed}.json'
 
 
-def values(folder: Path, method: str, seeds: Sequence[int], metric: str) -> List[float]:
-    """A metric of the test split in percent, by seed; of cells that have a result."""
+def values(folder: Path, method: str, seeds: Sequence[int], metric: str, split: str = 'test') -> List[float]:
+    """A metric of a split in percent, by seed; of cells that have a result."""
     files = [cell_file(folder, method, seed) for seed in seeds]
-    return [read(file, metric) for file in files if file.exists()]
+    return [read(file, metric, split) for file in files if file.exists()]
 
 
-def read(file: Path, metric: str) -> float:
-    return json.loads(file.read_text())['test'][metric] * (100 if metric in PERCENT else 1)
+def read(file: Path, metric: str, split: str = 'test') -> float:
+    return json.loads(file.read_text())[split][metric] * (100 if metric in PERCENT else 1)
 
 
 def spread(numbers: Sequence[float]) -> str:
@@ -36,19 +38,29 @@ def spread(numbers: Sequence[float]) -> str:
     return mean if len(numbers) < 2 else f'{mean} ± {statistics.stdev(numbers):.1f}'
 
 
-def interval(differences: Sequence[float]) -> str:
-    """Mean of paired differences, and its 95% interval by Student's t."""
+def interval(differences: Sequence[float]) -> Tuple[float, float]:
+    """Mean of paired differences, and half of its 95% interval by Student's t."""
     mean = statistics.mean(differences)
     if len(differences) < 2:
-        return f'{mean:+.1f}'
-    half = student_t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})'
+        return mean, 0.0
+    return mean, student_t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
 
 
-def rows_of(folder: Path, group: str, seeds: Sequence[int], metrics: Sequence[str]) -> List[dict]:
+def interval_text(differences: Sequence[float]) -> str:
+    mean, half = interval(differences)
+    return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})' if len(differences) > 1 else f'{mean:+.1f}'
+
+
+def complete(folder: Path, group: str, seeds: Sequence[int], metrics: Sequence[str], split: str = 'test'):
+    """The metrics of every method of which all seeds are there."""
+    methods = methods_of(folder.name, group)
+    found = {method: {metric: values(folder, method, seeds, metric, split) for metric in metrics} for method in methods}
+    return {method: numbers for method, numbers in found.items() if len(numbers[metrics[0]]) == len(seeds)}
+
+
+def rows_of(folder: Path, group: str, seeds: Sequence[int], metrics: Sequence[str], split: str = 'test') -> List[dict]:
     """A row for every method of which all seeds are there."""
-    found = {method: {metric: values(folder, method, seeds, metric) for metric in metrics} for method in GROUPS[group]}
-    found = {method: numbers for method, numbers in found.items() if len(numbers[metrics[0]]) == len(seeds)}
+    found = complete(folder, group, seeds, metrics, split)
     first = {method: numbers[metrics[0]] for method, numbers in found.items()}
     file = costs_file(folder, group)
     costs = json.loads(file.read_text())['methods'] if file.exists() else {}
@@ -56,7 +68,7 @@ def rows_of(folder: Path, group: str, seeds: Sequence[int], metrics: Sequence[st
     for method, numbers in found.items():
         row = {'method': method, **{NAMES.get(metric, metric): spread(values) for metric, values in numbers.items()}}
         for base in ('alone', _rival(group, first)):
-            if base is not None:
+            if base in first:
                 row[f'difference to {base}'] = _difference(first, method, base)
         if costs:
             row['time'] = f'{costs[method]["time"]:.2f}'
@@ -73,35 +85,57 @@ def costs_file(folder: Path, group: str) -> Path:
 def _rival(group: str, first: Dict[str, List[float]]) -> Optional[str]:
     """What methods are compared with beside the student alone: DiffKD for its cheaper recipes, else the best other."""
     others = [method for method in first if method != 'alone' and 'diffkd' not in method]
-    if group == 'recipes':
-        return 'diffkd' if 'diffkd' in first else None
+    if group in ('recipes', 'parts'):
+        return 'diffkd'
+    if group == 'weights':
+        return None
     return max(others, key=lambda method: statistics.mean(first[method]), default=None)
 
 
 def _difference(first: Dict[str, List[float]], method: str, base: str) -> str:
     if base not in first or method in ('alone', base):
         return ''
-    return interval([a - b for a, b in zip(first[method], first[base])])
+    return interval_text([a - b for a, b in zip(first[method], first[base])])
 
 
 def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metrics: Sequence[str]) -> None:
-    """Print the table, and write it beside the results."""
+    """Print the table, and write it beside the results, with pictures."""
     folder = results / name
-    rows = rows_of(folder, group, seeds, metrics)
+    split = 'val' if group == 'weights' else 'test'
+    rows = rows_of(folder, group, seeds, metrics, split)
     if not rows:
         return
     table = markdown(rows)
     print(table)
-    teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m):.1f}' for m in metrics)
-    costs = json.loads(costs_file(folder, group).read_text())
+    first, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
+    teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
     text = [
         f'# {TITLES[name]}: {group}',
-        f'Test split, {len(seeds)} seeds ({", ".join(map(str, seeds))}): mean and standard deviation. Differences are '
-        f'in {NAMES.get(metrics[0], metrics[0])}, paired by seed, with their 95% interval. The teacher: {teacher}. '
-        'Time of a training step against the student alone, and the most memory that it takes beyond weights, '
-        'optimizer and images.',
+        f'{SPLITS[split]} split, {len(seeds)} seeds ({", ".join(map(str, seeds))}): mean and standard deviation. '
+        f'Differences are in {first}, paired by seed, with their 95% interval. The teacher: {teacher}.'
+        if len(seeds) > 1
+        else f'{SPLITS[split]} split, seed {seeds[0]}. The teacher: {teacher}.',
         f'```shell\npython -m benchmarks.accuracy.run {name} {group} --seeds {" ".join(map(str, seeds))}\n```',
-        f'{costs["machine"]}; {costs["versions"]}.',
-        table,
     ]
-    (results / f'{name}-{group}.md').write_text('\n\n'.join(text) + '\n')
+    if costs_file(folder, group).exists():
+        costs = json.loads(costs_file(folder, group).read_text())
+        text.append(
+            'Time of a training step against the student alone, and the most memory that it takes beyond weights, '
+            f'optimizer and images: {costs["machine"]}; {costs["versions"]}.'
+        )
+    text.append(table)
+    found = {method: numbers[metrics[0]] for method, numbers in complete(folder, group, seeds, metrics, split).items()}
+    if len(seeds) > 1 and 'alone' in found:
+        gains = {
+            method: interval([a - b for a, b in zip(numbers, found['alone'])])
+            for method, numbers in found.items()
+            if method != 'alone'
+        }
+        draw_bars(gains, f'{first} above the student alone, 95% interval', results / f'{stem}.png')
+        text.append(f'![{first} above the student alone, with intervals]({stem}.png)')
+        curves = [json.loads(cell_file(folder, 'diffkd', seed).read_text()).get('gamma') for seed in seeds]
+        if group == 'parts' and all(curves):
+            draw_gamma(curves, results / f'{stem}-gamma.png')
+            text.append('What gamma of DiffKD does over training, by level; the band is the range of the seeds:')
+            text.append(f'![Gamma over training]({stem}-gamma.png)')
+    (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n')

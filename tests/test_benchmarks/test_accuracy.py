@@ -3,15 +3,19 @@ from argparse import Namespace
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, init_default_scope
 
 from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
-from benchmarks.accuracy.methods import GROUPS, METHODS
+from benchmarks.accuracy.methods import GROUPS, METHODS, WEIGHTS, changes_of, methods_of
 from mmdiffkd.utils import PREFIX, model_of, resolve_config
 
-CELLS = [('deeppcb', method) for method in METHODS if method not in GROUPS['segmentation'][1:3]]
-CELLS += [('camvid', method) for method in GROUPS['segmentation']]
+OF_LOGITS = GROUPS['segmentation'][1:3]
+CELLS = [('deeppcb', method) for method in [*METHODS, *methods_of('deeppcb', 'weights')] if method not in OF_LOGITS]
+CELLS += [('camvid', method) for method in [*GROUPS['segmentation'], *methods_of('camvid', 'weights')]]
+CELLS = list(dict.fromkeys(CELLS))
 
 
 def result(folder, method, seed, ap):
@@ -95,11 +99,67 @@ def test_every_cell_can_be_built(name, method, arguments):
         'max_epochs', cfg.train_cfg.get('max_iters')
     )
     model = MODELS.build(cfg.model)
-    if METHODS[method] is None:
+    changes = changes_of(name, method)
+    if changes is None:
         assert not hasattr(model, 'diffkd')
         return
     model.init_weights()
     assert model.diffkd_teacher.fingerprint
     assert list(model.pairs) == [run.SETS[name]['pair']]
     is_learnt = any(key.startswith(PREFIX) for key in model.state_dict())
-    assert is_learnt is METHODS[method].get('neck', {}).get('align', True)
+    assert is_learnt is changes.get('neck', {}).get('align', True)
+
+
+def test_every_cell_has_a_file_of_its_own(tmp_path):
+    for name in WEIGHTS:
+        cells = {*METHODS, *methods_of(name, 'weights')}
+        assert len({table.cell_file(tmp_path, method, 0) for method in cells}) == len(cells)
+
+
+def test_weights():
+    assert changes_of('deeppcb', 'pkd, weight 2')['neck']['distance'] == dict(type='mmdiffkd.PKDLoss', loss_weight=2.0)
+    assert changes_of('camvid', 'diffkd, weight 3')['neck']['distance'] == dict(
+        type='mmdiffkd.DISTLoss', loss_weight=3.0
+    )
+    assert changes_of('deeppcb', 'pkd') == METHODS['pkd']  # as it was
+
+
+def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
+    monkeypatch.setitem(WEIGHTS, 'deeppcb', {'pkd': (2,)})
+    for method, ap in (('pkd', 0.3), ('pkd, weight 2', 0.4), ('teacher', 0.5)):
+        result(tmp_path / 'deeppcb', method, 0, 0.1)
+        file = table.cell_file(tmp_path / 'deeppcb', method, 0)
+        file = file.with_name('teacher.json') if method == 'teacher' else file
+        file.write_text(json.dumps(dict(val={'coco/bbox_mAP': ap})))
+    table.write_page('deeppcb', 'weights', [0], tmp_path, ['coco/bbox_mAP'])
+    page = (tmp_path / 'deeppcb-weights.md').read_text()
+    assert 'Validation split, seed 0. The teacher: AP 50.0.' in page
+    assert '| pkd, weight 2 | 40.0 |' in page
+
+
+def test_gamma_curves():
+    buffers = {
+        'train/diffkd.fpn.gamma.0': HistoryBuffer([0.5] * 48 + [1.0] * 48, [1] * 96),
+        'train/diffkd.fpn.gamma': HistoryBuffer([0.5], [1]),
+        'train/loss': HistoryBuffer([1.0], [1]),
+    }
+    curves = run.gamma_curves(buffers, points=4)
+    assert curves == {'diffkd.fpn.gamma.0': [0.5, 0.5, 1.0, 1.0], 'diffkd.fpn.gamma': [0.5]}
+
+
+def test_page_with_pictures(tmp_path):
+    folder = tmp_path / 'deeppcb'
+    curve = {'diffkd.fpn.gamma.0': [0.6, 0.9], 'diffkd.fpn.gamma': [0.6, 0.9]}
+    for method, ap in (('alone', 0.2), ('diffkd', 0.3), ('gamma=1', 0.31)):
+        for seed in (0, 1):
+            result(folder, method, seed, ap + seed / 100)
+            if method == 'diffkd':
+                file = table.cell_file(folder, method, seed)
+                file.write_text(json.dumps(dict(json.loads(file.read_text()), gamma=curve)))
+    (folder / 'teacher.json').write_text(json.dumps(dict(test={'coco/bbox_mAP': 0.5})))
+    table.write_page('deeppcb', 'parts', [0, 1], tmp_path, ['coco/bbox_mAP'])
+    page = (tmp_path / 'deeppcb-parts.md').read_text()
+    assert '| gamma=1 | 31.5 ± 0.7 | +11.0 (+11.0 ... +11.0) | +1.0 (+1.0 ... +1.0) |' in page
+    for picture in ('deeppcb-parts.png', 'deeppcb-parts-gamma.png'):
+        assert f']({picture})' in page
+        assert plt.imread(tmp_path / picture).std() > 0.01

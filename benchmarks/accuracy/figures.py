@@ -1,0 +1,52 @@
+"""Pictures of the tables: what methods gain, and what gamma does."""
+
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # comes with mmengine
+from matplotlib.figure import Figure
+
+COLOUR, GRID = '#0072b2', '#e3e8ec'
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00')
+
+
+def draw_bars(gains: Dict[str, Tuple[float, float]], label: str, path: Path) -> None:
+    """A bar for every method, with its interval.
+
+    Args:
+        gains (dict[str, tuple[float, float]]): Mean, and half of the interval.
+        label (str): What is drawn.
+        path (Path): Of the picture.
+    """
+    figure, axes = _figure(7.5, 0.9 + 0.32 * len(gains))
+    means, halves = zip(*gains.values())
+    axes.barh(list(gains), means, xerr=halves, color=COLOUR, height=0.62, error_kw=dict(capsize=3, lw=1.2))
+    axes.axvline(0, color='black', lw=0.8)
+    axes.grid(axis='x', color=GRID)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    figure.savefig(path, dpi=150)
+
+
+def draw_gamma(seeds: Sequence[Dict[str, List[float]]], path: Path) -> None:
+    """Gamma over training: a line for every level, the mean of the seeds, in a band of their range."""
+    figure, axes = _figure(7.5, 3)
+    for key, colour in zip(sorted(key for key in seeds[0] if key.rpartition('.')[2].isdigit()), COLOURS):
+        curves = [curves[key] for curves in seeds]
+        x = [100 * (i + 0.5) / len(curves[0]) for i in range(len(curves[0]))]
+        axes.fill_between(x, list(map(min, zip(*curves))), list(map(max, zip(*curves))), color=colour, alpha=0.2, lw=0)
+        axes.plot(x, [sum(ys) / len(ys) for ys in zip(*curves)], color=colour, label=f'level {key.rpartition(".")[2]}')
+    axes.grid(color=GRID)
+    axes.set_xlabel('% of the training')
+    axes.set_ylabel('gamma')
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float):
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    return figure, axes
