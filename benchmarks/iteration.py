@@ -52,6 +52,20 @@ def build(path, device):
     return cfg, model.to(device).train()
 
 
+def random_batch_of(cfg, height, width, count):
+    """A random batch of images that need not be square."""
+    batch = random_batch(cfg, max(height, width), count)
+    batch['inputs'] = [image[..., :height, :width] for image in batch['inputs']]
+    for sample in batch['data_samples']:
+        sample.set_metainfo(dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width)))
+        if 'gt_instances' in sample:
+            sample.gt_instances.bboxes[:, 0::2].clamp_(max=width)
+            sample.gt_instances.bboxes[:, 1::2].clamp_(max=height)
+        if 'gt_sem_seg' in sample:
+            sample.gt_sem_seg = sample.gt_sem_seg[:height, :width]
+    return batch
+
+
 def main():
     args = parse_args()
     torch.set_num_threads(args.threads)
@@ -60,13 +74,7 @@ def main():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cfg, model = build(args.config, device)
     height, width = (args.size * 2)[:2]
-    batch = random_batch(cfg, max(height, width), args.batch)
-    batch['inputs'] = [image[..., :height, :width] for image in batch['inputs']]
-    for sample in batch['data_samples']:
-        sample.set_metainfo(dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width)))
-        if 'gt_instances' in sample:
-            sample.gt_instances.bboxes[:, 0::2].clamp_(max=width)
-            sample.gt_instances.bboxes[:, 1::2].clamp_(max=height)
+    batch = random_batch_of(cfg, height, width, args.batch)
     data = model.data_preprocessor(batch, True)
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
 

@@ -1,0 +1,151 @@
+"""What the paper's pairs would take on this machine: a step of each at full size, and the schedule of its config.
+
+Teacher and student have random weights, and the images are random: neither changes the time. Pairs that were measured
+are left alone: interrupted, it goes on where it stopped.
+"""
+
+import argparse
+import gc
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+
+from benchmarks.iteration import build, random_batch_of
+from benchmarks.measure import in_turn, machine, markdown, ratios
+
+COCO, CITYSCAPES, IMAGENET = 'COCO', 'Cityscapes', 'ImageNet'
+# images of the training split that a detector sees (those with boxes); that of CIFAR has 50000
+IMAGES = {COCO: 117266, IMAGENET: 1281167}
+SIZES = {COCO: (800, 1344), CITYSCAPES: (512, 1024), IMAGENET: (224, 224)}
+BATCHES = {COCO: 1, CITYSCAPES: 2, IMAGENET: 16}
+
+
+class Pair(NamedTuple):
+    """A pair of the paper: its config in ``configs``, its data set, and the paper's figures, alone and distilled."""
+
+    config: str
+    data: str
+    paper: str
+
+
+PAIRS = [
+    Pair('diffkd_faster-rcnn_r101_r50', COCO, '38.4 -> 40.6'),
+    Pair('diffkd-attention_faster-rcnn_r101_r50', COCO, '38.4 -> 40.7'),
+    Pair('diffkd_retinanet_r101_r50', COCO, '37.4 -> 39.7'),
+    Pair('diffkd-attention_retinanet_r101_r50', COCO, '37.4 -> 39.8'),
+    Pair('diffkd_fcos_r101_r50', COCO, '38.5 -> 42.4'),
+    Pair('diffkd-attention_fcos_r101_r50', COCO, '38.5 -> 42.5'),
+    Pair('diffkd_faster-rcnn_cascade-mask-rcnn-x101_r50', COCO, '38.4 -> 42.2'),
+    Pair('diffkd-attention_faster-rcnn_cascade-mask-rcnn-x101_r50', COCO, '38.4 -> 42.4'),
+    Pair('diffkd_retinanet_x101_r50', COCO, '37.4 -> 40.7'),
+    Pair('diffkd-attention_retinanet_x101_r50', COCO, '37.4 -> 41.4'),
+    Pair('diffkd_reppoints_x101_r50', COCO, '38.6 -> 41.7'),
+    Pair('diffkd-attention_reppoints_x101_r50', COCO, '38.6 -> 41.9'),
+    Pair('cityscapes/diffkd_deeplabv3_r101_r18', CITYSCAPES, '74.21 -> 77.78'),
+    Pair('cityscapes/diffkd_deeplabv3_r101_r18-scratch', CITYSCAPES, '65.17 -> 74.45'),
+    Pair('cityscapes/diffkd_deeplabv3_r101_pspnet_r18', CITYSCAPES, '72.55 -> 75.83'),
+    Pair('cityscapes/diffkd_deeplabv3_r101_mobilenetv2', CITYSCAPES, '73.12 -> 75.71'),
+    Pair('imagenet/diffkd_r34_r18', IMAGENET, '69.76 -> 72.22'),
+    Pair('imagenet/diffkd-dist_r34_r18', IMAGENET, '69.76 -> 72.49'),
+    Pair('imagenet/diffkd_r50_r34', IMAGENET, '-> 78.1'),
+    Pair('imagenet/diffkd_r50_mobilenetv2', IMAGENET, '-> 74.9'),
+    Pair('imagenet/diffkd_r50_efficientnet-b0', IMAGENET, '-> 78.8'),
+    Pair('imagenet/diffkd_swin-l_r50', IMAGENET, '-> 80.5'),
+    Pair('imagenet/diffkd_swin-l_swin-t', IMAGENET, '-> 82.5'),
+]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--pairs', nargs='+', help='configs to measure (default: all)')
+    parser.add_argument('--rounds', type=int, default=3, help='steps of each kind (default 3)')
+    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
+    parser.add_argument('--page', type=Path, default=Path('docs/accuracy/paper-scale.md'), help='(default %(default)s)')
+    return parser.parse_args()
+
+
+def images_trained_on(cfg, data: str) -> int:
+    """How many images a training sees, with repetitions."""
+    train_cfg = cfg.train_cfg
+    if 'max_epochs' in train_cfg:
+        return train_cfg['max_epochs'] * IMAGES[data]
+    batch = cfg.get('auto_scale_lr', {}).get('base_batch_size') or 16  # mmseg's schedules are for 8 x 2
+    return train_cfg['max_iters'] * batch
+
+
+def measure(pair: Pair, rounds: int, device: str) -> dict:
+    """Seconds an image of a distilled step and of the student's own."""
+    cfg, model = build(f'configs/{pair.config}.py', device)
+    batch = random_batch_of(cfg, *SIZES[pair.data], BATCHES[pair.data])
+    optim_wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-6)))
+
+    def step(weight):
+        def run():
+            model.distill_weight = weight
+            model.train_step(batch, optim_wrapper)
+
+        return run
+
+    times = in_turn({'alone': step(None), 'distilled': step(1.0)}, rounds, warmup=1)
+    distilled = ratios(times['distilled'], times['alone'])
+    return dict(
+        seconds_an_image=distilled['ms'] / 1e3 / BATCHES[pair.data],
+        ratio=distilled['ratio'],
+        images=images_trained_on(cfg, pair.data),
+    )
+
+
+def row(pair: Pair, result: dict) -> dict:
+    """A line of the page."""
+    return {
+        'command': f'`bash tools/dist_train.sh configs/{pair.config}.py 8`',
+        'paper, alone -> DiffKD': pair.paper,
+        'here': '',
+        'images, millions': f'{result["images"] / 1e6:.1f}',
+        'seconds an image': f'{result["seconds_an_image"]:.2f}',
+        'times alone': f'{result["ratio"]:.2f}',
+        'days on this machine': f'{result["images"] * result["seconds_an_image"] / 86400:.0f}',
+    }
+
+
+def write_page(page: Path, where: dict, results: dict) -> None:
+    text = [
+        '# The paper at full size',
+        'Nothing of this was trained here: the column "here" is for who does. Metrics are the paper\'s: box AP on COCO '
+        '`val2017`, mIoU on Cityscapes `val`, top-1 on ImageNet. Where it has no figure for the student alone, none '
+        'stands here. Time is a measured training step (random weights and images) at '
+        + ', '.join(f'{h}x{w} ({name})' for name, (h, w) in SIZES.items())
+        + ", float32, times the images of the config's schedule; reading images is not in it. On another machine run the "
+        'command there; "times alone" is what a distilled step takes against the student\'s own.',
+        '```shell\npython -m benchmarks.paper_scale\n```',
+        f'{where["machine"]}; {where["versions"]}.',
+        markdown([row(pair, results[pair.config]) for pair in PAIRS if pair.config in results]),
+    ]
+    page.write_text('\n\n'.join(text) + '\n')
+
+
+def main():
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    where = machine(device, args.threads)
+    data = args.page.with_suffix('.json')
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(data.read_text())['results'] if data.exists() else {}
+    for pair in PAIRS:
+        if pair.config in results or (args.pairs and pair.config not in args.pairs):
+            continue
+        results[pair.config] = measure(pair, args.rounds, device)
+        gc.collect()
+        print(pair.config, results[pair.config], flush=True)
+        data.write_text(json.dumps(dict(where, results=results), indent=1) + '\n')
+        write_page(args.page, where, results)
+
+
+if __name__ == '__main__':
+    main()
