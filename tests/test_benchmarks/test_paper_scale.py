@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from benchmarks.iteration import random_batch_of
+from benchmarks.paper_scale import BATCHES, PAIRS, SIZES, images_trained_on, write_page
+from tests.conftest import ROOT
+
+
+def test_every_config_is_there_and_measured():
+    measured = {pair.config for pair in PAIRS if pair.same_as is None}
+    for pair in PAIRS:
+        assert (ROOT / 'configs' / f'{pair.config}.py').exists()
+        assert pair.same_as is None or pair.same_as in measured
+    of_the_paper = {path.stem for path in (ROOT / 'configs').glob('diffkd-attention_*.py')}
+    assert of_the_paper == {pair.config for pair in PAIRS if 'attention' in pair.config}
+
+
+@pytest.mark.parametrize(
+    'config, images',
+    [
+        ('diffkd_retinanet_r101_r50', 24 * 117266),
+        ('cityscapes/diffkd_deeplabv3_r101_r18', 40000 * 16),
+        ('imagenet/diffkd_r34_r18', 100 * 1281167),
+    ],
+)
+def test_images_of_the_schedule(config, images):
+    (pair,) = (pair for pair in PAIRS if pair.config == config)
+    assert images_trained_on(Config.fromfile(ROOT / 'configs' / f'{config}.py'), pair.data) == images
+
+
+@pytest.mark.parametrize('config', ['diffkd_retinanet_r101_r50', 'cityscapes/diffkd_deeplabv3_r101_r18'])
+def test_batches_have_the_size(config):
+    (pair,) = (pair for pair in PAIRS if pair.config == config)
+    cfg = Config.fromfile(ROOT / 'configs' / f'{config}.py')
+    batch = random_batch_of(cfg, *SIZES[pair.data], BATCHES[pair.data])
+    assert {tuple(image.shape[-2:]) for image in batch['inputs']} == {SIZES[pair.data]}
+    for sample in batch['data_samples']:
+        assert sample.img_shape == SIZES[pair.data]
+        if 'gt_sem_seg' in sample:
+            assert sample.gt_sem_seg.shape == SIZES[pair.data]
+
+
+def test_page(tmp_path):
+    results = {'diffkd_retinanet_r101_r50': dict(seconds_an_image=2.0, ratio=1.5, images=86400)}
+    page = Path(tmp_path) / 'page.md'
+    write_page(page, dict(machine='a CPU', versions='versions'), results)
+    lines = [line for line in page.read_text().splitlines() if 'dist_train' in line]
+    assert len(lines) == 2  # the attention-weighted variant takes as long
+    assert lines[0].endswith('| 37.4 -> 39.7 |  | 0.1 | 2.00 | 1.50 | 2 |')
