@@ -86,7 +86,7 @@ def write(file, record):
     """Write a JSON file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix('.part')
-    part.write_text(json.dumps(record, indent=1) + '\n')
+    part.write_text(json.dumps(record, indent=1, default=float) + '\n')
     part.replace(file)
 
 

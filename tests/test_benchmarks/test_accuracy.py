@@ -1,6 +1,7 @@
 import json
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -135,6 +136,11 @@ def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
     page = (tmp_path / 'deeppcb-weights.md').read_text()
     assert 'Validation split, seed 0. The teacher: AP 50.0.' in page
     assert '| pkd, weight 2 | 40.0 |' in page
+
+
+def test_metrics_of_numpy_are_written(tmp_path):
+    run.write(tmp_path / 'set' / 'cell.json', dict(test={'mIoU': np.float32(37.5)}))
+    assert json.loads((tmp_path / 'set' / 'cell.json').read_text()) == dict(test={'mIoU': 37.5})
 
 
 def test_gamma_curves():
