@@ -1,11 +1,14 @@
 """What is compared: changes to the plain DiffKD config of a set.
 
-``neck`` is merged into the neck of the set's pair, ``levels`` are those of the pair, ``hooks`` are added to the run.
-``None`` trains the student alone.
+``neck`` is merged into the neck of the set's pair, ``levels`` are those of the pair, ``pairs`` are added to it,
+``hooks`` are added to the run, ``lr_mult`` multiplies the learning rate of the diffusion part. ``None`` trains the
+student alone.
 """
 
 import copy
 from typing import Optional
+
+import benchmarks.accuracy.variants  # noqa: F401  registers them
 
 
 def schedule(**kwargs) -> dict:
@@ -18,8 +21,24 @@ def plain(distance: str, loss_weight: float = 1.0, align: bool = True, **kwargs)
     return dict(neck=dict(denoise=False, align=align, distance=distance))
 
 
-def every(interval: int) -> dict:
-    return dict(hooks=[dict(type='mmdiffkd.DistillScheduleHook', interval=interval, by_epoch=False)])
+def scheduled(**kwargs) -> dict:
+    return dict(hooks=[dict(type='mmdiffkd.DistillScheduleHook', **kwargs)])
+
+
+def variant(lr_mult: float = 1.0, **kwargs) -> dict:
+    return dict(neck=dict(type='mmdiffkd.VariantNeck', **kwargs), lr_mult=lr_mult)
+
+
+def of_head(name: str, **distance) -> dict:
+    """What a layer of both heads says, compared as it is."""
+    path = f'bbox_head.{name}'
+    return dict(student=path, teacher=path, neck=dict(denoise=False, align=False, distance=distance))
+
+
+HEAD = dict(
+    cls=of_head('retina_cls', type='mmdiffkd.ChannelWiseDivergence'),
+    reg=of_head('retina_reg', type='mmdet.L1Loss'),
+)
 
 
 METHODS = {
@@ -38,9 +57,35 @@ METHODS = {
     'share_levels': dict(neck=dict(share_levels=True)),
     'latent_channels=32': dict(neck=dict(latent_channels=32)),
     'latent_channels=16': dict(neck=dict(latent_channels=16)),
-    'interval=2': every(2),
+    'interval=2': scheduled(interval=2, by_epoch=False),
     # with other distances
     'diffkd, attention': dict(neck=dict(distance=dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0))),
+    'diffkd, cwd': dict(neck=dict(distance=dict(type='mmdiffkd.ChannelWiseDivergence'))),
+    # the method changed
+    'without proj': variant(proj=False),
+    'normalised features': variant(normalise=True),
+    'GroupNorm': variant(group_norm=True),
+    'smooth time, zero init': variant(smooth_time=True, zero_init=True),
+    'learning rate x10': dict(lr_mult=10.0),
+    'no denoiser gradient': variant(detach=True),
+    'x0 prediction': variant(prediction='clean'),
+    'v prediction': variant(prediction='velocity'),
+    'variance preserving': variant(variance_preserving=True),
+    'direct distance, too': variant(anchor=1.0),
+    'a denoiser that learns': variant(
+        10.0,
+        normalise=True,
+        smooth_time=True,
+        zero_init=True,
+        detach=True,
+        variance_preserving=True,
+        prediction='velocity',
+    ),
+    'warm-up': scheduled(warmup=1),
+    'decay': scheduled(decay=6),
+    # with what the head says
+    'diffkd, head': dict(pairs=HEAD),
+    'pkd, head': dict(plain('PKDLoss', 6.0), pairs=HEAD),
     # what people would use instead
     'fitnet': plain('MSELoss', 5.0),
     'pkd': plain('PKDLoss', 6.0),
@@ -73,6 +118,27 @@ GROUPS = {
         'loss_diffusion_weight=0',
         'levels=[0]',
         'levels=[0, 1]',
+    ],
+    'variants': [
+        'alone',
+        'diffkd',
+        'without proj',
+        'normalised features',
+        'GroupNorm',
+        'smooth time, zero init',
+        'learning rate x10',
+        'no denoiser gradient',
+        'x0 prediction',
+        'v prediction',
+        'variance preserving',
+        'direct distance, too',
+        'a denoiser that learns',
+        'warm-up',
+        'decay',
+        'diffkd, attention',
+        'diffkd, cwd',
+        'diffkd, head',
+        'pkd, head',
     ],
     'detection': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention'],
     'segmentation': ['alone', 'dist', 'cwd of logits', 'diffkd'],

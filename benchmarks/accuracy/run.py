@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.accuracy.methods import GROUPS, changes_of, methods_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
+from mmdiffkd.utils import PREFIX
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
@@ -139,8 +140,13 @@ def cell_config(args, method, seed):
             config=dict(model=teacher.model, default_scope=teacher.default_scope),
             checkpoint=(teacher_folder(args) / 'last_checkpoint').read_text(),
         ),
-        distill={SETS[args.set]['pair']: {key: changes[key] for key in ('levels', 'neck') if key in changes}},
+        distill={
+            SETS[args.set]['pair']: {key: changes[key] for key in ('levels', 'neck') if key in changes},
+            **changes.get('pairs', {}),
+        },
     )
+    if 'lr_mult' in changes:
+        cfg.optim_wrapper.paramwise_cfg = dict(custom_keys={PREFIX: dict(lr_mult=changes['lr_mult'])})
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *changes.get('hooks', ())]
     return cfg
 

@@ -30,6 +30,8 @@ class FeatureDiffusionNeck(nn.Module):
             channels, or if ``compile`` does not go with the other arguments.
     """
 
+    part = FeatureDiffusion  # what serves a level
+
     def __init__(
         self,
         student_channels: Ints,
@@ -54,7 +56,7 @@ class FeatureDiffusionNeck(nn.Module):
         self.num_levels = len(widths)
         if share_levels:
             widths = widths[:1]
-        self.levels = nn.ModuleList(FeatureDiffusion(s, t, **level_cfg) for s, t in widths)
+        self.levels = nn.ModuleList(self.part(s, t, **level_cfg) for s, t in widths)
         if compile and (level_cfg.get('memory_efficient') or not level_cfg.get('denoise', True)):
             raise ValueError(
                 'compile=True needs denoise=True and memory_efficient=False: it is the diffusion that is compiled, and '

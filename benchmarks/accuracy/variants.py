@@ -1,0 +1,166 @@
+"""Changes to the method itself that were tried.
+
+Notation as in :mod:`mmdiffkd.models.diffusion.ddim`; a is alphas_cumprod of a timestep.
+"""
+
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdiffkd.models import DiffusionOutput, Draws, FeatureDiffusion, FeatureDiffusionNeck
+from mmdiffkd.registry import MODELS
+
+
+class Variant(FeatureDiffusion):
+    """DiffKD with changes; the defaults are the paper's.
+
+    Args:
+        student_channels (int): C_s.
+        teacher_channels (int): C_t.
+        proj (bool): False compares what comes out of the last denoising step itself.
+        normalise (bool): Give every channel of both features zero mean and unit variance before diffusion.
+        group_norm (bool): GroupNorm in place of BatchNorm in denoiser and noise adapter, which keeps student and
+            teacher passes apart.
+        smooth_time (bool): Embed timesteps by sines and an MLP, not by a table with a row for each.
+        zero_init (bool): Start with a denoiser that predicts 0.
+        prediction (str): What the denoiser predicts: ``'noise'``, ``'clean'`` (x_0) or ``'velocity'``
+            (sqrt(a) eps - sqrt(1 - a) x_0).
+        variance_preserving (bool): Blend the student with noise as diffusion does, sqrt(a) Z_s + sqrt(1 - a) eps with
+            sqrt(a) = gamma, and start at the timestep that has this a.
+        detach (bool): The distance does not train the denoiser; its gradient passes through to the student.
+        anchor (float): Weight of the same distance between the aligned student itself and the teacher, added to
+            ``loss_kd``.
+        **kwargs: Of :class:`FeatureDiffusion`.
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        proj: bool = True,
+        normalise: bool = False,
+        group_norm: bool = False,
+        smooth_time: bool = False,
+        zero_init: bool = False,
+        prediction: str = 'noise',
+        variance_preserving: bool = False,
+        detach: bool = False,
+        anchor: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(student_channels, teacher_channels, **kwargs)
+        channels = self.align.out_channels
+        self.prediction, self.variance_preserving = prediction, variance_preserving
+        self.detach, self.anchor = detach, anchor
+        if not proj:
+            self.proj = nn.Identity()
+        if smooth_time:
+            self.denoiser.time_embedding = SineEmbedding(channels)
+        if zero_init:
+            nn.init.zeros_(self.denoiser.layers[-1].weight)
+        if group_norm:
+            _to_group_norm(self.denoiser)
+            _to_group_norm(self.noise_adapter)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in (channels, teacher_channels) if normalise)
+
+    def forward(self, student: Tensor, teacher: Tensor, *args, **kwargs) -> DiffusionOutput:
+        """Like :meth:`FeatureDiffusion.forward`."""
+        if self.norms:
+            teacher = self.norms[1](teacher)
+        output = super().forward(student, teacher, *args, **kwargs)
+        if self.anchor:
+            direct = self.anchor * self._distance(output.latent, output.target, None)
+            output.losses['loss_kd'] = output.losses['loss_kd'] + direct
+        return output
+
+    def _align(self, student: Tensor, size: torch.Size) -> Tensor:
+        latent = super()._align(student, size)
+        return self.norms[0](latent) if self.norms else latent
+
+    def _denoise(self, latent: Tensor, noise: Optional[Tensor], samples: Optional[List]) -> Tuple[Tensor, Tensor]:
+        denoise = super()._denoise if self._is_papers() else self._denoise_otherwise
+        learning = [p for p in self.denoiser.parameters() if p.requires_grad and self.detach]
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            return denoise(latent, noise, samples)
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+    def _is_papers(self) -> bool:
+        return self.prediction == 'noise' and not self.variance_preserving
+
+    def _denoise_otherwise(self, latent: Tensor, noise, samples) -> Tuple[Tensor, Tensor]:
+        gamma = self.noise_adapter(latent)
+        noise = torch.randn_like(latent) if noise is None else noise
+        table, steps = self.schedule.alphas_cumprod, self.schedule.timesteps
+        share = gamma.view(-1, 1, 1, 1)
+        if self.variance_preserving:
+            x = share * latent + (1 - share.square()).clamp(min=0).sqrt() * noise
+            start = (table >= gamma.detach().square().view(-1, 1)).sum(dim=1).clamp(max=len(table) - 1)
+            timesteps = [start * (len(steps) - 1 - i) // max(len(steps) - 1, 1) for i in range(len(steps))]
+        else:
+            x = torch.lerp(noise, latent, share)
+            timesteps = [torch.full((1,), t, device=latent.device) for t in steps]
+        alphas = [table[t].view(-1, 1, 1, 1) for t in timesteps]
+        for index, (t, a) in enumerate(zip(timesteps, alphas)):
+            clean, eps = self._read(x, self.denoiser(x, t).float(), a)
+            if index + 1 == len(alphas):
+                return clean, gamma
+            x = alphas[index + 1].sqrt() * clean + (1 - alphas[index + 1]).sqrt() * eps
+
+    def _read(self, x: Tensor, predicted: Tensor, a: Tensor) -> Tuple[Tensor, Tensor]:
+        """x_0 and eps, from what the denoiser predicts."""
+        signal, noise = a.sqrt(), (1 - a).sqrt()
+        if self.prediction == 'noise':
+            return (x - noise * predicted) / signal, predicted
+        if self.prediction == 'clean':
+            return predicted, (x - signal * predicted) / noise
+        return signal * x - noise * predicted, signal * predicted + noise * x
+
+    def _diffusion_loss(self, target: Tensor, draws: Draws) -> Tensor:
+        if self.prediction == 'noise':
+            return super()._diffusion_loss(target, draws)
+        timesteps = torch.randint(self.schedule.num_train_timesteps, (target.size(0),), device=target.device)
+        noise = torch.randn_like(target)
+        predicted = self.denoiser(self.schedule.add_noise(target, noise, timesteps), timesteps).float()
+        a = self.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * target
+        return (predicted - (target if self.prediction == 'clean' else velocity)).square().mean()
+
+
+@MODELS.register_module()
+class VariantNeck(FeatureDiffusionNeck):
+    """A :class:`Variant` of its own for every level."""
+
+    part = Variant
+
+
+class SineEmbedding(nn.Module):
+    """Timesteps near to each other are embedded near to each other.
+
+    Args:
+        channels (int): C.
+        frequencies (int): From one radian a timestep down to one in 10000. Defaults to 32.
+    """
+
+    def __init__(self, channels: int, frequencies: int = 32):
+        super().__init__()
+        self.register_buffer('frequencies', torch.logspace(0, -4, frequencies), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * frequencies, channels), nn.SiLU(), nn.Linear(channels, channels))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Map integers (N, ) to (N, C)."""
+        angles = timesteps.view(-1, 1) * self.frequencies
+        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+def _to_group_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            groups = next(g for g in (8, 4, 2, 1) if child.num_features % g == 0)
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
+        else:
+            _to_group_norm(child)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.variants import Variant, VariantNeck
+from mmdiffkd.models import Draws, FeatureDiffusion
+
+VARIANTS = {
+    name: {key: value for key, value in changes['neck'].items() if key != 'type'}
+    for name, changes in METHODS.items()
+    if changes and changes.get('neck', {}).get('type') == 'mmdiffkd.VariantNeck'
+}
+
+
+def features():
+    torch.manual_seed(1)
+    return torch.randn(4, 8, 6, 5, requires_grad=True), torch.randn(4, 16, 6, 5)
+
+
+def test_without_changes_it_is_the_papers():
+    results = []
+    for kind in (FeatureDiffusion, Variant):
+        torch.manual_seed(0)
+        part = kind(8, 16)
+        student, teacher = features()
+        losses = part(student, teacher).losses
+        sum(losses.values()).backward()
+        results.append((losses['loss_kd'], losses['loss_diffusion'], student.grad))
+    for ours, papers in zip(*results):
+        assert torch.equal(ours, papers)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_student_and_diffusion_part_learn(name):
+    torch.manual_seed(0)
+    neck = VariantNeck([8], [16], **VARIANTS[name])
+    student, teacher = features()
+    (output,) = neck([student], [teacher])
+    assert ((output.gamma > 0) & (output.gamma < 1)).all()
+    if not VARIANTS[name].get('zero_init'):  # which keeps the student from all but the first gradient
+        output.losses['loss_kd'].backward(retain_graph=True)
+        assert student.grad.abs().sum() > 0
+    sum(output.losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in neck.parameters())
+
+
+def test_the_distance_does_not_train_a_detached_denoiser():
+    part = Variant(8, 16, detach=True)
+    student, teacher = features()
+    part(student, teacher).losses['loss_kd'].backward()
+    assert student.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in part.denoiser.parameters())
+    assert all(parameter.requires_grad for parameter in part.denoiser.parameters())
+
+
+@pytest.mark.parametrize('prediction', ['clean', 'velocity'])
+def test_a_perfect_denoiser_finds_the_teacher(prediction):
+    """Given x_t, the denoiser that knows x_0 and eps predicts what leads back to x_0."""
+    part = Variant(16, 16, prediction=prediction, variance_preserving=True, proj=False)
+    clean, noise = torch.randn(2, 4, 16, 6, 5)
+    table = part.schedule.alphas_cumprod
+
+    class Perfect(torch.nn.Module):
+        def forward(self, x, timesteps):
+            a = table[timesteps].view(-1, 1, 1, 1)
+            eps = (x - a.sqrt() * clean) / (1 - a).sqrt()
+            return clean if prediction == 'clean' else a.sqrt() * eps - (1 - a).sqrt() * clean
+
+    part.denoiser = Perfect()
+    part.align = torch.nn.Identity()
+    part.align.out_channels = 16
+    output = part(clean, clean, Draws(adapter_noise=noise))
+    torch.testing.assert_close(output.refined, clean, atol=1e-3, rtol=0)
