@@ -20,8 +20,8 @@ def version():
 def copy_mim(folder):
     """What mim looks for in an installed package, and nothing that an earlier build left."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ('configs', 'tools'):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('configs', 'tools'):  # without weights: the demo trains its teacher there
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '*.pth'))
     shutil.copy2(ROOT / 'model-index.yml', folder)
 
 

@@ -112,6 +112,8 @@ def test_command(page, command):
         words.pop(0)
     if words[0] == 'make':
         subprocess.run(['make', '--dry-run', *words[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    elif words[:2] == ['python', '-c']:
+        compile(words[2], page, 'exec')
     elif words[0] in ('python', 'mim'):
         module = ['-m', 'mim', words[1]] if words[0] == 'mim' else words[1:3] if words[1] == '-m' else words[1:2]
         usage = help_of(*module)

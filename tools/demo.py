@@ -1,7 +1,8 @@
 """A whole distillation in minutes: teacher, student alone, plain distillation, DiffKD, export.
 
 Every training is the ordinary train command on configs of this repository. A run that was interrupted goes on where it
-stopped. Detection and classification generate their images; segmentation needs CamVid.
+stopped. Detection and classification generate their images; segmentation needs CamVid. A teacher whose weights lie
+beside its config is not trained anew.
 """
 
 import argparse
@@ -105,6 +106,7 @@ def parse_args():
     parser.add_argument('task', nargs='?', choices=TASKS, default='detection')
     parser.add_argument('--work-dir', type=Path, help='where to write, by default a folder of work_dirs')
     parser.add_argument('--data', type=Path, help='generated where it is absent, but for segmentation')
+    parser.add_argument('--train-teacher', action='store_true', help='also if its weights lie beside its config')
     parser.add_argument('--epochs', type=int, help='of every training; not for segmentation, which counts iterations')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='other settings of every training: key=value ...')
     args = parser.parse_args()
@@ -122,7 +124,8 @@ def main():
     for name, config in task.runs.items():
         config = ROOT / 'configs' / task.configs / config
         work_dir = args.work_dir / config.stem
-        print(f'Training: {name} ({config.name}); its log is in {work_dir}', flush=True)
+        verb = 'Testing' if name == 'teacher' and trained_weights(config, args) else 'Training'
+        print(f'{verb}: {name} ({config.name}); its log is in {work_dir}', flush=True)
         rows.append(dict(name=name, **train(task, config, work_dir, args), **complexity(config)))
         print(f'  {task.metric} {rows[-1][task.metric]:.{task.digits}f}', flush=True)
     exported = export(config, args)
@@ -166,16 +169,22 @@ def run(*command) -> None:
 def train(task: Task, config: Path, work_dir: Path, args) -> dict:
     """Train by the ordinary command, or go on where it stopped; returns the metric and the seconds that it took."""
     result, settings = work_dir / 'result.json', dict(data=str(args.data), epochs=args.epochs, options=args.cfg_options)
+    settings['train_teacher'] = args.train_teacher
     if not result.is_file():
         options = overrides(task, args)
-        if 'student' in Config.fromfile(config).model:
-            teacher = args.work_dir / Path(task.runs['teacher']).stem
-            options.append(f'model.teacher.checkpoint={last_checkpoint(teacher)}')
-        start = time.time()
-        run(TOOLS / 'train.py', config, '--work-dir', work_dir, '--resume', '--cfg-options', *options)
-        is_whole = len(list(work_dir.glob('*/vis_data'))) == 1  # not of a run that was interrupted
-        seconds = time.time() - start if is_whole else None
-        metric = final_metric(task, config, work_dir)
+        teacher = ROOT / 'configs' / task.configs / task.runs['teacher']
+        weights, seconds = trained_weights(teacher, args), None
+        if config == teacher and weights:
+            metric = evaluate(task, TOOLS / 'test.py', config, weights, work_dir / 'tested', *options)
+        else:
+            if 'student' in Config.fromfile(config).model:
+                weights = weights or last_checkpoint(args.work_dir / teacher.stem)
+                options.append(f'model.teacher.checkpoint={weights}')
+            start = time.time()
+            run(TOOLS / 'train.py', config, '--work-dir', work_dir, '--resume', '--cfg-options', *options)
+            is_whole = len(list(work_dir.glob('*/vis_data'))) == 1  # not of a run that was interrupted
+            seconds = time.time() - start if is_whole else None
+            metric = final_metric(task, config, work_dir)
         result.write_text(json.dumps({task.metric: metric, 'seconds': seconds, 'settings': settings}))
     content = json.loads(result.read_text())
     if content.pop('settings') != settings:
@@ -192,6 +201,13 @@ def overrides(task: Task, args) -> list:
     return [*options, *epochs, *args.cfg_options]
 
 
+def trained_weights(config: Path, args) -> str:
+    """The weights beside a config, made by it as it is; else nothing."""
+    weights = config.with_suffix('.pth')
+    wanted = not (args.train_teacher or args.epochs or args.cfg_options)
+    return str(weights) if wanted and weights.exists() else ''
+
+
 def last_checkpoint(work_dir: Path) -> str:
     return (work_dir / 'last_checkpoint').read_text().strip()
 
@@ -206,9 +222,9 @@ def final_metric(task: Task, config: Path, work_dir: Path) -> float:
     return evaluate(task, TOOLS / 'test.py', work_dir / config.name, last_checkpoint(work_dir), work_dir / 'tested')
 
 
-def evaluate(task: Task, script: Path, config: Path, checkpoint: str, work_dir: Path) -> float:
+def evaluate(task: Task, script: Path, config: Path, checkpoint: str, work_dir: Path, *options) -> float:
     """The metric that a test.py gives a checkpoint."""
-    run(script, config, checkpoint, '--work-dir', work_dir)
+    run(script, config, checkpoint, '--work-dir', work_dir, *(['--cfg-options', *options] if options else []))
     logs = sorted(work_dir.glob('*/*.json'))
     # mmdet leaves the metric out where nothing at all was detected
     return json.loads(logs[-1].read_text().splitlines()[-1]).get(task.key, 0.0)

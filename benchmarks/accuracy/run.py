@@ -78,7 +78,7 @@ def train(cfg, result):
     runner.train()
     metrics = runner.test()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, mmdiffkd=mmdiffkd.__version__)
-    record = dict(test=metrics, val=last_val(runner), iterations=runner.max_iters, versions=versions)
+    record = dict(test=metrics, val=last_val(runner) or runner.val(), iterations=runner.max_iters, versions=versions)
     gamma = gamma_curves(runner.message_hub.log_scalars)
     write(result, dict(record, gamma=gamma) if gamma else record)
 
@@ -107,7 +107,7 @@ def measure_costs(args):
 
 
 def last_val(runner):
-    """The last validation of a run."""
+    """The last validation of a run; nothing if it was in an earlier process."""
     scalars = runner.message_hub.log_scalars
     return {k[4:]: v.current() for k, v in scalars.items() if k.startswith('val/') and not k.endswith('time')}
 

@@ -1,11 +1,12 @@
 import json
 import shutil
+import sys
 
 import cv2
 import numpy as np
 import pytest
 
-from tests.conftest import run_tool
+from tests.conftest import load_tool, run_tool
 
 
 @pytest.mark.slow
@@ -37,6 +38,25 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
 
     done = run_tool('demo.py', *options[:4], '--epochs', 2, check=False)
     assert done.returncode == 1 and 'was made with other settings' in done.stdout
+
+
+@pytest.mark.slow
+def test_a_trained_teacher_is_tested_only(tmp_path, monkeypatch):
+    write_split = load_tool('dataset_converters/make_shapes.py').write_split
+    for split in ('train', 'val'):
+        write_split(tmp_path / 'data', split, 16, 128, 7)
+    monkeypatch.setattr(sys, 'argv', ['demo.py', '--work-dir', str(tmp_path), '--data', str(tmp_path / 'data')])
+    demo = load_tool('demo.py')
+    args, task = demo.parse_args(), demo.TASKS['detection']
+    config = demo.ROOT / 'configs' / 'shapes' / task.runs['teacher']
+    row = demo.train(task, config, tmp_path / config.stem, args)
+    assert row['mAP'] > 0.15 and row['seconds'] is None
+    assert not list((tmp_path / config.stem).glob('*.pth'))
+    # what the distilled students are given
+    assert demo.trained_weights(config, args) == str(config.with_suffix('.pth'))
+    for option in (['--train-teacher'], ['--epochs', '1'], ['--cfg-options', 'train_dataloader.batch_size=2']):
+        monkeypatch.setattr(sys, 'argv', ['demo.py', *option])
+        assert not demo.trained_weights(config, demo.parse_args())
 
 
 @pytest.mark.slow
