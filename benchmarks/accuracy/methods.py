@@ -1,8 +1,8 @@
 """What is compared: changes to the plain DiffKD config of a set.
 
 ``neck`` is merged into the neck of the set's pair, ``levels`` are those of the pair, ``pairs`` are added to it,
-``hooks`` are added to the run, ``lr_mult`` multiplies the learning rate of the diffusion part. ``None`` trains the
-student alone.
+``distill`` stands in its place, ``hooks`` are added to the run, ``lr_mult`` multiplies the learning rate of the
+diffusion part. ``None`` trains the student alone.
 """
 
 import copy
@@ -27,6 +27,12 @@ def scheduled(**kwargs) -> dict:
 
 def variant(lr_mult: float = 1.0, **kwargs) -> dict:
     return dict(neck=dict(type='mmdiffkd.VariantNeck', **kwargs), lr_mult=lr_mult)
+
+
+def of_features(loss_weight: float, distance: str = 'MSELoss', denoise: bool = True) -> dict:
+    """A segmentor's last feature map in place of its logits."""
+    neck = dict(denoise=denoise, distance=dict(type=f'mmdiffkd.{distance}', loss_weight=loss_weight))
+    return dict(distill=dict(feat=dict(student='backbone', teacher='backbone', levels=[3], neck=neck)))
 
 
 def of_head(name: str, **distance) -> dict:
@@ -90,6 +96,10 @@ METHODS = {
     'fitnet': plain('MSELoss', 5.0),
     'pkd': plain('PKDLoss', 6.0),
     'cwd': plain('ChannelWiseDivergence'),
+    'fitnet of features': of_features(5.0, denoise=False),
+    'pkd of features': of_features(6.0, 'PKDLoss', denoise=False),
+    'cwd of features': of_features(1.0, 'ChannelWiseDivergence', denoise=False),
+    'diffkd of features': of_features(5.0),
     'dist': plain('DISTLoss', align=False),
     'cwd of logits': plain('ChannelWiseDivergence', 3.0, align=False, tau=4.0),
 }
@@ -102,7 +112,15 @@ WEIGHTS = dict(
         'diffkd': (1.7, 15),
         'diffkd, attention': (1.7, 15),
     },
-    camvid={'dist': (0.3, 3), 'cwd of logits': (1, 9), 'diffkd': (0.3, 3)},
+    camvid={
+        'dist': (0.3, 3),
+        'cwd of logits': (1, 9),
+        'fitnet of features': (1.7, 15),
+        'pkd of features': (2, 18),
+        'cwd of features': (0.3, 3),
+        'diffkd': (0.3, 3),
+        'diffkd of features': (1.7, 15),
+    },
 )
 DISTANCES = dict(deeppcb='MSELoss', camvid='DISTLoss')  # of DiffKD
 
@@ -141,7 +159,16 @@ GROUPS = {
         'pkd, head',
     ],
     'detection': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention'],
-    'segmentation': ['alone', 'dist', 'cwd of logits', 'diffkd'],
+    'segmentation': [
+        'alone',
+        'dist',
+        'cwd of logits',
+        'fitnet of features',
+        'pkd of features',
+        'cwd of features',
+        'diffkd',
+        'diffkd of features',
+    ],
     'weights': [],
 }
 
@@ -159,6 +186,7 @@ def changes_of(name: str, method: str) -> Optional[dict]:
     method, _, weight = method.partition(', weight ')
     changes = copy.deepcopy(METHODS[method])
     if weight:
-        neck = changes.setdefault('neck', {})
+        pair = changes['distill']['feat'] if 'distill' in changes else changes
+        neck = pair.setdefault('neck', {})
         neck.setdefault('distance', dict(type=f'mmdiffkd.{DISTANCES[name]}'))['loss_weight'] = float(weight)
     return changes

@@ -140,7 +140,8 @@ def cell_config(args, method, seed):
             config=dict(model=teacher.model, default_scope=teacher.default_scope),
             checkpoint=(teacher_folder(args) / 'last_checkpoint').read_text(),
         ),
-        distill={
+        distill=changes.get('distill')
+        or {
             SETS[args.set]['pair']: {key: changes[key] for key in ('levels', 'neck') if key in changes},
             **changes.get('pairs', {}),
         },

@@ -13,8 +13,8 @@ from benchmarks.accuracy.costs import measure
 from benchmarks.accuracy.methods import GROUPS, METHODS, WEIGHTS, changes_of, methods_of
 from mmdiffkd.utils import PREFIX, model_of, resolve_config
 
-OF_LOGITS = GROUPS['segmentation'][1:3]
-CELLS = [('deeppcb', method) for method in [*METHODS, *methods_of('deeppcb', 'weights')] if method not in OF_LOGITS]
+OF_SEGMENTORS = [m for m in METHODS if m == 'dist' or m.endswith(('of logits', 'of features'))]
+CELLS = [('deeppcb', method) for method in [*METHODS, *methods_of('deeppcb', 'weights')] if method not in OF_SEGMENTORS]
 CELLS += [('camvid', method) for method in [*GROUPS['segmentation'], *methods_of('camvid', 'weights')]]
 CELLS = list(dict.fromkeys(CELLS))
 
@@ -106,7 +106,7 @@ def test_every_cell_can_be_built(name, method, arguments):
         return
     model.init_weights()
     assert model.diffkd_teacher.fingerprint
-    assert list(model.pairs) == [run.SETS[name]['pair'], *changes.get('pairs', ())]
+    assert list(model.pairs) == list(changes.get('distill', [run.SETS[name]['pair'], *changes.get('pairs', ())]))
     is_learnt = any(key.startswith(PREFIX) for key in model.state_dict())
     assert is_learnt is changes.get('neck', {}).get('align', True)
 
@@ -122,6 +122,7 @@ def test_weights():
     assert changes_of('camvid', 'diffkd, weight 3')['neck']['distance'] == dict(
         type='mmdiffkd.DISTLoss', loss_weight=3.0
     )
+    assert changes_of('camvid', 'pkd of features, weight 2')['distill']['feat']['neck']['distance']['loss_weight'] == 2
     assert changes_of('deeppcb', 'pkd') == METHODS['pkd']  # as it was
 
 
