@@ -79,8 +79,12 @@ def train(cfg, result):
     metrics = runner.test()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, mmdiffkd=mmdiffkd.__version__)
     record = dict(test=metrics, val=last_val(runner) or runner.val(), iterations=runner.max_iters, versions=versions)
-    gamma = gamma_curves(runner.message_hub.log_scalars)
-    write(result, dict(record, gamma=gamma) if gamma else record)
+    teacher, gamma = getattr(runner.model, 'diffkd_teacher', None), gamma_curves(runner.message_hub.log_scalars)
+    if teacher is not None:
+        record['teacher'] = teacher.fingerprint
+    if gamma:
+        record['gamma'] = gamma
+    write(result, record)
 
 
 def write(file, record):

@@ -98,9 +98,26 @@ def _difference(first: Dict[str, List[float]], method: str, base: str) -> str:
     return interval_text([a - b for a, b in zip(first[method], first[base])])
 
 
+def _check_teachers(folder: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    files = [cell_file(folder, method, seed) for method in methods for seed in seeds]
+    teachers = {file.name: json.loads(file.read_text()).get('teacher') for file in files if file.exists()}
+    known = {name: teacher for name, teacher in teachers.items() if teacher}
+    others = [name for name, teacher in known.items() if teacher != next(iter(known.values()))]
+    if others:
+        raise ValueError(
+            f'{", ".join(others)} in {folder} had another teacher than {next(iter(known))}: remove the results of one '
+            'teacher, and start again.'
+        )
+
+
 def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metrics: Sequence[str]) -> None:
-    """Print the table, and write it beside the results, with pictures."""
+    """Print the table, and write it beside the results, with pictures.
+
+    Raises:
+        ValueError: If the cells had different teachers.
+    """
     folder = results / name
+    _check_teachers(folder, methods_of(name, group), seeds)
     split = 'val' if group == 'weights' else 'test'
     rows = rows_of(folder, group, seeds, metrics, split)
     if not rows:

@@ -53,6 +53,15 @@ def test_the_rival_is_the_best_of_what_others_use(tmp_path):
     assert rows['diffkd']['difference to cwd'] == '+5.0' and rows['cwd']['difference to cwd'] == ''
 
 
+def test_cells_of_two_teachers_are_no_table(tmp_path):
+    for method, teacher in (('alone', None), ('diffkd', 'a'), ('steps=3', 'b')):
+        result(tmp_path / 'deeppcb', method, 0, 0.1)
+        file = table.cell_file(tmp_path / 'deeppcb', method, 0)
+        file.write_text(json.dumps(dict(json.loads(file.read_text()), teacher=teacher)))
+    with pytest.raises(ValueError, match='steps_3-0.json .* had another teacher than diffkd-0.json'):
+        table.write_page('deeppcb', 'recipes', [0], tmp_path, ['coco/bbox_mAP'])
+
+
 def test_one_seed_has_no_spread(tmp_path):
     result(tmp_path, 'alone', 0, 0.2)
     result(tmp_path, 'diffkd', 0, 0.25)
