@@ -1,8 +1,8 @@
 """What is compared: changes to the plain DiffKD config of a set.
 
 ``neck`` is merged into the neck of the set's pair, ``levels`` are those of the pair, ``pairs`` are added to it,
-``distill`` stands in its place, ``hooks`` are added to the run, ``lr_mult`` multiplies the learning rate of the
-diffusion part. ``None`` trains the student alone.
+``distill`` stands in its place, ``preset`` is the distiller's, ``hooks`` are added to the run, ``lr_mult`` multiplies
+the learning rate of the diffusion part. ``None`` trains the student alone.
 """
 
 import copy
@@ -50,6 +50,7 @@ HEAD = dict(
 METHODS = {
     'alone': None,
     'diffkd': dict(),
+    'plus': dict(preset='plus', distill=None),
     # its parts, and cheaper recipes
     'steps=3': schedule(num_inference_steps=3),
     'steps=1': schedule(num_inference_steps=1),
@@ -158,7 +159,7 @@ GROUPS = {
         'diffkd, head',
         'pkd, head',
     ],
-    'detection': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention'],
+    'detection': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention', 'plus'],
     'segmentation': [
         'alone',
         'dist',
@@ -168,6 +169,7 @@ GROUPS = {
         'cwd of features',
         'diffkd',
         'diffkd of features',
+        'plus',
     ],
     'weights': [],
 }
@@ -186,7 +188,7 @@ def changes_of(name: str, method: str) -> Optional[dict]:
     method, _, weight = method.partition(', weight ')
     changes = copy.deepcopy(METHODS[method])
     if weight:
-        pair = changes['distill']['feat'] if 'distill' in changes else changes
+        pair = changes['distill']['feat'] if changes.get('distill') else changes
         neck = pair.setdefault('neck', {})
         neck.setdefault('distance', dict(type=f'mmdiffkd.{DISTANCES[name]}'))['loss_weight'] = float(weight)
     return changes

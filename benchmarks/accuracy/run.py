@@ -136,6 +136,8 @@ def cell_config(args, method, seed):
     cfg = config_of(args, 'student', work_dir, seed)
     if changes is None:
         return cfg
+    pair = {key: changes[key] for key in ('levels', 'neck') if key in changes}
+    distill = {SETS[args.set]['pair']: pair, **changes.get('pairs', {})}
     teacher = config_of(args, 'teacher', teacher_folder(args), 0)
     cfg.model = dict(
         type='mmdiffkd.DiffKDDistiller',
@@ -144,11 +146,8 @@ def cell_config(args, method, seed):
             config=dict(model=teacher.model, default_scope=teacher.default_scope),
             checkpoint=(teacher_folder(args) / 'last_checkpoint').read_text(),
         ),
-        distill=changes.get('distill')
-        or {
-            SETS[args.set]['pair']: {key: changes[key] for key in ('levels', 'neck') if key in changes},
-            **changes.get('pairs', {}),
-        },
+        preset=changes.get('preset', 'paper'),
+        distill=changes.get('distill', distill),
     )
     if 'lr_mult' in changes:
         cfg.optim_wrapper.paramwise_cfg = dict(custom_keys={PREFIX: dict(lr_mult=changes['lr_mult'])})

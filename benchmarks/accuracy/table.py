@@ -84,7 +84,7 @@ def costs_file(folder: Path, group: str) -> Path:
 
 def _rival(group: str, first: Dict[str, List[float]]) -> Optional[str]:
     """What methods are compared with beside the student alone: DiffKD for its cheaper recipes, else the best other."""
-    others = [method for method in first if method != 'alone' and 'diffkd' not in method]
+    others = [method for method in first if method not in ('alone', 'plus') and 'diffkd' not in method]
     if group in ('recipes', 'parts', 'variants'):
         return 'diffkd'
     if group == 'weights':

@@ -16,8 +16,10 @@ LAST_MAPS = dict(MlpMixer='ln1', TridentResNet='layer2')
 CLASSIFIER_LATENT_CHANNELS = 1024
 
 
-def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-    """The pairs of a student and a teacher of the same task, as the paper has them.
+def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict, preset: str = 'paper') -> Dict[str, dict]:
+    """The pairs of a student and a teacher of the same task.
+
+    With ``preset='paper'``, as the paper has them:
 
     - Detectors: neck to neck, or backbone to backbone where a model has no neck.
     - Segmentors: logits before they are resized, by DIST; backbone to backbone where a model has none or both know
@@ -26,10 +28,15 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict) ->
       classes, of which an image has one.
     - Other models: what encodes the images.
 
+    ``preset='plus'`` adds to detectors what their dense heads say, without denoising: ``cls`` by CWD, ``reg`` by L1,
+    where both heads have the same anchors and classes. Segmentors are compared by the last feature map of their
+    backbones, not by their logits.
+
     Args:
         student (nn.Module): The student.
         student_cfg (dict): Its config.
         teacher_cfg (dict): Config of the teacher.
+        preset (str): ``'paper'`` or ``'plus'``. Defaults to ``'paper'``.
 
     Returns:
         dict[str, dict]: A ``distill`` to be completed by :func:`read_pairs`.
@@ -44,9 +51,14 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict) ->
             f'There is no default tap for the student {student_cfg["type"]} and the teacher {teacher_cfg["type"]}; '
             "name one: distill=dict(feat=dict(student='backbone', teacher='backbone'))."
         )
-    if tasks[0] == 'detection':
+    if tasks[0] == 'detection' and preset == 'paper':
         return dict(fpn=_pair(features))
-    logits = _common_logits(tasks[0], (student, skeleton(teacher_cfg)), (student_cfg, teacher_cfg))
+    models = student, skeleton(teacher_cfg)
+    if tasks[0] == 'detection':
+        return dict(fpn=_pair(features), **_dense_outputs(models, (student_cfg, teacher_cfg)))
+    if tasks[0] == 'segmentation' and preset == 'plus':
+        return dict(feat=dict(_pair(features), levels=[-1]))
+    logits = _common_logits(tasks[0], models, (student_cfg, teacher_cfg))
     if tasks[0] == 'segmentation':
         return dict(feat=_pair(features)) if logits is None else dict(logits=_pair(logits, distance='DISTLoss'))
     latent_channels = CLASSIFIER_LATENT_CHANNELS if tasks[0] == 'classification' else None
@@ -61,6 +73,33 @@ def _pair(taps, distance: Optional[str] = None, **neck) -> dict:
     if distance is not None:
         neck['distance'] = dict(type=f'mmdiffkd.{distance}')
     return dict(student=taps[0], teacher=taps[1], neck=neck)
+
+
+def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Dict[str, dict]:
+    """The last layers of dense heads with the same anchors: classes and boxes, compared as they are."""
+    plain = dict(denoise=False, align=False)
+    distances = dict(cls=dict(type='mmdiffkd.ChannelWiseDivergence'), reg=dict(type='mmdet.L1Loss'))
+    for part in ('bbox_head', 'rpn_head'):
+        heads = [getattr(model, part, None) for model in models]
+        anchors = [(cfg.get(part) or {}).get('anchor_generator') for cfg in cfgs]
+        if None in heads or anchors[0] != anchors[1]:
+            continue
+        pairs = {}
+        for kind, distance in distances.items():
+            ours, theirs = ({n: m.out_channels for n, m in _outputs(head, kind)} for head in heads)
+            for name in [name for name in ours if ours[name] == theirs.get(name)][:1]:
+                path = f'{part}.{name}'
+                pairs[kind] = dict(student=path, teacher=path, neck=dict(plain, distance=distance))
+        return pairs
+    return {}
+
+
+def _outputs(head: nn.Module, kind: str) -> List[Tuple[str, nn.Module]]:
+    """Layers of a head that end with its outputs of a kind; none for boxes that are scaled after them."""
+    if kind == 'reg' and hasattr(head, 'scales'):
+        return []
+    layers = head.named_children()
+    return [(name, layer) for name, layer in layers if isinstance(layer, nn.Conv2d) and name.endswith(f'_{kind}')]
 
 
 def _task(cfg: dict) -> str:

@@ -56,6 +56,7 @@ class DiffKDDistiller(BaseModel):
             ``'zoo'``) of the teacher. None trains the student alone. Defaults to None.
         distill (dict, optional): What is compared, ``{name: dict(student=, teacher=, levels=, neck=)}``. Defaults to
             what :func:`.default_distill` has for the task.
+        preset (str): ``'paper'``, or ``'plus'``, which was better where it was measured. Defaults to ``'paper'``.
         inherit (list[str], optional): Modules whose weights the student takes from the teacher before training, such
             as ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): Top-level preprocessor that the Runner hands over; the student gets it
@@ -79,6 +80,7 @@ class DiffKDDistiller(BaseModel):
         student: dict,
         teacher: Optional[dict] = None,
         distill: Optional[dict] = None,
+        preset: str = 'paper',
         inherit: Optional[Sequence[str]] = None,
         data_preprocessor: Optional[dict] = None,
     ):
@@ -101,15 +103,15 @@ class DiffKDDistiller(BaseModel):
         _check_teacher_keys(teacher)
         student_cfg = _student_cfg(student, data_preprocessor=data_preprocessor)
         try:
-            self._build_pairs(Teacher(**teacher), student_cfg, distill)
+            self._build_pairs(Teacher(**teacher), student_cfg, distill, preset)
         except ValueError:  # a mistake in this config
             raise
         except Exception as error:  # the teacher cannot be had here, which matters to training alone
             self.deferred_error = error
 
-    def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict]) -> None:
+    def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict], preset: str) -> None:
         teacher_cfg = teacher.model_cfg
-        self.pairs = read_pairs(distill, self, student_cfg, teacher_cfg)
+        self.pairs = read_pairs(distill, self, student_cfg, teacher_cfg, preset)
         check_roi_taps(self.pairs, student_cfg, teacher_cfg)
         student_taps = probe(student_cfg, {pair.student for pair in self.pairs.values()}, 'student')
         teacher_taps = probe(teacher_cfg, {pair.teacher for pair in self.pairs.values()}, 'teacher')

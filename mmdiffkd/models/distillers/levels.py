@@ -17,7 +17,8 @@ def match_levels(
         pair (str): Name of the pair, for error messages.
         student (TapInfo): The student's levels.
         teacher (TapInfo): The teacher's levels.
-        levels (list[int], optional): Student levels to distil; None takes all that the two share. Defaults to None.
+        levels (list[int], optional): Student levels to distil, -1 is the last; None takes all that the two share.
+            Defaults to None.
 
     Returns:
         list[tuple[int, int]]: Positions of the student's and the teacher's level.
@@ -34,6 +35,8 @@ def match_levels(
         )
     if levels is not None and not levels:
         raise ValueError(f'distill.{pair}.levels is empty: leave it out for all levels that both have, or name some.')
+    if levels is not None:
+        levels = [ours[level] if -len(ours) <= level < 0 else level for level in levels]
     for level in levels or ():
         if level not in ours:
             raise ValueError(

@@ -12,6 +12,8 @@ DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
 # parts of models that optimizer settings name; upstream looks for the words anywhere in a parameter's name
 PARTS = ('backbone', 'neck', 'head')
 FIELDS = ('student', 'teacher', 'levels', 'neck')
+# what necks that denoise are given where a config does not say
+PRESETS = dict(paper={}, plus=dict(backprop_steps=1))
 
 
 class Pair(NamedTuple):
@@ -30,7 +32,9 @@ class Pair(NamedTuple):
     neck: dict
 
 
-def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, Pair]:
+def read_pairs(
+    distill: Optional[dict], student: nn.Module, student_cfg: dict, teacher_cfg: dict, preset: str = 'paper'
+) -> Dict[str, Pair]:
     """Complete the ``distill`` of a config.
 
     Without it, :func:`default_distill` decides. A pair of one of its names that leaves out taps takes the default ones,
@@ -42,13 +46,17 @@ def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, t
         student (nn.Module): The student.
         student_cfg (dict): Its config.
         teacher_cfg (dict): Config of the teacher.
+        preset (str): ``'paper'``, or ``'plus'``, with which the distance sends its gradient through the last denoising
+            step alone and :func:`default_distill` has more pairs. Defaults to ``'paper'``.
 
     Returns:
         dict[str, Pair]: The pairs by name.
 
     Raises:
-        ValueError: If it is empty, or a pair is misspelt or incomplete.
+        ValueError: If it is empty, a pair is misspelt or incomplete, or there is no such preset.
     """
+    if preset not in PRESETS:
+        raise ValueError(f"There is no preset='{preset}'; there are {', '.join(PRESETS)}.")
     if distill is not None and (not isinstance(distill, dict) or not distill):
         raise ValueError(
             'distill is empty: leave it out for the default pair, or name pairs such as '
@@ -57,11 +65,11 @@ def read_pairs(distill: Optional[dict], student: nn.Module, student_cfg: dict, t
     for name, cfg in (distill or {}).items():
         _check_pair(name, cfg)
     if distill is None:
-        distill = default_distill(student, student_cfg, teacher_cfg)
+        distill = default_distill(student, student_cfg, teacher_cfg, preset)
     elif any(not (cfg.get('student') and cfg.get('teacher')) for cfg in distill.values()):
-        defaults = default_distill(student, student_cfg, teacher_cfg)
+        defaults = default_distill(student, student_cfg, teacher_cfg, preset)
         distill = {name: _completed(name, cfg, defaults) for name, cfg in distill.items()}
-    return {name: _read_pair(cfg, student_cfg) for name, cfg in distill.items()}
+    return {name: _read_pair(cfg, student_cfg, preset) for name, cfg in distill.items()}
 
 
 def _completed(name: str, cfg: dict, defaults: Dict[str, dict]) -> dict:
@@ -102,9 +110,11 @@ def _check_pair(name: str, cfg: dict) -> None:
             raise ValueError(f"distill.{name} has no field '{field}'; the nearest are {nearest(field, FIELDS)}.")
 
 
-def _read_pair(cfg: dict, student_cfg: dict) -> Pair:
+def _read_pair(cfg: dict, student_cfg: dict, preset: str) -> Pair:
     neck, levels = dict(cfg.get('neck') or {}), cfg.get('levels')
     neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
+    if neck['type'] == 'mmdiffkd.FeatureDiffusionNeck' and neck.get('denoise', True):
+        neck = {**PRESETS[preset], **neck}
     neck.setdefault('distance', dict(type='mmdiffkd.MSELoss', loss_weight=_default_weight(student_cfg)))
     return Pair(cfg['student'], cfg['teacher'], [levels] if isinstance(levels, int) else levels, neck)
 

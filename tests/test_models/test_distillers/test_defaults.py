@@ -63,8 +63,51 @@ def test_classifiers_by_features_and_logits(tmp_path, name, logits):
     assert log['diffkd.feat.loss_kd'] > 0 and log['diffkd.logits.loss_kd'] > 0
 
 
-def default(student, teacher):
-    return default_distill(skeleton(student), student, teacher)
+def default(student, teacher, **options):
+    return default_distill(skeleton(student), student, teacher, **options)
+
+
+def test_plus_adds_what_the_dense_head_says(tmp_path):
+    init_default_scope('mmdet')
+    model = tiny.build(tiny.distiller_cfg(tmp_path, preset='plus'))
+    assert {name: pair.student for name, pair in model.pairs.items()} == dict(
+        fpn='neck', cls='bbox_head.retina_cls', reg='bbox_head.retina_reg'
+    )
+    losses = model.loss(*tiny.batch(model))
+    total, log = model.parse_losses(losses)
+    total.backward()
+    assert log['diffkd.cls.loss_kd'] > 0 and log['diffkd.reg.loss_kd'] > 0
+    assert [level.backprop_steps for level in model.diffkd['fpn'].levels] == [1] * 5
+
+
+def test_plus_leaves_out_heads_that_differ():
+    teacher = tiny.detector()
+    teacher.bbox_head.anchor_generator.octave_base_scale = 2
+    assert list(default(tiny.detector(), teacher, preset='plus')) == ['fpn']
+    teacher = tiny.detector()
+    teacher.bbox_head.num_classes = 20
+    assert list(default(tiny.detector(), teacher, preset='plus')) == ['fpn', 'reg']
+
+
+def test_plus_leaves_out_boxes_that_are_scaled_after_their_layer():
+    """Of FCOS, ATSS and GFL: the layers of two models need not agree where their boxes do."""
+    fcos = tiny.detector('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', bbox_head=dict(norm_cfg=dict(type='BN')))
+    assert list(default(fcos, fcos, preset='plus')) == ['fpn', 'cls']
+
+
+def test_plus_compares_segmentors_by_their_last_feature_map(tmp_path):
+    student = models.convnext_segmentor()
+    init_default_scope('mmseg')
+    model = tiny.build(tiny.distiller_cfg(tmp_path, student, student, preset='plus'))
+    assert list(model.pairs) == ['feat']
+    assert model._matches['feat'] == [(3, 3)]
+    assert model.diffkd['feat'].levels[0].backprop_steps == 1
+
+
+def test_plus_takes_the_rpn_of_detectors_with_regions():
+    faster_rcnn = tiny.detector(tiny.FASTER_RCNN)
+    pairs = default(faster_rcnn, faster_rcnn, preset='plus')
+    assert [pair['student'] for pair in pairs.values()] == ['neck', 'rpn_head.rpn_cls', 'rpn_head.rpn_reg']
 
 
 def test_other_classes_leave_the_logits_out():

@@ -19,6 +19,8 @@ WITH_ABSENT = TapInfo([0, 16], [None, 32.0], 1)
         (ONE_STAGE, ONE_STAGE, None, [(i, i) for i in range(5)]),
         (ONE_STAGE, TWO_STAGE, None, [(0, 1), (1, 2), (2, 3), (3, 4)]),
         (ONE_STAGE, TWO_STAGE, [1, 4], [(1, 2), (4, 4)]),
+        (ONE_STAGE, TWO_STAGE, [-1], [(4, 4)]),
+        (DILATED, DILATED, [-1, -4], [(3, 3), (0, 0)]),
         (tap(8.0), tap(16.0), None, [(0, 0)]),
         (tap(None, None), tap(None, None), None, [(0, 0), (1, 1)]),
         (DILATED, DILATED, None, [(0, 0), (1, 1), (2, 2), (3, 3)]),

@@ -30,6 +30,22 @@ def test_a_pair_keeps_what_it_names():
     assert cfg['neck'] == dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss'))
 
 
+def test_plus_sends_the_gradient_through_the_last_step():
+    retinanet = tiny.detector()
+    pairs = read_pairs(None, skeleton(retinanet), retinanet, retinanet, preset='plus')
+    assert pairs['fpn'].neck['backprop_steps'] == 1
+    assert 'backprop_steps' not in pairs['cls'].neck  # not denoised
+    distill = dict(fpn=dict(neck=dict(backprop_steps=2)), mine=dict(student='neck', teacher='neck'))
+    pairs = read_pairs(distill, skeleton(retinanet), retinanet, retinanet, preset='plus')
+    assert {name: pair.neck['backprop_steps'] for name, pair in pairs.items()} == dict(fpn=2, mine=1)
+
+
+def test_unknown_presets():
+    retinanet = tiny.detector()
+    with pytest.raises(ValueError, match="There is no preset='best'; there are paper, plus."):
+        read_pairs(None, skeleton(retinanet), retinanet, retinanet, preset='best')
+
+
 def test_a_default_pair_is_changed_by_its_name():
     classifier = models.resnet_classifier()
     distill = dict(feat=dict(neck=dict(latent_channels=None)), logits={})
