@@ -18,7 +18,7 @@ help:
 	@echo "make env-openmmlab   the environment in $(VENV_OPENMMLAB) that this needs (made by it if it is not there)"
 
 demo: $(READY)
-	@echo "The demo takes 10 - 12 minutes on two CPU cores. Interrupted, it goes on where it stopped."
+	@echo "The demo takes 10 - 12 minutes on two CPU cores, other tasks longer. Interrupted, it goes on where it stopped."
 	$(VENV)/bin/python tools/demo.py $(TASK) $(ARGS)
 
 test: $(READY)

@@ -18,7 +18,7 @@ from benchmarks.iteration import build, random_batch_of
 from benchmarks.measure import in_turn, machine, markdown, ratios
 
 COCO, CITYSCAPES, IMAGENET = 'COCO', 'Cityscapes', 'ImageNet'
-# images of the training split that a detector sees (those with boxes); that of CIFAR has 50000
+# images of the training split; a detector sees those with boxes
 IMAGES = {COCO: 117266, IMAGENET: 1281167}
 SIZES = {COCO: (800, 1344), CITYSCAPES: (512, 1024), IMAGENET: (224, 224)}
 BATCHES = {COCO: 1, CITYSCAPES: 2, IMAGENET: 16}
@@ -71,23 +71,23 @@ PAIRS = [
     Pair('imagenet/diffkd_swin-l_swin-t', IMAGENET, '-> 82.5'),
 ]
 
+MEASURED = [pair.config for pair in PAIRS if pair.same_as is None]
+
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--pairs', nargs='+', help='configs to measure (default: all)')
+    parser.add_argument('--pairs', nargs='+', choices=MEASURED, metavar='CONFIG', help='(default: all)')
     parser.add_argument('--rounds', type=int, default=3, help='steps of each kind (default 3)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
     parser.add_argument('--page', type=Path, default=Path('docs/accuracy/paper-scale.md'), help='(default %(default)s)')
     return parser.parse_args()
 
 
-def images_trained_on(cfg, data: str) -> int:
-    """How many images a training sees, with repetitions."""
-    train_cfg = cfg.train_cfg
-    if 'max_epochs' in train_cfg:
-        return train_cfg['max_epochs'] * IMAGES[data]
-    batch = cfg.get('auto_scale_lr', {}).get('base_batch_size') or 16  # mmseg's schedules are for 8 x 2
-    return train_cfg['max_iters'] * batch
+def schedule_of(cfg, data: str) -> dict:
+    """How many images a training sees, with repetitions, and on how many GPUs its learning rate is for."""
+    batch = cfg.auto_scale_lr['base_batch_size']
+    images = cfg.train_cfg.get('max_epochs', 0) * IMAGES.get(data, 0) or cfg.train_cfg.max_iters * batch
+    return dict(images=images, gpus=batch // cfg.train_dataloader.batch_size)
 
 
 def measure(pair: Pair, rounds: int, device: str) -> dict:
@@ -108,14 +108,14 @@ def measure(pair: Pair, rounds: int, device: str) -> dict:
     return dict(
         seconds_an_image=distilled['ms'] / 1e3 / BATCHES[pair.data],
         ratio=distilled['ratio'],
-        images=images_trained_on(cfg, pair.data),
+        **schedule_of(cfg, pair.data),
     )
 
 
 def row(pair: Pair, result: dict) -> dict:
     """A line of the page."""
     return {
-        'command': f'`bash tools/dist_train.sh configs/{pair.config}.py 8`',
+        'command': f'`bash tools/dist_train.sh configs/{pair.config}.py {result["gpus"]}`',
         'paper, alone -> DiffKD': pair.paper,
         'here': '',
         'images, millions': f'{result["images"] / 1e6:.1f}',
@@ -150,7 +150,11 @@ def main():
     where = machine(device, args.threads)
     data = args.page.with_suffix('.json')
     args.page.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(data.read_text())['results'] if data.exists() else {}
+    known = json.loads(data.read_text()) if data.exists() else dict(where, results={})
+    for key in ('machine', 'versions'):
+        if known[key] != where[key]:
+            raise SystemExit(f'{data} is from another machine or version ({known[key]}); name another --page.')
+    results = known['results']
     for pair in PAIRS:
         if pair.same_as or pair.config in results or (args.pairs and pair.config not in args.pairs):
             continue
@@ -158,7 +162,7 @@ def main():
         gc.collect()
         print(pair.config, results[pair.config], flush=True)
         data.write_text(json.dumps(dict(where, results=results), indent=1) + '\n')
-        write_page(args.page, where, results)
+    write_page(args.page, where, results)
 
 
 if __name__ == '__main__':

@@ -169,11 +169,12 @@ def run(*command) -> None:
 def train(task: Task, config: Path, work_dir: Path, args) -> dict:
     """Train by the ordinary command, or go on where it stopped; returns the metric and the seconds that it took."""
     result, settings = work_dir / 'result.json', dict(data=str(args.data), epochs=args.epochs, options=args.cfg_options)
-    settings['train_teacher'] = args.train_teacher
+    teacher = ROOT / 'configs' / task.configs / task.runs['teacher']
+    weights = trained_weights(teacher, args)
+    settings['trained_teacher'] = bool(weights)
     if not result.is_file():
         options = overrides(task, args)
-        teacher = ROOT / 'configs' / task.configs / task.runs['teacher']
-        weights, seconds = trained_weights(teacher, args), None
+        seconds = None
         if config == teacher and weights:
             metric = evaluate(task, TOOLS / 'test.py', config, weights, work_dir / 'tested', *options)
         else:

@@ -188,6 +188,8 @@ def changes_of(name: str, method: str) -> Optional[dict]:
     method, _, weight = method.partition(', weight ')
     changes = copy.deepcopy(METHODS[method])
     if weight:
+        if changes.get('distill', changes) is None:
+            raise ValueError(f'{method} has several distances: it has no one weight.')
         pair = changes['distill']['feat'] if changes.get('distill') else changes
         neck = pair.setdefault('neck', {})
         neck.setdefault('distance', dict(type=f'mmdiffkd.{DISTANCES[name]}'))['loss_weight'] = float(weight)

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.accuracy.methods import GROUPS, changes_of, methods_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
-from mmdiffkd.utils import PREFIX
+from mmdiffkd.utils import PREFIX, fingerprint
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
@@ -82,6 +82,8 @@ def train(cfg, result):
     teacher, gamma = getattr(runner.model, 'diffkd_teacher', None), gamma_curves(runner.message_hub.log_scalars)
     if teacher is not None:
         record['teacher'] = teacher.fingerprint
+    elif result.stem == 'teacher':
+        record['teacher'] = fingerprint(runner.model.state_dict())
     if gamma:
         record['gamma'] = gamma
     write(result, record)
@@ -108,6 +110,13 @@ def measure_costs(args):
     methods = methods_of(args.set, args.group)
     costs = measure({method: cell_config(args, method, 0) for method in methods}, rounds=args.rounds)
     write(costs_file(args.results / args.set, args.group), dict(machine('cpu', threads), methods=costs))
+
+
+def has_costs(args):
+    """Whether the costs of all methods of a group are there; those of weights do not differ."""
+    file = costs_file(args.results / args.set, args.group)
+    known = json.loads(file.read_text())['methods'] if file.exists() else {}
+    return args.group == 'weights' or set(methods_of(args.set, args.group)) <= set(known)
 
 
 def last_val(runner):
@@ -197,8 +206,7 @@ def main():
         failed = list(pool.map(run, cells)).count(False)
     if failed:
         sys.exit(f'{failed} cells failed.')
-    has_costs = args.group == 'weights' or costs_file(args.results / args.set, args.group).exists()
-    if not has_costs and not start(args, '--costs'):
+    if not has_costs(args) and not start(args, '--costs'):
         sys.exit('The costs could not be measured.')
     write_page(args.set, args.group, args.seeds, args.results, SETS[args.set]['metrics'])
 

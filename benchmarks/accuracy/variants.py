@@ -31,7 +31,11 @@ class Variant(FeatureDiffusion):
         detach (bool): The distance does not train the denoiser; its gradient passes through to the student.
         anchor (float): Weight of the same distance between the aligned student itself and the teacher, added to
             ``loss_kd``.
-        **kwargs: Of :class:`FeatureDiffusion`.
+        **kwargs: Of :class:`FeatureDiffusion`. Where the denoiser predicts something else than noise, or the blend is
+            variance preserving, ``backprop_steps`` has no effect and there are no samples.
+
+    Raises:
+        ValueError: If changes exclude each other.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Variant(FeatureDiffusion):
         **kwargs,
     ):
         super().__init__(student_channels, teacher_channels, **kwargs)
+        if zero_init and group_norm:
+            raise ValueError('zero_init is of the BatchNorm that group_norm=True replaces.')
         channels = self.align.out_channels
         self.prediction, self.variance_preserving = prediction, variance_preserving
         self.detach, self.anchor = detach, anchor

@@ -1,5 +1,6 @@
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ CELLS += [('camvid', method) for method in [*GROUPS['segmentation'], *methods_of
 CELLS = list(dict.fromkeys(CELLS))
 
 
-def result(folder, method, seed, ap):
-    name = ''.join(c if c.isalnum() else '_' for c in method)
+def result(folder, method, seed, ap, teacher='its teacher'):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'{name}-{seed}.json').write_text(json.dumps(dict(test={'coco/bbox_mAP': ap})))
+    file = folder / 'teacher.json' if method == 'teacher' else table.cell_file(folder, method, seed)
+    metrics = {'coco/bbox_mAP': ap}
+    record = dict(test=metrics, val=metrics, gamma={'diffkd.fpn.gamma.0': [0.6, 0.9], 'diffkd.fpn.gamma': [0.6, 0.9]})
+    file.write_text(json.dumps(record if method == 'alone' else dict(record, teacher=teacher)))
 
 
 def test_rows(tmp_path):
@@ -54,11 +57,9 @@ def test_the_rival_is_the_best_of_what_others_use(tmp_path):
 
 
 def test_cells_of_two_teachers_are_no_table(tmp_path):
-    for method, teacher in (('alone', None), ('diffkd', 'a'), ('steps=3', 'b')):
-        result(tmp_path / 'deeppcb', method, 0, 0.1)
-        file = table.cell_file(tmp_path / 'deeppcb', method, 0)
-        file.write_text(json.dumps(dict(json.loads(file.read_text()), teacher=teacher)))
-    with pytest.raises(ValueError, match='steps_3-0.json .* had another teacher than diffkd-0.json'):
+    for method, teacher in (('teacher', 'a'), ('alone', None), ('diffkd', 'a'), ('steps=3', 'b')):
+        result(tmp_path / 'deeppcb', method, 0, 0.1, teacher)
+    with pytest.raises(ValueError, match='^steps_3-0.json in .* had another teacher than that of teacher.json'):
         table.write_page('deeppcb', 'recipes', [0], tmp_path, ['coco/bbox_mAP'])
 
 
@@ -115,8 +116,17 @@ def test_every_cell_can_be_built(name, method, arguments):
         return
     model.init_weights()
     assert model.diffkd_teacher.fingerprint
-    if method != 'plus':
+    if method == 'plus':
+        assert list(model.pairs) == dict(deeppcb=['fpn', 'cls', 'reg'], camvid=['feat'])[name]
+        denoised = [level for neck in model.diffkd.values() for level in neck.levels if level.denoise]
+        assert {level.backprop_steps for level in denoised} == {1}
+    else:
         assert list(model.pairs) == list(changes.get('distill', [run.SETS[name]['pair'], *changes.get('pairs', ())]))
+    if 'levels' in changes:
+        assert len(model.diffkd['fpn'].levels) == len(changes['levels'])
+    assert cfg.custom_hooks[len(cfg.custom_hooks) - len(changes.get('hooks', ())) :] == changes.get('hooks', [])
+    multiplier = cfg.optim_wrapper.get('paramwise_cfg', {}).get('custom_keys', {}).get(PREFIX, {}).get('lr_mult')
+    assert multiplier == changes.get('lr_mult')
     is_learnt = any(key.startswith(PREFIX) for key in model.state_dict())
     assert is_learnt is changes.get('neck', {}).get('align', True)
 
@@ -125,6 +135,22 @@ def test_every_cell_has_a_file_of_its_own(tmp_path):
     for name in WEIGHTS:
         cells = {*METHODS, *methods_of(name, 'weights')}
         assert len({table.cell_file(tmp_path, method, 0) for method in cells}) == len(cells)
+
+
+def test_a_preset_has_no_one_weight():
+    with pytest.raises(ValueError, match='plus has several distances'):
+        changes_of('deeppcb', 'plus, weight 2')
+
+
+def test_costs_are_measured_anew_for_a_method_that_was_added(tmp_path):
+    args = Namespace(set='deeppcb', group='detection', results=tmp_path)
+    assert not run.has_costs(args)
+    run.write(
+        table.costs_file(tmp_path / 'deeppcb', 'detection'), dict(methods=dict.fromkeys(GROUPS['detection'][:-1]))
+    )
+    assert not run.has_costs(args)
+    run.write(table.costs_file(tmp_path / 'deeppcb', 'detection'), dict(methods=dict.fromkeys(GROUPS['detection'])))
+    assert run.has_costs(args) and run.has_costs(Namespace(set='deeppcb', group='weights', results=tmp_path))
 
 
 def test_weights():
@@ -139,10 +165,9 @@ def test_weights():
 def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
     monkeypatch.setitem(WEIGHTS, 'deeppcb', {'pkd': (2,)})
     for method, ap in (('pkd', 0.3), ('pkd, weight 2', 0.4), ('teacher', 0.5)):
-        result(tmp_path / 'deeppcb', method, 0, 0.1)
-        file = table.cell_file(tmp_path / 'deeppcb', method, 0)
-        file = file.with_name('teacher.json') if method == 'teacher' else file
-        file.write_text(json.dumps(dict(val={'coco/bbox_mAP': ap})))
+        result(tmp_path / 'deeppcb', method, 0, ap)
+        file = tmp_path / 'deeppcb' / ('teacher.json' if method == 'teacher' else table.cell_file(Path(), method, 0))
+        file.write_text(json.dumps(dict(json.loads(file.read_text()), test={'coco/bbox_mAP': 0.1})))
     table.write_page('deeppcb', 'weights', [0], tmp_path, ['coco/bbox_mAP'])
     page = (tmp_path / 'deeppcb-weights.md').read_text()
     assert 'Validation split, seed 0. The teacher: AP 50.0.' in page
@@ -166,14 +191,10 @@ def test_gamma_curves():
 
 def test_page_with_pictures(tmp_path):
     folder = tmp_path / 'deeppcb'
-    curve = {'diffkd.fpn.gamma.0': [0.6, 0.9], 'diffkd.fpn.gamma': [0.6, 0.9]}
+    result(folder, 'teacher', 0, 0.5)
     for method, ap in (('alone', 0.2), ('diffkd', 0.3), ('gamma=1', 0.31)):
         for seed in (0, 1):
             result(folder, method, seed, ap + seed / 100)
-            if method == 'diffkd':
-                file = table.cell_file(folder, method, seed)
-                file.write_text(json.dumps(dict(json.loads(file.read_text()), gamma=curve)))
-    (folder / 'teacher.json').write_text(json.dumps(dict(test={'coco/bbox_mAP': 0.5})))
     table.write_page('deeppcb', 'parts', [0, 1], tmp_path, ['coco/bbox_mAP'])
     page = (tmp_path / 'deeppcb-parts.md').read_text()
     assert '| gamma=1 | 31.5 ± 0.7 | +11.0 (+11.0 ... +11.0) | +1.0 (+1.0 ... +1.0) |' in page

@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 
 from benchmarks.iteration import random_batch_of
-from benchmarks.paper_scale import BATCHES, PAIRS, SIZES, images_trained_on, write_page
+from benchmarks.paper_scale import BATCHES, PAIRS, SIZES, schedule_of, write_page
 from tests.conftest import ROOT
 
 
@@ -18,16 +18,18 @@ def test_every_config_is_there_and_measured():
 
 
 @pytest.mark.parametrize(
-    'config, images',
+    'config, images, gpus',
     [
-        ('diffkd_retinanet_r101_r50', 24 * 117266),
-        ('cityscapes/diffkd_deeplabv3_r101_r18', 40000 * 16),
-        ('imagenet/diffkd_r34_r18', 100 * 1281167),
+        ('diffkd_retinanet_r101_r50', 24 * 117266, 8),
+        ('cityscapes/diffkd_deeplabv3_r101_r18', 40000 * 16, 4),
+        ('imagenet/diffkd_r34_r18', 100 * 1281167, 8),
+        ('imagenet/diffkd_swin-l_swin-t', 300 * 1281167, 16),
     ],
 )
-def test_images_of_the_schedule(config, images):
+def test_schedules(config, images, gpus):
     (pair,) = (pair for pair in PAIRS if pair.config == config)
-    assert images_trained_on(Config.fromfile(ROOT / 'configs' / f'{config}.py'), pair.data) == images
+    cfg = Config.fromfile(ROOT / 'configs' / f'{config}.py')
+    assert schedule_of(cfg, pair.data) == dict(images=images, gpus=gpus)
 
 
 @pytest.mark.parametrize('config', ['diffkd_retinanet_r101_r50', 'cityscapes/diffkd_deeplabv3_r101_r18'])
@@ -43,7 +45,7 @@ def test_batches_have_the_size(config):
 
 
 def test_page(tmp_path):
-    results = {'diffkd_retinanet_r101_r50': dict(seconds_an_image=2.0, ratio=1.5, images=86400)}
+    results = {'diffkd_retinanet_r101_r50': dict(seconds_an_image=2.0, ratio=1.5, images=86400, gpus=8)}
     page = Path(tmp_path) / 'page.md'
     write_page(page, dict(machine='a CPU', versions='versions'), results)
     lines = [line for line in page.read_text().splitlines() if 'dist_train' in line]

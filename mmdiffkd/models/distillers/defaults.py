@@ -28,9 +28,10 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict, pr
       classes, of which an image has one.
     - Other models: what encodes the images.
 
-    ``preset='plus'`` adds to detectors what their dense heads say, without denoising: ``cls`` by CWD, ``reg`` by L1,
-    where both heads have the same anchors and classes. Segmentors are compared by the last feature map of their
-    backbones, not by their logits.
+    ``preset='plus'`` adds to detectors what the last layers of their dense heads, or else of their RPNs say, without
+    denoising: ``cls`` by CWD and ``reg`` by L1, each where both have it for the same anchors and as many outputs.
+    Models that wrap a detector, as trackers do, get none of it. Segmentors are compared by the last feature maps of
+    their backbones, not by their logits.
 
     Args:
         student (nn.Module): The student.
@@ -81,11 +82,15 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
     distances = dict(cls=dict(type='mmdiffkd.ChannelWiseDivergence'), reg=dict(type='mmdet.L1Loss'))
     for part in ('bbox_head', 'rpn_head'):
         heads = [getattr(model, part, None) for model in models]
-        anchors = [(cfg.get(part) or {}).get('anchor_generator') for cfg in cfgs]
+        anchors, coders = (
+            [(cfg.get(part) or {}).get(key) for cfg in cfgs] for key in ('anchor_generator', 'bbox_coder')
+        )
         if None in heads or anchors[0] != anchors[1]:
             continue
         pairs = {}
         for kind, distance in distances.items():
+            if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1]):  # numbers of another meaning
+                continue
             ours, theirs = ({n: m.out_channels for n, m in _outputs(head, kind)} for head in heads)
             for name in [name for name in ours if ours[name] == theirs.get(name)][:1]:
                 path = f'{part}.{name}'

@@ -56,7 +56,8 @@ class DiffKDDistiller(BaseModel):
             ``'zoo'``) of the teacher. None trains the student alone. Defaults to None.
         distill (dict, optional): What is compared, ``{name: dict(student=, teacher=, levels=, neck=)}``. Defaults to
             what :func:`.default_distill` has for the task.
-        preset (str): ``'paper'``, or ``'plus'``, which was better where it was measured. Defaults to ``'paper'``.
+        preset (str): What pairs are by default, ``'paper'`` or ``'plus'``; see :func:`.read_pairs`. Defaults to
+            ``'paper'``.
         inherit (list[str], optional): Modules whose weights the student takes from the teacher before training, such
             as ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): Top-level preprocessor that the Runner hands over; the student gets it

@@ -17,8 +17,8 @@ def match_levels(
         pair (str): Name of the pair, for error messages.
         student (TapInfo): The student's levels.
         teacher (TapInfo): The teacher's levels.
-        levels (list[int], optional): Student levels to distil, -1 is the last; None takes all that the two share.
-            Defaults to None.
+        levels (list[int], optional): Student levels to distil. Those below 0 count from the end, of both: -1 joins the
+            last with the last, whatever their strides. None takes all that the two share. Defaults to None.
 
     Returns:
         list[tuple[int, int]]: Positions of the student's and the teacher's level.
@@ -35,10 +35,9 @@ def match_levels(
         )
     if levels is not None and not levels:
         raise ValueError(f'distill.{pair}.levels is empty: leave it out for all levels that both have, or name some.')
-    if levels is not None:
-        levels = [ours[level] if -len(ours) <= level < 0 else level for level in levels]
     for level in levels or ():
-        if level not in ours:
+        known = level in ours if level >= 0 else -level <= min(len(ours), len(theirs))
+        if not known:
             raise ValueError(
                 f"distill.{pair}.levels={list(levels)} names level {level}, but the student's tap has the levels "
                 f'{_numbers(ours)} with strides {_strides(student)}.'
@@ -63,10 +62,13 @@ def match_levels(
                 'which cannot be matched one by one.'
             )
         partners = dict(zip(ours, theirs))
-        return [(level, partners[level]) for level in wanted]
+        return [(ours[level], theirs[level]) if level < 0 else (level, partners[level]) for level in wanted]
 
     matches = []
     for level in wanted:
+        if level < 0:
+            matches.append((ours[level], theirs[level]))
+            continue
         stride = student.strides[level]
         ratios = {i: max(teacher.strides[i], stride) / min(teacher.strides[i], stride) for i in theirs}
         nearest = [i for i in theirs if ratios[i] == min(ratios.values())]

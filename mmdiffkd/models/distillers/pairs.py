@@ -4,6 +4,7 @@ from torch import nn
 
 from mmdiffkd.utils import nearest
 
+from ..necks import FeatureDiffusionNeck
 from .defaults import default_distill
 
 # The paper's weights of the feature distance; its rule is to choose a weight so that the loss is about Faster R-CNN's.
@@ -39,7 +40,8 @@ def read_pairs(
 
     Without it, :func:`default_distill` decides. A pair of one of its names that leaves out taps takes the default ones,
     and those parts of the neck that it does not name: ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``.
-    Where there is one default pair, a pair of another name takes its taps, too: detectors' are from neck to neck.
+    Where there is one default pair, a pair of another name takes its taps, too: the paper's of detectors are from neck
+    to neck.
 
     Args:
         distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
@@ -68,15 +70,16 @@ def read_pairs(
         distill = default_distill(student, student_cfg, teacher_cfg, preset)
     elif any(not (cfg.get('student') and cfg.get('teacher')) for cfg in distill.values()):
         defaults = default_distill(student, student_cfg, teacher_cfg, preset)
-        distill = {name: _completed(name, cfg, defaults) for name, cfg in distill.items()}
+        papers = defaults if preset == 'paper' else default_distill(student, student_cfg, teacher_cfg)
+        distill = {name: _completed(name, cfg, defaults, papers) for name, cfg in distill.items()}
     return {name: _read_pair(cfg, student_cfg, preset) for name, cfg in distill.items()}
 
 
-def _completed(name: str, cfg: dict, defaults: Dict[str, dict]) -> dict:
+def _completed(name: str, cfg: dict, defaults: Dict[str, dict], papers: Dict[str, dict]) -> dict:
     """A pair with the default taps where it names none, and the default neck where it has a default pair's name."""
     if cfg.get('student') and cfg.get('teacher'):
         return cfg
-    default = defaults.get(name)
+    default = defaults.get(name, papers.get(name))  # plus may leave one of the paper's out
     if default is None:
         if len(defaults) > 1:
             raise ValueError(
@@ -86,7 +89,7 @@ def _completed(name: str, cfg: dict, defaults: Dict[str, dict]) -> dict:
         (default,) = defaults.values()
         default = dict(default, neck={})
     neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
-    if not neck.get('denoise', True):  # what is left is an adapter and a distance
+    if default_neck.get('denoise', True) and not neck.get('denoise', True):  # what is left: an adapter and a distance
         default_neck = {key: value for key, value in default_neck.items() if key == 'distance'}
     return {**default, **cfg, 'neck': {**default_neck, **neck}}
 
@@ -113,7 +116,7 @@ def _check_pair(name: str, cfg: dict) -> None:
 def _read_pair(cfg: dict, student_cfg: dict, preset: str) -> Pair:
     neck, levels = dict(cfg.get('neck') or {}), cfg.get('levels')
     neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
-    if neck['type'] == 'mmdiffkd.FeatureDiffusionNeck' and neck.get('denoise', True):
+    if neck['type'] in ('mmdiffkd.FeatureDiffusionNeck', FeatureDiffusionNeck) and neck.get('denoise', True):
         neck = {**PRESETS[preset], **neck}
     neck.setdefault('distance', dict(type='mmdiffkd.MSELoss', loss_weight=_default_weight(student_cfg)))
     return Pair(cfg['student'], cfg['teacher'], [levels] if isinstance(levels, int) else levels, neck)

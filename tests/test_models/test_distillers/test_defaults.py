@@ -87,6 +87,9 @@ def test_plus_leaves_out_heads_that_differ():
     teacher = tiny.detector()
     teacher.bbox_head.num_classes = 20
     assert list(default(tiny.detector(), teacher, preset='plus')) == ['fpn', 'reg']
+    teacher = tiny.detector()
+    teacher.bbox_head.bbox_coder.target_stds = [0.1, 0.1, 0.2, 0.2]
+    assert list(default(tiny.detector(), teacher, preset='plus')) == ['fpn', 'cls']
 
 
 def test_plus_leaves_out_boxes_that_are_scaled_after_their_layer():

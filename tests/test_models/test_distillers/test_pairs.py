@@ -1,5 +1,6 @@
 import pytest
 
+from mmdiffkd.models import FeatureDiffusionNeck
 from mmdiffkd.models.distillers.pairs import read_pairs
 from mmdiffkd.utils import skeleton
 from tests import tiny
@@ -38,6 +39,28 @@ def test_plus_sends_the_gradient_through_the_last_step():
     distill = dict(fpn=dict(neck=dict(backprop_steps=2)), mine=dict(student='neck', teacher='neck'))
     pairs = read_pairs(distill, skeleton(retinanet), retinanet, retinanet, preset='plus')
     assert {name: pair.neck['backprop_steps'] for name, pair in pairs.items()} == dict(fpn=2, mine=1)
+
+
+def test_plus_knows_the_papers_pairs_by_name():
+    """Of segmentors it leaves out the logits, unless they are asked for."""
+    segmentor = models.convnext_segmentor()
+    pairs = read_pairs(dict(logits=dict()), skeleton(segmentor), segmentor, segmentor, preset='plus')
+    papers = read_pairs(None, skeleton(segmentor), segmentor, segmentor)['logits']
+    assert pairs == dict(logits=papers._replace(neck=dict(papers.neck, backprop_steps=1)))
+
+
+def test_plus_compares_scores_as_they_are():
+    retinanet = tiny.detector()
+    distill = dict(cls=dict(neck=dict(denoise=False, distance=dict(type='mmdiffkd.PKDLoss'))))
+    neck = read_pairs(distill, skeleton(retinanet), retinanet, retinanet, preset='plus')['cls'].neck
+    assert neck['align'] is False and neck['distance'] == dict(type='mmdiffkd.PKDLoss')
+
+
+def test_plus_takes_a_neck_by_its_class_too():
+    retinanet = tiny.detector()
+    distill = dict(fpn=dict(neck=dict(type=FeatureDiffusionNeck)))
+    pairs = read_pairs(distill, skeleton(retinanet), retinanet, retinanet, preset='plus')
+    assert pairs['fpn'].neck['backprop_steps'] == 1
 
 
 def test_unknown_presets():
