@@ -36,6 +36,7 @@ def parse_args():
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
     parser.add_argument('--jobs', type=int, default=2, help='cells that run at a time (default 2)')
     parser.add_argument('--rounds', type=int, default=15, help='steps of every method, for its cost (default 15)')
+    parser.add_argument('--page-only', action='store_true', help='write the page of what is there, and train nothing')
     parser.add_argument('--cell', nargs=2, metavar=('METHOD', 'SEED'), help=argparse.SUPPRESS)
     parser.add_argument('--teacher', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--costs', action='store_true', help=argparse.SUPPRESS)
@@ -185,6 +186,9 @@ def main():
     if args.cell:
         method, seed = args.cell[0], int(args.cell[1])
         train(cell_config(args, method, seed), result_file(args, method, seed))
+        return
+    if args.page_only:
+        write_page(args.set, args.group, args.seeds, args.results, SETS[args.set]['metrics'])
         return
     if not (teacher_folder(args) / 'last_checkpoint').exists() or not teacher_result.exists():
         print('Training the teacher ...', flush=True)

@@ -115,7 +115,8 @@ def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metri
         ValueError: If a cell had another teacher than the one whose metric is given.
     """
     folder = results / name
-    _check_teachers(folder, methods_of(name, group), seeds)
+    methods = methods_of(name, group)
+    _check_teachers(folder, methods, seeds)
     split = 'val' if group == 'weights' else 'test'
     rows = rows_of(folder, group, seeds, metrics, split)
     if not rows:
@@ -124,6 +125,7 @@ def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metri
     print(table)
     first, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
+    absent = [method for method in methods if method not in [row['method'] for row in rows]]
     text = [
         f'# {TITLES[name]}: {group}',
         f'{SPLITS[split]} split, {len(seeds)} seeds ({", ".join(map(str, seeds))}): mean and standard deviation. '
@@ -139,6 +141,8 @@ def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metri
             f'optimizer and images: {costs["machine"]}; {costs["versions"]}.'
         )
     text.append(table)
+    if absent:
+        text.append(f'Not all seeds were trained of: {", ".join(absent)}.')
     found = {method: numbers[metrics[0]] for method, numbers in complete(folder, group, seeds, metrics, split).items()}
     if len(seeds) > 1 and 'alone' in found:
         gains = {

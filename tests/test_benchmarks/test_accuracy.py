@@ -198,6 +198,7 @@ def test_page_with_pictures(tmp_path):
     table.write_page('deeppcb', 'parts', [0, 1], tmp_path, ['coco/bbox_mAP'])
     page = (tmp_path / 'deeppcb-parts.md').read_text()
     assert '| gamma=1 | 31.5 ± 0.7 | +11.0 (+11.0 ... +11.0) | +1.0 (+1.0 ... +1.0) |' in page
+    assert 'Not all seeds were trained of: gamma=0.9, start_timestep=500, ' in page
     for picture in ('deeppcb-parts.png', 'deeppcb-parts-gamma.png'):
         assert f']({picture})' in page
         assert plt.imread(tmp_path / picture).std() > 0.01
