@@ -143,18 +143,31 @@ def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metri
     text.append(table)
     if absent:
         text.append(f'Not all seeds were trained of: {", ".join(absent)}.')
-    found = {method: numbers[metrics[0]] for method, numbers in complete(folder, group, seeds, metrics, split).items()}
-    if len(seeds) > 1 and 'alone' in found:
-        gains = {
-            method: interval([a - b for a, b in zip(numbers, found['alone'])])
-            for method, numbers in found.items()
-            if method != 'alone'
-        }
-        draw_bars(gains, f'{first} above the student alone, 95% interval', results / f'{stem}.png')
-        text.append(f'![{first} above the student alone, with intervals]({stem}.png)')
+    if len(seeds) > 1:
+        found = complete(folder, group, seeds, metrics[:1], split)
+        text += _gains_picture({method: numbers[metrics[0]] for method, numbers in found.items()}, first, results, stem)
         if group == 'parts' and 'diffkd' in found:
-            curves = [json.loads(cell_file(folder, 'diffkd', seed).read_text())['gamma'] for seed in seeds]
-            draw_gamma(curves, results / f'{stem}-gamma.png')
-            text.append('What gamma of DiffKD does over training, by level; the band is the range of the seeds:')
-            text.append(f'![Gamma over training]({stem}-gamma.png)')
+            text += _gamma_picture([cell_file(folder, 'diffkd', seed) for seed in seeds], results, stem)
     (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n')
+
+
+def _gains_picture(found: Dict[str, List[float]], metric: str, results: Path, stem: str) -> List[str]:
+    """Draw what methods gain; returns the lines that show it."""
+    if 'alone' not in found:
+        return []
+    gains = {
+        method: interval([a - b for a, b in zip(numbers, found['alone'])])
+        for method, numbers in found.items()
+        if method != 'alone'
+    }
+    draw_bars(gains, f'{metric} above the student alone, 95% interval', results / f'{stem}.png')
+    return [f'![{metric} above the student alone, with intervals]({stem}.png)']
+
+
+def _gamma_picture(files: Sequence[Path], results: Path, stem: str) -> List[str]:
+    """Draw gamma over training; returns the lines that show it."""
+    draw_gamma([json.loads(file.read_text())['gamma'] for file in files], results / f'{stem}-gamma.png')
+    return [
+        'What gamma of DiffKD does over training, by level; the band is the range of the seeds:',
+        f'![Gamma over training]({stem}-gamma.png)',
+    ]

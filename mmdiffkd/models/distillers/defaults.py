@@ -89,9 +89,10 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
             continue
         pairs = {}
         for kind, distance in distances.items():
-            if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1]):  # numbers of another meaning
+            is_scaled = any(hasattr(head, 'scales') for head in heads)  # after the layer
+            if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1] or is_scaled):  # other meanings
                 continue
-            ours, theirs = ({n: m.out_channels for n, m in _outputs(head, kind)} for head in heads)
+            ours, theirs = (_outputs(head, kind) for head in heads)
             for name in [name for name in ours if ours[name] == theirs.get(name)][:1]:
                 path = f'{part}.{name}'
                 pairs[kind] = dict(student=path, teacher=path, neck=dict(plain, distance=distance))
@@ -99,12 +100,10 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
     return {}
 
 
-def _outputs(head: nn.Module, kind: str) -> List[Tuple[str, nn.Module]]:
-    """Layers of a head that end with its outputs of a kind; none for boxes that are scaled after them."""
-    if kind == 'reg' and hasattr(head, 'scales'):
-        return []
-    layers = head.named_children()
-    return [(name, layer) for name, layer in layers if isinstance(layer, nn.Conv2d) and name.endswith(f'_{kind}')]
+def _outputs(head: nn.Module, kind: str) -> Dict[str, int]:
+    """The layers of a head that end with its outputs of a kind, and how many those are."""
+    layers = {name: layer for name, layer in head.named_children() if name.endswith(f'_{kind}')}
+    return {name: layer.out_channels for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
 
 
 def _task(cfg: dict) -> str:
