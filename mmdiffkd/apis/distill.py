@@ -40,7 +40,8 @@ def distill(
         teacher_checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for those that the package lists
             for ``teacher_config``. Defaults to ``'zoo'``.
         work_dir (str): Folder for logs and checkpoints. Defaults to ``'work_dirs/distill'``.
-        pairs (dict, optional): What is compared, the ``distill`` of configs. Defaults to what suits the task.
+        pairs (dict, optional): What is compared, the ``distill`` of configs. Defaults to what suits the task, as the
+            paper has it; ``cfg_options={'model.preset': 'plus'}`` goes beyond it.
         inherit (list[str], optional): Modules that the student takes from the teacher before training.
         custom_hooks (list[dict]): Hooks beside the config's, such as
             ``dict(type='mmdiffkd.DiffKDVisualizationHook')``. Defaults to none.

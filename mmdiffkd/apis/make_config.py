@@ -28,6 +28,7 @@ model = dict(
     ),
     # What is distilled by default, to be uncommented and changed: taps, levels, most of all neck.distance.loss_weight.
     # Cheaper: neck=dict(latent_channels=64), neck=dict(memory_efficient=True).
+    # Beyond the paper: preset='plus' (docs/pairs.md), in configs that spell out no distill.
 {distill}
 )
 # whole files, and seeds that make a run which was killed resumable to the same weights
