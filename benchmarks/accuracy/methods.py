@@ -6,8 +6,9 @@ the learning rate of the diffusion part. ``None`` trains the student alone.
 """
 
 import copy
-from typing import Optional
+from typing import Dict, List, Optional, Sequence
 
+import benchmarks.accuracy.mgd  # noqa: F401  registers it
 import benchmarks.accuracy.variants  # noqa: F401  registers them
 
 
@@ -29,21 +30,30 @@ def variant(lr_mult: float = 1.0, **kwargs) -> dict:
     return dict(neck=dict(type='mmdiffkd.VariantNeck', **kwargs), lr_mult=lr_mult)
 
 
-def of_features(loss_weight: float, distance: str = 'MSELoss', denoise: bool = True) -> dict:
-    """A segmentor's last feature map in place of its logits."""
-    neck = dict(denoise=denoise, distance=dict(type=f'mmdiffkd.{distance}', loss_weight=loss_weight))
-    return dict(distill=dict(feat=dict(student='backbone', teacher='backbone', levels=[3], neck=neck)))
+def mgd(loss_weight: float = 5.0) -> dict:
+    return dict(type='mmdiffkd.MGDNeck', distance=dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight))
 
 
-def of_head(name: str, **distance) -> dict:
+def of_features(neck: dict, levels: Sequence[int] = (-1,), **pairs) -> dict:
+    """A segmentor's last feature maps in place of its logits."""
+    return dict(
+        distill=dict(feat=dict(student='backbone', teacher='backbone', levels=list(levels), neck=neck), **pairs)
+    )
+
+
+def denoised(distance: str = 'MSELoss', loss_weight: float = 5.0, **kwargs) -> dict:
+    return dict(distance=dict(type=f'mmdiffkd.{distance}', loss_weight=loss_weight), **kwargs)
+
+
+def of_layer(path: str, **distance) -> dict:
     """What a layer of both heads says, compared as it is."""
-    path = f'bbox_head.{name}'
     return dict(student=path, teacher=path, neck=dict(denoise=False, align=False, distance=distance))
 
 
+TWO = (-2, -1)
 HEAD = dict(
-    cls=of_head('retina_cls', type='mmdiffkd.ChannelWiseDivergence'),
-    reg=of_head('retina_reg', type='mmdet.L1Loss'),
+    cls=of_layer('bbox_head.retina_cls', type='mmdiffkd.ChannelWiseDivergence'),
+    reg=of_layer('bbox_head.retina_reg', type='mmdet.L1Loss'),
 )
 
 
@@ -93,14 +103,33 @@ METHODS = {
     # with what the head says
     'diffkd, head': dict(pairs=HEAD),
     'pkd, head': dict(plain('PKDLoss', 6.0), pairs=HEAD),
+    # of segmentors
+    'diffkd of features': of_features(denoised()),
+    'diffkd of two levels': of_features(denoised(), TWO),
+    'plus, last level': of_features(denoised(backprop_steps=1)),
+    'plus, last level, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1)),
+    'plus, last level and direct pkd': of_features(
+        denoised(backprop_steps=1), direct=of_features(plain('PKDLoss', 6.0)['neck'])['distill']['feat']
+    ),
+    'plus, last level and dist of logits': of_features(
+        denoised(backprop_steps=1), logits=of_layer('decode_head.conv_seg', type='mmdiffkd.DISTLoss')
+    ),
+    'plus, last level and ASPP': of_features(
+        denoised(backprop_steps=1),
+        aspp=dict(student='decode_head.bottleneck', teacher='decode_head.bottleneck', neck=denoised(backprop_steps=1)),
+    ),
+    'plus, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1), TWO),
+    'plus, four levels': of_features(denoised(backprop_steps=1), (-4, -3, -2, -1)),
     # what people would use instead
     'fitnet': plain('MSELoss', 5.0),
     'pkd': plain('PKDLoss', 6.0),
     'cwd': plain('ChannelWiseDivergence'),
-    'fitnet of features': of_features(5.0, denoise=False),
-    'pkd of features': of_features(6.0, 'PKDLoss', denoise=False),
-    'cwd of features': of_features(1.0, 'ChannelWiseDivergence', denoise=False),
-    'diffkd of features': of_features(5.0),
+    'mgd': dict(neck=mgd()),
+    'fitnet of features': of_features(plain('MSELoss', 5.0)['neck']),
+    'pkd of features': of_features(plain('PKDLoss', 6.0)['neck']),
+    'pkd of two levels': of_features(plain('PKDLoss', 6.0)['neck'], TWO),
+    'cwd of features': of_features(plain('ChannelWiseDivergence')['neck']),
+    'mgd of features': of_features(mgd()),
     'dist': plain('DISTLoss', align=False),
     'cwd of logits': plain('ChannelWiseDivergence', 3.0, align=False, tau=4.0),
 }
@@ -110,6 +139,7 @@ WEIGHTS = dict(
         'fitnet': (1.7, 15),
         'pkd': (2, 18),
         'cwd': (0.3, 3),
+        'mgd': (1.7, 15),
         'diffkd': (1.7, 15),
         'diffkd, attention': (1.7, 15),
     },
@@ -119,6 +149,7 @@ WEIGHTS = dict(
         'fitnet of features': (1.7, 15),
         'pkd of features': (2, 18),
         'cwd of features': (0.3, 3),
+        'mgd of features': (1.7, 15),
         'diffkd': (0.3, 3),
         'diffkd of features': (1.7, 15),
     },
@@ -126,61 +157,111 @@ WEIGHTS = dict(
 DISTANCES = dict(deeppcb='MSELoss', camvid='DISTLoss')  # of DiffKD
 
 RECIPES = ['steps=3', 'steps=1', 'backprop_steps=1', 'share_levels', 'latent_channels=32', 'latent_channels=16']
-GROUPS = {
-    'recipes': ['alone', 'diffkd', *RECIPES, 'interval=2'],
-    'parts': [
-        'alone',
-        'diffkd',
-        'gamma=1',
-        'gamma=0.9',
-        'start_timestep=500',
-        'loss_diffusion_weight=0',
-        'levels=[0]',
-        'levels=[0, 1]',
-    ],
-    'variants': [
-        'alone',
-        'diffkd',
-        'without proj',
-        'normalised features',
-        'GroupNorm',
-        'smooth time, zero init',
-        'learning rate x10',
-        'no denoiser gradient',
-        'x0 prediction',
-        'v prediction',
-        'variance preserving',
-        'direct distance, too',
-        'a denoiser that learns',
-        'warm-up',
-        'decay',
-        'diffkd, attention',
-        'diffkd, cwd',
-        'diffkd, head',
-        'pkd, head',
-    ],
-    'detection': ['alone', 'fitnet', 'pkd', 'cwd', 'diffkd', 'diffkd, attention', 'plus'],
-    'segmentation': [
-        'alone',
-        'dist',
-        'cwd of logits',
-        'fitnet of features',
-        'pkd of features',
-        'cwd of features',
-        'diffkd',
-        'diffkd of features',
-        'plus',
-    ],
-    'weights': [],
-}
+GROUPS = dict(
+    deeppcb=dict(
+        recipes=['alone', 'diffkd', *RECIPES, 'interval=2'],
+        parts=[
+            'alone',
+            'diffkd',
+            'gamma=1',
+            'gamma=0.9',
+            'start_timestep=500',
+            'loss_diffusion_weight=0',
+            'levels=[0]',
+            'levels=[0, 1]',
+        ],
+        variants=[
+            'alone',
+            'diffkd',
+            'without proj',
+            'normalised features',
+            'GroupNorm',
+            'smooth time, zero init',
+            'learning rate x10',
+            'no denoiser gradient',
+            'x0 prediction',
+            'v prediction',
+            'variance preserving',
+            'direct distance, too',
+            'a denoiser that learns',
+            'warm-up',
+            'decay',
+            'diffkd, attention',
+            'diffkd, cwd',
+        ],
+        preset=['alone', 'pkd, head', 'diffkd', 'backprop_steps=1', 'diffkd, head', 'plus'],
+        detection=['alone', 'fitnet', 'pkd', 'cwd', 'mgd', 'diffkd', 'diffkd, attention', 'plus'],
+    ),
+    camvid=dict(
+        preset=[
+            'alone',
+            'pkd of two levels',
+            'diffkd of features',
+            'diffkd of two levels',
+            'plus, last level',
+            'plus, last level, weight 15',
+            'plus, last level, pkd',
+            'plus, last level and direct pkd',
+            'plus, last level and dist of logits',
+            'plus, last level and ASPP',
+            'plus, four levels',
+            'plus, pkd',
+            'plus',
+        ],
+        segmentation=[
+            'alone',
+            'dist',
+            'cwd of logits',
+            'fitnet of features',
+            'pkd of features',
+            'pkd of two levels',
+            'cwd of features',
+            'mgd of features',
+            'diffkd',
+            'diffkd of features',
+            'plus',
+        ],
+    ),
+)
 
 
-def methods_of(name: str, group: str) -> list:
-    """The methods of a group; of weights, those of a set."""
+# what is trained with more seeds than others, or, because it was only tried, with one
+FINAL = dict(deeppcb=['alone', 'cwd', 'plus'], camvid=['alone', 'pkd of two levels', 'plus'])
+TRIED = [
+    'diffkd of two levels',
+    'plus, last level, weight 15',
+    'plus, last level, pkd',
+    'plus, last level and direct pkd',
+    'plus, last level and dist of logits',
+    'plus, last level and ASPP',
+    'plus, four levels',
+    'plus, pkd',
+]
+
+
+def groups_of(name: str) -> List[str]:
+    """The groups of a set."""
+    return [*GROUPS[name], 'weights']
+
+
+def methods_of(name: str, group: str) -> List[str]:
+    """The methods of a group of a set."""
     if group != 'weights':
-        return GROUPS[group]
+        return GROUPS[name][group]
     grid = WEIGHTS[name].items()
     return [method for usual, weights in grid for method in (usual, *(f'{usual}, weight {w:g}' for w in weights))]
+
+
+def seeds_of(name: str, group: str, method: str) -> List[int]:
+    """The seeds that a method of a group of a set is trained with."""
+    if group in ('weights', 'variants') and method not in ('alone', 'diffkd') or method in TRIED:
+        return [0]
+    return list(range(5 if group in ('detection', 'segmentation') and method in FINAL[name] else 3))
+
+
+def cells_of(name: str, group: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List[int]]:
+    """The methods of a group of a set, with their seeds."""
+    return {method: list(seeds or seeds_of(name, group, method)) for method in methods_of(name, group)}
 
 
 def changes_of(name: str, method: str) -> Optional[dict]:

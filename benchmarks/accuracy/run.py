@@ -12,10 +12,9 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 
-from benchmarks.accuracy.methods import GROUPS, changes_of, methods_of
+from benchmarks.accuracy.methods import cells_of, changes_of, groups_of, methods_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
 from mmdiffkd.utils import PREFIX, fingerprint
@@ -30,8 +29,8 @@ SETS = {
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('set', choices=SETS)
-    parser.add_argument('group', choices=GROUPS, help='which methods')
-    parser.add_argument('--seeds', type=int, nargs='+', help='(default 0 1 2; of weights 0)')
+    parser.add_argument('group', help='which methods: ' + '; '.join(f'{s}: {", ".join(groups_of(s))}' for s in SETS))
+    parser.add_argument('--seeds', type=int, nargs='+', help="(default each method's own: one, three or five)")
     parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
     parser.add_argument('--jobs', type=int, default=2, help='cells that run at a time (default 2)')
@@ -41,7 +40,8 @@ def parse_args():
     parser.add_argument('--teacher', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--costs', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.seeds = args.seeds or ([0] if args.group == 'weights' else [0, 1, 2])
+    if args.group not in groups_of(args.set):
+        parser.error(f'{args.set} has no group {args.group}; it has {", ".join(groups_of(args.set))}.')
     return args
 
 
@@ -188,7 +188,7 @@ def main():
         train(cell_config(args, method, seed), result_file(args, method, seed))
         return
     if args.page_only:
-        write_page(args.set, args.group, args.seeds, args.results, SETS[args.set]['metrics'])
+        write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)
         return
     if not (teacher_folder(args) / 'last_checkpoint').exists() or not teacher_result.exists():
         print('Training the teacher ...', flush=True)
@@ -197,8 +197,8 @@ def main():
     if args.costs:
         measure_costs(args)
         return
-    wanted = product(args.seeds, methods_of(args.set, args.group))
-    cells = [(seed, method) for seed, method in wanted if not result_file(args, method, seed).exists()]
+    wanted = [(seed, method) for method, seeds in cells_of(args.set, args.group, args.seeds).items() for seed in seeds]
+    cells = [(seed, method) for seed, method in sorted(wanted) if not result_file(args, method, seed).exists()]
     print(f'{len(cells)} cells to train.', flush=True)
 
     def run(cell):
@@ -212,7 +212,7 @@ def main():
         sys.exit(f'{failed} cells failed.')
     if not has_costs(args) and not start(args, '--costs'):
         sys.exit('The costs could not be measured.')
-    write_page(args.set, args.group, args.seeds, args.results, SETS[args.set]['metrics'])
+    write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)
 
 
 if __name__ == '__main__':

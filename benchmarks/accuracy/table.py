@@ -8,7 +8,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from scipy.stats import t as student_t
 
 from benchmarks.accuracy.figures import draw_bars, draw_gamma
-from benchmarks.accuracy.methods import methods_of
+from benchmarks.accuracy.methods import cells_of
 from benchmarks.measure import markdown
 
 TITLES = dict(deeppcb='DeepPCB', camvid='CamVid')
@@ -22,10 +22,10 @@ def cell_file(folder: Path, method: str, seed: int) -> Path:
     return folder / f'{"".join(c if c.isalnum() else "_" for c in method)}-{seed}.json'
 
 
-def values(folder: Path, method: str, seeds: Sequence[int], metric: str, split: str = 'test') -> List[float]:
+def values(folder: Path, method: str, seeds: Sequence[int], metric: str, split: str = 'test') -> Dict[int, float]:
     """A metric of a split in percent, by seed; of cells that have a result."""
-    files = [cell_file(folder, method, seed) for seed in seeds]
-    return [read(file, metric, split) for file in files if file.exists()]
+    files = {seed: cell_file(folder, method, seed) for seed in seeds}
+    return {seed: read(file, metric, split) for seed, file in files.items() if file.exists()}
 
 
 def read(file: Path, metric: str, split: str = 'test') -> float:
@@ -51,25 +51,31 @@ def interval_text(differences: Sequence[float]) -> str:
     return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})' if len(differences) > 1 else f'{mean:+.1f}'
 
 
-def complete(folder: Path, group: str, seeds: Sequence[int], metrics: Sequence[str], split: str = 'test'):
-    """The metrics of every method of which all seeds are there."""
-    methods = methods_of(folder.name, group)
-    found = {method: {metric: values(folder, method, seeds, metric, split) for metric in metrics} for method in methods}
-    return {method: numbers for method, numbers in found.items() if len(numbers[metrics[0]]) == len(seeds)}
+def complete(folder: Path, cells: Dict[str, List[int]], metrics: Sequence[str], split: str = 'test'):
+    """The metrics of every method of which all seeds are there, ``{method: {metric: {seed: value}}}``."""
+    found = {
+        method: {metric: values(folder, method, seeds, metric, split) for metric in metrics}
+        for method, seeds in cells.items()
+    }
+    return {method: numbers for method, numbers in found.items() if len(numbers[metrics[0]]) == len(cells[method])}
 
 
-def rows_of(folder: Path, group: str, seeds: Sequence[int], metrics: Sequence[str], split: str = 'test') -> List[dict]:
+def rows_of(
+    folder: Path, group: str, metrics: Sequence[str], seeds: Optional[Sequence[int]] = None, split: str = 'test'
+) -> List[dict]:
     """A row for every method of which all seeds are there."""
-    found = complete(folder, group, seeds, metrics, split)
+    found = complete(folder, cells_of(folder.name, group, seeds), metrics, split)
     first = {method: numbers[metrics[0]] for method, numbers in found.items()}
     file = costs_file(folder, group)
     costs = json.loads(file.read_text())['methods'] if file.exists() else {}
+    differ = len(set(map(len, first.values()))) > 1
     rows = []
     for method, numbers in found.items():
-        row = {'method': method, **{NAMES.get(metric, metric): spread(values) for metric, values in numbers.items()}}
+        row = {'method': method, **({'seeds': len(first[method])} if differ else {})}
+        row.update({NAMES.get(metric, metric): spread(list(values.values())) for metric, values in numbers.items()})
         for base in ('alone', _rival(group, first)):
             if base in first:
-                row[f'difference to {base}'] = _difference(first, method, base)
+                row[f'difference to {base}'] = '' if method in ('alone', base) else _difference(first, method, base)
         if costs:
             row['time'] = f'{costs[method]["time"]:.2f}'
             row['memory, MiB'] = f'{costs[method]["peak_mib"]:.0f}'
@@ -82,24 +88,28 @@ def costs_file(folder: Path, group: str) -> Path:
     return folder / f'costs-{group}.json'
 
 
-def _rival(group: str, first: Dict[str, List[float]]) -> Optional[str]:
-    """What methods are compared with beside the student alone: DiffKD for its cheaper recipes, else the best other."""
-    others = [method for method in first if method not in ('alone', 'plus') and 'diffkd' not in method]
-    if group in ('recipes', 'parts', 'variants'):
-        return 'diffkd'
+def _rival(group: str, first: Dict[str, Dict[int, float]]) -> Optional[str]:
+    """What methods are compared with beside the student alone: DiffKD for its recipes and parts, else the best of what
+    others use, of which there are several seeds if there are of any."""
     if group == 'weights':
         return None
-    return max(others, key=lambda method: statistics.mean(first[method]), default=None)
+    if group not in ('detection', 'segmentation'):
+        return next((method for method in first if method.startswith('diffkd')), None)
+    others = [method for method in first if method not in ('alone', 'plus') and 'diffkd' not in method]
+    return max(others, key=lambda method: statistics.mean(first[method].values()), default=None)
 
 
-def _difference(first: Dict[str, List[float]], method: str, base: str) -> str:
-    if base not in first or method in ('alone', base):
-        return ''
-    return interval_text([a - b for a, b in zip(first[method], first[base])])
+def _difference(first: Dict[str, Dict[int, float]], method: str, base: str) -> str:
+    return interval_text(paired(first[method], first[base]))
 
 
-def _check_teachers(folder: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
-    files = [cell_file(folder, method, seed) for method in methods for seed in seeds if method != 'alone']
+def paired(ours: Dict[int, float], theirs: Dict[int, float]) -> List[float]:
+    """The differences of the seeds that both have."""
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def _check_teachers(folder: Path, cells: Dict[str, List[int]]) -> None:
+    files = [cell_file(folder, method, seed) for method in cells for seed in cells[method] if method != 'alone']
     teacher = json.loads((folder / 'teacher.json').read_text())['teacher']
     others = [file.name for file in files if file.exists() and json.loads(file.read_text())['teacher'] != teacher]
     if others:
@@ -108,31 +118,34 @@ def _check_teachers(folder: Path, methods: Sequence[str], seeds: Sequence[int]) 
         )
 
 
-def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metrics: Sequence[str]) -> None:
+def write_page(
+    name: str, group: str, results: Path, metrics: Sequence[str], seeds: Optional[Sequence[int]] = None
+) -> None:
     """Print the table, and write it beside the results, with pictures.
 
     Raises:
         ValueError: If a cell had another teacher than the one whose metric is given.
     """
-    folder = results / name
-    methods = methods_of(name, group)
-    _check_teachers(folder, methods, seeds)
+    folder, cells = results / name, cells_of(name, group, seeds)
+    _check_teachers(folder, cells)
     split = 'val' if group == 'weights' else 'test'
-    rows = rows_of(folder, group, seeds, metrics, split)
+    rows = rows_of(folder, group, metrics, seeds, split)
     if not rows:
         return
     table = markdown(rows)
     print(table)
     first, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
-    absent = [method for method in methods if method not in [row['method'] for row in rows]]
+    absent = [method for method in cells if method not in [row['method'] for row in rows]]
+    options = f' --seeds {" ".join(map(str, seeds))}' if seeds else ''
+    most = max(cells.values(), key=len)
     text = [
         f'# {TITLES[name]}: {group}',
-        f'{SPLITS[split]} split, {len(seeds)} seeds ({", ".join(map(str, seeds))}): mean and standard deviation. '
+        f'{SPLITS[split]} split, seeds {", ".join(map(str, most))} or the first of them: mean and standard deviation. '
         f'Differences are in {first}, paired by seed, with their 95% interval. The teacher: {teacher}.'
-        if len(seeds) > 1
-        else f'{SPLITS[split]} split, seed {seeds[0]}. The teacher: {teacher}.',
-        f'```shell\npython -m benchmarks.accuracy.run {name} {group} --seeds {" ".join(map(str, seeds))}\n```',
+        if len(most) > 1
+        else f'{SPLITS[split]} split, seed {most[0]}. The teacher: {teacher}.',
+        f'```shell\npython -m benchmarks.accuracy.run {name} {group}{options}\n```',
     ]
     if costs_file(folder, group).exists():
         costs = json.loads(costs_file(folder, group).read_text())
@@ -143,23 +156,22 @@ def write_page(name: str, group: str, seeds: Sequence[int], results: Path, metri
     text.append(table)
     if absent:
         text.append(f'Not all seeds were trained of: {", ".join(absent)}.')
-    if len(seeds) > 1:
-        found = complete(folder, group, seeds, metrics[:1], split)
+    if len(most) > 1:
+        found = complete(folder, cells, metrics[:1], split)
         text += _gains_picture({method: numbers[metrics[0]] for method, numbers in found.items()}, first, results, stem)
         if group == 'parts' and 'diffkd' in found:
-            text += _gamma_picture([cell_file(folder, 'diffkd', seed) for seed in seeds], results, stem)
+            text += _gamma_picture([cell_file(folder, 'diffkd', seed) for seed in cells['diffkd']], results, stem)
     (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n')
 
 
-def _gains_picture(found: Dict[str, List[float]], metric: str, results: Path, stem: str) -> List[str]:
-    """Draw what methods gain; returns the lines that show it."""
+def _gains_picture(found: Dict[str, Dict[int, float]], metric: str, results: Path, stem: str) -> List[str]:
+    """Draw what methods of several seeds gain; returns the lines that show it."""
     if 'alone' not in found:
         return []
-    gains = {
-        method: interval([a - b for a, b in zip(numbers, found['alone'])])
-        for method, numbers in found.items()
-        if method != 'alone'
-    }
+    differences = {method: paired(found[method], found['alone']) for method in found if method != 'alone'}
+    gains = {method: interval(numbers) for method, numbers in differences.items() if len(numbers) > 1}
+    if not gains:
+        return []
     draw_bars(gains, f'{metric} above the student alone, 95% interval', results / f'{stem}.png')
     return [f'![{metric} above the student alone, with intervals]({stem}.png)']
 

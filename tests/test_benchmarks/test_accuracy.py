@@ -1,3 +1,4 @@
+import functools
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -11,13 +12,19 @@ from mmengine.registry import MODELS, init_default_scope
 
 from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
-from benchmarks.accuracy.methods import GROUPS, METHODS, WEIGHTS, changes_of, methods_of
+from benchmarks.accuracy.methods import (
+    GROUPS,
+    METHODS,
+    WEIGHTS,
+    cells_of,
+    changes_of,
+    methods_of,
+)
 from mmdiffkd.utils import PREFIX, model_of, resolve_config
 
-OF_SEGMENTORS = [m for m in METHODS if m == 'dist' or m.endswith(('of logits', 'of features'))]
-CELLS = [('deeppcb', method) for method in [*METHODS, *methods_of('deeppcb', 'weights')] if method not in OF_SEGMENTORS]
-CELLS += [('camvid', method) for method in [*GROUPS['segmentation'], *methods_of('camvid', 'weights')]]
-CELLS = list(dict.fromkeys(CELLS))
+CELLS = [(name, method) for name in WEIGHTS for group in GROUPS[name] for method in methods_of(name, group)]
+CELLS = list(dict.fromkeys(CELLS + [('camvid', 'pkd of features, weight 2')]))
+METRICS = ['coco/bbox_mAP']
 
 
 def result(folder, method, seed, ap, teacher='its teacher'):
@@ -30,20 +37,20 @@ def result(folder, method, seed, ap, teacher='its teacher'):
 
 def test_rows(tmp_path):
     for seed, (alone, steps) in enumerate([(0.20, 0.23), (0.22, 0.24), (0.21, 0.25)]):
-        result(tmp_path, 'alone', seed, alone)
-        result(tmp_path, 'steps=3', seed, steps)
-    result(tmp_path, 'diffkd', 0, 0.5)  # incomplete: no row
-    rows = table.rows_of(tmp_path, 'recipes', [0, 1, 2], ['coco/bbox_mAP'])
+        result(tmp_path / 'deeppcb', 'alone', seed, alone)
+        result(tmp_path / 'deeppcb', 'steps=3', seed, steps)
+    result(tmp_path / 'deeppcb', 'diffkd', 0, 0.5)  # incomplete: no row
+    rows = table.rows_of(tmp_path / 'deeppcb', 'recipes', METRICS)
     assert [list(row.values()) for row in rows] == [
         ['alone', '21.0 ± 1.0', ''],
         ['steps=3', '24.0 ± 1.0', '+3.0 (+0.5 ... +5.5)'],  # 4.303 * 1 / sqrt(3)
     ]
-    result(tmp_path, 'diffkd', 1, 0.25)
-    result(tmp_path, 'diffkd', 2, 0.25)
-    (tmp_path / 'costs-recipes.json').write_text(
+    result(tmp_path / 'deeppcb', 'diffkd', 1, 0.25)
+    result(tmp_path / 'deeppcb', 'diffkd', 2, 0.25)
+    (tmp_path / 'deeppcb' / 'costs-recipes.json').write_text(
         json.dumps(dict(methods={m: dict(time=1.5, peak_mib=70.4) for m in ('alone', 'steps=3', 'diffkd')}))
     )
-    rows = {row['method']: row for row in table.rows_of(tmp_path, 'recipes', [0, 1, 2], ['coco/bbox_mAP'])}
+    rows = {row['method']: row for row in table.rows_of(tmp_path / 'deeppcb', 'recipes', METRICS)}
     assert rows['steps=3']['difference to diffkd'].startswith('-9.3 (')
     assert rows['diffkd']['difference to diffkd'] == rows['alone']['difference to diffkd'] == ''
     assert (rows['alone']['time'], rows['alone']['memory, MiB']) == ('1.50', '70')
@@ -51,8 +58,8 @@ def test_rows(tmp_path):
 
 def test_the_rival_is_the_best_of_what_others_use(tmp_path):
     for method, ap in (('alone', 0.4), ('fitnet', 0.2), ('cwd', 0.3), ('diffkd', 0.35), ('diffkd, attention', 0.1)):
-        result(tmp_path, method, 0, ap)
-    rows = {row['method']: row for row in table.rows_of(tmp_path, 'detection', [0], ['coco/bbox_mAP'])}
+        result(tmp_path / 'deeppcb', method, 0, ap)
+    rows = {row['method']: row for row in table.rows_of(tmp_path / 'deeppcb', 'detection', METRICS, [0])}
     assert rows['diffkd']['difference to cwd'] == '+5.0' and rows['cwd']['difference to cwd'] == ''
 
 
@@ -60,29 +67,64 @@ def test_cells_of_two_teachers_are_no_table(tmp_path):
     for method, teacher in (('teacher', 'a'), ('alone', None), ('diffkd', 'a'), ('steps=3', 'b')):
         result(tmp_path / 'deeppcb', method, 0, 0.1, teacher)
     with pytest.raises(ValueError, match='^steps_3-0.json in .* had another teacher than that of teacher.json'):
-        table.write_page('deeppcb', 'recipes', [0], tmp_path, ['coco/bbox_mAP'])
+        table.write_page('deeppcb', 'recipes', tmp_path, METRICS, [0])
+
+
+def test_methods_of_more_seeds_and_of_fewer(tmp_path):
+    folder = tmp_path / 'deeppcb'
+    for seed, ap in enumerate((0.20, 0.22, 0.24)):
+        result(folder, 'alone', seed, ap)
+        result(folder, 'diffkd', seed, ap + 0.03)
+    result(folder, 'teacher', 0, 0.5)
+    result(folder, 'warm-up', 0, 0.21)
+    assert cells_of('deeppcb', 'variants')['warm-up'] == [0]
+    table.write_page('deeppcb', 'variants', tmp_path, METRICS)
+    page = (tmp_path / 'deeppcb-variants.md').read_text()
+    assert 'Test split, seeds 0, 1, 2 or the first of them' in page
+    assert '| warm-up | 1 | 21.0 | +1.0 | -2.0 |' in page  # against the same seed of the others
+    assert 'benchmarks.accuracy.run deeppcb variants\n' in page
+
+
+def test_a_set_has_groups_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['run', 'camvid', 'detection'])
+    with pytest.raises(SystemExit):
+        run.parse_args()
+    assert 'camvid has no group detection; it has preset, segmentation, weights.' in capsys.readouterr().err
 
 
 def test_one_seed_has_no_spread(tmp_path):
-    result(tmp_path, 'alone', 0, 0.2)
-    result(tmp_path, 'diffkd', 0, 0.25)
-    rows = table.rows_of(tmp_path, 'recipes', [0], ['coco/bbox_mAP'])
+    result(tmp_path / 'deeppcb', 'alone', 0, 0.2)
+    result(tmp_path / 'deeppcb', 'diffkd', 0, 0.25)
+    rows = table.rows_of(tmp_path / 'deeppcb', 'recipes', METRICS, [0])
     assert [list(row.values())[:3] for row in rows] == [['alone', '20.0', ''], ['diffkd', '25.0', '+5.0']]
 
 
+@pytest.fixture(scope='module')
+def teacher_of(tmp_path_factory):
+    """The teacher of a set, with random weights."""
+
+    @functools.lru_cache
+    def of(name):
+        teacher = resolve_config(str(run.CONFIGS / f'{name}_teacher.py'))
+        init_default_scope(teacher.default_scope)
+        file = tmp_path_factory.mktemp(name) / 'teacher.pth'
+        torch.save(dict(state_dict=MODELS.build(model_of(teacher)).state_dict()), file)
+        return file
+
+    return of
+
+
 @pytest.fixture
-def arguments(tmp_path, monkeypatch):
-    """Those of a run on a set, whose teacher is there, with random weights."""
+def arguments(tmp_path, monkeypatch, teacher_of):
+    """Those of a run on a set whose teacher is there."""
     monkeypatch.chdir(tmp_path)
 
     def of(name, data=None):
         args = Namespace(set=name, data=data, results=tmp_path)
         folder = run.teacher_folder(args)
         folder.mkdir(parents=True)
-        teacher = resolve_config(str(run.CONFIGS / f'{name}_teacher.py'))
-        init_default_scope(teacher.default_scope)
-        torch.save(dict(state_dict=MODELS.build(model_of(teacher)).state_dict()), tmp_path / 'teacher.pth')
-        (folder / 'last_checkpoint').write_text(str(tmp_path / 'teacher.pth'))
+        (folder / 'last_checkpoint').write_text(str(teacher_of(name)))
+        init_default_scope(run.config_of(args, 'teacher', folder, 0).default_scope)
         return args
 
     return of
@@ -146,10 +188,13 @@ def test_costs_are_measured_anew_for_a_method_that_was_added(tmp_path):
     args = Namespace(set='deeppcb', group='detection', results=tmp_path)
     assert not run.has_costs(args)
     run.write(
-        table.costs_file(tmp_path / 'deeppcb', 'detection'), dict(methods=dict.fromkeys(GROUPS['detection'][:-1]))
+        table.costs_file(tmp_path / 'deeppcb', 'detection'),
+        dict(methods=dict.fromkeys(GROUPS['deeppcb']['detection'][:-1])),
     )
     assert not run.has_costs(args)
-    run.write(table.costs_file(tmp_path / 'deeppcb', 'detection'), dict(methods=dict.fromkeys(GROUPS['detection'])))
+    run.write(
+        table.costs_file(tmp_path / 'deeppcb', 'detection'), dict(methods=dict.fromkeys(GROUPS['deeppcb']['detection']))
+    )
     assert run.has_costs(args) and run.has_costs(Namespace(set='deeppcb', group='weights', results=tmp_path))
 
 
@@ -168,7 +213,7 @@ def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
         result(tmp_path / 'deeppcb', method, 0, ap)
         file = tmp_path / 'deeppcb' / ('teacher.json' if method == 'teacher' else table.cell_file(Path(), method, 0))
         file.write_text(json.dumps(dict(json.loads(file.read_text()), test={'coco/bbox_mAP': 0.1})))
-    table.write_page('deeppcb', 'weights', [0], tmp_path, ['coco/bbox_mAP'])
+    table.write_page('deeppcb', 'weights', tmp_path, METRICS)
     page = (tmp_path / 'deeppcb-weights.md').read_text()
     assert 'Validation split, seed 0. The teacher: AP 50.0.' in page
     assert '| pkd, weight 2 | 40.0 |' in page
@@ -195,7 +240,7 @@ def test_page_with_pictures(tmp_path):
     for method, ap in (('alone', 0.2), ('diffkd', 0.3), ('gamma=1', 0.31)):
         for seed in (0, 1):
             result(folder, method, seed, ap + seed / 100)
-    table.write_page('deeppcb', 'parts', [0, 1], tmp_path, ['coco/bbox_mAP'])
+    table.write_page('deeppcb', 'parts', tmp_path, METRICS, [0, 1])
     page = (tmp_path / 'deeppcb-parts.md').read_text()
     assert '| gamma=1 | 31.5 ± 0.7 | +11.0 (+11.0 ... +11.0) | +1.0 (+1.0 ... +1.0) |' in page
     assert 'Not all seeds were trained of: gamma=0.9, start_timestep=500, ' in page
