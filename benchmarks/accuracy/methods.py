@@ -105,21 +105,21 @@ METHODS = {
     'pkd, head': dict(plain('PKDLoss', 6.0), pairs=HEAD),
     # of segmentors
     'diffkd of features': of_features(denoised()),
-    'diffkd of two levels': of_features(denoised(), TWO),
-    'plus, last level': of_features(denoised(backprop_steps=1)),
-    'plus, last level, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1)),
-    'plus, last level and direct pkd': of_features(
+    'plus, loss_weight=15': of_features(denoised(loss_weight=15.0, backprop_steps=1)),
+    'plus, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1)),
+    'plus, two levels': of_features(denoised(backprop_steps=1), TWO),
+    'plus, two levels, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1), TWO),
+    'plus, four levels': of_features(denoised(backprop_steps=1), (-4, -3, -2, -1)),
+    'plus and direct pkd': of_features(
         denoised(backprop_steps=1), direct=of_features(plain('PKDLoss', 6.0)['neck'])['distill']['feat']
     ),
-    'plus, last level and dist of logits': of_features(
+    'plus and dist of logits': of_features(
         denoised(backprop_steps=1), logits=of_layer('decode_head.conv_seg', type='mmdiffkd.DISTLoss')
     ),
-    'plus, last level and ASPP': of_features(
+    'plus and ASPP': of_features(
         denoised(backprop_steps=1),
         aspp=dict(student='decode_head.bottleneck', teacher='decode_head.bottleneck', neck=denoised(backprop_steps=1)),
     ),
-    'plus, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1), TWO),
-    'plus, four levels': of_features(denoised(backprop_steps=1), (-4, -3, -2, -1)),
     # what people would use instead
     'fitnet': plain('MSELoss', 5.0),
     'pkd': plain('PKDLoss', 6.0),
@@ -195,18 +195,16 @@ GROUPS = dict(
     camvid=dict(
         preset=[
             'alone',
-            'pkd of two levels',
             'diffkd of features',
-            'diffkd of two levels',
-            'plus, last level',
-            'plus, last level, weight 15',
-            'plus, last level, pkd',
-            'plus, last level and direct pkd',
-            'plus, last level and dist of logits',
-            'plus, last level and ASPP',
-            'plus, four levels',
-            'plus, pkd',
             'plus',
+            'plus, two levels',
+            'plus, two levels, pkd',
+            'plus, loss_weight=15',
+            'plus, pkd',
+            'plus, four levels',
+            'plus and direct pkd',
+            'plus and dist of logits',
+            'plus and ASPP',
         ],
         segmentation=[
             'alone',
@@ -228,14 +226,12 @@ GROUPS = dict(
 # what is trained with more seeds than others, or, because it was only tried, with one
 FINAL = dict(deeppcb=['alone', 'cwd', 'plus'], camvid=['alone', 'pkd of two levels', 'plus'])
 TRIED = [
-    'diffkd of two levels',
-    'plus, last level, weight 15',
-    'plus, last level, pkd',
-    'plus, last level and direct pkd',
-    'plus, last level and dist of logits',
-    'plus, last level and ASPP',
-    'plus, four levels',
+    'plus, loss_weight=15',
     'plus, pkd',
+    'plus, four levels',
+    'plus and direct pkd',
+    'plus and dist of logits',
+    'plus and ASPP',
 ]
 
 

@@ -1,6 +1,6 @@
 """What is distilled where a config does not say."""
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from torch import nn
 
@@ -30,8 +30,8 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict, pr
 
     ``preset='plus'`` adds to detectors what the last layers of their dense heads, or else of their RPNs say, without
     denoising: ``cls`` by CWD and ``reg`` by L1, each where both have it for the same anchors and as many outputs.
-    Models that wrap a detector, as trackers do, get none of it. Segmentors are compared by the last two feature maps of
-    their backbones, or the last alone where one of them does not tell how many it returns, not by their logits.
+    Models that wrap a detector, as trackers do, get none of it. Segmentors are compared by the last feature maps of
+    their backbones, not by their logits.
 
     Args:
         student (nn.Module): The student.
@@ -58,7 +58,7 @@ def default_distill(student: nn.Module, student_cfg: dict, teacher_cfg: dict, pr
     if tasks[0] == 'detection':
         return dict(fpn=_pair(features), **_dense_outputs(models, (student_cfg, teacher_cfg)))
     if tasks[0] == 'segmentation' and preset == 'plus':
-        return dict(feat=dict(_pair(features), levels=_last_levels(models, features)))
+        return dict(feat=dict(_pair(features), levels=[-1]))
     logits = _common_logits(tasks[0], models, (student_cfg, teacher_cfg))
     if tasks[0] == 'segmentation':
         return dict(feat=_pair(features)) if logits is None else dict(logits=_pair(logits, distance='DISTLoss'))
@@ -74,13 +74,6 @@ def _pair(taps, distance: Optional[str] = None, **neck) -> dict:
     if distance is not None:
         neck['distance'] = dict(type=f'mmdiffkd.{distance}')
     return dict(student=taps[0], teacher=taps[1], neck=neck)
-
-
-def _last_levels(models: Sequence[nn.Module], paths: Sequence[str], most: int = 2) -> List[int]:
-    """Numbers, from the end, of the last levels that both encoders have."""
-    taken = [getattr(model.get_submodule(path), 'out_indices', -1) for model, path in zip(models, paths)]
-    known = min(len(indices) if isinstance(indices, (list, tuple)) else 1 for indices in taken)
-    return list(range(-min(known, most), 0))
 
 
 def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Dict[str, dict]:
