@@ -51,20 +51,20 @@ def interval_text(differences: Sequence[float]) -> str:
     return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})' if len(differences) > 1 else f'{mean:+.1f}'
 
 
-def complete(folder: Path, cells: Dict[str, List[int]], metrics: Sequence[str], split: str = 'test'):
-    """The metrics of every method of which all seeds are there, ``{method: {metric: {seed: value}}}``."""
+def trained(folder: Path, cells: Dict[str, List[int]], metrics: Sequence[str], split: str = 'test'):
+    """The metrics of every method with the seeds that are there, ``{method: {metric: {seed: value}}}``."""
     found = {
         method: {metric: values(folder, method, seeds, metric, split) for metric in metrics}
         for method, seeds in cells.items()
     }
-    return {method: numbers for method, numbers in found.items() if len(numbers[metrics[0]]) == len(cells[method])}
+    return {method: numbers for method, numbers in found.items() if numbers[metrics[0]]}
 
 
 def rows_of(
     folder: Path, group: str, metrics: Sequence[str], seeds: Optional[Sequence[int]] = None, split: str = 'test'
 ) -> List[dict]:
-    """A row for every method of which all seeds are there."""
-    found = complete(folder, cells_of(folder.name, group, seeds), metrics, split)
+    """A row for every method that was trained."""
+    found = trained(folder, cells_of(folder.name, group, seeds), metrics, split)
     first = {method: numbers[metrics[0]] for method, numbers in found.items()}
     file = costs_file(folder, group)
     costs = json.loads(file.read_text())['methods'] if file.exists() else {}
@@ -90,12 +90,14 @@ def costs_file(folder: Path, group: str) -> Path:
 
 def _rival(group: str, first: Dict[str, Dict[int, float]]) -> Optional[str]:
     """What methods are compared with beside the student alone: DiffKD for its recipes and parts, else the best of what
-    others use, of which there are several seeds if there are of any."""
+    others use, among those of three seeds."""
     if group == 'weights':
         return None
     if group not in ('detection', 'segmentation'):
         return next((method for method in first if method.startswith('diffkd')), None)
     others = [method for method in first if method not in ('alone', 'plus') and 'diffkd' not in method]
+    enough = min(3, max((len(first[method]) for method in others), default=0))
+    others = [method for method in others if len(first[method]) >= enough]
     return max(others, key=lambda method: statistics.mean(first[method].values()), default=None)
 
 
@@ -136,12 +138,13 @@ def write_page(
     print(table)
     first, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
-    absent = [method for method in cells if method not in [row['method'] for row in rows]]
+    absent = [m for m, own in cells.items() if len(values(folder, m, own, metrics[0], split)) < len(own)]
     options = f' --seeds {" ".join(map(str, seeds))}' if seeds else ''
     most = max(cells.values(), key=len)
+    fewer = ' or the first of them' if 'seeds' in rows[0] else ''
     text = [
         f'# {TITLES[name]}: {group}',
-        f'{SPLITS[split]} split, seeds {", ".join(map(str, most))} or the first of them: mean and standard deviation. '
+        f'{SPLITS[split]} split, seeds {", ".join(map(str, most))}{fewer}: mean and standard deviation. '
         f'Differences are in {first}, paired by seed, with their 95% interval. The teacher: {teacher}.'
         if len(most) > 1
         else f'{SPLITS[split]} split, seed {most[0]}. The teacher: {teacher}.',
@@ -155,12 +158,14 @@ def write_page(
         )
     text.append(table)
     if absent:
-        text.append(f'Not all seeds were trained of: {", ".join(absent)}.')
+        text.append(f'Not all seeds were trained of: {", ".join(f"`{method}`" for method in absent)}.')
     if len(most) > 1:
-        found = complete(folder, cells, metrics[:1], split)
+        found = trained(folder, cells, metrics[:1], split)
         text += _gains_picture({method: numbers[metrics[0]] for method, numbers in found.items()}, first, results, stem)
         if group == 'parts' and 'diffkd' in found:
-            text += _gamma_picture([cell_file(folder, 'diffkd', seed) for seed in cells['diffkd']], results, stem)
+            text += _gamma_picture(
+                [cell_file(folder, 'diffkd', seed) for seed in found['diffkd'][metrics[0]]], results, stem
+            )
     (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n')
 
 

@@ -39,12 +39,12 @@ def test_rows(tmp_path):
     for seed, (alone, steps) in enumerate([(0.20, 0.23), (0.22, 0.24), (0.21, 0.25)]):
         result(tmp_path / 'deeppcb', 'alone', seed, alone)
         result(tmp_path / 'deeppcb', 'steps=3', seed, steps)
-    result(tmp_path / 'deeppcb', 'diffkd', 0, 0.5)  # incomplete: no row
     rows = table.rows_of(tmp_path / 'deeppcb', 'recipes', METRICS)
     assert [list(row.values()) for row in rows] == [
         ['alone', '21.0 ± 1.0', ''],
         ['steps=3', '24.0 ± 1.0', '+3.0 (+0.5 ... +5.5)'],  # 4.303 * 1 / sqrt(3)
     ]
+    result(tmp_path / 'deeppcb', 'diffkd', 0, 0.5)
     result(tmp_path / 'deeppcb', 'diffkd', 1, 0.25)
     result(tmp_path / 'deeppcb', 'diffkd', 2, 0.25)
     (tmp_path / 'deeppcb' / 'costs-recipes.json').write_text(
@@ -61,6 +61,10 @@ def test_the_rival_is_the_best_of_what_others_use(tmp_path):
         result(tmp_path / 'deeppcb', method, 0, ap)
     rows = {row['method']: row for row in table.rows_of(tmp_path / 'deeppcb', 'detection', METRICS, [0])}
     assert rows['diffkd']['difference to cwd'] == '+5.0' and rows['cwd']['difference to cwd'] == ''
+    for seed in (1, 2):
+        result(tmp_path / 'deeppcb', 'fitnet', seed, 0.2)
+    rows = table.rows_of(tmp_path / 'deeppcb', 'detection', METRICS)
+    assert 'difference to fitnet' in rows[0]  # one seed of CWD does not make it the best
 
 
 def test_cells_of_two_teachers_are_no_table(tmp_path):
@@ -243,7 +247,7 @@ def test_page_with_pictures(tmp_path):
     table.write_page('deeppcb', 'parts', tmp_path, METRICS, [0, 1])
     page = (tmp_path / 'deeppcb-parts.md').read_text()
     assert '| gamma=1 | 31.5 ± 0.7 | +11.0 (+11.0 ... +11.0) | +1.0 (+1.0 ... +1.0) |' in page
-    assert 'Not all seeds were trained of: gamma=0.9, start_timestep=500, ' in page
+    assert 'Not all seeds were trained of: `gamma=0.9`, `start_timestep=500`, ' in page
     for picture in ('deeppcb-parts.png', 'deeppcb-parts-gamma.png'):
         assert f']({picture})' in page
         assert plt.imread(tmp_path / picture).std() > 0.01
