@@ -6,7 +6,7 @@ the learning rate of the diffusion part. ``None`` trains the student alone.
 """
 
 import copy
-from typing import Dict, List, Optional, Sequence
+from typing import Optional, Sequence
 
 import benchmarks.accuracy.mgd  # noqa: F401  registers it
 import benchmarks.accuracy.variants  # noqa: F401  registers them
@@ -133,131 +133,7 @@ METHODS = {
     'dist': plain('DISTLoss', align=False),
     'cwd of logits': plain('ChannelWiseDivergence', 3.0, align=False, tau=4.0),
 }
-# loss weights that are tried on the validation split, with one seed: the usual one and a third and three times as much
-WEIGHTS = dict(
-    deeppcb={
-        'fitnet': (1.7, 15),
-        'pkd': (2, 18),
-        'cwd': (0.3, 3),
-        'mgd': (1.7, 15),
-        'diffkd': (1.7, 15),
-        'diffkd, attention': (1.7, 15),
-    },
-    camvid={
-        'dist': (0.3, 3),
-        'cwd of logits': (1, 9),
-        'fitnet of features': (1.7, 15),
-        'pkd of features': (2, 18),
-        'cwd of features': (0.3, 3),
-        'mgd of features': (1.7, 15),
-        'diffkd': (0.3, 3),
-        'diffkd of features': (1.7, 15),
-    },
-)
 DISTANCES = dict(deeppcb='MSELoss', camvid='DISTLoss')  # of DiffKD
-
-RECIPES = ['steps=3', 'steps=1', 'backprop_steps=1', 'share_levels', 'latent_channels=32', 'latent_channels=16']
-GROUPS = dict(
-    deeppcb=dict(
-        recipes=['alone', 'diffkd', *RECIPES, 'interval=2'],
-        parts=[
-            'alone',
-            'diffkd',
-            'gamma=1',
-            'gamma=0.9',
-            'start_timestep=500',
-            'loss_diffusion_weight=0',
-            'levels=[0]',
-            'levels=[0, 1]',
-        ],
-        variants=[
-            'alone',
-            'diffkd',
-            'without proj',
-            'normalised features',
-            'GroupNorm',
-            'smooth time, zero init',
-            'learning rate x10',
-            'no denoiser gradient',
-            'x0 prediction',
-            'v prediction',
-            'variance preserving',
-            'direct distance, too',
-            'a denoiser that learns',
-            'warm-up',
-            'decay',
-            'diffkd, attention',
-            'diffkd, cwd',
-        ],
-        preset=['alone', 'pkd, head', 'diffkd', 'backprop_steps=1', 'diffkd, head', 'plus'],
-        detection=['alone', 'fitnet', 'pkd', 'cwd', 'mgd', 'diffkd', 'diffkd, attention', 'plus'],
-    ),
-    camvid=dict(
-        preset=[
-            'alone',
-            'diffkd of features',
-            'plus',
-            'plus, two levels',
-            'plus, two levels, pkd',
-            'plus, loss_weight=15',
-            'plus, pkd',
-            'plus, four levels',
-            'plus and direct pkd',
-            'plus and dist of logits',
-            'plus and ASPP',
-        ],
-        segmentation=[
-            'alone',
-            'dist',
-            'cwd of logits',
-            'fitnet of features',
-            'pkd of features',
-            'pkd of two levels',
-            'cwd of features',
-            'mgd of features',
-            'diffkd',
-            'diffkd of features',
-            'plus',
-        ],
-    ),
-)
-
-
-# what is trained with more seeds than others, or, because it was only tried, with one
-FINAL = dict(deeppcb=['alone', 'cwd', 'plus'], camvid=['alone', 'pkd of two levels', 'plus'])
-TRIED = [
-    'plus, loss_weight=15',
-    'plus, pkd',
-    'plus, four levels',
-    'plus and direct pkd',
-    'plus and dist of logits',
-    'plus and ASPP',
-]
-
-
-def groups_of(name: str) -> List[str]:
-    """The groups of a set."""
-    return [*GROUPS[name], 'weights']
-
-
-def methods_of(name: str, group: str) -> List[str]:
-    """The methods of a group of a set."""
-    if group != 'weights':
-        return GROUPS[name][group]
-    grid = WEIGHTS[name].items()
-    return [method for usual, weights in grid for method in (usual, *(f'{usual}, weight {w:g}' for w in weights))]
-
-
-def seeds_of(name: str, group: str, method: str) -> List[int]:
-    """The seeds that a method of a group of a set is trained with."""
-    if group in ('weights', 'variants') and method not in ('alone', 'diffkd') or method in TRIED:
-        return [0]
-    return list(range(5 if group in ('detection', 'segmentation') and method in FINAL[name] else 3))
-
-
-def cells_of(name: str, group: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List[int]]:
-    """The methods of a group of a set, with their seeds."""
-    return {method: list(seeds or seeds_of(name, group, method)) for method in methods_of(name, group)}
 
 
 def changes_of(name: str, method: str) -> Optional[dict]:

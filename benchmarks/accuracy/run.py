@@ -14,7 +14,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.accuracy.methods import cells_of, changes_of, groups_of, methods_of
+from benchmarks.accuracy.groups import cells_of, groups_of, methods_of
+from benchmarks.accuracy.methods import changes_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
 from mmdiffkd.utils import PREFIX, fingerprint

@@ -8,7 +8,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from scipy.stats import t as student_t
 
 from benchmarks.accuracy.figures import draw_bars, draw_gamma
-from benchmarks.accuracy.methods import cells_of
+from benchmarks.accuracy.groups import cells_of
 from benchmarks.measure import markdown
 
 TITLES = dict(deeppcb='DeepPCB', camvid='CamVid')
