@@ -102,7 +102,7 @@ METHODS = {
     'decay': scheduled(decay=6),
     # with what the head says
     'diffkd, head': dict(pairs=HEAD),
-    'pkd, head': dict(plain('PKDLoss', 6.0), pairs=HEAD),
+    'cwd, head': dict(plain('ChannelWiseDivergence', 3.0), pairs=HEAD),
     # of segmentors
     'diffkd of features': of_features(denoised()),
     'plus, loss_weight=15': of_features(denoised(loss_weight=15.0, backprop_steps=1)),
