@@ -66,7 +66,7 @@ GROUPS = dict(
             'mgd, weight 1.7',
             'diffkd',
             'diffkd, weight 1.7',
-            'diffkd, attention, weight 15',
+            'diffkd, attention, weight 45',
             'plus',
         ],
     ),
