@@ -18,6 +18,7 @@ WEIGHTS = dict(
         'cwd of logits': (1, 9),
         'fitnet of features': (1.7, 15),
         'pkd of features': (2, 18),
+        'pkd of two levels': (2, 18),
         'cwd of features': (0.3, 3),
         'mgd of features': (1.7, 15),
         'diffkd': (0.3, 3),
