@@ -77,7 +77,7 @@ MEASURED = [pair.config for pair in PAIRS if pair.same_as is None]
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pairs', nargs='+', choices=MEASURED, metavar='CONFIG', help='(default: all)')
-    parser.add_argument('--rounds', type=int, default=3, help='steps of each kind (default 3)')
+    parser.add_argument('--rounds', type=int, default=2, help='steps of each kind, two or more (default 2)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
     parser.add_argument('--page', type=Path, default=Path('docs/accuracy/paper-scale.md'), help='(default %(default)s)')
     return parser.parse_args()
