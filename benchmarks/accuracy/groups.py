@@ -2,8 +2,8 @@
 
 from typing import Dict, List, Optional, Sequence
 
-# loss weights that are tried on the validation split, with one seed: the usual one, a third and three times as much, and
-# one more where the best of these three is at an end
+# loss weights that are tried on the validation split, with one seed: the usual one, a third and three times as much,
+# and one more where the best of these three is at an end
 WEIGHTS = dict(
     deeppcb={
         'fitnet': (0.6, 1.7, 15),
