@@ -26,6 +26,15 @@ WEIGHTS = dict(
     },
 )
 RECIPES = ['steps=3', 'steps=1', 'backprop_steps=1', 'share_levels', 'latent_channels=32', 'latent_channels=16']
+# what was only tried, with one seed
+TRIED = [
+    'plus, loss_weight=15',
+    'plus, pkd',
+    'plus, four levels',
+    'plus and direct pkd',
+    'plus and dist of logits',
+    'plus and ASPP',
+]
 GROUPS = dict(
     deeppcb=dict(
         recipes=['alone', 'diffkd', *RECIPES, 'interval=2'],
@@ -78,12 +87,7 @@ GROUPS = dict(
             'plus',
             'plus, two levels',
             'plus, two levels, pkd',
-            'plus, loss_weight=15',
-            'plus, pkd',
-            'plus, four levels',
-            'plus and direct pkd',
-            'plus and dist of logits',
-            'plus and ASPP',
+            *TRIED,
         ],
         segmentation=[
             'alone',
@@ -100,18 +104,8 @@ GROUPS = dict(
         ],
     ),
 )
-
-
-# what is trained with five seeds, and what was only tried, with one
+# what is trained with five seeds
 FINAL = dict(deeppcb=['alone', 'cwd, weight 3', 'plus'], camvid=['alone', 'pkd of two levels', 'plus'])
-TRIED = [
-    'plus, loss_weight=15',
-    'plus, pkd',
-    'plus, four levels',
-    'plus and direct pkd',
-    'plus and dist of logits',
-    'plus and ASPP',
-]
 
 
 def groups_of(name: str) -> List[str]:

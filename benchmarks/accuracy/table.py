@@ -75,7 +75,8 @@ def rows_of(
         row.update({NAMES.get(metric, metric): spread(list(values.values())) for metric, values in numbers.items()})
         for base in ('alone', _rival(group, first)):
             if base in first:
-                row[f'difference to {base}'] = '' if method in ('alone', base) else _difference(first, method, base)
+                differences = paired(first[method], first[base])
+                row[f'difference to {base}'] = '' if method in ('alone', base) else interval_text(differences)
         if costs:
             row['time'] = f'{costs[method]["time"]:.2f}'
             row['memory, MiB'] = f'{costs[method]["peak_mib"]:.0f}'
@@ -99,10 +100,6 @@ def _rival(group: str, first: Dict[str, Dict[int, float]]) -> Optional[str]:
     enough = min(3, max((len(first[method]) for method in others), default=0))
     others = [method for method in others if len(first[method]) >= enough]
     return max(others, key=lambda method: statistics.mean(first[method].values()), default=None)
-
-
-def _difference(first: Dict[str, Dict[int, float]], method: str, base: str) -> str:
-    return interval_text(paired(first[method], first[base]))
 
 
 def paired(ours: Dict[int, float], theirs: Dict[int, float]) -> List[float]:
@@ -138,7 +135,8 @@ def write_page(
     print(table)
     first, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
-    absent = [m for m, own in cells.items() if len(values(folder, m, own, metrics[0], split)) < len(own)]
+    found = {method: numbers[metrics[0]] for method, numbers in trained(folder, cells, metrics[:1], split).items()}
+    absent = [method for method, own in cells.items() if len(found.get(method, ())) < len(own)]
     options = f' --seeds {" ".join(map(str, seeds))}' if seeds else ''
     most = max(cells.values(), key=len)
     fewer = ' or the first of them' if 'seeds' in rows[0] else ''
@@ -160,12 +158,9 @@ def write_page(
     if absent:
         text.append(f'Not all seeds were trained of: {", ".join(f"`{method}`" for method in absent)}.')
     if len(most) > 1:
-        found = trained(folder, cells, metrics[:1], split)
-        text += _gains_picture({method: numbers[metrics[0]] for method, numbers in found.items()}, first, results, stem)
+        text += _gains_picture(found, first, results, stem)
         if group == 'parts' and 'diffkd' in found:
-            text += _gamma_picture(
-                [cell_file(folder, 'diffkd', seed) for seed in found['diffkd'][metrics[0]]], results, stem
-            )
+            text += _gamma_picture([cell_file(folder, 'diffkd', seed) for seed in found['diffkd']], results, stem)
     (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n')
 
 
