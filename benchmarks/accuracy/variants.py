@@ -22,8 +22,6 @@ class Variant(FeatureDiffusion):
         normalise (bool): Give every channel of both features zero mean and unit variance before diffusion.
         group_norm (bool): GroupNorm in place of BatchNorm in denoiser and noise adapter, which keeps student and
             teacher passes apart.
-        smooth_time (bool): Embed timesteps by sines and an MLP, not by a table with a row for each.
-        zero_init (bool): Start with a denoiser that predicts 0.
         prediction (str): What the denoiser predicts: ``'noise'``, ``'clean'`` (x_0) or ``'velocity'``
             (sqrt(a) eps - sqrt(1 - a) x_0).
         variance_preserving (bool): Blend the student with noise as diffusion does, sqrt(a) Z_s + sqrt(1 - a) eps with
@@ -33,9 +31,6 @@ class Variant(FeatureDiffusion):
             ``loss_kd``.
         **kwargs: Of :class:`FeatureDiffusion`. Where the denoiser predicts something else than noise, or the blend is
             variance preserving, ``backprop_steps`` has no effect and there are no samples.
-
-    Raises:
-        ValueError: If changes exclude each other.
     """
 
     def __init__(
@@ -45,8 +40,6 @@ class Variant(FeatureDiffusion):
         proj: bool = True,
         normalise: bool = False,
         group_norm: bool = False,
-        smooth_time: bool = False,
-        zero_init: bool = False,
         prediction: str = 'noise',
         variance_preserving: bool = False,
         detach: bool = False,
@@ -54,17 +47,11 @@ class Variant(FeatureDiffusion):
         **kwargs,
     ):
         super().__init__(student_channels, teacher_channels, **kwargs)
-        if zero_init and group_norm:
-            raise ValueError('zero_init is of the BatchNorm that group_norm=True replaces.')
         channels = self.align.out_channels
         self.prediction, self.variance_preserving = prediction, variance_preserving
         self.detach, self.anchor = detach, anchor
         if not proj:
             self.proj = nn.Identity()
-        if smooth_time:
-            self.denoiser.time_embedding = SineEmbedding(channels)
-        if zero_init:
-            nn.init.zeros_(self.denoiser.layers[-1].weight)
         if group_norm:
             _to_group_norm(self.denoiser)
             _to_group_norm(self.noise_adapter)
@@ -142,25 +129,6 @@ class VariantNeck(FeatureDiffusionNeck):
     """A :class:`Variant` of its own for every level."""
 
     part = Variant
-
-
-class SineEmbedding(nn.Module):
-    """Timesteps near to each other are embedded near to each other.
-
-    Args:
-        channels (int): C.
-        frequencies (int): From one radian a timestep down to one in 10000. Defaults to 32.
-    """
-
-    def __init__(self, channels: int, frequencies: int = 32):
-        super().__init__()
-        self.register_buffer('frequencies', torch.logspace(0, -4, frequencies), persistent=False)
-        self.layers = nn.Sequential(nn.Linear(2 * frequencies, channels), nn.SiLU(), nn.Linear(channels, channels))
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """Map integers (N, ) to (N, C)."""
-        angles = timesteps.view(-1, 1) * self.frequencies
-        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
 def _to_group_norm(module: nn.Module) -> None:
