@@ -60,14 +60,15 @@ def trained(folder: Path, cells: Dict[str, List[int]], metrics: Sequence[str], s
     return {method: numbers for method, numbers in found.items() if numbers[metrics[0]]}
 
 
-def rows_of(
-    folder: Path, group: str, metrics: Sequence[str], seeds: Optional[Sequence[int]] = None, split: str = 'test'
-) -> List[dict]:
-    """A row for every method that was trained."""
-    found = trained(folder, cells_of(folder.name, group, seeds), metrics, split)
-    first = {method: numbers[metrics[0]] for method, numbers in found.items()}
-    file = costs_file(folder, group)
-    costs = json.loads(file.read_text())['methods'] if file.exists() else {}
+def rows_of(found: Dict[str, Dict[str, Dict[int, float]]], group: str, costs: Dict[str, dict]) -> List[dict]:
+    """A row for every method that was trained.
+
+    Args:
+        found (dict): What :func:`trained` returns.
+        group (str): The methods are of this one.
+        costs (dict[str, dict]): What an iteration of every method costs; nothing if that was not measured.
+    """
+    first = {method: next(iter(numbers.values())) for method, numbers in found.items()}
     differ = len(set(map(len, first.values()))) > 1
     rows = []
     for method, numbers in found.items():
@@ -128,14 +129,17 @@ def write_page(
     folder, cells = results / name, cells_of(name, group, seeds)
     _check_teachers(folder, cells)
     split = 'val' if group == 'weights' else 'test'
-    rows = rows_of(folder, group, metrics, seeds, split)
-    if not rows:
+    found = trained(folder, cells, metrics, split)
+    if not found:
         return
+    file = costs_file(folder, group)
+    costs = json.loads(file.read_text()) if file.exists() else {}
+    rows = rows_of(found, group, costs.get('methods', {}))
     table = markdown(rows)
     print(table)
     first, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
-    found = {method: numbers[metrics[0]] for method, numbers in trained(folder, cells, metrics[:1], split).items()}
+    found = {method: numbers[metrics[0]] for method, numbers in found.items()}
     absent = [method for method, own in cells.items() if len(found.get(method, ())) < len(own)]
     options = f' --seeds {" ".join(map(str, seeds))}' if seeds else ''
     most = max(cells.values(), key=len)
@@ -148,8 +152,7 @@ def write_page(
         else f'{SPLITS[split]} split, seed {most[0]}. The teacher: {teacher}.',
         f'```shell\npython -m benchmarks.accuracy.run {name} {group}{options}\n```',
     ]
-    if costs_file(folder, group).exists():
-        costs = json.loads(costs_file(folder, group).read_text())
+    if costs:
         text.append(
             'Time of a training step against the student alone, and the most memory that it takes beyond weights, '
             f'optimizer and images: {costs["machine"]}; {costs["versions"]}.'

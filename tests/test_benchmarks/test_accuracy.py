@@ -30,11 +30,15 @@ def result(folder, method, seed, ap, teacher='its teacher'):
     file.write_text(json.dumps(record if method == 'alone' else dict(record, teacher=teacher)))
 
 
+def rows_of(folder, group, seeds=None, costs=None):
+    return table.rows_of(table.trained(folder, cells_of('deeppcb', group, seeds), METRICS), group, costs or {})
+
+
 def test_rows(tmp_path):
     for seed, (alone, steps) in enumerate([(0.20, 0.23), (0.22, 0.24), (0.21, 0.25)]):
         result(tmp_path / 'deeppcb', 'alone', seed, alone)
         result(tmp_path / 'deeppcb', 'steps=3', seed, steps)
-    rows = table.rows_of(tmp_path / 'deeppcb', 'recipes', METRICS)
+    rows = rows_of(tmp_path / 'deeppcb', 'recipes')
     assert [list(row.values()) for row in rows] == [
         ['alone', '21.0 ± 1.0', ''],
         ['steps=3', '24.0 ± 1.0', '+3.0 (+0.5 ... +5.5)'],  # 4.303 * 1 / sqrt(3)
@@ -42,10 +46,8 @@ def test_rows(tmp_path):
     result(tmp_path / 'deeppcb', 'diffkd', 0, 0.5)
     result(tmp_path / 'deeppcb', 'diffkd', 1, 0.25)
     result(tmp_path / 'deeppcb', 'diffkd', 2, 0.25)
-    (tmp_path / 'deeppcb' / 'costs-recipes.json').write_text(
-        json.dumps(dict(methods={m: dict(time=1.5, peak_mib=70.4) for m in ('alone', 'steps=3', 'diffkd')}))
-    )
-    rows = {row['method']: row for row in table.rows_of(tmp_path / 'deeppcb', 'recipes', METRICS)}
+    costs = {method: dict(time=1.5, peak_mib=70.4) for method in ('alone', 'steps=3', 'diffkd')}
+    rows = {row['method']: row for row in rows_of(tmp_path / 'deeppcb', 'recipes', costs=costs)}
     assert rows['steps=3']['difference to diffkd'].startswith('-9.3 (')
     assert rows['diffkd']['difference to diffkd'] == rows['alone']['difference to diffkd'] == ''
     assert (rows['alone']['time'], rows['alone']['memory, MiB']) == ('1.50', '70')
@@ -54,11 +56,11 @@ def test_rows(tmp_path):
 def test_the_rival_is_the_best_of_what_others_use(tmp_path):
     for method, ap in (('alone', 0.4), (FITNET, 0.2), (CWD, 0.3), ('diffkd', 0.35)):
         result(tmp_path / 'deeppcb', method, 0, ap)
-    rows = {row['method']: row for row in table.rows_of(tmp_path / 'deeppcb', 'detection', METRICS, [0])}
+    rows = {row['method']: row for row in rows_of(tmp_path / 'deeppcb', 'detection', [0])}
     assert rows['diffkd'][f'difference to {CWD}'] == '+5.0' and rows[CWD][f'difference to {CWD}'] == ''
     for seed in (1, 2):
         result(tmp_path / 'deeppcb', FITNET, seed, 0.2)
-    rows = table.rows_of(tmp_path / 'deeppcb', 'detection', METRICS)
+    rows = rows_of(tmp_path / 'deeppcb', 'detection')
     assert f'difference to {FITNET}' in rows[0]  # one seed of CWD does not make it the best
 
 
@@ -94,7 +96,7 @@ def test_a_set_has_groups_of_its_own(monkeypatch, capsys):
 def test_one_seed_has_no_spread(tmp_path):
     result(tmp_path / 'deeppcb', 'alone', 0, 0.2)
     result(tmp_path / 'deeppcb', 'diffkd', 0, 0.25)
-    rows = table.rows_of(tmp_path / 'deeppcb', 'recipes', METRICS, [0])
+    rows = rows_of(tmp_path / 'deeppcb', 'recipes', [0])
     assert [list(row.values())[:3] for row in rows] == [['alone', '20.0', ''], ['diffkd', '25.0', '+5.0']]
 
 
