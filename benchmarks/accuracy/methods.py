@@ -89,7 +89,7 @@ METHODS = {
     'direct distance, too': variant(anchor=1.0),
     'warm-up': scheduled(warmup=1),
     # with what the head says
-    'diffkd, head': dict(pairs=HEAD),
+    'head': dict(distill=HEAD),
     'cwd, head': dict(plain('ChannelWiseDivergence', 3.0), pairs=HEAD),
     # of segmentors
     'diffkd of features': of_features(denoised()),

@@ -9,7 +9,7 @@ from mmdiffkd.registry import MODELS
 
 class MaskedGeneration(FeatureDiffusion):
     """Pixels of the aligned student feature are left out at random, and two convolutions generate the whole from the
-    rest; that is what is compared.
+    rest; that is what is compared. Every level counts as its mean, where the authors' sum lets large ones count more.
 
     Args:
         student_channels (int): C_s.

@@ -1,9 +1,9 @@
 """Train a student by several methods and seeds on a real set, and compare what it learnt.
 
 Every cell of the table, a method with a seed, is a process of its own with one CPU thread. Of one seed all methods see
-the same data in the same order and start from the same student. Cells that have a result are left alone, cells that
-were interrupted go on where they stopped: start the command again until it writes the page. The teacher, where there
-is none yet, is trained first; what an iteration of every method costs is measured last.
+the same data in the same order and start from the same student. Cells that have a result are left alone, the others are
+trained: start the command again after an interruption. The teacher, where there is none yet, is trained first; what an
+iteration of every method costs is measured last. Then the page is written.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.accuracy.groups import cells_of, groups_of, methods_of
+from benchmarks.accuracy.groups import CHOICES, cells_of, groups_of, methods_of
 from benchmarks.accuracy.methods import changes_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
-from mmdiffkd.utils import PREFIX, fingerprint
+from mmdiffkd.utils import PREFIX, fingerprint, read_checkpoint
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
@@ -54,13 +54,41 @@ def config_of(args, name, work_dir, seed):
     if args.data is not None:
         old, new = str(cfg.data_root), f'{args.data}/'
         cfg = Config.fromstring(cfg.pretty_text.replace(old, new), '.py')
-    cfg.work_dir, cfg.randomness, cfg.resume = str(work_dir), dict(seed=seed), True
+    cfg.work_dir, cfg.randomness = str(work_dir), dict(seed=seed)
     return cfg
 
 
 def teacher_folder(args):
     """Where the teacher of a set is trained."""
     return Path('work_dirs/accuracy') / f'{args.set}_teacher'
+
+
+def teacher_file(args):
+    """Where the metrics of the teacher are written."""
+    return args.results / args.set / 'teacher.json'
+
+
+def teacher_checkpoint(args):
+    """The last weights of the teacher, finished or not; none if its training did not begin."""
+    last = teacher_folder(args) / 'last_checkpoint'
+    return last.read_text() if last.exists() else None
+
+
+def check_teacher(args):
+    """Whether the teacher of the results is there.
+
+    Raises:
+        SystemExit: If the results had another one.
+    """
+    file, checkpoint = teacher_file(args), teacher_checkpoint(args)
+    if not file.exists():
+        return False
+    if checkpoint and fingerprint(read_checkpoint(checkpoint)['state_dict']) == json.loads(file.read_text())['teacher']:
+        return True
+    sys.exit(
+        f'The teacher of {file.parent} is not in {teacher_folder(args)}, and what two teachers taught cannot be '
+        'compared. For a teacher and a table of your own, start again with --results FOLDER.'
+    )
 
 
 def result_file(args, method, seed):
@@ -72,6 +100,7 @@ def train(cfg, result):
     """Train and test, and write down what came of it."""
     import torch
     from mmengine.runner import Runner
+    from mmengine.utils import get_git_hash
 
     import mmdiffkd
 
@@ -80,12 +109,13 @@ def train(cfg, result):
     runner.train()
     metrics = runner.test()
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, mmdiffkd=mmdiffkd.__version__)
+    versions['commit'] = get_git_hash(digits=7)
     record = dict(test=metrics, val=last_val(runner) or runner.val(), iterations=runner.max_iters, versions=versions)
+    if result.stem == 'teacher':
+        record['teacher'] = fingerprint(runner.model.state_dict())
     teacher, gamma = getattr(runner.model, 'diffkd_teacher', None), gamma_curves(runner.message_hub.log_scalars)
     if teacher is not None:
         record['teacher'] = teacher.fingerprint
-    elif result.stem == 'teacher':
-        record['teacher'] = fingerprint(runner.model.state_dict())
     if gamma:
         record['gamma'] = gamma
     write(result, record)
@@ -115,10 +145,10 @@ def measure_costs(args):
 
 
 def has_costs(args):
-    """Whether the costs of all methods of a group are there; those of weights do not differ."""
+    """Whether the costs of all methods of a group are there; choices are made without."""
     file = costs_file(args.results / args.set, args.group)
     known = json.loads(file.read_text())['methods'] if file.exists() else {}
-    return args.group == 'weights' or set(methods_of(args.set, args.group)) <= set(known)
+    return args.group in CHOICES or set(methods_of(args.set, args.group)) <= set(known)
 
 
 def last_val(runner):
@@ -155,7 +185,7 @@ def cell_config(args, method, seed):
         student=cfg.model,
         teacher=dict(
             config=dict(model=teacher.model, default_scope=teacher.default_scope),
-            checkpoint=(teacher_folder(args) / 'last_checkpoint').read_text(),
+            checkpoint=teacher_checkpoint(args),
         ),
         preset=changes.get('preset', 'paper'),
         distill=changes.get('distill', distill),
@@ -180,9 +210,10 @@ def start(args, *options):
 
 def main():
     args = parse_args()
-    teacher_result = args.results / args.set / 'teacher.json'
     if args.teacher:
-        train(config_of(args, 'teacher', teacher_folder(args), 0), teacher_result)
+        cfg = config_of(args, 'teacher', teacher_folder(args), 0)
+        cfg.resume = True  # the others are short
+        train(cfg, teacher_file(args))
         return
     if args.cell:
         method, seed = args.cell[0], int(args.cell[1])
@@ -191,16 +222,16 @@ def main():
     if args.page_only:
         write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)
         return
-    if not (teacher_folder(args) / 'last_checkpoint').exists() or not teacher_result.exists():
-        print('Training the teacher ...', flush=True)
-        if not start(args, '--teacher'):
-            sys.exit('The teacher failed.')
     if args.costs:
         measure_costs(args)
         return
     wanted = [(seed, method) for method, seeds in cells_of(args.set, args.group, args.seeds).items() for seed in seeds]
     cells = [(seed, method) for seed, method in sorted(wanted) if not result_file(args, method, seed).exists()]
     print(f'{len(cells)} cells to train.', flush=True)
+    if (cells or not has_costs(args)) and not check_teacher(args):
+        print('Training the teacher ...', flush=True)
+        if not start(args, '--teacher'):
+            sys.exit('The teacher failed.')
 
     def run(cell):
         went_well = start(args, '--cell', cell[1], cell[0])

@@ -8,7 +8,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from scipy.stats import t as student_t
 
 from benchmarks.accuracy.figures import draw_bars, draw_gamma
-from benchmarks.accuracy.groups import cells_of
+from benchmarks.accuracy.groups import CHOICES, RIVALS, cells_of
 from benchmarks.measure import markdown
 
 TITLES = dict(deeppcb='DeepPCB', camvid='CamVid')
@@ -38,7 +38,7 @@ def spread(numbers: Sequence[float]) -> str:
     return mean if len(numbers) < 2 else f'{mean} ± {statistics.stdev(numbers):.1f}'
 
 
-def interval(differences: Sequence[float]) -> Tuple[float, float]:
+def confidence(differences: Sequence[float]) -> Tuple[float, float]:
     """Mean of paired differences, and half of its 95% interval by Student's t."""
     mean = statistics.mean(differences)
     if len(differences) < 2:
@@ -46,8 +46,8 @@ def interval(differences: Sequence[float]) -> Tuple[float, float]:
     return mean, student_t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
 
 
-def interval_text(differences: Sequence[float]) -> str:
-    mean, half = interval(differences)
+def confidence_text(differences: Sequence[float]) -> str:
+    mean, half = confidence(differences)
     return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})' if len(differences) > 1 else f'{mean:+.1f}'
 
 
@@ -74,13 +74,14 @@ def rows_of(found: Dict[str, Dict[str, Dict[int, float]]], group: str, costs: Di
     for method, numbers in found.items():
         row = {'method': method, **({'seeds': len(first[method])} if differ else {})}
         row.update({NAMES.get(metric, metric): spread(list(values.values())) for metric, values in numbers.items()})
-        for base in ('alone', _rival(group, first)):
+        for base in ('alone', RIVALS.get(group)):
             if base in first:
                 differences = paired(first[method], first[base])
-                row[f'difference to {base}'] = '' if method in ('alone', base) else interval_text(differences)
+                row[f'difference to {base}'] = '' if method in ('alone', base) else confidence_text(differences)
         if costs:
-            row['time'] = f'{costs[method]["time"]:.2f}'
-            row['memory, MiB'] = f'{costs[method]["peak_mib"]:.0f}'
+            cost = costs.get(method)
+            row['time'] = f'{cost["time"]:.2f}' if cost else ''
+            row['memory, MiB'] = f'{cost["peak_mib"]:.0f}' if cost else ''
         rows.append(row)
     return rows
 
@@ -88,19 +89,6 @@ def rows_of(found: Dict[str, Dict[str, Dict[int, float]]], group: str, costs: Di
 def costs_file(folder: Path, group: str) -> Path:
     """Where the costs of a group are written."""
     return folder / f'costs-{group}.json'
-
-
-def _rival(group: str, first: Dict[str, Dict[int, float]]) -> Optional[str]:
-    """What methods are compared with beside the student alone: DiffKD for its recipes and parts, else the best of what
-    others use, among those of three seeds."""
-    if group == 'weights':
-        return None
-    if group not in ('detection', 'segmentation'):
-        return next((method for method in first if method.startswith('diffkd')), None)
-    others = [method for method in first if method not in ('alone', 'plus') and 'diffkd' not in method]
-    enough = min(3, max((len(first[method]) for method in others), default=0))
-    others = [method for method in others if len(first[method]) >= enough]
-    return max(others, key=lambda method: statistics.mean(first[method].values()), default=None)
 
 
 def paired(ours: Dict[int, float], theirs: Dict[int, float]) -> List[float]:
@@ -128,7 +116,7 @@ def write_page(
     """
     folder, cells = results / name, cells_of(name, group, seeds)
     _check_teachers(folder, cells)
-    split = 'val' if group == 'weights' else 'test'
+    split = 'val' if group in CHOICES else 'test'
     found = trained(folder, cells, metrics, split)
     if not found:
         return
@@ -137,7 +125,7 @@ def write_page(
     rows = rows_of(found, group, costs.get('methods', {}))
     table = markdown(rows)
     print(table)
-    first, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
+    label, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
     found = {method: numbers[metrics[0]] for method, numbers in found.items()}
     absent = [method for method, own in cells.items() if len(found.get(method, ())) < len(own)]
@@ -147,7 +135,7 @@ def write_page(
     text = [
         f'# {TITLES[name]}: {group}',
         f'{SPLITS[split]} split, seeds {", ".join(map(str, most))}{fewer}: mean and standard deviation. '
-        f'Differences are in {first}, paired by seed, with their 95% interval. The teacher: {teacher}.'
+        f'Differences are in {label}, paired by seed, with their 95% interval. The teacher: {teacher}.'
         if len(most) > 1
         else f'{SPLITS[split]} split, seed {most[0]}. The teacher: {teacher}.',
         f'```shell\npython -m benchmarks.accuracy.run {name} {group}{options}\n```',
@@ -161,7 +149,7 @@ def write_page(
     if absent:
         text.append(f'Not all seeds were trained of: {", ".join(f"`{method}`" for method in absent)}.')
     if len(most) > 1:
-        text += _gains_picture(found, first, results, stem)
+        text += _gains_picture(found, label, results, stem)
         if group == 'parts' and 'diffkd' in found:
             text += _gamma_picture([cell_file(folder, 'diffkd', seed) for seed in found['diffkd']], results, stem)
     (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n')
@@ -172,7 +160,7 @@ def _gains_picture(found: Dict[str, Dict[int, float]], metric: str, results: Pat
     if 'alone' not in found:
         return []
     differences = {method: paired(found[method], found['alone']) for method in found if method != 'alone'}
-    gains = {method: interval(numbers) for method, numbers in differences.items() if len(numbers) > 1}
+    gains = {method: confidence(numbers) for method, numbers in differences.items() if len(numbers) > 1}
     if not gains:
         return []
     draw_bars(gains, f'{metric} above the student alone, 95% interval', results / f'{stem}.png')

@@ -91,9 +91,10 @@ class Variant(FeatureDiffusion):
         table, steps = self.schedule.alphas_cumprod, self.schedule.timesteps
         share = gamma.view(-1, 1, 1, 1)
         if self.variance_preserving:
-            x = share * latent + (1 - share.square()).clamp(min=0).sqrt() * noise
+            x = share * latent + (1 - share.square()).clamp(min=1e-6).sqrt() * noise
             start = (table >= gamma.detach().square().view(-1, 1)).sum(dim=1).clamp(max=len(table) - 1)
-            timesteps = [start * (len(steps) - 1 - i) // max(len(steps) - 1, 1) for i in range(len(steps))]
+            last = len(steps) - 1
+            timesteps = [start, *(start * (last - i) // last for i in range(1, last + 1))]
         else:
             x = torch.lerp(noise, latent, share)
             timesteps = [torch.full((1,), t, device=latent.device) for t in steps]
@@ -116,8 +117,11 @@ class Variant(FeatureDiffusion):
     def _diffusion_loss(self, target: Tensor, draws: Draws) -> Tensor:
         if self.prediction == 'noise':
             return super()._diffusion_loss(target, draws)
-        timesteps = torch.randint(self.schedule.num_train_timesteps, (target.size(0),), device=target.device)
-        noise = torch.randn_like(target)
+        noise, timesteps = draws.diffusion_noise, draws.diffusion_timesteps
+        if noise is None:
+            noise = torch.randn_like(target)
+        if timesteps is None:
+            timesteps = torch.randint(self.schedule.num_train_timesteps, (target.size(0),), device=target.device)
         predicted = self.denoiser(self.schedule.add_noise(target, noise, timesteps), timesteps).float()
         a = self.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         velocity = a.sqrt() * noise - (1 - a).sqrt() * target

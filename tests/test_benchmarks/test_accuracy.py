@@ -12,20 +12,19 @@ from mmengine.registry import MODELS, init_default_scope
 
 from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
-from benchmarks.accuracy.groups import GROUPS, WEIGHTS, cells_of, methods_of
+from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, cells_of, methods_of
 from benchmarks.accuracy.methods import METHODS, changes_of
-from mmdiffkd.utils import PREFIX, model_of, resolve_config
+from mmdiffkd.utils import PREFIX, fingerprint, model_of, resolve_config
 
 CELLS = [(name, method) for name in WEIGHTS for group in GROUPS[name] for method in methods_of(name, group)]
 CELLS = list(dict.fromkeys(CELLS + [('camvid', 'pkd of features, weight 2')]))
 METRICS = ['coco/bbox_mAP']
-FITNET, CWD = (next(m for m in GROUPS['deeppcb']['detection'] if m.startswith(name)) for name in ('fitnet', 'cwd'))
 
 
 def result(folder, method, seed, ap, teacher='its teacher'):
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / 'teacher.json' if method == 'teacher' else table.cell_file(folder, method, seed)
-    metrics = {'coco/bbox_mAP': ap}
+    metrics = {'coco/bbox_mAP': ap, 'coco/bbox_mAP_50': ap}
     record = dict(test=metrics, val=metrics, gamma={'diffkd.fpn.gamma.0': [0.6, 0.9], 'diffkd.fpn.gamma': [0.6, 0.9]})
     file.write_text(json.dumps(record if method == 'alone' else dict(record, teacher=teacher)))
 
@@ -53,15 +52,10 @@ def test_rows(tmp_path):
     assert (rows['alone']['time'], rows['alone']['memory, MiB']) == ('1.50', '70')
 
 
-def test_the_rival_is_the_best_of_what_others_use(tmp_path):
-    for method, ap in (('alone', 0.4), (FITNET, 0.2), (CWD, 0.3), ('diffkd', 0.35)):
-        result(tmp_path / 'deeppcb', method, 0, ap)
-    rows = {row['method']: row for row in rows_of(tmp_path / 'deeppcb', 'detection', [0])}
-    assert rows['diffkd'][f'difference to {CWD}'] == '+5.0' and rows[CWD][f'difference to {CWD}'] == ''
-    for seed in (1, 2):
-        result(tmp_path / 'deeppcb', FITNET, seed, 0.2)
-    rows = rows_of(tmp_path / 'deeppcb', 'detection')
-    assert f'difference to {FITNET}' in rows[0]  # one seed of CWD does not make it the best
+def test_a_rival_stands_in_every_group():
+    for name in GROUPS:
+        for group, methods in GROUPS[name].items():
+            assert RIVALS[group] in methods and cells_of(name, group)[RIVALS[group]][:3] == [0, 1, 2]
 
 
 def test_cells_of_two_teachers_are_no_table(tmp_path):
@@ -90,7 +84,7 @@ def test_a_set_has_groups_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['run', 'camvid', 'detection'])
     with pytest.raises(SystemExit):
         run.parse_args()
-    assert 'camvid has no group detection; it has preset, segmentation, weights.' in capsys.readouterr().err
+    assert 'camvid has no group detection; it has tried, segmentation, weights.' in capsys.readouterr().err
 
 
 def test_one_seed_has_no_spread(tmp_path):
@@ -98,6 +92,81 @@ def test_one_seed_has_no_spread(tmp_path):
     result(tmp_path / 'deeppcb', 'diffkd', 0, 0.25)
     rows = rows_of(tmp_path / 'deeppcb', 'recipes', [0])
     assert [list(row.values())[:3] for row in rows] == [['alone', '20.0', ''], ['diffkd', '25.0', '+5.0']]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """A run of the command in which processes write results, and train nothing; returns what they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(GROUPS['deeppcb'], 'recipes', ['alone', 'diffkd'])
+    folder = tmp_path / 'results' / 'deeppcb'
+
+    def teach(weights, finished=True):
+        teacher = tmp_path / 'work_dirs/accuracy/deeppcb_teacher'
+        teacher.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state_dict=dict(weight=weights)), teacher / 'epoch_24.pth')
+        (teacher / 'last_checkpoint').write_text(str(teacher / 'epoch_24.pth'))
+        if finished:
+            result(folder, 'teacher', 0, 0.5, fingerprint(dict(weight=weights)))
+
+    def of():
+        started, weights = [], torch.ones(1)
+
+        def start(args, *options):
+            started.append(' '.join(map(str, options)))
+            if options[0] == '--teacher':
+                teach(weights)
+            elif options[0] == '--cell':
+                result(folder, options[1], options[2], 0.2, fingerprint(dict(weight=weights)))
+            else:
+                costs = dict.fromkeys(['alone', 'diffkd'], dict(time=1, peak_mib=1))
+                run.write(table.costs_file(folder, 'recipes'), dict(machine='', versions='', methods=costs))
+            return True
+
+        monkeypatch.setattr(run, 'start', start)
+        monkeypatch.setattr('sys.argv', ['run', 'deeppcb', 'recipes', '--results', str(folder.parent), '--jobs', '1'])
+        run.main()
+        return started
+
+    of.teach, of.folder = teach, folder
+    return of
+
+
+def test_a_table_from_nothing(command):
+    cells = [f'--cell {method} {seed}' for seed in range(3) for method in ('alone', 'diffkd')]
+    assert command() == ['--teacher', *cells, '--costs']
+    assert (
+        '| diffkd | 20.0 ± 0.0 | 20.0 ± 0.0 | +0.0 (+0.0 ... +0.0) |  | 1.00 | 1 |'
+        in (command.folder.parent / 'deeppcb-recipes.md').read_text()
+    )
+
+
+def test_a_table_that_is_there_takes_no_teacher(command, tmp_path):
+    command()
+    (tmp_path / 'work_dirs/accuracy/deeppcb_teacher/last_checkpoint').unlink()
+    (command.folder.parent / 'deeppcb-recipes.md').unlink()
+    assert command() == []
+    assert (command.folder.parent / 'deeppcb-recipes.md').exists()
+
+
+def test_a_result_that_was_removed_is_made_again(command):
+    command()
+    table.cell_file(command.folder, 'diffkd', 1).unlink()
+    assert command() == ['--cell diffkd 1']
+
+
+def test_an_interrupted_teacher_goes_on(command):
+    command.teach(torch.zeros(1), finished=False)
+    assert command()[0] == '--teacher'
+
+
+def test_results_of_another_teacher_are_not_added_to(command):
+    command()
+    table.cell_file(command.folder, 'diffkd', 1).unlink()
+    command.teach(torch.zeros(1), finished=False)
+    with pytest.raises(SystemExit, match='^The teacher of .*deeppcb is not in .*--results FOLDER'):
+        command()
+    assert not table.cell_file(command.folder, 'diffkd', 1).exists()
 
 
 @pytest.fixture(scope='module')
@@ -149,6 +218,7 @@ def test_costs(arguments):
 def test_every_cell_can_be_built(name, method, arguments):
     args = arguments(name)
     cfg = run.cell_config(args, method, 3)
+    assert not cfg.get('resume')  # a result that was removed is made again, not tested again
     assert cfg.randomness == dict(seed=3) and cfg.train_cfg.val_interval == cfg.train_cfg.get(
         'max_epochs', cfg.train_cfg.get('max_iters')
     )
