@@ -2,7 +2,7 @@
 
 from typing import Dict, List, Optional, Sequence
 
-# loss weights that are tried: the usual one, a third and three times as much, and so on until the best is not at an end
+# loss weights that are tried beside the usual one: thirds and triples of it, until the best is not at an end
 WEIGHTS = dict(
     deeppcb={
         'fitnet': (0.6, 1.7, 15),
@@ -14,7 +14,7 @@ WEIGHTS = dict(
     },
     camvid={
         'dist': (0.3, 3),
-        'cwd of logits': (1, 9),
+        'cwd of logits': (0.3, 1),
         'fitnet of features': (1.7, 15, 45, 135),
         'pkd of features': (2, 18),
         'pkd of two levels': (0.6, 2, 18),
