@@ -228,7 +228,8 @@ def main():
     wanted = [(seed, method) for method, seeds in cells_of(args.set, args.group, args.seeds).items() for seed in seeds]
     cells = [(seed, method) for seed, method in sorted(wanted) if not result_file(args, method, seed).exists()]
     print(f'{len(cells)} cells to train.', flush=True)
-    if (cells or not has_costs(args)) and not check_teacher(args):
+    is_taught = any(method != 'alone' for _, method in cells) or not has_costs(args)
+    if is_taught and not check_teacher(args):
         print('Training the teacher ...', flush=True)
         if not start(args, '--teacher'):
             sys.exit('The teacher failed.')

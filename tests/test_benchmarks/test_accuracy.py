@@ -155,6 +155,13 @@ def test_a_result_that_was_removed_is_made_again(command):
     assert command() == ['--cell diffkd 1']
 
 
+def test_the_student_alone_takes_no_teacher(command, tmp_path):
+    command()
+    (tmp_path / 'work_dirs/accuracy/deeppcb_teacher/last_checkpoint').unlink()
+    table.cell_file(command.folder, 'alone', 1).unlink()
+    assert command() == ['--cell alone 1']
+
+
 def test_an_interrupted_teacher_goes_on(command):
     command.teach(torch.zeros(1), finished=False)
     assert command()[0] == '--teacher'
