@@ -92,9 +92,7 @@ GROUPS = dict(
         ],
     ),
 )
-# what is trained with five seeds: the best of the others is chosen on the validation split
-FINAL = dict(deeppcb=['alone', 'cwd, weight 3', 'plus'], camvid=['alone', 'pkd of two levels, weight 2', 'plus'])
-# what a group is compared with beside the student alone
+# what a group is compared with beside the student alone; the best of the others is chosen on the validation split
 RIVALS = dict(
     recipes='diffkd',
     parts='diffkd',
@@ -120,14 +118,15 @@ def methods_of(name: str, group: str) -> List[str]:
     return [method for usual, weights in grid for method in (usual, *(f'{usual}, weight {w:g}' for w in weights))]
 
 
-def seeds_of(name: str, group: str, method: str) -> List[int]:
-    """The seeds that a method of a group of a set is trained with."""
+def seeds_of(group: str, method: str) -> List[int]:
+    """The seeds that a method of a group is trained with."""
+    is_final = group in ('detection', 'segmentation') and method in ('alone', 'plus', RIVALS[group])
     is_tried = method in TRIED or (group == 'variants' and method not in ('alone', 'diffkd'))
     if group == 'weights' or is_tried:
         return [0]
-    return list(range(5 if group in ('detection', 'segmentation') and method in FINAL[name] else 3))
+    return list(range(5 if is_final else 3))
 
 
 def cells_of(name: str, group: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List[int]]:
     """The methods of a group of a set, with their seeds."""
-    return {method: list(seeds or seeds_of(name, group, method)) for method in methods_of(name, group)}
+    return {method: list(seeds or seeds_of(group, method)) for method in methods_of(name, group)}

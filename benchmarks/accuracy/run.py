@@ -111,11 +111,11 @@ def train(cfg, result):
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, mmdiffkd=mmdiffkd.__version__)
     versions['commit'] = get_git_hash(digits=7)
     record = dict(test=metrics, val=last_val(runner) or runner.val(), iterations=runner.max_iters, versions=versions)
-    if result.stem == 'teacher':
-        record['teacher'] = fingerprint(runner.model.state_dict())
     teacher, gamma = getattr(runner.model, 'diffkd_teacher', None), gamma_curves(runner.message_hub.log_scalars)
     if teacher is not None:
         record['teacher'] = teacher.fingerprint
+    elif result.stem == 'teacher':
+        record['teacher'] = fingerprint(runner.model.state_dict())
     if gamma:
         record['gamma'] = gamma
     write(result, record)
