@@ -1,8 +1,8 @@
 """What is compared: changes to the plain DiffKD config of a set.
 
 ``neck`` is merged into the neck of the set's pair, ``levels`` are those of the pair, ``pairs`` are added to it,
-``distill`` stands in its place, ``preset`` is the distiller's, ``hooks`` are added to the run, ``lr_mult`` multiplies
-the learning rate of the diffusion part. ``None`` trains the student alone.
+``distill`` stands in its place, ``preset`` is the distiller's, ``hooks`` are added to the run. ``None`` trains the
+student alone.
 """
 
 import copy
@@ -78,21 +78,20 @@ METHODS = {
     # with another distance
     'diffkd, attention': dict(neck=dict(distance=dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0))),
     # the method changed
-    'without proj': variant(proj=False),
     'normalised features': variant(normalise=True),
     'GroupNorm': variant(group_norm=True),
-    'learning rate x10': dict(lr_mult=10.0),
     'no denoiser gradient': variant(detach=True),
     'x0 prediction': variant(prediction='clean'),
     'v prediction': variant(prediction='velocity'),
     'variance preserving': variant(variance_preserving=True),
-    'direct distance, too': variant(anchor=1.0),
     'warm-up': scheduled(warmup=1),
     # with what the head says
     'head': dict(distill=HEAD),
     'cwd, head': dict(plain('ChannelWiseDivergence', 3.0), pairs=HEAD),
+    'plus, not denoised': dict(variant(denoising=False), pairs=HEAD),
     # of segmentors
     'diffkd of features': of_features(denoised()),
+    'features, not denoised': of_features(variant(denoising=False, **denoised())['neck']),
     'plus, loss_weight=15': of_features(denoised(loss_weight=15.0, backprop_steps=1)),
     'plus, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1)),
     'plus, two levels': of_features(denoised(backprop_steps=1), TWO),

@@ -18,7 +18,7 @@ from benchmarks.accuracy.groups import CHOICES, cells_of, groups_of, methods_of
 from benchmarks.accuracy.methods import changes_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
-from mmdiffkd.utils import PREFIX, fingerprint, read_checkpoint
+from mmdiffkd.utils import fingerprint, read_checkpoint
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
@@ -190,8 +190,6 @@ def cell_config(args, method, seed):
         preset=changes.get('preset', 'paper'),
         distill=changes.get('distill', distill),
     )
-    if 'lr_mult' in changes:
-        cfg.optim_wrapper.paramwise_cfg = dict(custom_keys={PREFIX: dict(lr_mult=changes['lr_mult'])})
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *changes.get('hooks', ())]
     return cfg
 

@@ -18,7 +18,8 @@ class Variant(FeatureDiffusion):
     Args:
         student_channels (int): C_s.
         teacher_channels (int): C_t.
-        proj (bool): False compares what comes out of the last denoising step itself.
+        denoising (bool): False leaves noise and denoising out: what stays is the aligned student, the convolution with
+            BatchNorm after the last step, and the distance.
         normalise (bool): Give every channel of both features zero mean and unit variance before diffusion.
         group_norm (bool): GroupNorm in place of BatchNorm in denoiser and noise adapter, which keeps student and
             teacher passes apart.
@@ -27,8 +28,6 @@ class Variant(FeatureDiffusion):
         variance_preserving (bool): Blend the student with noise as diffusion does, sqrt(a) Z_s + sqrt(1 - a) eps with
             sqrt(a) = gamma, and start at the timestep that has this a.
         detach (bool): The distance does not train the denoiser; its gradient passes through to the student.
-        anchor (float): Weight of the same distance between the aligned student itself and the teacher, added to
-            ``loss_kd``.
         **kwargs: Of :class:`FeatureDiffusion`. Where the denoiser predicts something else than noise, or the blend is
             variance preserving, ``backprop_steps`` has no effect and there are no samples.
     """
@@ -37,21 +36,18 @@ class Variant(FeatureDiffusion):
         self,
         student_channels: int,
         teacher_channels: int,
-        proj: bool = True,
+        denoising: bool = True,
         normalise: bool = False,
         group_norm: bool = False,
         prediction: str = 'noise',
         variance_preserving: bool = False,
         detach: bool = False,
-        anchor: float = 0.0,
         **kwargs,
     ):
         super().__init__(student_channels, teacher_channels, **kwargs)
         channels = self.align.out_channels
+        self.denoising, self.detach = denoising, detach
         self.prediction, self.variance_preserving = prediction, variance_preserving
-        self.detach, self.anchor = detach, anchor
-        if not proj:
-            self.proj = nn.Identity()
         if group_norm:
             _to_group_norm(self.denoiser)
             _to_group_norm(self.noise_adapter)
@@ -61,17 +57,15 @@ class Variant(FeatureDiffusion):
         """Like :meth:`FeatureDiffusion.forward`."""
         if self.norms:
             teacher = self.norms[1](teacher)
-        output = super().forward(student, teacher, *args, **kwargs)
-        if self.anchor:
-            direct = self.anchor * self._distance(output.latent, output.target, None)
-            output.losses['loss_kd'] = output.losses['loss_kd'] + direct
-        return output
+        return super().forward(student, teacher, *args, **kwargs)
 
     def _align(self, student: Tensor, size: torch.Size) -> Tensor:
         latent = super()._align(student, size)
         return self.norms[0](latent) if self.norms else latent
 
     def _denoise(self, latent: Tensor, noise: Optional[Tensor], samples: Optional[List]) -> Tuple[Tensor, Tensor]:
+        if not self.denoising:
+            return latent, latent.new_ones(len(latent))
         denoise = super()._denoise if self._is_papers() else self._denoise_otherwise
         learning = [p for p in self.denoiser.parameters() if p.requires_grad and self.detach]
         for parameter in learning:
@@ -115,6 +109,8 @@ class Variant(FeatureDiffusion):
         return signal * x - noise * predicted, signal * predicted + noise * x
 
     def _diffusion_loss(self, target: Tensor, draws: Draws) -> Tensor:
+        if not self.denoising:
+            return target.new_zeros(())
         if self.prediction == 'noise':
             return super()._diffusion_loss(target, draws)
         noise, timesteps = draws.diffusion_noise, draws.diffusion_timesteps

@@ -10,6 +10,7 @@ VARIANTS = {
     for name, changes in METHODS.items()
     if changes and changes.get('neck', {}).get('type') == 'mmdiffkd.VariantNeck'
 }
+NOT_DENOISED = VARIANTS.pop('plus, not denoised')
 
 
 def features():
@@ -43,6 +44,18 @@ def test_student_and_diffusion_part_learn(name):
     assert all(parameter.grad is not None for parameter in neck.parameters())
 
 
+def test_what_is_left_without_denoising():
+    torch.manual_seed(0)
+    (part,) = VariantNeck([8], [16], **NOT_DENOISED).levels
+    student, teacher = features()
+    output = part(student, teacher)
+    torch.testing.assert_close(output.refined, part.proj(part.align(student)))
+    assert (output.gamma == 1).all() and output.losses['loss_diffusion'] == 0
+    output.losses['loss_kd'].backward()
+    assert student.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in part.denoiser.parameters())
+
+
 def test_the_distance_does_not_train_a_detached_denoiser():
     part = Variant(8, 16, detach=True)
     student, teacher = features()
@@ -55,7 +68,8 @@ def test_the_distance_does_not_train_a_detached_denoiser():
 @pytest.mark.parametrize('prediction', ['clean', 'velocity'])
 def test_a_perfect_denoiser_finds_the_teacher(prediction):
     """Given x_t, the denoiser that knows x_0 and eps predicts what leads back to x_0."""
-    part = Variant(16, 16, prediction=prediction, variance_preserving=True, proj=False)
+    part = Variant(16, 16, prediction=prediction, variance_preserving=True)
+    part.proj = torch.nn.Identity()
     clean, noise = torch.randn(2, 4, 16, 6, 5)
     table = part.schedule.alphas_cumprod
 
