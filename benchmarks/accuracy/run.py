@@ -31,7 +31,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('set', choices=SETS)
     parser.add_argument('group', help='which methods: ' + '; '.join(f'{s}: {", ".join(groups_of(s))}' for s in SETS))
-    parser.add_argument('--seeds', type=int, nargs='+', help="(default each method's own: one to ten)")
+    parser.add_argument('--seeds', type=int, nargs='+', help='of these alone, and write no page')
     parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
     parser.add_argument('--jobs', type=int, default=2, help='cells that run at a time (default 2)')

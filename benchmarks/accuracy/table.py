@@ -29,6 +29,7 @@ def values(folder: Path, method: str, seeds: Sequence[int], metric: str, split: 
 
 
 def read(file: Path, metric: str, split: str = 'test') -> float:
+    """A metric of a split in percent."""
     return json.loads(file.read_text())[split][metric] * (100 if metric in PERCENT else 1)
 
 
@@ -47,6 +48,7 @@ def confidence(differences: Sequence[float]) -> Tuple[float, float]:
 
 
 def confidence_text(differences: Sequence[float]) -> str:
+    """Mean and 95% interval; of one seed the difference itself."""
     mean, half = confidence(differences)
     return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})' if len(differences) > 1 else f'{mean:+.1f}'
 
@@ -109,7 +111,7 @@ def _check_teachers(folder: Path, cells: Dict[str, List[int]]) -> None:
 def write_page(
     name: str, group: str, results: Path, metrics: Sequence[str], seeds: Optional[Sequence[int]] = None
 ) -> None:
-    """Print the table, and write it beside the results, with pictures.
+    """Print the table; that of all seeds is written beside the results, with pictures.
 
     Raises:
         ValueError: If a cell had another teacher than the one whose metric is given.
@@ -125,11 +127,12 @@ def write_page(
     rows = rows_of(found, group, costs.get('methods', {}))
     table = markdown(rows)
     print(table)
+    if seeds:
+        return
     label, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
     found = {method: numbers[metrics[0]] for method, numbers in found.items()}
     absent = [method for method, own in cells.items() if len(found.get(method, ())) < len(own)]
-    options = f' --seeds {" ".join(map(str, seeds))}' if seeds else ''
     most = max(cells.values(), key=len)
     fewer = ' or the first of them' if 'seeds' in rows[0] else ''
     text = [
@@ -138,7 +141,7 @@ def write_page(
         f'Differences are in {label}, paired by seed, with their 95% interval. The teacher: {teacher}.'
         if len(most) > 1
         else f'{SPLITS[split]} split, seed {most[0]}. The teacher: {teacher}.',
-        f'```shell\npython -m benchmarks.accuracy.run {name} {group}{options}\n```',
+        f'```shell\npython -m benchmarks.accuracy.run {name} {group}\n```',
     ]
     if costs:
         text.append(
@@ -156,15 +159,15 @@ def write_page(
 
 
 def _gains_picture(found: Dict[str, Dict[int, float]], metric: str, results: Path, stem: str) -> List[str]:
-    """Draw what methods of several seeds gain; returns the lines that show it."""
-    if 'alone' not in found:
-        return []
-    differences = {method: paired(found[method], found['alone']) for method in found if method != 'alone'}
-    gains = {method: confidence(numbers) for method, numbers in differences.items() if len(numbers) > 1}
+    """Draw what methods gain; returns the lines that show it."""
+    alone = found.get('alone', {})
+    differences = {method: paired(numbers, alone) for method, numbers in found.items() if method != 'alone'}
+    gains = {method: confidence(numbers) for method, numbers in differences.items() if numbers}
     if not gains:
         return []
     draw_bars(gains, f'{metric} above the student alone, 95% interval', results / f'{stem}.png')
-    return [f'![{metric} above the student alone, with intervals]({stem}.png)']
+    few = '' if all(len(numbers) > 1 for numbers in differences.values()) else '; one seed has none'
+    return [f'![{metric} above the student alone, with intervals{few}]({stem}.png)']
 
 
 def _gamma_picture(files: Sequence[Path], results: Path, stem: str) -> List[str]:
