@@ -133,8 +133,8 @@ def write_page(page: Path, where: dict, results: dict) -> None:
         'stands here. Time is a measured training step (random weights and images) at '
         + ', '.join(f'{h}x{w} ({name})' for name, (h, w) in SIZES.items())
         + ", float32, times the images of the config's schedule; reading images is not in it. On another machine run "
-        'the command there; "times alone" is what a distilled step takes against the student\'s own. The variants '
-        'with another distance take as long as the pair above them, and were not timed again.',
+        'the command there; "times alone" is what a distilled step takes against the student\'s own, in a few steps of '
+        'each. Variants with another distance were not timed: they have the figures of the pair above them.',
         '```shell\npython -m benchmarks.paper_scale\n```',
         f'{where["machine"]}; {where["versions"]}.',
         markdown([row(pair, results[key]) for pair in PAIRS if (key := pair.same_as or pair.config) in results]),
