@@ -14,7 +14,7 @@ def draw_bars(gains: Dict[str, Tuple[float, float]], label: str, path: Path) -> 
     """A bar for every method, with its interval.
 
     Args:
-        gains (dict[str, tuple[float, float]]): Mean, and half of the interval.
+        gains (dict[str, tuple[float, float]]): Mean, and half of the interval; NaN where there is none.
         label (str): What is drawn.
         path (Path): Of the picture.
     """

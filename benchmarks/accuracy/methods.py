@@ -13,6 +13,7 @@ import benchmarks.accuracy.variants  # noqa: F401  registers them
 
 
 def schedule(**kwargs) -> dict:
+    """Another noise schedule."""
     return dict(neck=dict(schedule=kwargs))
 
 
@@ -23,14 +24,17 @@ def plain(distance: str, loss_weight: float = 1.0, align: bool = True, **kwargs)
 
 
 def scheduled(**kwargs) -> dict:
+    """Distillation that is not the same in all iterations."""
     return dict(hooks=[dict(type='mmdiffkd.DistillScheduleHook', **kwargs)])
 
 
 def variant(**kwargs) -> dict:
+    """A change to the method itself."""
     return dict(neck=dict(type='mmdiffkd.VariantNeck', **kwargs))
 
 
 def mgd(loss_weight: float = 5.0) -> dict:
+    """The neck of masked generative distillation."""
     return dict(type='mmdiffkd.MGDNeck', distance=dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight))
 
 
@@ -42,6 +46,7 @@ def of_features(neck: dict, levels: Sequence[int] = (-1,), **pairs) -> dict:
 
 
 def denoised(distance: str = 'MSELoss', loss_weight: float = 5.0, **kwargs) -> dict:
+    """A neck that denoises, with its distance."""
     return dict(distance=dict(type=f'mmdiffkd.{distance}', loss_weight=loss_weight), **kwargs)
 
 

@@ -1,6 +1,7 @@
 """The table of a group of methods, from the JSON files of its cells."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -40,10 +41,10 @@ def spread(numbers: Sequence[float]) -> str:
 
 
 def confidence(differences: Sequence[float]) -> Tuple[float, float]:
-    """Mean of paired differences, and half of its 95% interval by Student's t."""
+    """Mean of paired differences, and half of its 95% interval by Student's t; NaN for one difference."""
     mean = statistics.mean(differences)
     if len(differences) < 2:
-        return mean, 0.0
+        return mean, math.nan
     return mean, student_t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
 
 
