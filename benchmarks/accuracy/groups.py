@@ -26,8 +26,7 @@ WEIGHTS = dict(
     },
 )
 RECIPES = ['steps=3', 'steps=1', 'backprop_steps=1', 'share_levels', 'latent_channels=32', 'latent_channels=16']
-# what was tried with one seed only
-VARIANTS = [
+VARIANTS_WITH_ONE_SEED = [
     'normalised features',
     'GroupNorm',
     'x0 prediction',
@@ -35,7 +34,7 @@ VARIANTS = [
     'variance preserving',
     'diffkd, attention',
 ]
-TRIED = [
+TRIED_WITH_ONE_SEED = [
     'plus, loss_weight=15',
     'plus, pkd',
     'plus, four levels',
@@ -56,7 +55,7 @@ GROUPS = dict(
             'levels=[0]',
             'levels=[0, 1]',
         ],
-        variants=['alone', 'diffkd', 'no denoiser gradient', 'warm-up', *VARIANTS],
+        variants=['alone', 'diffkd', 'no denoiser gradient', 'warm-up', *VARIANTS_WITH_ONE_SEED],
         preset=['alone', 'head', 'cwd, head', 'plus, not denoised', 'diffkd', 'backprop_steps=1', 'plus'],
         detection=[  # with the weights that the validation split chose; DiffKD as published, too
             'alone',
@@ -72,7 +71,14 @@ GROUPS = dict(
         ],
     ),
     camvid=dict(
-        tried=['alone', 'diffkd of features', 'plus', 'plus, two levels', 'plus, two levels, pkd', *TRIED],
+        tried=[
+            'alone',
+            'diffkd of features',
+            'plus',
+            'plus, two levels',
+            'plus, two levels, pkd',
+            *TRIED_WITH_ONE_SEED,
+        ],
         preset=['alone', 'diffkd', 'diffkd of features', 'features, not denoised', 'plus'],
         segmentation=[  # with PKD's usual weights, too: with three seeds they are as good on the validation split
             'alone',
@@ -103,7 +109,7 @@ RIVALS = dict(
     segmentation='pkd of two levels',
 )
 # what has more than three seeds: ten where the margin is thin
-FINAL = dict(
+SEEDS = dict(
     detection=dict.fromkeys(['alone', 'cwd, weight 3', 'cwd, head', 'plus'], 5),
     segmentation={'alone': 5, 'pkd of two levels': 10, 'pkd of two levels, weight 2': 5, 'plus': 10},
 )
@@ -125,9 +131,9 @@ def methods_of(name: str, group: str) -> List[str]:
 
 def seeds_of(group: str, method: str) -> List[int]:
     """The seeds that a method of a group is trained with."""
-    if group == 'weights' or method in (*VARIANTS, *TRIED):
+    if group == 'weights' or method in (*VARIANTS_WITH_ONE_SEED, *TRIED_WITH_ONE_SEED):
         return [0]
-    return list(range(FINAL.get(group, {}).get(method, 3)))
+    return list(range(SEEDS.get(group, {}).get(method, 3)))
 
 
 def cells_of(name: str, group: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List[int]]:

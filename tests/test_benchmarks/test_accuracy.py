@@ -1,5 +1,6 @@
 import functools
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mmengine.runner import Runner
 from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
 from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, cells_of, groups_of, methods_of
-from benchmarks.accuracy.methods import METHODS, changes_of
+from benchmarks.accuracy.methods import HEAD, METHODS, changes_of
 from mmdiffkd.utils import PREFIX, fingerprint, model_of, resolve_config
 from tests.test_tools.test_camvid import DATA as CAMVID
 from tests.test_tools.test_camvid import needs_data as needs_camvid
@@ -30,6 +31,7 @@ CELLS = dict.fromkeys(
     if group != 'weights' or ', weight ' not in method  # the same with other numbers
 )
 METRICS = ['coco/bbox_mAP']
+RESULTS = Path(__file__).parents[2] / 'docs' / 'accuracy'
 
 
 def result(folder, method, seed, ap, teacher='its teacher'):
@@ -89,6 +91,7 @@ def test_methods_of_more_seeds_and_of_fewer(tmp_path):
     assert 'Validation split, seeds 0, 1, 2 or the first of them' in page
     assert '| GroupNorm | 1 | 21.0 | +1.0 | -2.0 |' in page  # against the same seed of the others
     assert 'benchmarks.accuracy.run deeppcb variants\n' in page
+    assert 'with intervals; one seed has none](deeppcb-variants.png)' in page
 
 
 def test_a_set_has_groups_of_its_own(monkeypatch, capsys):
@@ -104,6 +107,23 @@ def test_a_table_of_some_seeds_is_printed_only(tmp_path, capsys):
     table.write_page('deeppcb', 'recipes', tmp_path, METRICS, [0])
     assert '| diffkd | 25.0 | +5.0 |' in capsys.readouterr().out
     assert not list(tmp_path.glob('*.md'))
+
+
+@pytest.mark.parametrize('name', GROUPS)
+def test_shipped_results_are_those_of_the_pages(name, tmp_path):
+    cells = {
+        table.cell_file(Path(), method, seed).name
+        for group in groups_of(name)
+        for method, seeds in cells_of(name, group).items()
+        for seed in seeds
+    }
+    costs = {table.costs_file(Path(), group).name for group in groups_of(name)}
+    assert {file.name for file in (RESULTS / name).iterdir()} - costs - {'teacher.json'} == cells
+    shutil.copytree(RESULTS / name, tmp_path / name)
+    for group in groups_of(name):
+        table.write_page(name, group, tmp_path, run.SETS[name]['metrics'])
+        page = f'{name}-{group}.md'
+        assert (tmp_path / page).read_text() == (RESULTS / page).read_text(), f'write {page} anew: --page-only'
 
 
 def test_one_seed_has_no_spread(tmp_path):
@@ -218,7 +238,7 @@ def arguments(tmp_path, monkeypatch, teacher_of):
     def of(name, data=None):
         args = Namespace(set=name, data=data, results=tmp_path)
         folder = run.teacher_folder(args)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         (folder / 'last_checkpoint').write_text(str(teacher_of(name)))
         init_default_scope(run.config_of(args, 'teacher', folder, 0).default_scope)
         return args
@@ -256,8 +276,8 @@ class Seen(Hook):
 )
 def test_methods_see_the_same(name, arguments):
     seen = []
+    args = arguments(name, dict(deeppcb=DEEPPCB, camvid=CAMVID)[name].resolve())
     for method in ('alone', 'plus'):
-        args = arguments(name, dict(deeppcb=DEEPPCB, camvid=CAMVID)[name].resolve())
         cfg = run.cell_config(args, method, 1)
         cfg.custom_hooks, cfg.val_cfg, cfg.val_dataloader, cfg.val_evaluator = [], None, None, None
         runner = Runner.from_cfg(cfg)
@@ -268,7 +288,7 @@ def test_methods_see_the_same(name, arguments):
     alone, plus = seen
     assert alone.weights.keys() == plus.weights.keys()
     assert all(torch.equal(plus.weights[key], alone.weights[key]) for key in alone.weights)
-    assert all(map(torch.equal, plus.images, alone.images))
+    assert len(plus.images) == len(alone.images) and all(map(torch.equal, plus.images, alone.images))
     assert not torch.equal(alone.images[0], alone.images[1])
 
 
@@ -299,11 +319,18 @@ def test_every_cell_can_be_built(name, method, arguments):
         assert list(model.pairs) == dict(deeppcb=['fpn', 'cls', 'reg'], camvid=['feat'])[name]
         denoised = [level for neck in model.diffkd.values() for level in neck.levels if level.denoise]
         assert {level.backprop_steps for level in denoised} == {1}
+        heads = {key: pair for key, pair in model.pairs.items() if key in HEAD}
+        for key, pair in heads.items():  # what others have beside it
+            assert (pair.student, pair.teacher) == (HEAD[key]['student'], HEAD[key]['teacher'])
+            assert pair.neck == dict(HEAD[key]['neck'], type='mmdiffkd.FeatureDiffusionNeck')
     else:
         assert list(model.pairs) == list(changes.get('distill', [run.SETS[name]['pair'], *changes.get('pairs', ())]))
     if 'levels' in changes:
         assert len(model.diffkd['fpn'].levels) == len(changes['levels'])
     assert cfg.custom_hooks[len(cfg.custom_hooks) - len(changes.get('hooks', ())) :] == changes.get('hooks', [])
+    if method.endswith('not denoised'):
+        (level, *_) = next(iter(model.diffkd.values())).levels
+        assert not level.denoising
     is_learnt = any(key.startswith(PREFIX) for key in model.state_dict())
     assert is_learnt is (method != 'head' and changes.get('neck', {}).get('align', True))
 
