@@ -8,7 +8,7 @@ READY_OPENMMLAB := $(VENV_OPENMMLAB)/.ready
 .PHONY: help env demo test lint docs env-openmmlab test-openmmlab clean
 
 help:
-	@echo "make demo            train student alone, with plain MSE and DiffKD on generated images; 10 - 12 minutes"
+	@echo "make demo            train student alone, with plain MSE and DiffKD on generated images; about 16 minutes"
 	@echo "                     TASK=classification and TASK=segmentation do it for the other tasks"
 	@echo "make test            run all tests; up to an hour"
 	@echo "make env             the environment in $(VENV) that both need (made by them if it is not there)"
@@ -18,7 +18,7 @@ help:
 	@echo "make env-openmmlab   the environment in $(VENV_OPENMMLAB) that this needs (made by it if it is not there)"
 
 demo: $(READY)
-	@echo "The demo takes 10 - 12 minutes on two CPU cores, other tasks longer. Interrupted, it goes on where it stopped."
+	@echo "The demo takes about 16 minutes on two CPU cores, other tasks longer. Interrupted, it goes on where it stopped."
 	$(VENV)/bin/python tools/demo.py $(TASK) $(ARGS)
 
 test: $(READY)
