@@ -17,7 +17,8 @@ from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
 from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, cells_of, groups_of, methods_of
 from benchmarks.accuracy.methods import HEAD, METHODS, changes_of
-from mmdiffkd.utils import PREFIX, fingerprint, model_of, resolve_config
+from mmdiffkd.utils import PREFIX, fingerprint, model_of, resolve_config, without_diffusion_part
+from tests.conftest import ROOT
 from tests.test_tools.test_camvid import DATA as CAMVID
 from tests.test_tools.test_camvid import needs_data as needs_camvid
 from tests.test_tools.test_deeppcb import DATA as DEEPPCB
@@ -31,7 +32,7 @@ CELLS = dict.fromkeys(
     if group != 'weights' or ', weight ' not in method  # the same with other numbers
 )
 METRICS = ['coco/bbox_mAP']
-RESULTS = Path(__file__).parents[2] / 'docs' / 'accuracy'
+RESULTS = ROOT / 'docs' / 'accuracy'
 
 
 def result(folder, method, seed, ap, teacher='its teacher'):
@@ -264,7 +265,7 @@ class Seen(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if not self.images:
-            self.weights = {k: v.clone() for k, v in runner.model.state_dict().items() if not k.startswith(PREFIX)}
+            self.weights = fingerprint(without_diffusion_part(runner.model.state_dict()))
         self.images += data_batch['inputs']
         if batch_idx == 3:
             raise Enough
@@ -286,8 +287,7 @@ def test_methods_see_the_same(name, arguments):
         with pytest.raises(Enough):
             runner.train()
     alone, plus = seen
-    assert alone.weights.keys() == plus.weights.keys()
-    assert all(torch.equal(plus.weights[key], alone.weights[key]) for key in alone.weights)
+    assert alone.weights == plus.weights
     assert len(plus.images) == len(alone.images) and all(map(torch.equal, plus.images, alone.images))
     assert not torch.equal(alone.images[0], alone.images[1])
 
