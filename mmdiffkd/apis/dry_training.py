@@ -3,7 +3,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import Tensor
@@ -53,7 +53,10 @@ def try_training_taps(cfg: Config, model: DiffKDDistiller) -> bool:
 def _run(plain: Config, model: DiffKDDistiller, size: int):
     """What the taps of the student record, and the images that its encoder sees."""
     torch.default_generator.manual_seed(0)
-    student = revert_sync_batchnorm(MODELS.build(fit_to(model_of(plain), size))).train()
+    student = revert_sync_batchnorm(MODELS.build(fit_to(model_of(plain), size)))
+    with _silent_log():  # it would list every parameter
+        student.init_weights()  # until then some hold what happened to be in memory
+    student.train()
     recorder = TapRecorder(student, {pair.student for pair in model.pairs.values()}, 'student')
     data = student.data_preprocessor(random_batch(plain, size), True)
     inputs = data['inputs']
@@ -63,6 +66,16 @@ def _run(plain: Config, model: DiffKDDistiller, size: int):
     with recorder, nullcontext() if is_images else ImageRecorder(student, model._encoder) as views:
         student(**data, mode='loss')
     return recorder, inputs if is_images else views.images[0]
+
+
+@contextmanager
+def _silent_log():
+    logger = MMLogger.get_current_instance()
+    handlers, logger.handlers = logger.handlers, []
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 
 from mmdiffkd.apis import build_distiller, list_taps, preview
 from mmdiffkd.apis.distill_text import distill_text
@@ -194,11 +194,14 @@ def test_an_error_of_a_tap_is_no_failed_try(small, monkeypatch):
         preview(small())
 
 
-def test_it_leaves_no_trace(small):
+def test_it_leaves_no_trace(small, tmp_path):
     hub = MessageHub.get_current_instance()
     hub.update_info('iter', 7)
     cfg, before = small(), torch.get_rng_state()
+    log = tmp_path / 'train.log'
+    logger = MMLogger.get_instance('running', log_file=str(log))
     preview(cfg, size=(128, 128))
+    assert log.read_text() == '' and len(logger.handlers) == 2
     assert hub.get_info('iter') == 7 and 'epoch' not in hub.runtime_info
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -297,9 +300,19 @@ def test_mistakes(config, args, message, tmp_path):
     assert done.stdout.splitlines()[-1].startswith('Error: ') and message in done.stdout.splitlines()[-1]
 
 
+@pytest.fixture
+def memory_full_of_nan():
+    """What was not initialised is NaN, not what happened to be there: DETR's level embeddings, say."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('path', DISTILLATIONS, ids=lambda path: path.stem)
-def test_every_shipped_config(path):
+def test_every_shipped_config(path, memory_full_of_nan):
     found = preview(str(path))
     assert found['pairs'] and all(min(row['student_shape']) > 0 for row in found['pairs'])
     assert found['gflops']['diffusion_part'] is not None
