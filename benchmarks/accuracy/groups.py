@@ -96,6 +96,11 @@ GROUPS = dict(
             'plus',
         ],
     ),
+    **{
+        # the same, trained three times as long: does what pays where training is short pay there?
+        'deeppcb-longer': dict(preset=['alone', 'cwd, head', 'plus']),
+        'camvid-longer': dict(preset=['alone', 'pkd of two levels', 'plus']),
+    },
 )
 # what a group is compared with beside the student alone: the best of the others on the validation split, DiffKD as
 # published, or the preset that others are parts of
@@ -118,9 +123,14 @@ SEEDS = dict(
 CHOICES = ('weights', 'tried', 'variants')  # made on the validation split; the other groups report on the test split
 
 
+def images_of(name: str) -> str:
+    """The set without its schedule: images, teacher and losses do not depend on that."""
+    return name.partition('-')[0]
+
+
 def groups_of(name: str) -> List[str]:
     """The groups of a set."""
-    return [*GROUPS[name], 'weights']
+    return [*GROUPS[name], *(['weights'] if name in WEIGHTS else [])]
 
 
 def methods_of(name: str, group: str) -> List[str]:

@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.accuracy.groups import CHOICES, cells_of, groups_of, methods_of
+from benchmarks.accuracy.groups import CHOICES, GROUPS, cells_of, groups_of, images_of, methods_of
 from benchmarks.accuracy.methods import changes_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
@@ -29,8 +29,8 @@ SETS = {
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('set', choices=SETS)
-    parser.add_argument('group', help='which methods: ' + '; '.join(f'{s}: {", ".join(groups_of(s))}' for s in SETS))
+    parser.add_argument('set', choices=GROUPS)
+    parser.add_argument('group', help='which methods: ' + '; '.join(f'{s}: {", ".join(groups_of(s))}' for s in GROUPS))
     parser.add_argument('--seeds', type=int, nargs='+', help="in place of each method's own; no page is written")
     parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
@@ -50,7 +50,7 @@ def config_of(args, name, work_dir, seed):
     """The config of a plain run."""
     from mmengine.config import Config
 
-    cfg = Config.fromfile(CONFIGS / f'{args.set}_{name}.py')
+    cfg = Config.fromfile(CONFIGS / f'{images_of(args.set) if name == "teacher" else args.set}_{name}.py')
     if args.data is not None:
         old, new = str(cfg.data_root), f'{args.data}/'
         cfg = Config.fromstring(cfg.pretty_text.replace(old, new), '.py')
@@ -60,12 +60,12 @@ def config_of(args, name, work_dir, seed):
 
 def teacher_folder(args):
     """Where the teacher of a set is trained."""
-    return Path('work_dirs/accuracy') / f'{args.set}_teacher'
+    return Path('work_dirs/accuracy') / f'{images_of(args.set)}_teacher'
 
 
 def teacher_file(args):
     """Where the metrics of the teacher are written."""
-    return args.results / args.set / 'teacher.json'
+    return args.results / images_of(args.set) / 'teacher.json'
 
 
 def teacher_checkpoint(args):
@@ -178,7 +178,7 @@ def cell_config(args, method, seed):
     if changes is None:
         return cfg
     pair = {key: changes[key] for key in ('levels', 'neck') if key in changes}
-    distill = {SETS[args.set]['pair']: pair, **changes.get('pairs', {})}
+    distill = {SETS[images_of(args.set)]['pair']: pair, **changes.get('pairs', {})}
     teacher = config_of(args, 'teacher', teacher_folder(args), 0)
     cfg.model = dict(
         type='mmdiffkd.DiffKDDistiller',
@@ -218,7 +218,7 @@ def main():
         train(cell_config(args, method, seed), result_file(args, method, seed))
         return
     if args.page_only:
-        write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)
+        write_page(args.set, args.group, args.results, SETS[images_of(args.set)]['metrics'], args.seeds)
         return
     if args.costs:
         measure_costs(args)
@@ -243,7 +243,7 @@ def main():
         sys.exit(f'{failed} cells failed.')
     if not has_costs(args) and not start(args, '--costs'):
         sys.exit('The costs could not be measured.')
-    write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)
+    write_page(args.set, args.group, args.results, SETS[images_of(args.set)]['metrics'], args.seeds)
 
 
 if __name__ == '__main__':

@@ -9,10 +9,15 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from scipy.stats import t as student_t
 
 from benchmarks.accuracy.figures import draw_bars, draw_gamma
-from benchmarks.accuracy.groups import CHOICES, RIVALS, cells_of
+from benchmarks.accuracy.groups import CHOICES, RIVALS, cells_of, images_of
 from benchmarks.measure import markdown
 
-TITLES = dict(deeppcb='DeepPCB', camvid='CamVid')
+TITLES = {
+    'deeppcb': 'DeepPCB',
+    'camvid': 'CamVid',
+    'deeppcb-longer': 'DeepPCB, three times as long',
+    'camvid-longer': 'CamVid, three times as long',
+}
 SPLITS = dict(test='Test', val='Validation')
 NAMES = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
 PERCENT = ('coco/bbox_mAP', 'coco/bbox_mAP_50')  # given between 0 and 1
@@ -99,9 +104,9 @@ def paired(ours: Dict[int, float], theirs: Dict[int, float]) -> List[float]:
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def _check_teachers(folder: Path, cells: Dict[str, List[int]]) -> None:
+def _check_teachers(folder: Path, cells: Dict[str, List[int]], teacher_file: Path) -> None:
     files = [cell_file(folder, method, seed) for method in cells for seed in cells[method] if method != 'alone']
-    teacher = json.loads((folder / 'teacher.json').read_text())['teacher']
+    teacher = json.loads(teacher_file.read_text())['teacher']
     others = [file.name for file in files if file.exists() and json.loads(file.read_text())['teacher'] != teacher]
     if others:
         raise ValueError(
@@ -118,7 +123,8 @@ def write_page(
         ValueError: If a cell had another teacher than the one whose metric is given.
     """
     folder, cells = results / name, cells_of(name, group, seeds)
-    _check_teachers(folder, cells)
+    teacher_file = results / images_of(name) / 'teacher.json'
+    _check_teachers(folder, cells, teacher_file)
     split = 'val' if group in CHOICES else 'test'
     found = trained(folder, cells, metrics, split)
     if not found:
@@ -131,7 +137,7 @@ def write_page(
     if seeds:
         return
     label, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
-    teacher = ', '.join(f'{NAMES.get(m, m)} {read(folder / "teacher.json", m, split):.1f}' for m in metrics)
+    teacher = ', '.join(f'{NAMES.get(m, m)} {read(teacher_file, m, split):.1f}' for m in metrics)
     found = {method: numbers[metrics[0]] for method, numbers in found.items()}
     absent = [method for method, own in cells.items() if len(found.get(method, ())) < len(own)]
     most = max(cells.values(), key=len)
