@@ -145,10 +145,12 @@ def measure_costs(args):
 
 
 def has_costs(args):
-    """Whether the costs of all methods of a group are there; choices are made without."""
+    """Whether the costs of all methods of a group are there; choices, and what is but longer, are made without."""
     file = costs_file(args.results / args.set, args.group)
     known = json.loads(file.read_text())['methods'] if file.exists() else {}
-    return args.group in CHOICES or set(methods_of(args.set, args.group)) <= set(known)
+    return (
+        args.group in CHOICES or args.set != images_of(args.set) or set(methods_of(args.set, args.group)) <= set(known)
+    )
 
 
 def last_val(runner):

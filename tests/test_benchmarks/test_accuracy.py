@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
-from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, cells_of, groups_of, methods_of
+from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, cells_of, groups_of, images_of, methods_of
 from benchmarks.accuracy.methods import HEAD, METHODS, changes_of
 from mmdiffkd.utils import PREFIX, fingerprint, model_of, resolve_config, without_diffusion_part
 from tests.conftest import ROOT
@@ -120,9 +120,10 @@ def test_shipped_results_are_those_of_the_pages(name, tmp_path):
     }
     costs = {table.costs_file(Path(), group).name for group in groups_of(name)}
     assert {file.name for file in (RESULTS / name).iterdir()} - costs - {'teacher.json'} == cells
-    shutil.copytree(RESULTS / name, tmp_path / name)
+    for folder in {name, images_of(name)}:
+        shutil.copytree(RESULTS / folder, tmp_path / folder)
     for group in groups_of(name):
-        table.write_page(name, group, tmp_path, run.SETS[name]['metrics'])
+        table.write_page(name, group, tmp_path, run.SETS[images_of(name)]['metrics'])
         page = f'{name}-{group}.md'
         assert (tmp_path / page).read_text() == (RESULTS / page).read_text(), f'write {page} anew: --page-only'
 
@@ -222,7 +223,7 @@ def teacher_of(tmp_path_factory):
 
     @functools.lru_cache
     def of(name):
-        teacher = resolve_config(str(run.CONFIGS / f'{name}_teacher.py'))
+        teacher = resolve_config(str(run.CONFIGS / f'{images_of(name)}_teacher.py'))
         init_default_scope(teacher.default_scope)
         file = tmp_path_factory.mktemp(name) / 'teacher.pth'
         torch.save(dict(state_dict=MODELS.build(model_of(teacher)).state_dict()), file)
@@ -316,7 +317,7 @@ def test_every_cell_can_be_built(name, method, arguments):
     model.init_weights()
     assert model.diffkd_teacher.fingerprint
     if method == 'plus':
-        assert list(model.pairs) == dict(deeppcb=['fpn', 'cls', 'reg'], camvid=['feat'])[name]
+        assert list(model.pairs) == dict(deeppcb=['fpn', 'cls', 'reg'], camvid=['feat'])[images_of(name)]
         denoised = [level for neck in model.diffkd.values() for level in neck.levels if level.denoise]
         assert {level.backprop_steps for level in denoised} == {1}
         heads = {key: pair for key, pair in model.pairs.items() if key in HEAD}
@@ -324,7 +325,9 @@ def test_every_cell_can_be_built(name, method, arguments):
             assert (pair.student, pair.teacher) == (HEAD[key]['student'], HEAD[key]['teacher'])
             assert pair.neck == dict(HEAD[key]['neck'], type='mmdiffkd.FeatureDiffusionNeck')
     else:
-        assert list(model.pairs) == list(changes.get('distill', [run.SETS[name]['pair'], *changes.get('pairs', ())]))
+        assert list(model.pairs) == list(
+            changes.get('distill', [run.SETS[images_of(name)]['pair'], *changes.get('pairs', ())])
+        )
     if 'levels' in changes:
         assert len(model.diffkd['fpn'].levels) == len(changes['levels'])
     assert cfg.custom_hooks[len(cfg.custom_hooks) - len(changes.get('hooks', ())) :] == changes.get('hooks', [])
@@ -333,6 +336,24 @@ def test_every_cell_can_be_built(name, method, arguments):
         assert not level.denoising
     is_learnt = any(key.startswith(PREFIX) for key in model.state_dict())
     assert is_learnt is (method != 'head' and changes.get('neck', {}).get('align', True))
+
+
+@pytest.mark.parametrize('name', ['deeppcb', 'camvid'])
+def test_longer_is_but_longer(name, arguments):
+    short = arguments(name)
+    longer = Namespace(**dict(vars(short), set=f'{name}-longer'))
+    assert run.teacher_file(longer) == run.teacher_file(short)
+    assert run.has_costs(Namespace(**dict(vars(longer), group='preset')))  # an iteration costs the same
+    cfgs = [run.cell_config(args, 'plus', 3) for args in (short, longer)]
+    lengths = [cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters for cfg in cfgs]
+    ends = [cfg.param_scheduler[1].pop('end') for cfg in cfgs]
+    assert ends == lengths and lengths[1] == 3 * lengths[0]
+    assert cfgs[0].work_dir != cfgs[1].work_dir
+    for cfg in cfgs:
+        for key in ('train_cfg', 'work_dir', 'max_epochs', 'max_iters'):
+            cfg.pop(key, None)
+        cfg.param_scheduler[1].pop('T_max', None)
+    assert cfgs[0].to_dict() == cfgs[1].to_dict()
 
 
 def test_every_cell_has_a_file_of_its_own(tmp_path):
