@@ -123,9 +123,9 @@ SEEDS = dict(
 CHOICES = ('weights', 'tried', 'variants')  # made on the validation split; the other groups report on the test split
 
 
-def images_of(name: str) -> str:
-    """The set without its schedule: images, teacher and losses do not depend on that."""
-    return name.partition('-')[0]
+def base_of(name: str) -> str:
+    """The name of the set that a longer one has images, teacher and losses of; of others their own."""
+    return name.removesuffix('-longer')
 
 
 def groups_of(name: str) -> List[str]:

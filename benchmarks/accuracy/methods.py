@@ -10,7 +10,7 @@ from typing import Optional, Sequence
 
 import benchmarks.accuracy.mgd  # noqa: F401  registers it
 import benchmarks.accuracy.variants  # noqa: F401  registers them
-from benchmarks.accuracy.groups import images_of
+from benchmarks.accuracy.groups import base_of
 
 
 def schedule(**kwargs) -> dict:
@@ -138,5 +138,5 @@ def changes_of(name: str, method: str) -> Optional[dict]:
             raise ValueError(f'{method} has several distances: it has no one weight.')
         pair = changes['distill']['feat'] if changes.get('distill') else changes
         neck = pair.setdefault('neck', {})
-        neck.setdefault('distance', dict(type=f'mmdiffkd.{DISTANCES[images_of(name)]}'))['loss_weight'] = float(weight)
+        neck.setdefault('distance', dict(type=f'mmdiffkd.{DISTANCES[base_of(name)]}'))['loss_weight'] = float(weight)
     return changes

@@ -3,7 +3,7 @@
 Every cell of the table, a method with a seed, is a process of its own with one CPU thread. Of one seed all methods see
 the same data in the same order and start from the same student. Cells that have a result are left alone, the others are
 trained: start the command again after an interruption. The teacher, where there is none yet, is trained first; what an
-iteration of every method costs is measured last. Then the page is written.
+iteration of every method costs is measured last, if it is not known from elsewhere. Then the page is written.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.accuracy.groups import CHOICES, GROUPS, cells_of, groups_of, images_of, methods_of
+from benchmarks.accuracy.groups import CHOICES, GROUPS, base_of, cells_of, groups_of, methods_of
 from benchmarks.accuracy.methods import changes_of
 from benchmarks.accuracy.table import cell_file, costs_file, write_page
 from benchmarks.measure import machine
@@ -50,7 +50,7 @@ def config_of(args, name, work_dir, seed):
     """The config of a plain run."""
     from mmengine.config import Config
 
-    cfg = Config.fromfile(CONFIGS / f'{images_of(args.set) if name == "teacher" else args.set}_{name}.py')
+    cfg = Config.fromfile(CONFIGS / f'{base_of(args.set) if name == "teacher" else args.set}_{name}.py')
     if args.data is not None:
         old, new = str(cfg.data_root), f'{args.data}/'
         cfg = Config.fromstring(cfg.pretty_text.replace(old, new), '.py')
@@ -60,12 +60,12 @@ def config_of(args, name, work_dir, seed):
 
 def teacher_folder(args):
     """Where the teacher of a set is trained."""
-    return Path('work_dirs/accuracy') / f'{images_of(args.set)}_teacher'
+    return Path('work_dirs/accuracy') / f'{base_of(args.set)}_teacher'
 
 
 def teacher_file(args):
     """Where the metrics of the teacher are written."""
-    return args.results / images_of(args.set) / 'teacher.json'
+    return args.results / base_of(args.set) / 'teacher.json'
 
 
 def teacher_checkpoint(args):
@@ -145,12 +145,13 @@ def measure_costs(args):
 
 
 def has_costs(args):
-    """Whether the costs of all methods of a group are there; choices, and what is but longer, are made without."""
+    """Whether the costs of all methods of a group are there, or none are asked for.
+
+    Choices are made without; an iteration of a longer training costs what it costs in the other one.
+    """
     file = costs_file(args.results / args.set, args.group)
     known = json.loads(file.read_text())['methods'] if file.exists() else {}
-    return (
-        args.group in CHOICES or args.set != images_of(args.set) or set(methods_of(args.set, args.group)) <= set(known)
-    )
+    return args.group in CHOICES or args.set != base_of(args.set) or set(methods_of(args.set, args.group)) <= set(known)
 
 
 def last_val(runner):
@@ -180,7 +181,7 @@ def cell_config(args, method, seed):
     if changes is None:
         return cfg
     pair = {key: changes[key] for key in ('levels', 'neck') if key in changes}
-    distill = {SETS[images_of(args.set)]['pair']: pair, **changes.get('pairs', {})}
+    distill = {SETS[base_of(args.set)]['pair']: pair, **changes.get('pairs', {})}
     teacher = config_of(args, 'teacher', teacher_folder(args), 0)
     cfg.model = dict(
         type='mmdiffkd.DiffKDDistiller',
@@ -220,7 +221,7 @@ def main():
         train(cell_config(args, method, seed), result_file(args, method, seed))
         return
     if args.page_only:
-        write_page(args.set, args.group, args.results, SETS[images_of(args.set)]['metrics'], args.seeds)
+        write_page(args.set, args.group, args.results, SETS[base_of(args.set)]['metrics'], args.seeds)
         return
     if args.costs:
         measure_costs(args)
@@ -245,7 +246,7 @@ def main():
         sys.exit(f'{failed} cells failed.')
     if not has_costs(args) and not start(args, '--costs'):
         sys.exit('The costs could not be measured.')
-    write_page(args.set, args.group, args.results, SETS[images_of(args.set)]['metrics'], args.seeds)
+    write_page(args.set, args.group, args.results, SETS[base_of(args.set)]['metrics'], args.seeds)
 
 
 if __name__ == '__main__':

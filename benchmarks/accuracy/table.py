@@ -9,7 +9,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from scipy.stats import t as student_t
 
 from benchmarks.accuracy.figures import draw_bars, draw_gamma
-from benchmarks.accuracy.groups import CHOICES, RIVALS, cells_of, images_of
+from benchmarks.accuracy.groups import CHOICES, RIVALS, base_of, cells_of
 from benchmarks.measure import markdown
 
 TITLES = {
@@ -110,7 +110,8 @@ def _check_teachers(folder: Path, cells: Dict[str, List[int]], teacher_file: Pat
     others = [file.name for file in files if file.exists() and json.loads(file.read_text())['teacher'] != teacher]
     if others:
         raise ValueError(
-            f'{", ".join(others)} in {folder} had another teacher than that of teacher.json: remove them, start again.'
+            f'{", ".join(others)} in {folder} had another teacher than that of {teacher_file}: remove them, start '
+            'again.'
         )
 
 
@@ -123,7 +124,7 @@ def write_page(
         ValueError: If a cell had another teacher than the one whose metric is given.
     """
     folder, cells = results / name, cells_of(name, group, seeds)
-    teacher_file = results / images_of(name) / 'teacher.json'
+    teacher_file = results / base_of(name) / 'teacher.json'
     _check_teachers(folder, cells, teacher_file)
     split = 'val' if group in CHOICES else 'test'
     found = trained(folder, cells, metrics, split)

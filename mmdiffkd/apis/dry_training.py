@@ -40,7 +40,7 @@ def try_training_taps(cfg: Config, model: DiffKDDistiller) -> bool:
         except TapError:
             raise
         except Exception:
-            continue  # too small an image, or an operator that needs a GPU: training itself will tell
+            continue  # too small an image, an operator that needs a GPU, no way to initialise: training tells
         for name, pair in model.pairs.items():
             tap = model._student_taps[pair.student]
             check_training_outputs(name, pair.student, recorder.outputs[pair.student], tap)

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
-from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, cells_of, groups_of, images_of, methods_of
+from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, base_of, cells_of, groups_of, methods_of
 from benchmarks.accuracy.methods import HEAD, METHODS, changes_of
 from mmdiffkd.utils import PREFIX, fingerprint, model_of, resolve_config, without_diffusion_part
 from tests.conftest import ROOT
@@ -75,7 +75,9 @@ def test_a_rival_stands_in_every_group():
 def test_cells_of_two_teachers_are_no_table(tmp_path):
     for method, teacher in (('teacher', 'a'), ('alone', None), ('diffkd', 'a'), ('steps=3', 'b')):
         result(tmp_path / 'deeppcb', method, 0, 0.1, teacher)
-    with pytest.raises(ValueError, match='^steps_3-0.json in .* had another teacher than that of teacher.json'):
+    with pytest.raises(
+        ValueError, match='^steps_3-0.json in .* had another teacher than that of .*teacher.json: remove'
+    ):
         table.write_page('deeppcb', 'recipes', tmp_path, METRICS, [0])
 
 
@@ -120,10 +122,10 @@ def test_shipped_results_are_those_of_the_pages(name, tmp_path):
     }
     costs = {table.costs_file(Path(), group).name for group in groups_of(name)}
     assert {file.name for file in (RESULTS / name).iterdir()} - costs - {'teacher.json'} == cells
-    for folder in {name, images_of(name)}:
+    for folder in {name, base_of(name)}:
         shutil.copytree(RESULTS / folder, tmp_path / folder)
     for group in groups_of(name):
-        table.write_page(name, group, tmp_path, run.SETS[images_of(name)]['metrics'])
+        table.write_page(name, group, tmp_path, run.SETS[base_of(name)]['metrics'])
         page = f'{name}-{group}.md'
         assert (tmp_path / page).read_text() == (RESULTS / page).read_text(), f'write {page} anew: --page-only'
 
@@ -150,7 +152,7 @@ def command(tmp_path, monkeypatch):
         if finished:
             result(folder, 'teacher', 0, 0.5, fingerprint(dict(weight=weights)))
 
-    def of():
+    def of(name='deeppcb', group='recipes'):
         started, weights = [], torch.ones(1)
 
         def start(args, *options):
@@ -158,14 +160,14 @@ def command(tmp_path, monkeypatch):
             if options[0] == '--teacher':
                 teach(weights)
             elif options[0] == '--cell':
-                result(folder, options[1], options[2], 0.2, fingerprint(dict(weight=weights)))
+                result(folder.with_name(name), options[1], options[2], 0.2, fingerprint(dict(weight=weights)))
             else:
                 costs = dict.fromkeys(['alone', 'diffkd'], dict(time=1, peak_mib=1))
                 run.write(table.costs_file(folder, 'recipes'), dict(machine='', versions='', methods=costs))
             return True
 
         monkeypatch.setattr(run, 'start', start)
-        monkeypatch.setattr('sys.argv', ['run', 'deeppcb', 'recipes', '--results', str(folder.parent), '--jobs', '1'])
+        monkeypatch.setattr('sys.argv', ['run', name, group, '--results', str(folder.parent), '--jobs', '1'])
         run.main()
         return started
 
@@ -180,6 +182,15 @@ def test_a_table_from_nothing(command):
         '| diffkd | 20.0 ± 0.0 | 20.0 ± 0.0 | +0.0 (+0.0 ... +0.0) |  | 1.00 | 1 |'
         in (command.folder.parent / 'deeppcb-recipes.md').read_text()
     )
+
+
+def test_what_is_longer_has_the_same_teacher_and_costs(command):
+    longer = 'deeppcb-longer', 'preset'
+    cells = [f'--cell {method} {seed}' for seed in range(3) for method in sorted(methods_of(*longer))]
+    assert command(*longer) == ['--teacher', *cells]
+    page = (command.folder.parent / 'deeppcb-longer-preset.md').read_text()
+    assert page.startswith('# DeepPCB, three times as long: preset') and 'The teacher: AP 50.0' in page
+    assert command()[0] == '--cell alone 0'
 
 
 def test_a_table_that_is_there_takes_no_teacher(command, tmp_path):
@@ -223,7 +234,7 @@ def teacher_of(tmp_path_factory):
 
     @functools.lru_cache
     def of(name):
-        teacher = resolve_config(str(run.CONFIGS / f'{images_of(name)}_teacher.py'))
+        teacher = resolve_config(str(run.CONFIGS / f'{base_of(name)}_teacher.py'))
         init_default_scope(teacher.default_scope)
         file = tmp_path_factory.mktemp(name) / 'teacher.pth'
         torch.save(dict(state_dict=MODELS.build(model_of(teacher)).state_dict()), file)
@@ -317,7 +328,7 @@ def test_every_cell_can_be_built(name, method, arguments):
     model.init_weights()
     assert model.diffkd_teacher.fingerprint
     if method == 'plus':
-        assert list(model.pairs) == dict(deeppcb=['fpn', 'cls', 'reg'], camvid=['feat'])[images_of(name)]
+        assert list(model.pairs) == dict(deeppcb=['fpn', 'cls', 'reg'], camvid=['feat'])[base_of(name)]
         denoised = [level for neck in model.diffkd.values() for level in neck.levels if level.denoise]
         assert {level.backprop_steps for level in denoised} == {1}
         heads = {key: pair for key, pair in model.pairs.items() if key in HEAD}
@@ -326,7 +337,7 @@ def test_every_cell_can_be_built(name, method, arguments):
             assert pair.neck == dict(HEAD[key]['neck'], type='mmdiffkd.FeatureDiffusionNeck')
     else:
         assert list(model.pairs) == list(
-            changes.get('distill', [run.SETS[images_of(name)]['pair'], *changes.get('pairs', ())])
+            changes.get('distill', [run.SETS[base_of(name)]['pair'], *changes.get('pairs', ())])
         )
     if 'levels' in changes:
         assert len(model.diffkd['fpn'].levels) == len(changes['levels'])
@@ -344,16 +355,18 @@ def test_longer_is_but_longer(name, arguments):
     longer = Namespace(**dict(vars(short), set=f'{name}-longer'))
     assert run.teacher_file(longer) == run.teacher_file(short)
     assert run.has_costs(Namespace(**dict(vars(longer), group='preset')))  # an iteration costs the same
-    cfgs = [run.cell_config(args, 'plus', 3) for args in (short, longer)]
-    lengths = [cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters for cfg in cfgs]
-    ends = [cfg.param_scheduler[1].pop('end') for cfg in cfgs]
-    assert ends == lengths and lengths[1] == 3 * lengths[0]
-    assert cfgs[0].work_dir != cfgs[1].work_dir
-    for cfg in cfgs:
-        for key in ('train_cfg', 'work_dir', 'max_epochs', 'max_iters'):
-            cfg.pop(key, None)
-        cfg.param_scheduler[1].pop('T_max', None)
-    assert cfgs[0].to_dict() == cfgs[1].to_dict()
+    for method in methods_of(longer.set, 'preset'):
+        cfgs = [run.cell_config(args, method, 3).to_dict() for args in (short, longer)]
+        lengths = [
+            train_cfg.get('max_epochs') or train_cfg['max_iters'] for train_cfg in (c['train_cfg'] for c in cfgs)
+        ]
+        assert lengths[1] == 3 * lengths[0]
+        for cfg, length in zip(cfgs, lengths):
+            schedule = cfg['param_scheduler'][1]
+            assert schedule.pop('end') == schedule.pop('T_max', length) == length
+            for key in ('train_cfg', 'work_dir', 'max_epochs', 'max_iters'):
+                cfg.pop(key, None)
+        assert cfgs[0] == cfgs[1]
 
 
 def test_every_cell_has_a_file_of_its_own(tmp_path):
