@@ -14,23 +14,24 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.accuracy.groups import CHOICES, GROUPS, base_of, cells_of, groups_of, methods_of
+from benchmarks.accuracy.groups import CHOICES, base_of, cells_of, groups_of, methods_of
 from benchmarks.accuracy.methods import changes_of
-from benchmarks.accuracy.table import cell_file, costs_file, write_page
+from benchmarks.accuracy.table import cell_file, costs_file, teacher_file, write_page
 from benchmarks.measure import machine
 from mmdiffkd.utils import fingerprint, read_checkpoint
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
-    'deeppcb': dict(pair='fpn', metrics=('coco/bbox_mAP', 'coco/bbox_mAP_50'), data='data/deeppcb_coco320'),
-    'camvid': dict(pair='logits', metrics=('mIoU',), data='data/camvid11_240x180'),
+    'deeppcb': dict(pair='fpn', metrics=('coco/bbox_mAP', 'coco/bbox_mAP_50')),
+    'camvid': dict(pair='logits', metrics=('mIoU',)),
 }
+SETS.update({f'{name}-longer': SETS[name] for name in tuple(SETS)})
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('set', choices=GROUPS)
-    parser.add_argument('group', help='which methods: ' + '; '.join(f'{s}: {", ".join(groups_of(s))}' for s in GROUPS))
+    parser.add_argument('set', choices=SETS)
+    parser.add_argument('group', help='which methods: ' + '; '.join(f'{s}: {", ".join(groups_of(s))}' for s in SETS))
     parser.add_argument('--seeds', type=int, nargs='+', help="in place of each method's own; no page is written")
     parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
@@ -50,7 +51,8 @@ def config_of(args, name, work_dir, seed):
     """The config of a plain run."""
     from mmengine.config import Config
 
-    cfg = Config.fromfile(CONFIGS / f'{base_of(args.set) if name == "teacher" else args.set}_{name}.py')
+    stem = base_of(args.set) if name == 'teacher' else args.set
+    cfg = Config.fromfile(CONFIGS / f'{stem}_{name}.py')
     if args.data is not None:
         old, new = str(cfg.data_root), f'{args.data}/'
         cfg = Config.fromstring(cfg.pretty_text.replace(old, new), '.py')
@@ -61,11 +63,6 @@ def config_of(args, name, work_dir, seed):
 def teacher_folder(args):
     """Where the teacher of a set is trained."""
     return Path('work_dirs/accuracy') / f'{base_of(args.set)}_teacher'
-
-
-def teacher_file(args):
-    """Where the metrics of the teacher are written."""
-    return args.results / base_of(args.set) / 'teacher.json'
 
 
 def teacher_checkpoint(args):
@@ -80,7 +77,7 @@ def check_teacher(args):
     Raises:
         SystemExit: If the results had another one.
     """
-    file, checkpoint = teacher_file(args), teacher_checkpoint(args)
+    file, checkpoint = teacher_file(args.results, args.set), teacher_checkpoint(args)
     if not file.exists():
         return False
     if checkpoint and fingerprint(read_checkpoint(checkpoint)['state_dict']) == json.loads(file.read_text())['teacher']:
@@ -181,7 +178,7 @@ def cell_config(args, method, seed):
     if changes is None:
         return cfg
     pair = {key: changes[key] for key in ('levels', 'neck') if key in changes}
-    distill = {SETS[base_of(args.set)]['pair']: pair, **changes.get('pairs', {})}
+    distill = {SETS[args.set]['pair']: pair, **changes.get('pairs', {})}
     teacher = config_of(args, 'teacher', teacher_folder(args), 0)
     cfg.model = dict(
         type='mmdiffkd.DiffKDDistiller',
@@ -214,14 +211,14 @@ def main():
     if args.teacher:
         cfg = config_of(args, 'teacher', teacher_folder(args), 0)
         cfg.resume = True  # the others are short
-        train(cfg, teacher_file(args))
+        train(cfg, teacher_file(args.results, args.set))
         return
     if args.cell:
         method, seed = args.cell[0], int(args.cell[1])
         train(cell_config(args, method, seed), result_file(args, method, seed))
         return
     if args.page_only:
-        write_page(args.set, args.group, args.results, SETS[base_of(args.set)]['metrics'], args.seeds)
+        write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)
         return
     if args.costs:
         measure_costs(args)
@@ -246,7 +243,7 @@ def main():
         sys.exit(f'{failed} cells failed.')
     if not has_costs(args) and not start(args, '--costs'):
         sys.exit('The costs could not be measured.')
-    write_page(args.set, args.group, args.results, SETS[base_of(args.set)]['metrics'], args.seeds)
+    write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)
 
 
 if __name__ == '__main__':

@@ -28,6 +28,11 @@ def cell_file(folder: Path, method: str, seed: int) -> Path:
     return folder / f'{"".join(c if c.isalnum() else "_" for c in method)}-{seed}.json'
 
 
+def teacher_file(results: Path, name: str) -> Path:
+    """Where the metrics of a set's teacher are written; a longer set has the teacher of its base."""
+    return results / base_of(name) / 'teacher.json'
+
+
 def values(folder: Path, method: str, seeds: Sequence[int], metric: str, split: str = 'test') -> Dict[int, float]:
     """A metric of a split in percent, by seed; of cells that have a result."""
     files = {seed: cell_file(folder, method, seed) for seed in seeds}
@@ -104,14 +109,13 @@ def paired(ours: Dict[int, float], theirs: Dict[int, float]) -> List[float]:
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def _check_teachers(folder: Path, cells: Dict[str, List[int]], teacher_file: Path) -> None:
+def _check_teachers(folder: Path, cells: Dict[str, List[int]], of_teacher: Path) -> None:
     files = [cell_file(folder, method, seed) for method in cells for seed in cells[method] if method != 'alone']
-    teacher = json.loads(teacher_file.read_text())['teacher']
+    teacher = json.loads(of_teacher.read_text())['teacher']
     others = [file.name for file in files if file.exists() and json.loads(file.read_text())['teacher'] != teacher]
     if others:
         raise ValueError(
-            f'{", ".join(others)} in {folder} had another teacher than that of {teacher_file}: remove them, start '
-            'again.'
+            f'{", ".join(others)} in {folder} had another teacher than that of {of_teacher}: remove them, start again.'
         )
 
 
@@ -124,8 +128,8 @@ def write_page(
         ValueError: If a cell had another teacher than the one whose metric is given.
     """
     folder, cells = results / name, cells_of(name, group, seeds)
-    teacher_file = results / base_of(name) / 'teacher.json'
-    _check_teachers(folder, cells, teacher_file)
+    of_teacher = teacher_file(results, name)
+    _check_teachers(folder, cells, of_teacher)
     split = 'val' if group in CHOICES else 'test'
     found = trained(folder, cells, metrics, split)
     if not found:
@@ -138,7 +142,7 @@ def write_page(
     if seeds:
         return
     label, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
-    teacher = ', '.join(f'{NAMES.get(m, m)} {read(teacher_file, m, split):.1f}' for m in metrics)
+    teacher = ', '.join(f'{NAMES.get(m, m)} {read(of_teacher, m, split):.1f}' for m in metrics)
     found = {method: numbers[metrics[0]] for method, numbers in found.items()}
     absent = [method for method, own in cells.items() if len(found.get(method, ())) < len(own)]
     most = max(cells.values(), key=len)
