@@ -1,26 +1,69 @@
+import contextlib
 import ctypes
 import gc
 import importlib.util
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+import time
+import traceback
+import zlib
 from pathlib import Path
 
-import pytest
-import torch
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
-from mmengine.visualization import Visualizer
+# The tests run in parallel, and threads that wait for each other spin. The processes that tests start inherit this.
+os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from mmengine.logging import MessageHub, MMLogger  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
+from mmengine.visualization import Visualizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # the tests run in parallel
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption('--rotate', metavar='TEXT', help='start with another file, chosen by a hash of this text')
+    parser.addoption('--until', type=float, metavar='SECONDS', help='skip the tests that would start after this time')
+
+
+def pytest_collection_modifyitems(config, items):
+    """Put the files in an order that starts with another one for each text."""
+    text = config.getoption('--rotate')
+    if text:
+        files = sorted({item.path for item in items})
+        start = zlib.crc32(text.encode()) % max(len(files), 1)
+        items.sort(key=lambda item: (files.index(item.path) - start) % len(files))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    until = item.config.getoption('--until')
+    if until and time.time() > until:
+        pytest.skip('no time left')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def configs_as_they_are():
+    """mmengine has yapf format the config seven times a run, which takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ('yapf.yapflib.yapf_api', 'mmengine.config.config'):  # either family imports it from one of them
+            patch.setattr(f'{module}.FormatCode', lambda text, **options: (text, False), raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def clean_globals():
     """Default scope, loggers, message hubs and visualizers are global in mmengine; no test sees another's."""
     yield
+    forget_globals()
+
+
+def forget_globals():
     for manager in (DefaultScope, MessageHub, MMLogger, Visualizer, *Visualizer.__subclasses__()):
         manager._instance_dict.clear()
 
@@ -52,6 +95,42 @@ def load_tool(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def call_tool(path, *args, cwd=ROOT, check=True):
+    """Run a script of tools/ in this process, which has imported everything; returns what a process would give.
+
+    Args:
+        path (str): The script, from ``tools``.
+        *args: Its arguments.
+        cwd (Path): Where it is started.
+        check (bool): Whether it must succeed.
+    """
+    file, output, code = ROOT / 'tools' / path, io.StringIO(), 0
+    before = os.getcwd(), sys.argv, sys.path[:], dict(os.environ)
+    forget_globals()  # loggers write to the output of the one who made them
+    try:
+        os.chdir(cwd)
+        sys.argv = [str(file), *map(str, args)]
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            try:
+                runpy.run_path(str(file), run_name='__main__')
+            except SystemExit as error:
+                code = error.code
+                if isinstance(code, str):
+                    print(code)
+                    code = 1
+            except Exception:
+                traceback.print_exc()
+                code = 1
+    finally:
+        os.chdir(before[0])
+        sys.argv, sys.path[:] = before[1], before[2]
+        os.environ.clear()
+        os.environ.update(before[3])
+        forget_globals()
+    assert code in (0, None) or not check, output.getvalue()[-4000:]
+    return subprocess.CompletedProcess(sys.argv, code or 0, output.getvalue())
 
 
 def run_tool(path, *args, cwd=ROOT, check=True, env=None):
