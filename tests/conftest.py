@@ -97,26 +97,42 @@ def load_tool(path):
     return module
 
 
-def call_tool(path, *args, cwd=ROOT, check=True):
-    """Run a script of tools/ in this process, which has imported everything; returns what a process would give.
+def call_tool(path, *args, **options):
+    """Run a script of tools/ in this process, which has imported everything; options and result are those below."""
+    file = ROOT / 'tools' / path
+
+    def start():
+        sys.path.insert(0, str(file.parent))
+        runpy.run_path(str(file), run_name='__main__')
+
+    return in_process(start, file, *args, **options)
+
+
+def in_process(start, *argv, cwd=ROOT, check=True, env=None):
+    """What ``start`` prints, and the code that it exits with, as of a process of its own.
 
     Args:
-        path (str): The script, from ``tools``.
-        *args: Its arguments.
-        cwd (Path): Where it is started.
+        start (callable): Runs a script.
+        *argv: The command line that it sees.
+        cwd (Path): The folder that it is started in.
         check (bool): Whether it must succeed.
+        env (dict, optional): Added to the environment.
+
+    Returns:
+        subprocess.CompletedProcess: With both outputs in ``stdout``.
     """
-    file, output, code = ROOT / 'tools' / path, io.StringIO(), 0
-    before = os.getcwd(), sys.argv, sys.path[:], dict(os.environ)
-    forget_globals()  # loggers write to the output of the one who made them
+    output, code = io.StringIO(), 0
+    folder, command, path, environment = os.getcwd(), sys.argv, sys.path[:], dict(os.environ)
+    forget_globals()  # loggers write to the output of their time
     try:
         os.chdir(cwd)
-        sys.argv = [str(file), *map(str, args)]
+        os.environ.update(env or {})
+        sys.argv = list(map(str, argv))
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
-                runpy.run_path(str(file), run_name='__main__')
+                start()
             except SystemExit as error:
-                code = error.code
+                code = error.code or 0
                 if isinstance(code, str):
                     print(code)
                     code = 1
@@ -124,13 +140,13 @@ def call_tool(path, *args, cwd=ROOT, check=True):
                 traceback.print_exc()
                 code = 1
     finally:
-        os.chdir(before[0])
-        sys.argv, sys.path[:] = before[1], before[2]
+        os.chdir(folder)
+        sys.argv, sys.path[:] = command, path
         os.environ.clear()
-        os.environ.update(before[3])
+        os.environ.update(environment)
         forget_globals()
-    assert code in (0, None) or not check, output.getvalue()[-4000:]
-    return subprocess.CompletedProcess(sys.argv, code or 0, output.getvalue())
+    assert code == 0 or not check, output.getvalue()[-4000:]
+    return subprocess.CompletedProcess(argv, code, output.getvalue())
 
 
 def run_tool(path, *args, cwd=ROOT, check=True, env=None):

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
 
 from mmdiffkd.testing import without_pretrained
 from mmdiffkd.utils import with_preprocessor
-from tests.conftest import ROOT
+from tests.conftest import ROOT, call_tool, in_process
 from tests.test_tools.test_mim import detection
 
 DOCS = ROOT / 'docs'
@@ -100,9 +101,12 @@ def test_statements(page, block, tmp_path):
 
 
 @cache
-def help_of(*script):
-    done = subprocess.run([sys.executable, *script, '--help'], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout
+def help_of(*command):
+    """What a tool (its path), a module (``-m`` and its name) or a command of mim prints for ``--help``."""
+    if command[0] == '-m':
+        _, module, *words = command
+        return in_process(lambda: runpy.run_module(module, run_name='__main__'), module, *words, '--help').stdout
+    return call_tool(Path(command[0]).relative_to('tools'), '--help').stdout
 
 
 @pytest.mark.parametrize('page, command', COMMANDS)

@@ -15,11 +15,10 @@ import torch
 
 from tests import tiny
 from tests.attack import Attack
-from tests.conftest import ROOT
+from tests.conftest import ROOT, call_tool
 from tests.faults.table import row
 from tests.same import assert_same
 
-pytestmark = pytest.mark.slow
 STRATEGY = 'strategy.type=SingleDeviceStrategy'
 LAST = 'epoch_3.pth'
 HOOKS = [dict(type='EMAHook'), dict(type='mmdiffkd.DistillScheduleHook', warmup=2), dict(type='FaultHook')]
@@ -47,13 +46,17 @@ def run(tmp_path, shapes):
         cfg.dump(tmp_path / 'config.py')
 
     def start(*args, fault='', work_dir='run', ranks=0, check=False, **env):
-        tool = [str(ROOT / 'tools' / 'train.py'), str(tmp_path / 'config.py'), '--work-dir', str(tmp_path / work_dir)]
+        args = [str(tmp_path / 'config.py'), '--work-dir', str(tmp_path / work_dir), *args]
+        if not ranks and fault not in ('kill', 'kill while saving', 'disk full'):
+            done = call_tool('train.py', *args, check=check, env=dict(env, FAULT=fault))
+            return SimpleNamespace(code=done.returncode, output=done.stdout)
+        tool = [str(ROOT / 'tools' / 'train.py'), *args]
         if ranks:
             port = 20000 + os.getpid() % 10000
             launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--master_port={port}']
             tool = [*launch, *tool, '--launcher', 'pytorch']
-        env = dict(os.environ, FAULT=fault, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env)
-        done = subprocess.run([sys.executable, *tool, *args], env=env, capture_output=True, text=True)
+        env = dict(os.environ, FAULT=fault, PYTHONPATH=str(ROOT), **env)
+        done = subprocess.run([sys.executable, *tool], env=env, capture_output=True, text=True)
         output = done.stdout + done.stderr
         assert done.returncode == 0 or not check, output[-4000:]
         return SimpleNamespace(code=done.returncode, output=output)
@@ -91,6 +94,7 @@ def files(folder):
     return sorted(file.name for file in folder.iterdir() if file.is_file() and file.name != 'config.py')
 
 
+@pytest.mark.slow
 def test_killed_in_an_iteration(run, undisturbed):
     done = run.start(fault='kill')
     assert done.code == -signal.SIGKILL and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
@@ -104,6 +108,7 @@ def test_killed_in_an_iteration(run, undisturbed):
     )
 
 
+@pytest.mark.slow
 def test_killed_while_saving(run, undisturbed):
     done = run.start(fault='kill while saving')
     assert done.code == -signal.SIGKILL
@@ -139,6 +144,7 @@ def test_all_checkpoints_damaged(run):
     row('all checkpoints damaged', 'stops before training; nothing is overwritten', message(done, 'None of the'))
 
 
+@pytest.mark.slow
 def test_disk_full(run, undisturbed):
     done = run.start(fault='disk full')
     assert done.code == 1 and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
@@ -168,6 +174,7 @@ def test_teacher_replaced(run, undisturbed):
     )
 
 
+@pytest.mark.slow
 def test_a_rank_dies(run):
     done = run.start(fault='kill rank 1', ranks=2)
     assert done.code == 1 and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
@@ -208,9 +215,8 @@ def test_code_in_a_checkpoint(run, kind):
     evil = run.folder.parent / 'evil.pth'
     torch.save(dict(state_dict={}, meta=Attack(str(trace))), evil)
     if kind == 'test':
-        command = [sys.executable, ROOT / 'tools' / 'test.py', run.folder.parent / 'config.py', evil]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-        done = SimpleNamespace(code=done.returncode, output=done.stdout + done.stderr)
+        done = call_tool('test.py', run.folder.parent / 'config.py', evil, check=False)
+        done = SimpleNamespace(code=done.returncode, output=done.stdout)
     else:
         options = dict(
             load_from=['--cfg-options', f'load_from={evil}'],

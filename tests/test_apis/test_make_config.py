@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmdiffkd.apis import build_distiller, make_config
 from mmdiffkd.apis.distill_text import distill_text
 from tests import tiny
-from tests.conftest import ROOT, logged, run_tool
+from tests.conftest import ROOT, call_tool, logged
 
 STUDENT = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
@@ -111,7 +111,6 @@ def test_configs_in_pure_python_are_refused(tmp_path):
         make_config(str(student), TEACHER)
 
 
-@pytest.mark.slow
 def test_a_config_that_it_wrote_trains(tmp_path, shapes):
     for name, model in (('student', tiny.detector()), ('teacher', tiny.detector(base_channels=16))):
         cfg = tiny.run_cfg(
@@ -127,7 +126,7 @@ def test_a_config_that_it_wrote_trains(tmp_path, shapes):
     weights = tiny.write_checkpoint(model, tmp_path / 'teacher.pth')
     file = tmp_path / 'configs' / 'small.py'
     make_config(*(str(tmp_path / f'{name}.py') for name in ('student', 'teacher')), weights, str(file))
-    run_tool('train.py', file)
+    call_tool('train.py', file)
     steps = [record for record in logged(tmp_path / 'run') if 'loss' in record]
     assert [record['diffkd.fpn.loss_kd'] > 0 for record in steps] == [True, True]
     assert (tmp_path / 'run' / 'iter_2.pth').is_file()
@@ -140,9 +139,9 @@ def test_no_file_is_written_over(tmp_path):
 
 
 def test_tool(tmp_path):
-    done = run_tool('misc/make_config.py', STUDENT, TEACHER, '-o', tmp_path / 'small.py')
+    done = call_tool('misc/make_config.py', STUDENT, TEACHER, '-o', tmp_path / 'small.py')
     assert 'preview.py' in done.stdout
-    printed = run_tool('misc/make_config.py', STUDENT, TEACHER).stdout
+    printed = call_tool('misc/make_config.py', STUDENT, TEACHER).stdout
     assert (tmp_path / 'small.py').read_text() in printed
-    done = run_tool('misc/make_config.py', STUDENT, tiny.RETINANET.replace('retinanet', 'retina'), check=False)
+    done = call_tool('misc/make_config.py', STUDENT, tiny.RETINANET.replace('retinanet', 'retina'), check=False)
     assert done.returncode == 2 and 'Error: There is no config' in done.stdout and 'Traceback' not in done.stdout

@@ -15,7 +15,7 @@ from mmdiffkd.apis.distill_text import distill_text
 from mmdiffkd.models.distillers.taps import TapError, TapRecorder
 from mmdiffkd.utils import resolve_config
 from tests import tiny
-from tests.conftest import ROOT, run_tool
+from tests.conftest import ROOT, call_tool
 
 TOOL = 'analysis_tools/preview.py'
 CONFIG = ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py'
@@ -263,7 +263,7 @@ def test_taps_that_give_nothing_while_the_student_trains():
 
 @pytest.mark.slow
 def test_command():
-    text = run_tool(TOOL, CONFIG).stdout
+    text = call_tool(TOOL, CONFIG).stdout
     for part in (
         'bbox_head.retina_reg',
         'BottleneckDenoiser, 5 steps',
@@ -274,9 +274,9 @@ def test_command():
         'teacher 228 MB',
     ):
         assert part in text, part
-    assert 'neck.fpn_convs.0' in run_tool(TOOL, CONFIG, '--list-taps', 'teacher').stdout
+    assert 'neck.fpn_convs.0' in call_tool(TOOL, CONFIG, '--list-taps', 'teacher').stdout
     options = ['model.student.neck.out_channels=64', 'model.student.bbox_head.in_channels=64']
-    text = run_tool(TOOL, CONFIG, '--cfg-options', *options, '--list-taps').stdout  # bare, the student
+    text = call_tool(TOOL, CONFIG, '--cfg-options', *options, '--list-taps').stdout  # bare, the student
     assert '1x64x100x168' in text
 
 
@@ -320,7 +320,7 @@ def test_mistakes(config, args, message, tmp_path):
     if '=' in str(config):  # the text of one
         (tmp_path / 'mistaken.py').write_text(config)
         config = tmp_path / 'mistaken.py'
-    done = run_tool(TOOL, config, *args, check=False)
+    done = call_tool(TOOL, config, *args, check=False)
     assert done.returncode == 2 and 'Traceback' not in done.stdout
     assert done.stdout.splitlines()[-1].startswith('Error: ') and message in done.stdout.splitlines()[-1]
 

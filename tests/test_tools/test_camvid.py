@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 
 from tests import tiny
-from tests.conftest import ROOT, logged, run_tool
+from tests.conftest import ROOT, call_tool, logged
 
 # Where the data is: the converted set and a few files of the download. It is not part of this project.
 DATA = Path(os.environ.get('MMDIFFKD_CAMVID', ROOT / 'data' / 'camvid11_240x180'))
@@ -33,7 +33,7 @@ def read(file):
 
 
 def convert(source, out, *args, check=True):
-    return run_tool('dataset_converters/camvid.py', source, out, *args, check=check)
+    return call_tool('dataset_converters/camvid.py', source, out, *args, check=check)
 
 
 def test_converter(tmp_path):
@@ -108,7 +108,7 @@ def test_short_run_on_real_images(tmp_path):
     loaders = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
     options = [f'{loader}.dataset.data_root={DATA}/' for loader in loaders]
     options += [f'{loader}.{key}' for loader in loaders for key in ('num_workers=0', 'persistent_workers=False')]
-    run_tool(
+    call_tool(
         'train.py',
         config,
         '--work-dir',

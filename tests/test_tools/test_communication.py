@@ -6,9 +6,8 @@ import pytest
 from mmengine.registry import MODELS
 
 from mmdiffkd.utils import model_of, resolve_config
-from tests.conftest import ROOT, load_tool, run_tool
+from tests.conftest import ROOT, call_tool, load_tool
 
-pytestmark = pytest.mark.slow
 TOOL = 'analysis_tools/communication.py'
 CONFIG = 'configs/diffkd_retinanet_r101_r50.py'
 
@@ -37,7 +36,7 @@ def diffusion_part(channels=256, levels=5, timesteps=1000):
 
 
 def test_numbers():
-    text = run_tool(TOOL, CONFIG).stdout
+    text = call_tool(TOOL, CONFIG).stdout
     text = text[text.index('                  parameters') :]  # behind warnings of upstream
     found = dict(re.findall(r'^(student|diffusion part|both|teacher) +([\d,]+)', text, re.MULTILINE))
     found = {name: int(number.replace(',', '')) for name, number in found.items()}
@@ -81,5 +80,5 @@ def test_one_gpu_sends_nothing():
     ],
 )
 def test_mistakes(args, message):
-    done = run_tool(TOOL, CONFIG, *args, check=False)
+    done = call_tool(TOOL, CONFIG, *args, check=False)
     assert done.returncode == 2 and message in done.stdout.splitlines()[-1]

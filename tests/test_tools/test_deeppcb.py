@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import Config
 
 from tests import tiny
-from tests.conftest import ROOT, run_tool
+from tests.conftest import ROOT, call_tool
 
 # Where the data is: the converted set and a few files of the download. It is not part of this project.
 DATA = Path(os.environ.get('MMDIFFKD_DEEPPCB', ROOT / 'data' / 'deeppcb_coco320'))
@@ -40,7 +40,7 @@ def read(out, name):
 
 def test_converter(tmp_path):
     source, out = download(tmp_path / 'PCBData'), tmp_path / 'out'
-    run_tool('dataset_converters/deeppcb.py', source, out, '--size', 160)
+    call_tool('dataset_converters/deeppcb.py', source, out, '--size', 160)
     sizes = {name: len(read(out, name)['images']) for name in ('trainval', 'train', 'val', 'test')}
     assert sizes == dict(trainval=12, train=11, val=1, test=2)  # the spoilt image is left out
     content = read(out, 'val')
@@ -54,11 +54,11 @@ def test_converter(tmp_path):
 
 
 def test_incomplete_download(tmp_path):
-    done = run_tool('dataset_converters/deeppcb.py', tmp_path, tmp_path / 'out', check=False)
+    done = call_tool('dataset_converters/deeppcb.py', tmp_path, tmp_path / 'out', check=False)
     assert done.returncode == 2 and 'give the folder PCBData of the DeepPCB download' in done.stdout
     source = download(tmp_path / 'PCBData')
     (source / 'group1' / '1' / '00000003_test.jpg').unlink()
-    done = run_tool('dataset_converters/deeppcb.py', source, tmp_path / 'out', check=False)
+    done = call_tool('dataset_converters/deeppcb.py', source, tmp_path / 'out', check=False)
     assert done.returncode == 2 and '00000003_test.jpg does not exist or is no image' in done.stdout
 
 
@@ -66,7 +66,7 @@ def test_incomplete_download(tmp_path):
 @pytest.mark.skipif(not (DATA.parent / 'raw_layout_samples').is_dir(), reason='no files of the download')
 def test_converter_reproduces_the_set(tmp_path):
     """On files of the real download: boxes equal, pixels up to the JPEG encoder."""
-    run_tool('dataset_converters/deeppcb.py', DATA.parent / 'raw_layout_samples' / 'deeppcb' / 'PCBData', tmp_path)
+    call_tool('dataset_converters/deeppcb.py', DATA.parent / 'raw_layout_samples' / 'deeppcb' / 'PCBData', tmp_path)
     for name in ('trainval', 'test'):
         found, expected = read(tmp_path, name), read(DATA, name)
         by_file = {image['file_name']: image for image in expected['images']}
@@ -98,7 +98,7 @@ def test_short_run_on_real_images(tmp_path):
     loaders = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
     options = [f'{loader}.dataset.data_root={DATA}/' for loader in loaders]
     options += [f'{loader}.{key}' for loader in loaders for key in ('num_workers=0', 'persistent_workers=False')]
-    run_tool(
+    call_tool(
         'train.py',
         config,
         '--work-dir',

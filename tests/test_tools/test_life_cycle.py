@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.conftest import ROOT, logged, run_tool
+from tests.conftest import ROOT, call_tool, logged, run_tool
 
-pytestmark = pytest.mark.slow
 MMDET_TEST = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
-# runs a script in a process where this package cannot be imported
+# runs a script once for each list of arguments, in a process where this package cannot be imported
 WITHOUT_PACKAGE = """
-import runpy, sys
+import json, runpy, sys
 sys.modules['mmdiffkd'] = None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
+script = sys.argv[1]
+for args in json.loads(sys.argv[2]):
+    sys.argv = [script, *args]
+    runpy.run_path(script, run_name='__main__')
 """
 
 # a config that adds flipped images
@@ -68,9 +69,13 @@ def metric(records):
     return [record['coco/bbox_mAP_50'] for record in records if 'coco/bbox_mAP_50' in record][-1]
 
 
-def plain_mmdet(script, *args):
-    command = [sys.executable, '-c', WITHOUT_PACKAGE, str(script), *map(str, args)]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def plain_mmdet(script, *runs):
+    """Run a script of mmdet, with each of these lists of arguments; returns what it printed."""
+    runs = json.dumps([list(map(str, args)) for args in runs])
+    command = [sys.executable, '-c', WITHOUT_PACKAGE, str(script), runs]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
 
 
 def map_of_test(work_dir):
@@ -97,23 +102,25 @@ def test_train_export_and_test_in_plain_mmdet(config, tmp_path):
 
     # the training checkpoint, by the training config, when the teacher is gone
     (tmp_path / 'teacher.pth').unlink()
-    run_tool('test.py', config, run / 'epoch_2.pth', '--work-dir', tmp_path / 'tested')
+    call_tool('test.py', config, run / 'epoch_2.pth', '--work-dir', tmp_path / 'tested')
     assert map_of_test(tmp_path / 'tested') == pytest.approx(expected)
 
     exported = tmp_path / 'student.py', tmp_path / 'student.pth'
-    done = run_tool(
+    done = call_tool(
         'model_converters/export_student.py', config, run / 'epoch_2.pth', exported[1], '--config-out', exported[0]
     )
     assert 'the plain config of RetinaNet' in done.stdout
     assert exported[1].stat().st_size < (run / 'epoch_2.pth').stat().st_size / 3
-    done = plain_mmdet(MMDET_TEST, *exported, '--work-dir', tmp_path / 'plain')
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert 'unexpected key' not in done.stdout and 'missing key' not in done.stdout
-    assert map_of_test(tmp_path / 'plain') == pytest.approx(expected)
     # the training checkpoint opens there, too
-    done = plain_mmdet(MMDET_TEST, exported[0], run / 'epoch_2.pth', '--work-dir', tmp_path / 'raw')
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert map_of_test(tmp_path / 'raw') == pytest.approx(expected)
+    output = plain_mmdet(
+        MMDET_TEST,
+        [*exported, '--work-dir', tmp_path / 'plain'],
+        [exported[0], run / 'epoch_2.pth', '--work-dir', tmp_path / 'raw'],
+    )
+    first, _, _ = output.partition('epoch_2.pth')
+    assert 'unexpected key' not in first and 'missing key' not in first
+    for work_dir in ('plain', 'raw'):
+        assert map_of_test(tmp_path / work_dir) == pytest.approx(expected)
 
 
 def test_test_time_augmentation(config, tmp_path):
@@ -125,9 +132,9 @@ def test_test_time_augmentation(config, tmp_path):
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta=dict()), tmp_path / 'weights.pth')
     augmented = tmp_path / 'augmented.py'
     augmented.write_text(TTA)
-    run_tool('test.py', augmented, tmp_path / 'weights.pth', '--work-dir', tmp_path / 'tta', '--tta')
+    call_tool('test.py', augmented, tmp_path / 'weights.pth', '--work-dir', tmp_path / 'tta', '--tta')
     assert map_of_test(tmp_path / 'tta') >= 0
-    done = run_tool('test.py', config, tmp_path / 'weights.pth', '--tta', check=False)
+    done = call_tool('test.py', config, tmp_path / 'weights.pth', '--tta', check=False)
     assert done.returncode == 1 and '--tta needs tta_model and tta_pipeline' in done.stdout
 
 
@@ -138,11 +145,12 @@ def test_export_of_a_config_that_cannot_be_read(tmp_path, text, message):
     if text is not None:
         (tmp_path / 'mistaken.py').write_text(text)
     tool = 'model_converters/export_student.py'
-    done = run_tool(tool, tmp_path / 'mistaken.py', 'absent.pth', tmp_path / 'out.pth', check=False)
+    done = call_tool(tool, tmp_path / 'mistaken.py', 'absent.pth', tmp_path / 'out.pth', check=False)
     assert done.returncode == 2 and 'Traceback' not in done.stdout
     assert done.stdout.splitlines()[-1].startswith('Error: ') and message in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_killed_run_is_resumed(config, tmp_path):
     run = tmp_path / 'run'
     command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(run)]
@@ -155,7 +163,7 @@ def test_killed_run_is_resumed(config, tmp_path):
     before = torch.load(run / 'epoch_1.pth', weights_only=False)
     assert not (run / 'epoch_2.pth').exists()
 
-    done = run_tool('train.py', config, '--work-dir', run, '--resume')
+    done = call_tool('train.py', config, '--work-dir', run, '--resume')
     assert 'resumed epoch: 1, iter: 4' in done.stdout
     assert 'missing keys' not in done.stdout and 'unexpected key' not in done.stdout
     after = torch.load(run / 'epoch_2.pth', weights_only=False)
@@ -172,6 +180,7 @@ def run_script(name, *args, path=Path(sys.executable).parent, **env):
     return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_without_unused_parameters(config, tmp_path):
     """Over gloo, by the documented script; DDP would stop in the second iteration if a parameter got no gradient."""
     done = run_script('dist_train.sh', config, 2)
@@ -213,6 +222,7 @@ class SpoilHook(Hook):
 """
 
 
+@pytest.mark.slow
 def test_all_processes_skip_together(config, tmp_path):
     (tmp_path / 'spoil.py').write_text(SPOIL)
     spoilt = tmp_path / 'spoilt.py'
@@ -231,7 +241,7 @@ def test_bad_teacher_stops_before_the_first_iteration(config, tmp_path, kind, me
     file = tmp_path / f'{kind}.pth'
     if kind == 'html':
         file.write_text('<html>not found</html>')
-    done = run_tool('train.py', config, '--cfg-options', f'model.teacher.checkpoint={file}', check=False)
+    done = call_tool('train.py', config, '--cfg-options', f'model.teacher.checkpoint={file}', check=False)
     assert done.returncode != 0
     assert message in done.stdout.splitlines()[-1]
     assert not logged(tmp_path / 'run')

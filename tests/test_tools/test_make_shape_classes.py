@@ -3,11 +3,11 @@ import pytest
 from mmengine.config import Config
 from mmpretrain.datasets import CustomDataset
 
-from tests.conftest import ROOT, run_tool
+from tests.conftest import ROOT, call_tool
 
 
 def make(out):
-    run_tool('dataset_converters/make_shape_classes.py', out, '--train', 7, '--val', 5, '--size', 32)
+    call_tool('dataset_converters/make_shape_classes.py', out, '--train', 7, '--val', 5, '--size', 32)
     return out
 
 

@@ -4,12 +4,12 @@ import numpy as np
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 
-from tests.conftest import ROOT, load_tool, run_tool
+from tests.conftest import ROOT, call_tool, load_tool
 
 
 def test_images_and_boxes_are_the_same_for_a_seed(tmp_path):
     for name in ('a', 'b'):
-        run_tool('dataset_converters/make_shapes.py', tmp_path / name, '--train', 3, '--val', 2, '--size', 96)
+        call_tool('dataset_converters/make_shapes.py', tmp_path / name, '--train', 3, '--val', 2, '--size', 96)
     files = sorted(path.relative_to(tmp_path / 'a') for path in (tmp_path / 'a').rglob('*') if path.is_file())
     assert len(files) == 7
     for file in files:

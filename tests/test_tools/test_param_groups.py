@@ -1,8 +1,6 @@
-import os
-
 import pytest
 
-from tests.conftest import run_tool
+from tests.conftest import call_tool
 
 TOOL = 'analysis_tools/param_groups.py'
 # the weights of the teachers do not exist
@@ -86,9 +84,8 @@ def select(rows, part):
     return {key[1:]: counts for key, counts in rows.items() if key[0] == part}
 
 
-@pytest.mark.slow
 def test_convnext_detector(config):
-    done = run_tool(TOOL, config(CONVNEXT), '--cfg-options', 'model.student.backbone.frozen_stages=1')
+    done = call_tool(TOOL, config(CONVNEXT), '--cfg-options', 'model.student.backbone.frozen_stages=1')
     rows, verdict = table(done.stdout)
     student, part = select(rows, 'student'), select(rows, 'diffkd')
     assert 'RetinaNet, LearningRateDecayOptimizerConstructor, base lr 0.0002' in done.stdout
@@ -103,9 +100,8 @@ def test_convnext_detector(config):
     assert all(counts[:2] == [0, 0] for counts in part.values())
 
 
-@pytest.mark.slow
 def test_swin_classifier(config):
-    done = run_tool(TOOL, config(SWIN), '--cfg-options', 'optim_wrapper.optimizer.lr=0.01')
+    done = call_tool(TOOL, config(SWIN), '--cfg-options', 'optim_wrapper.optimizer.lr=0.01')
     rows, verdict = table(done.stdout)
     student, part = select(rows, 'student'), select(rows, 'diffkd')
     assert verdict == f'the same for all {sum(counts[2] for counts in student.values())} parameters of the student'
@@ -117,11 +113,10 @@ def test_swin_classifier(config):
     assert set(part) == {(0.01, 0.05), (0.01, 0.0)}
 
 
-@pytest.mark.slow
-def test_what_differs_is_named(config, tmp_path):
+def test_what_differs_is_named(config, tmp_path, monkeypatch):
     config(CONVNEXT), config(LAST_PARAMETER, 'by_position.py')
-    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
-    done = run_tool(TOOL, config(BY_POSITION, 'child.py'), check=False, env=environment)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = call_tool(TOOL, config(BY_POSITION, 'child.py'), check=False)
     assert done.returncode == 1
     rows, verdict = table(done.stdout)
     count = sum(counts[0] for counts in select(rows, 'student').values())
@@ -132,7 +127,6 @@ def test_what_differs_is_named(config, tmp_path):
     assert rows['student', 0.002, 0.05] == [1, 36, 0, 0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     'text, message',
     [
@@ -144,6 +138,6 @@ def test_what_differs_is_named(config, tmp_path):
     ],
 )
 def test_nothing_to_compare(config, text, message):
-    done = run_tool(TOOL, config(text), check=False)
+    done = call_tool(TOOL, config(text), check=False)
     assert done.returncode == 2
     assert done.stdout.splitlines()[-1].startswith('Error: ') and message in done.stdout.splitlines()[-1]

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 import mmdiffkd
 from tests import tiny
-from tests.conftest import run_tool
+from tests.conftest import call_tool
 from tests.test_report import logs
 
 TOOL = 'analysis_tools/report.py'
@@ -44,7 +44,7 @@ class Page(HTMLParser):
 
 
 def report(*runs, out):
-    run_tool(TOOL, *runs, '-o', out)
+    call_tool(TOOL, *runs, '-o', out)
     page = Page(out / 'report.html')
     assert page.pictures >= len(list(out.glob('*.png'))) > 0
     return page
@@ -127,6 +127,6 @@ def test_mistakes(tmp_path, records, message):
         folder.mkdir()
     if records:
         logs.write(folder, records)
-    done = run_tool(TOOL, folder, '-o', tmp_path / 'out', check=False)
+    done = call_tool(TOOL, folder, '-o', tmp_path / 'out', check=False)
     assert done.returncode == 2 and 'Error: ' in done.stdout and message in done.stdout
     assert 'Traceback' not in done.stdout and not (tmp_path / 'out').exists()
