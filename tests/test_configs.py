@@ -20,6 +20,9 @@ from tests.conftest import logged
 CONFIGS = Path(__file__).parent.parent / 'configs'
 SHIPPED = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
 ATTENTION = [path for path in SHIPPED if path.stem.startswith('diffkd-attention')]
+# one for each task, and all that are small; the others are slow
+QUICK = {'diffkd_retinanet_r101_r50', 'diffkd_r34_r18', 'diffkd_segformer_b2_b0'}
+QUICK |= {path.stem for name in ('camvid', 'shapes', 'shape_classes') for path in CONFIGS.glob(f'{name}/*.py')}
 SIZES = {'diffkd_dino_swin-l_r50': 224}  # as many tokens as it has queries
 
 
@@ -115,8 +118,14 @@ def run(path, folder, steps, resume=False):
     return record
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('path', [p for p in SHIPPED if p not in ATTENTION], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow)
+        for path in SHIPPED
+        if path not in ATTENTION
+    ],
+)
 def test_step_and_resume(path, folder):
     first = run(path, folder, steps=1)
     moved = {part_of(name) for name, weight in first.before.items() if (weight != first.after[name]).any()}

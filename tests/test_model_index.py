@@ -22,7 +22,6 @@ def test_the_format_is_the_one_that_mim_reads():
     assert len(list(index.models)) == len(MODELS) == len({model['Name'] for model in MODELS})
 
 
-@pytest.mark.slow
 def test_every_distillation_config_is_listed():
     assert sorted(ROOT / metafile for metafile in INDEX) == sorted(CONFIGS.rglob('metafile.yml'))
     files = [path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts]

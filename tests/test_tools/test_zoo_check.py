@@ -14,6 +14,7 @@ SAMPLE = [
     ('mmseg', 'bisenetv2 deeplabv3 mask2former ocrnet pidnet pspnet segformer segmenter stdc upernet'),
     ('mmpretrain', 'arcface deit inception_v3 lenet mlp_mixer mobilenet_v2 resnet simclr swin_transformer van'),
 ]
+QUICK = ('yolox', 'bisenetv2', 'mobilenet_v2')  # one of each package
 FAMILIES = [(package, family) for package, families in SAMPLE for family in families.split()]
 
 
@@ -22,8 +23,13 @@ def zoo():
     return load_tool('zoo_check.py')
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('package, family', FAMILIES, ids=lambda name: name)
+@pytest.mark.parametrize(
+    'package, family',
+    [
+        pytest.param(*names, id='-'.join(names), marks=[] if names[1] in QUICK else pytest.mark.slow)
+        for names in FAMILIES
+    ],
+)
 def test_families(zoo, package, family):
     """What the committed table says of them is still true."""
     results = json.loads((ROOT / 'docs' / 'zoo.json').read_text())[f'{package}/{family}']

@@ -61,7 +61,6 @@ def is_averaged(key, value, hook):
     return value.is_floating_point() and (not is_buffer or hook.get('update_buffers', False))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('hook, average', AVERAGES.values(), ids=AVERAGES.keys())
 def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, average):
     run = runner(distiller_cfg, custom_hooks=[hook])
@@ -105,7 +104,6 @@ def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, 
     plain.load_state_dict(without_diffusion_part(content['state_dict']))
 
 
-@pytest.mark.slow
 def test_average_goes_on_after_resuming(runner, distiller_cfg, tmp_path):
     first = runner(distiller_cfg, custom_hooks=[EMA])
     first.train()
@@ -122,7 +120,6 @@ def test_average_goes_on_after_resuming(runner, distiller_cfg, tmp_path):
         torch.testing.assert_close(value.data, average([weights[key] for weights in history]))
 
 
-@pytest.mark.slow
 def test_validation_is_of_the_average(runner, distiller_cfg):
     run = runner(distiller_cfg, val_interval=4, custom_hooks=[EMA])
     run.train()

@@ -18,7 +18,6 @@ def detector(num_classes):
     return tiny.detector(**{'bbox_head.num_classes': num_classes})
 
 
-@pytest.mark.slow
 def test_detection_teacher_with_other_classes(runner, tmp_path):
     run = runner(
         tiny.distiller_cfg(tmp_path, teacher=detector(7)), max_iters=1, val_interval=1, custom_hooks=MMDET_HOOK
@@ -30,7 +29,6 @@ def test_detection_teacher_with_other_classes(runner, tmp_path):
     assert run.record.validated is not None  # the hook has looked at the validation set, too
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('num_classes', [7, 81])
 @pytest.mark.parametrize('distilled', [True, False])
 def test_detection_student_with_other_classes(runner, tmp_path, num_classes, distilled):
@@ -94,7 +92,6 @@ def classification(tmp_path, pictures):
     return build
 
 
-@pytest.mark.slow
 def test_classification_teacher_with_other_classes(classification):
     run = classification(num_classes=3)
     run.train()
@@ -104,7 +101,6 @@ def test_classification_teacher_with_other_classes(classification):
     assert 'val/accuracy/top1' in run.message_hub.log_scalars
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('num_classes', [2, 5])
 @pytest.mark.parametrize('distilled', [True, False])
 def test_classification_student_with_other_classes(classification, num_classes, distilled):

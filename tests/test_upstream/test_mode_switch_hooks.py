@@ -86,7 +86,6 @@ def assert_distilled(record):
     assert record['loss'] == pytest.approx(summed, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_yolox(run, tmp_path):
     def change(cfg, student):
         (resize,) = student.data_preprocessor.batch_augments
@@ -119,7 +118,6 @@ def test_yolox(run, tmp_path):
     assert ema.ema_model.module.diffkd_teacher is runner.model.diffkd_teacher
 
 
-@pytest.mark.slow
 def test_rtmdet(run, tmp_path):
     def change(cfg, student):
         (switch,) = [hook for hook in cfg.custom_hooks if hook.type == 'PipelineSwitchHook']

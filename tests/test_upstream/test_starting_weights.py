@@ -6,7 +6,6 @@ import torch
 from mmdiffkd.utils import PREFIX, without_diffusion_part
 from tests import tiny
 
-pytestmark = pytest.mark.slow
 FRESH = 'The checkpoint holds no diffusion part (diffkd.*), it starts fresh.'
 
 

@@ -173,7 +173,6 @@ class TestLosses:
         model.eval().load_state_dict(model.diffkd_teacher.model.state_dict())
         torch.testing.assert_close(model.loss(*tiny.batch(model))['diffkd.same.loss_kd'], torch.tensor(0.0))
 
-    @pytest.mark.slow
     @pytest.mark.parametrize('config', ['dino/dino-4scale_r50_8xb2-12e_coco.py', 'detr/detr_r50_8xb2-150e_coco.py'])
     def test_models_that_change_their_config(self, tmp_path, config):
         """Detection transformers do so while they are built, and they are built more than once."""

@@ -52,7 +52,6 @@ def test_operators_without_a_meta_device():
     assert probe(model_of(cfg), ['neck'], 'teacher')['neck'][:3] == ([256] * 5, [8, 16, 32, 64, 128], 1)
 
 
-@pytest.mark.slow
 def test_pass_that_fails_between_two_levels():
     """RepPoints' head fails on the meta device behind its first level; all five are found on the CPU."""
     cfg = resolve_config('mmdet::reppoints/reppoints-moment_r50_fpn_1x_coco.py')
@@ -61,7 +60,6 @@ def test_pass_that_fails_between_two_levels():
     assert probe(model_of(cfg), [path], 'student')[path][:3] == ([18] * 5, [8, 16, 32, 64, 128], 5)
 
 
-@pytest.mark.slow
 def test_models_that_take_no_small_images():
     cfg = resolve_config('mmdet::ssd/ssd300_coco.py')
     cfg.model.backbone.init_cfg = None
