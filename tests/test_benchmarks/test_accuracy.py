@@ -31,6 +31,7 @@ CELLS = dict.fromkeys(
     for method in methods_of(name, group)
     if group != 'weights' or ', weight ' not in method  # the same with other numbers
 )
+QUICK = [(name, method) for name in ('deeppcb', 'camvid') for method in methods_of(name, 'preset')]
 METRICS = ['coco/bbox_mAP']
 RESULTS = ROOT / 'docs' / 'accuracy'
 
@@ -312,7 +313,9 @@ def test_costs(arguments):
     assert costs['diffkd']['peak_mib'] > costs['alone']['peak_mib'] > 1
 
 
-@pytest.mark.parametrize('name, method', CELLS)
+@pytest.mark.parametrize(
+    'name, method', [pytest.param(*cell, marks=[] if cell in QUICK else pytest.mark.slow) for cell in CELLS]
+)
 def test_every_cell_can_be_built(name, method, arguments):
     args = arguments(name)
     cfg = run.cell_config(args, method, 3)
