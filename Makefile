@@ -11,7 +11,7 @@ help:
 	@echo "make demo            train student alone, with plain MSE and DiffKD on generated images; about 16 minutes"
 	@echo "                     TASK=classification and TASK=segmentation do it for the other tasks"
 	@echo "make test            run the quick tests, which cover every behavior; up to 10 minutes"
-	@echo "make test-all        run all tests: also every config and model family, kills, wheels; up to TODO"
+	@echo "make test-all        run all tests: also every config and model family, killed processes, wheels"
 	@echo "make env             the environment in $(VENV) that both need (made by them if it is not there)"
 	@echo "make lint            check formatting and lint"
 	@echo "make docs            build the documentation in docs/_build/html"
