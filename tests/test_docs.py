@@ -102,11 +102,11 @@ def test_statements(page, block, tmp_path):
 
 @cache
 def help_of(*command):
-    """What a tool (its path), a module (``-m`` and its name) or a command of mim prints for ``--help``."""
+    """What a script (its path), a module (``-m`` and its name) or a command of mim prints for ``--help``."""
     if command[0] == '-m':
         _, module, *words = command
         return in_process(lambda: runpy.run_module(module, run_name='__main__'), module, *words, '--help').stdout
-    return call_tool(Path(command[0]).relative_to('tools'), '--help').stdout
+    return call_tool(ROOT / command[0], '--help').stdout
 
 
 @pytest.mark.parametrize('page, command', COMMANDS)
