@@ -13,7 +13,7 @@ from mmdiffkd.models.distillers.passes import ImageRecorder
 from mmdiffkd.models.distillers.probe import check_gradient, check_training_outputs
 from mmdiffkd.models.distillers.taps import TapError, TapRecorder
 from mmdiffkd.testing import fit_to, random_batch, without_pretrained
-from mmdiffkd.utils import model_of
+from mmdiffkd.utils import QuickInit, model_of
 
 SIZES = (128, 224)  # of images, tried in turn: some models take no small ones
 
@@ -53,8 +53,8 @@ def try_training_taps(cfg: Config, model: DiffKDDistiller) -> bool:
 def _run(plain: Config, model: DiffKDDistiller, size: int):
     """What the taps of the student record, and the images that its encoder sees."""
     torch.default_generator.manual_seed(0)
-    student = revert_sync_batchnorm(MODELS.build(fit_to(model_of(plain), size)))
-    with _silent_log():  # it would list every parameter
+    with QuickInit(), _silent_log():  # it would list every parameter
+        student = revert_sync_batchnorm(MODELS.build(fit_to(model_of(plain), size)))
         student.init_weights()  # until then some hold what happened to be in memory
     student.train()
     recorder = TapRecorder(student, {pair.student for pair in model.pairs.values()}, 'student')

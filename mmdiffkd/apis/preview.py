@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdiffkd.models.distillers.passes import passes
 from mmdiffkd.models.distillers.probe import blank_sample
 from mmdiffkd.models.distillers.taps import TapRecorder, flatten
-from mmdiffkd.utils import PREFIX, kept_bytes, resolve_config, skeleton, with_preprocessor
+from mmdiffkd.utils import PREFIX, QuickInit, QuickMeta, kept_bytes, resolve_config, skeleton, with_preprocessor
 
 from .build import build_distiller, read_config
 from .distill_text import distill_text
@@ -47,7 +47,7 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
     Raises:
         ValueError: If the config distils nothing, or a tap gives nothing to distil while the student trains.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), QuickInit():
         cfg, model = build_distiller(config, cfg_options)
     tried = try_training_taps(cfg, model)
     teacher = model.diffkd_teacher
@@ -183,7 +183,7 @@ def _describe_conv(module: nn.Module) -> Optional[str]:
 def _count_pass(net: nn.Module, size: Size, stop_after: Optional[Dict[str, int]] = None) -> Optional[float]:
     """1e9 operations of a forward pass on one image; None if the model does not run on the meta device."""
     net.to('meta')  # what is not there yet was built from numbers
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, QuickMeta():
         try:
             with TapRecorder(net, stop_after or (), 'teacher', stop_after=stop_after or None):
                 _run_longest(net, size, shortest=bool(stop_after))
@@ -212,12 +212,12 @@ def _count_part(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Op
     """1e9 operations of the diffusion part, forward and backward, and the bytes it keeps, for one image."""
     necks = copy.deepcopy(model.diffkd).to('meta').train()
 
+    losses: List[Tensor] = []
+
     def forward():
-        losses = []
         for name, features in inputs.items():
             for output in necks[name](*features):
-                losses += output.losses.values()
-        return sum(losses)
+                losses.extend(output.losses.values())
 
     inputs = {}
     for row in rows:
@@ -226,9 +226,10 @@ def _count_part(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Op
         teacher.append(torch.empty(2, *row['teacher_shape'], device='meta'))
     there: List[Tensor] = [*necks.parameters(), *(x for pair in inputs.values() for levels in pair for x in levels)]
     try:
-        with FlopCounterMode(display=False) as counter:
-            forward().backward()
-        return counter.get_total_flops() / 2e9, kept_bytes(forward, there) // 2
+        with FlopCounterMode(display=False) as counter, QuickMeta():
+            kept = kept_bytes(forward, there)
+            sum(losses).backward()
+        return counter.get_total_flops() / 2e9, kept // 2
     except Exception:  # a distance that looks at numbers, say
         return None, None
 

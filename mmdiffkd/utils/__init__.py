@@ -17,13 +17,15 @@ from .config import (
     zoo_checkpoint,
 )
 from .kept import kept_bytes
-from .skeleton import skeleton
+from .skeleton import QuickInit, QuickMeta, skeleton
 from .suggest import nearest
 from .tool_errors import exit_on_mistake
 
 __all__ = [
     'DamagedFileError',
     'PREFIX',
+    'QuickInit',
+    'QuickMeta',
     'check_is_data',
     'exit_on_mistake',
     'fingerprint',

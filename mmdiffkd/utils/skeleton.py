@@ -1,8 +1,26 @@
+"""Models that are looked at, not trained: what their weights hold does not matter."""
+
 import copy
+from typing import Optional
 
 import torch
 from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+ELEMENTWISE = (
+    aten.add.Tensor,
+    aten.addcmul.default,
+    aten.div.Tensor,
+    aten.mul.Scalar,
+    aten.mul.Tensor,
+    aten.sub.Tensor,
+    aten.threshold_backward.default,
+)
+RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
+# a prime number, so that no two filters of a layer hold the same numbers
+BLOCK = 65521
 
 
 def skeleton(model_cfg: dict) -> nn.Module:
@@ -21,4 +39,76 @@ def skeleton(model_cfg: dict) -> nn.Module:
             with torch.device('meta'):
                 return MODELS.build(copy.deepcopy(model_cfg))
         except Exception:
-            return MODELS.build(copy.deepcopy(model_cfg))
+            with QuickInit():
+                return MODELS.build(copy.deepcopy(model_cfg))
+
+
+class QuickInit(TorchDispatchMode):
+    """Fill large tensors on the CPU with the same few random numbers over and over, in a fifth of the time.
+
+    For models whose weights are loaded afterwards, or run once to see whether they do.
+
+    >>> with QuickInit():
+    ...     model = MODELS.build(cfg)
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = args[0] if function in RANDOM_FILLS else None
+        if tensor is None or tensor.numel() <= BLOCK or not tensor.is_cpu or not tensor.is_contiguous():
+            return function(*args, **kwargs)
+        block = function(tensor.new_empty(BLOCK), *args[1:], **kwargs)
+        flat, rest = tensor.view(-1), tensor.numel() % BLOCK
+        flat[: flat.numel() - rest].view(-1, BLOCK).copy_(block)
+        flat[flat.numel() - rest :].copy_(block[:rest])
+        return tensor
+
+
+class QuickMeta(TorchDispatchMode):
+    """Run batch normalization and arithmetic on meta tensors without torch's decompositions into many operators.
+
+    The shapes are the same, in a fraction of the time. What it does not know runs as ever.
+
+    >>> with torch.device('meta'), QuickMeta():
+    ...     model(images)
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = None
+        if not kwargs and isinstance(args[0] if args else None, Tensor) and args[0].is_meta:
+            if function is aten.native_batch_norm.default:
+                output = _batch_norm(*args)
+            elif function is aten.native_batch_norm_backward.default:
+                output = _batch_norm_backward(*args)
+            elif function in ELEMENTWISE:
+                output = _elementwise(args)
+        return function(*args, **kwargs) if output is None else output
+
+
+def _batch_norm(x: Tensor, *others) -> tuple:
+    return torch.empty_like(x), _statistic(x), _statistic(x)
+
+
+def _batch_norm_backward(gradient: Tensor, x: Tensor, *others) -> tuple:
+    of_x, *of_affine = others[-1]  # what is wanted
+    return torch.empty_like(x) if of_x else None, *(_statistic(x) if wanted else None for wanted in of_affine)
+
+
+def _statistic(x: Tensor) -> Tensor:
+    """A number a channel, in float32 at least."""
+    return x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _elementwise(args: tuple) -> Optional[Tensor]:
+    """What comes out of tensors of one kind and numbers that do not change it; None where they differ."""
+    first = args[0]
+    for other in args[1:]:
+        if isinstance(other, Tensor):
+            if not other.is_meta or other.dtype != first.dtype or other.shape != first.shape:
+                return None
+            if other.stride() != first.stride():
+                return None
+        elif isinstance(other, complex) or not first.is_floating_point():
+            return None
+    return torch.empty_like(first)

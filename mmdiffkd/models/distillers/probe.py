@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from mmdiffkd.utils import image_channels
+from mmdiffkd.utils import QuickInit, QuickMeta, image_channels
 
 from .passes import passes
 from .taps import TapError, TapRecorder, Tokens, find_module, flatten
@@ -152,7 +152,8 @@ def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
 
 
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, shape: Tuple[int, int, int]) -> Dict[str, TapInfo]:
-    with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'):
+    quick = QuickMeta() if device == 'meta' else QuickInit()
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'), quick:
         # some freeze their stages when they are told to train
         model = MODELS.build(copy.deepcopy(model_cfg)).train().eval()
         for path in paths:

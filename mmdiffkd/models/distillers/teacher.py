@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmdiffkd.utils import (
+    QuickInit,
     fingerprint,
     load_strict,
     model_of,
@@ -100,7 +101,7 @@ class Teacher:
             )
         source = zoo_checkpoint(self.source) if self.checkpoint == 'zoo' else str(self.checkpoint)
         weights = read_checkpoint(source)['state_dict']
-        with torch.random.fork_rng(devices=[]):  # the run's random numbers do not depend on the teacher
+        with torch.random.fork_rng(devices=[]), QuickInit():  # the run's random numbers do not depend on the teacher
             model = MODELS.build(self.model_cfg)
         load_strict(model, weights, f'the teacher ({self.name})', f"'{source}'")
         self.fingerprint = fingerprint(model.state_dict())
