@@ -1,8 +1,9 @@
 """What a distillation config will do, before anything is trained: no weights, no data."""
 
 import copy
+from contextlib import contextmanager
 from math import ceil
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -25,6 +26,18 @@ WEIGHT_BYTES = dict(teacher=4, diffusion_part=12)
 UNTRIED = 'The student does not run on random images here, so its taps were not tried in a training pass.'
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On small images several threads wait for each other longer than they compute, and spin all the while."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
     """Tell what a config distils, and what that takes.
 
@@ -81,6 +94,7 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
     )
 
 
+@_one_thread()
 def list_taps(
     config: Union[str, Config],
     owner: str = 'student',

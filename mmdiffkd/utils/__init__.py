@@ -1,3 +1,5 @@
+from mmdiffkd.cli import exit_on_mistake
+
 from .checkpoint import (
     PREFIX,
     DamagedFileError,
@@ -19,7 +21,6 @@ from .config import (
 from .kept import kept_bytes
 from .skeleton import QuickInit, QuickMeta, skeleton
 from .suggest import nearest
-from .tool_errors import exit_on_mistake
 
 __all__ = [
     'DamagedFileError',

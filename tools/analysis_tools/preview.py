@@ -10,8 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from mmdiffkd.apis import list_taps, preview
-from mmdiffkd.utils import exit_on_mistake
+from mmdiffkd.cli import exit_on_mistake, exit_quickly, without_gc
 
 
 def parse_args():
@@ -35,7 +34,9 @@ def parse_args():
 def main():
     args = parse_args()
     size = tuple(args.size) if args.size else None
-    with exit_on_mistake(), redirect_stdout(sys.stderr):  # what packages print is no part of the answer
+    with exit_on_mistake(), redirect_stdout(sys.stderr), without_gc():  # what packages print is no part of the answer
+        from mmdiffkd.apis import list_taps, preview
+
         if args.list_taps:
             result = list_taps(args.config, args.list_taps, size, args.cfg_options)
         else:
@@ -122,4 +123,5 @@ def show(result) -> None:
 
 
 if __name__ == '__main__':
+    exit_quickly()
     main()
