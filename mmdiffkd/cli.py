@@ -11,6 +11,9 @@ MISTAKES = (ValueError, TypeError, OSError, ImportError, RuntimeError, SyntaxErr
 UNKNOWN_TYPE = re.compile(r'([^\s\'"]+) is not in the \S+ registry')  # mmengine's KeyError
 
 
+_is_own_process = False
+
+
 @contextmanager
 def without_gc() -> Iterator[None]:
     """Import packages and build models without garbage collection, which would take seconds and find next to nothing.
@@ -23,12 +26,19 @@ def without_gc() -> Iterator[None]:
     try:
         yield
     finally:
+        if _is_own_process:
+            gc.freeze()
         if was_enabled:
             gc.enable()
 
 
-def exit_quickly() -> None:
-    """Spare the process the collection at its end; for scripts, not for what is called in another's process."""
+def own_process() -> None:
+    """Keep what is there after the start out of later collections, the one at the end included; for scripts alone.
+
+    In another's process it would keep the garbage that is there, too.
+    """
+    global _is_own_process
+    _is_own_process = True
     atexit.register(gc.freeze)
 
 

@@ -2,12 +2,9 @@
 
 import argparse
 
-import torch
 from mmengine.config import DictAction
-from mmengine.registry import HOOKS, RUNNERS
-from mmengine.runner import Runner
 
-from mmdiffkd.apis import load_run_config
+from mmdiffkd.cli import own_process, without_gc
 
 
 def parse_args():
@@ -32,6 +29,21 @@ def parse_args():
 
 def main():
     args = parse_args()
+    with without_gc():
+        import torch
+
+        runner = build_runner(args)
+    runner.train()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def build_runner(args):
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    from mmdiffkd.apis import load_run_config
+
     cfg = load_run_config(args)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
@@ -45,14 +57,13 @@ def main():
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if 'runner_type' in cfg:
         check_before_flexible_runner(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.train()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
 def check_before_flexible_runner(cfg):
     """FlexibleRunner loads before it calls a hook, so what mmdiffkd.CheckpointHook does has to come earlier."""
+    from mmengine.registry import HOOKS
+
     hook = cfg.get('default_hooks', {}).get('checkpoint', {})
     if hook.get('type') == 'mmdiffkd.CheckpointHook':
         cfg.load_from = HOOKS.build(dict(hook)).file_to_load(cfg.get('load_from'), cfg.get('resume'), cfg.work_dir)
@@ -60,4 +71,5 @@ def check_before_flexible_runner(cfg):
 
 
 if __name__ == '__main__':
+    own_process()
     main()

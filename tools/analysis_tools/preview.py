@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from mmdiffkd.cli import exit_on_mistake, exit_quickly, without_gc
+from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
 
 def parse_args():
@@ -123,5 +123,5 @@ def show(result) -> None:
 
 
 if __name__ == '__main__':
-    exit_quickly()
+    own_process()
     main()
