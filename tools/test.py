@@ -2,14 +2,9 @@
 
 import argparse
 
-import torch
 from mmengine.config import ConfigDict, DictAction
-from mmengine.evaluator import DumpResults
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
-from mmdiffkd.apis import load_run_config
-from mmdiffkd.utils import check_is_data
+from mmdiffkd.cli import own_process, without_gc
 
 
 def parse_args():
@@ -34,6 +29,23 @@ def main():
     args = parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise SystemExit(f'--out {args.out} must end with .pkl')
+    with without_gc():
+        import torch
+
+        runner = build_runner(args)
+    runner.test()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def build_runner(args):
+    from mmengine.evaluator import DumpResults
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    from mmdiffkd.apis import load_run_config
+    from mmdiffkd.utils import check_is_data
+
     check_is_data(args.checkpoint)
     cfg = load_run_config(args)
     if 'student' in cfg.model:
@@ -46,9 +58,7 @@ def main():
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    runner.test()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return runner
 
 
 def augment(cfg):
@@ -75,4 +85,5 @@ def show_predictions(cfg, args):
 
 
 if __name__ == '__main__':
+    own_process()
     main()

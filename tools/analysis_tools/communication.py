@@ -6,7 +6,8 @@ from mmengine.config import DictAction
 from torch import nn
 
 from mmdiffkd.apis import build_distiller
-from mmdiffkd.utils import PREFIX, exit_on_mistake, skeleton
+from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
+from mmdiffkd.utils import PREFIX, skeleton
 
 BYTES = 4  # gradients are fp32, under automatic mixed precision too
 MB = 1e6
@@ -31,7 +32,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with exit_on_mistake():
+    with exit_on_mistake(), without_gc():
         _, model = build_distiller(args.config, args.cfg_options)
     model.train()  # where some backbones freeze their first stages
     student, part = trainable(model)
@@ -74,4 +75,5 @@ def print_traffic(student: int, part: int, gpus: list, bandwidth: float) -> None
 
 
 if __name__ == '__main__':
+    own_process()
     main()

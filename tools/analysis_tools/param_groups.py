@@ -13,7 +13,8 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from mmdiffkd.apis import build_distiller, build_model
-from mmdiffkd.utils import PREFIX, exit_on_mistake
+from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
+from mmdiffkd.utils import PREFIX
 
 Setting = Tuple[float, float]  # learning rate and weight decay
 ROW = '{:<8} {:>11} {:>8} {:>12} {:>12} {:>12} {:>12}'
@@ -32,7 +33,7 @@ def parse_args():
 def main():
     args = parse_args()
     MMLogger.get_instance('param_groups', log_level='ERROR')  # the constructors log every single parameter
-    with exit_on_mistake():
+    with exit_on_mistake(), without_gc():
         cfg, distilled = build_distiller(args.config, args.cfg_options)
         alone = build_model(cfg, cfg.model.student)
         before, after = param_settings(alone, cfg.optim_wrapper), param_settings(distilled, cfg.optim_wrapper)
@@ -116,4 +117,5 @@ def _text(settings: Dict[str, Optional[Setting]], name: str) -> str:
 
 
 if __name__ == '__main__':
+    own_process()
     main()

@@ -4,8 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmdiffkd.report import write_report
-from mmdiffkd.utils import exit_on_mistake
+from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
 
 def parse_args():
@@ -32,10 +31,13 @@ def named(text):
 def main():
     args = parse_args()
     command = ['python', 'tools/analysis_tools/report.py', *sys.argv[1:]]
-    with exit_on_mistake():
+    with exit_on_mistake(), without_gc():
+        from mmdiffkd.report import write_report
+
         page = write_report([named(run) for run in args.runs], args.out, command)
     print(page)
 
 
 if __name__ == '__main__':
+    own_process()
     main()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 
-from mmdiffkd.utils import exit_on_mistake
+from mmdiffkd.cli import exit_on_mistake
 
 CLASSES = ('open', 'short', 'mousebite', 'spur', 'copper', 'pin-hole')
 # its boxes and class names are drawn into the pixels

@@ -2,8 +2,7 @@
 
 import argparse
 
-from mmdiffkd.apis import make_config
-from mmdiffkd.utils import exit_on_mistake
+from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
 
 def parse_args():
@@ -19,7 +18,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with exit_on_mistake():
+    with exit_on_mistake(), without_gc():
+        from mmdiffkd.apis import make_config
+
         text = make_config(args.student, args.teacher, args.checkpoint, args.output)
     if args.output is None:
         print(text, end='')
@@ -28,4 +29,5 @@ def main():
 
 
 if __name__ == '__main__':
+    own_process()
     main()

@@ -3,10 +3,7 @@
 import argparse
 from pathlib import Path
 
-import torch
-
-from mmdiffkd.apis import read_config, student_config, student_weights
-from mmdiffkd.utils import exit_on_mistake
+from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
 
 def parse_args():
@@ -20,7 +17,11 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with exit_on_mistake():
+    with exit_on_mistake(), without_gc():
+        import torch
+
+        from mmdiffkd.apis import read_config, student_config, student_weights
+
         config = student_config(read_config(args.config))
         weights = student_weights(args.checkpoint)
         for file in filter(None, (args.out, args.config_out)):
@@ -33,4 +34,5 @@ def main():
 
 
 if __name__ == '__main__':
+    own_process()
     main()
