@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdiffkd.models.distillers.passes import passes
 from mmdiffkd.models.distillers.probe import blank_sample
 from mmdiffkd.models.distillers.taps import TapRecorder, flatten
-from mmdiffkd.utils import PREFIX, QuickInit, QuickMeta, kept_bytes, resolve_config, skeleton, with_preprocessor
+from mmdiffkd.utils import PREFIX, QuickMeta, kept_bytes, resolve_config, skeleton, with_preprocessor
 
 from .build import build_distiller, read_config
 from .distill_text import distill_text
@@ -60,7 +60,7 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
     Raises:
         ValueError: If the config distils nothing, or a tap gives nothing to distil while the student trains.
     """
-    with torch.random.fork_rng(devices=[]), QuickInit():
+    with torch.random.fork_rng(devices=[]):
         cfg, model = build_distiller(config, cfg_options)
     tried = try_training_taps(cfg, model)
     teacher = model.diffkd_teacher

@@ -1,6 +1,7 @@
 """A dry run tells the widths and strides of taps before anything is trained."""
 
 import copy
+from contextlib import nullcontext
 from logging import DEBUG
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -152,17 +153,18 @@ def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
 
 
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, shape: Tuple[int, int, int]) -> Dict[str, TapInfo]:
-    quick = QuickMeta() if device == 'meta' else QuickInit()
-    with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'), quick:
-        # some freeze their stages when they are told to train
-        model = MODELS.build(copy.deepcopy(model_cfg)).train().eval()
+    is_meta = device == 'meta'
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'):
+        with nullcontext() if is_meta else QuickInit():
+            # some freeze their stages when they are told to train
+            model = MODELS.build(copy.deepcopy(model_cfg)).train().eval()
         for path in paths:
             find_module(model, path, owner)
         images, samples = torch.zeros(IMAGES, *shape), [blank_sample(*shape[1:]) for _ in range(IMAGES)]
         problem, unreached = None, []
         for way, run in passes(model).items():
             try:
-                with TapRecorder(model, paths, owner) as taps:
+                with TapRecorder(model, paths, owner) as taps, QuickMeta() if is_meta else nullcontext():
                     run(images, samples)
             except TapError:
                 raise
