@@ -19,7 +19,7 @@ from .config import (
     zoo_checkpoint,
 )
 from .kept import kept_bytes
-from .skeleton import QuickInit, QuickMeta, skeleton
+from .skeleton import QuickInit, QuickMeta, build_on_meta, skeleton
 from .suggest import nearest
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     'PREFIX',
     'QuickInit',
     'QuickMeta',
+    'build_on_meta',
     'check_is_data',
     'exit_on_mistake',
     'fingerprint',

@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -36,11 +37,41 @@ def skeleton(model_cfg: dict) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device('meta'):
-                return MODELS.build(copy.deepcopy(model_cfg))
+            return build_on_meta(model_cfg)
         except Exception:
             with QuickInit():
                 return MODELS.build(copy.deepcopy(model_cfg))
+
+
+def build_on_meta(model_cfg: dict) -> nn.Module:
+    """Build a model on the meta device.
+
+    Args:
+        model_cfg (dict): Config of the model.
+
+    Returns:
+        nn.Module: The model.
+
+    Raises:
+        Exception: What the model raises where it reads numbers from tensors, other than the rates of its stochastic
+            depth.
+    """
+    with torch.device('meta'):
+        try:
+            return MODELS.build(copy.deepcopy(model_cfg))
+        except Exception:
+            with _NumbersOfLinspace():
+                return MODELS.build(copy.deepcopy(model_cfg)).to('meta')
+
+
+class _NumbersOfLinspace(TorchFunctionMode):
+    """Upstream's backbones take the rates of stochastic depth from ``torch.linspace``, one ``item()`` a layer."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.linspace:
+            kwargs = dict(kwargs, device=kwargs.get('device') or 'cpu')
+        return function(*args, **kwargs)
 
 
 class QuickInit(TorchDispatchMode):

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from mmdiffkd.utils import QuickInit, QuickMeta, image_channels
+from mmdiffkd.utils import QuickInit, QuickMeta, build_on_meta, image_channels
 
 from .passes import passes
 from .taps import TapError, TapRecorder, Tokens, find_module, flatten
@@ -155,9 +155,12 @@ def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
 def _run(model_cfg: dict, paths: List[str], owner: str, device: str, shape: Tuple[int, int, int]) -> Dict[str, TapInfo]:
     is_meta = device == 'meta'
     with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'):
-        with nullcontext() if is_meta else QuickInit():
-            # some freeze their stages when they are told to train
-            model = MODELS.build(copy.deepcopy(model_cfg)).train().eval()
+        if is_meta:
+            model = build_on_meta(model_cfg)
+        else:
+            with QuickInit():
+                model = MODELS.build(copy.deepcopy(model_cfg))
+        model.train().eval()  # some freeze their stages when they are told to train
         for path in paths:
             find_module(model, path, owner)
         images, samples = torch.zeros(IMAGES, *shape), [blank_sample(*shape[1:]) for _ in range(IMAGES)]
