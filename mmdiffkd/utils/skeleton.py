@@ -132,14 +132,14 @@ def _statistic(x: Tensor) -> Tensor:
 
 
 def _elementwise(args: tuple) -> Optional[Tensor]:
-    """What comes out of tensors of one kind and numbers that do not change it; None where they differ."""
-    first = args[0]
-    for other in args[1:]:
-        if isinstance(other, Tensor):
-            if not other.is_meta or other.dtype != first.dtype or other.shape != first.shape:
-                return None
-            if other.stride() != first.stride():
-                return None
-        elif isinstance(other, complex) or not first.is_floating_point():
+    """What comes out of floating-point tensors of one kind and real numbers; None where they are something else."""
+    first, *others = args
+    for other in others:
+        if not isinstance(other, Tensor):
+            fits = isinstance(other, (int, float))
+        else:
+            fits = other.is_meta and other.dtype == first.dtype and other.shape == first.shape
+            fits = fits and other.stride() == first.stride()
+        if not fits:
             return None
-    return torch.empty_like(first)
+    return torch.empty_like(first) if first.is_floating_point() else None

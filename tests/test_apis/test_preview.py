@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -136,6 +137,37 @@ def test_defaults_spelt_out_build_the_same(config, tmp_path):
             settings = {key: value for key, value in vars(ours).items() if isinstance(value, plain)}
             assert settings == {key: vars(theirs)[key] for key in settings}
     assert distill_text(same) == text
+
+
+# a detector, a segmentor and classifiers; with an autoencoder, MLPs, attention, stochastic depth, plain distances
+COUNTED = (
+    'diffkd_retinanet_r101_r50.py',
+    'diffkd_gfl_r101_r50.py',
+    'diffkd_mask-rcnn_swin-s_swin-t.py',
+    'cityscapes/diffkd_deeplabv3_r101_r18.py',
+    'ade20k/diffkd_segformer_b2_b0.py',
+    'cifar/diffkd_r50_r18_cifar10.py',
+    'imagenet/diffkd-dist_r34_r18.py',
+    'imagenet/diffkd_r50_efficientnet-b0.py',
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', COUNTED)
+def test_counts_are_those_of_torch_alone(config, monkeypatch):
+    quick = preview(str(ROOT / 'configs' / config))
+    monkeypatch.setattr('mmdiffkd.apis.preview.QuickMeta', nullcontext)
+    monkeypatch.setattr('mmdiffkd.models.distillers.probe.QuickMeta', nullcontext)
+    assert preview(str(ROOT / 'configs' / config)) == quick
+
+
+def test_threads_are_as_before(small):
+    torch.set_num_threads(2)
+    try:
+        preview(small(), size=(128, 128))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_size_and_options():
