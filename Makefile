@@ -49,37 +49,12 @@ env: $(READY)
 
 env-openmmlab: $(READY_OPENMMLAB)
 
-$(READY): MMCV := onedl-mmcv
-$(READY): PACKAGES := mminstall docs
-$(READY): CONSTRAINTS := requirements/constraints.txt
+$(READY): FAMILY := onedl
+$(READY_OPENMMLAB): FAMILY := openmmlab
 
-$(READY_OPENMMLAB): MMCV := mmcv
-$(READY_OPENMMLAB): PACKAGES := openmmlab
-$(READY_OPENMMLAB): CONSTRAINTS := requirements/constraints-openmmlab.txt
-
-# Both environments are made by the same steps, each in the folder of its .ready file.
-# Interrupted, the installation goes on where it stopped: finished steps are found done.
-BIN = $(@D)/bin
-INSTALL = $(BIN)/python -m pip --disable-pip-version-check -qq install --constraint $(CONSTRAINTS)
-$(READY) $(READY_OPENMMLAB): requirements/*.txt setup.py
-	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and 'Python 3.10 - 3.12 is needed, this is ' + sys.version.split()[0] + '; set PYTHON=python3.11, say.')"
-	@echo "Making the environment in $(@D), once: 15 - 20 minutes, most of it for compiling mmcv's operators."
-	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(@D)
-	@echo "[1/5] torch and torchvision: 1 - 5 minutes ..."
-	@$(INSTALL) torch torchvision
-	@echo "[2/5] build tools ..."
-	@$(INSTALL) --requirement requirements/build.txt
-	@echo "[3/5] mmcv's operators: 10 - 15 minutes on two cores; seconds when pip has built them before ..."
-	@MMCV_WITH_OPS=1 $(INSTALL) --no-build-isolation $(MMCV)
-	@echo "[4/5] the other OpenMMLab packages and the test tools ..."
-	@$(INSTALL) --no-build-isolation $(foreach name,runtime $(PACKAGES) tests,--requirement requirements/$(name).txt)
-	@$(BIN)/python -c "import mmcv.ops" 2> /dev/null || { \
-	    echo "      mmcv's operators in pip's cache were built for another torch; building them anew ..."; \
-	    MMCV_WITH_OPS=1 $(INSTALL) --no-build-isolation --no-deps --no-cache-dir --force-reinstall $(MMCV); }
-	@echo "[5/5] mmdiffkd itself ..."
-	@$(INSTALL) --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -W ignore -c "import mmcv.ops, mmdet, mmseg, mmpretrain, mmdiffkd"
-	@touch $@
+# Interrupted, it goes on where it stopped: finished steps are found done.
+$(READY) $(READY_OPENMMLAB): requirements/*.txt requirements/*.py setup.py
+	@$(PYTHON) requirements/make_env.py $(@D) --family $(FAMILY)
 
 clean:
 	rm -rf $(VENV) $(VENV_OPENMMLAB) build docs/_build *.egg-info

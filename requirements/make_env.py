@@ -1,0 +1,312 @@
+#!/usr/bin/env python3
+"""Make an environment with all that mmdiffkd needs: ``make env`` and ``make env-openmmlab``.
+
+Started by the system's Python, before anything is installed. Interrupted, the same command goes on where it stopped.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from operators import (
+    GIB,
+    Build,
+    SetupError,
+    cache_folder,
+    call,
+    check_build,
+    check_disk,
+    fetch_source,
+    find_wheel,
+    installed,
+    read_facts,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ((3, 10), (3, 12))
+ENVIRONMENT_DISK = 9 * GIB  # 6 for the environment, the rest for pip's downloads
+FAMILIES = {
+    'onedl': dict(
+        mmcv='onedl-mmcv',
+        mim='onedl-mim',
+        requirements=('runtime', 'mminstall', 'docs', 'tests'),
+        constraints='constraints.txt',
+        aliases={'mmdet': 'onedl-mmdetection'},
+    ),
+    'openmmlab': dict(
+        mmcv='mmcv',
+        mim='openmim',
+        requirements=('runtime', 'openmmlab', 'tests'),
+        constraints='constraints-openmmlab.txt',
+        aliases={},
+    ),
+}
+PIP_ACTIVITY = re.compile(
+    r'^\s*(Collecting|Downloading|Using cached|Building wheel|Installing collected packages)(.*)$'
+)
+# What is known of a distribution: where packages are, its version, and its summary.
+DISTRIBUTION = """
+import importlib.metadata, sys, sysconfig
+found = importlib.metadata.distribution(sys.argv[1])
+print(sysconfig.get_path('purelib'), found.version, found.metadata['Summary'], sep='\\n')
+"""
+
+
+class Display:
+    """Steps, and below the last one a line of what happens now.
+
+    On a terminal the line is rewritten in place. Elsewhere, as in a log file, a new one is written every minute.
+    """
+
+    def __init__(self, stream=None, interval=60):
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self.interval = interval
+        self.since = time.monotonic()
+
+    def step(self, text):
+        """Write a line that stays."""
+        print(f'\r\033[K{text}' if self.live else text, file=self.stream, flush=True)
+        self.since = time.monotonic()
+
+    def detail(self, text):
+        """Write a line that stays, below a step."""
+        self.step(f'      {text}')
+
+    def now(self, text):
+        """Show what happens at the moment."""
+        if self.live:
+            width = shutil.get_terminal_size().columns - 7
+            print(f'\r\033[K      {text[:width]}', end='', file=self.stream, flush=True)
+        elif time.monotonic() - self.since >= self.interval:
+            self.detail(text)
+
+
+class Environment:
+    """A virtual environment, and how pip fills it."""
+
+    def __init__(self, folder, family, display):
+        self.folder = folder
+        self.python = folder / 'bin' / 'python'
+        self.family = FAMILIES[family]
+        self.display = display
+        self.constraints = ROOT / 'requirements' / self.family['constraints']
+        self.log = folder / 'make_env.log'
+        self.build = None
+
+    def create(self):
+        """Make the environment, or again where pip does not run in it."""
+        if self.python.exists() and call([self.python, '-m', 'pip', '--version']):
+            return
+        done = subprocess.run(
+            [sys.executable, '-m', 'venv', '--clear', str(self.folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise SetupError(
+                f'{done.stdout.strip()}\n{sys.executable} cannot make a virtual environment. On Debian and Ubuntu, '
+                'install `python3-venv`; elsewhere set PYTHON to a complete Python.'
+            )
+
+    def version(self, package):
+        """The version of a package that the constraints name."""
+        match = re.search(rf'^{re.escape(package)}==(\S+)', self.constraints.read_text(), re.MULTILINE)
+        if not match:
+            raise SetupError(f'{self.constraints} names no version of {package} (`{package}==...`).')
+        return match.group(1)
+
+    def requirements(self, *names, without=''):
+        """What files of requirements ask for, without one of the packages."""
+        lines = [line for name in names for line in (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()]
+        found = [line.split('#')[0].strip() for line in lines]
+        return [line for line in found if line and re.match(r'[\w.-]+', line).group() != without]
+
+    def install(self, *what):
+        """Install with pip, and show meanwhile what it and a running build do."""
+        command = [self.python, '-m', 'pip', '--disable-pip-version-check', 'install', '--progress-bar', 'off']
+        command += ['--no-build-isolation', '--constraint', self.constraints, *what]
+        began = time.monotonic()
+        with open(self.log, 'a+') as log:
+            log.write(f'\n$ {shlex.join(map(str, command))}\n')
+            log.flush()
+            start = log.seek(0, os.SEEK_END)
+            process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+            try:
+                while process.poll() is None:
+                    self.show(pip_activity(self.output(start)), began)
+                    time.sleep(0.5)
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+        if process.returncode:
+            last = '\n'.join(f'    {line[:200]}' for line in self.output(start).splitlines()[-15:])
+            raise SetupError(f'pip failed:\n{last}\nThe whole log: {self.log}')
+
+    def output(self, start):
+        with open(self.log, errors='replace') as log:
+            log.seek(start)
+            return log.read()
+
+    def show(self, activity, began):
+        elapsed = time.monotonic() - began
+        text = f'{activity}, {elapsed // 60:.0f}:{elapsed % 60:02.0f}'
+        if self.build is not None and self.build.running():
+            text = f'{self.build.status()}; {text}'
+        self.display.now(text)
+
+    def wait_for(self, done, activity):
+        """Wait for the build, with its progress on the screen."""
+        began = time.monotonic()
+        while not done():
+            self.show(activity, began)
+            time.sleep(0.5)
+
+
+def pip_activity(output):
+    """What pip does now, in a few words."""
+    for line in reversed(output.splitlines()):
+        match = PIP_ACTIVITY.match(line)
+        if match:
+            verb, rest = match.groups()
+            if verb == 'Installing collected packages':
+                return f'installing {rest.count(",") + 1} packages'
+            return f'{verb.lower()} {" ".join(rest.split()[:4])}'
+    return 'pip looks for packages'
+
+
+def add_alias(python, name, package):
+    """Make a distribution known under a second name, by metadata alone.
+
+    onedl-mim takes any installed distribution of the name it is given, and looks for its files in the folder of that
+    name where nothing lists them. pip shows, checks, replaces and uninstalls such a folder as it does others.
+
+    Returns:
+        str: Version of the alias; ``None`` where a distribution of this name is there that is no such alias.
+    """
+    summary = f'Alias of {package}, by which mim finds it'
+    there = call([python, '-c', DISTRIBUTION, name])
+    if there and there.splitlines()[2] != summary:
+        return None
+    site_packages, version, _ = call([python, '-c', DISTRIBUTION, package]).splitlines()
+    for old in Path(site_packages).glob(f'{name}-*.egg-info'):
+        shutil.rmtree(old)
+    # No list of files, and no top_level.txt: pip would uninstall the package itself with the alias.
+    partial = Path(site_packages, f'.{name}.part')
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    partial.joinpath('PKG-INFO').write_text(
+        f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: {summary}\n'
+    )
+    partial.joinpath('requires.txt').write_text(f'{package}\n')
+    partial.rename(Path(site_packages, f'{name}-{version}.egg-info'))
+    return version
+
+
+def provide_operators(env, display):
+    """Find mmcv's operators, or start to compile them in ``env.build``.
+
+    Returns:
+        Path: A wheel to install; ``None`` if it is installed already or being built.
+    """
+    package = env.family['mmcv']
+    version = env.version(package)
+    facts = read_facts(env.python)
+    if installed(env.python, package, 'mmcv', version, facts):
+        display.detail('installed before')
+        return None
+    wheel = find_wheel(env.python, package, version, facts, display.detail)
+    if wheel:
+        return wheel
+    folder = cache_folder(package, version, facts)
+    check_build(facts, folder)
+    fetch_source(env.python, package, version, folder)
+    env.build = Build(env.python, package, folder, facts)
+    display.detail(
+        f'no ready wheel fits: compiling {package} {version} for torch {facts["torch"]}, {env.build.jobs} files at a '
+        'time; 12 - 15 minutes on two idle cores'
+    )
+    display.detail(f'log: {env.build.log}')
+    env.build.start(display.detail)
+    env.wait_for(env.build.compiling, 'reading the environment')  # before other packages change it
+    return None
+
+
+def make(env, display):
+    """All steps; those that were finished before are found done."""
+    if not env.python.exists():
+        check_disk(env.folder, ENVIRONMENT_DISK, 'the environment')
+    env.create()
+    display.step('[1/6] torch and torchvision: 1 - 5 minutes, most of it for downloading ...')
+    env.install('torch', 'torchvision')
+    display.step('[2/6] build tools and mim: less than a minute ...')
+    env.install(*env.requirements('build'))
+    env.install(env.family['mim'])
+    display.step("[3/6] mmcv's operators: seconds where a ready wheel is found, else compiled in the background ...")
+    wheel = provide_operators(env, display)
+    display.step('[4/6] the other OpenMMLab packages and the test tools: 1 - 3 minutes ...')
+    env.install(*env.requirements(*env.family['requirements'], without=env.family['mmcv']))
+    if env.build is not None:
+        display.step("[5/6] mmcv's operators: waiting for the compiler ...")
+        env.wait_for(lambda: not env.build.running(), 'everything else is installed')
+        wheel = env.build.finish()
+        display.detail(f'kept for other environments: {wheel}')
+    else:
+        display.step("[5/6] mmcv's operators: nothing to compile")
+    if wheel:  # the version may be there, with operators that do not fit
+        env.install('--force-reinstall', '--no-deps', wheel)
+    env.install(wheel or env.family['mmcv'])  # and what it needs
+    display.step('[6/6] mmdiffkd itself, and a check that everything can be imported: less than a minute ...')
+    env.install('--no-deps', '--editable', ROOT)
+    for name, package in env.family['aliases'].items():
+        add_alias(env.python, name, package)
+    modules = 'import mmcv.ops, mmdet, mmseg, mmpretrain, mmdiffkd'
+    done = subprocess.run([str(env.python), '-W', 'ignore', '-c', modules], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SetupError(f'The environment is complete, but `{modules}` fails:\n{done.stderr.strip()}')
+    (env.folder / '.ready').touch()
+
+
+def main():
+    parser = argparse.ArgumentParser(description='Make an environment with all that mmdiffkd needs.')
+    parser.add_argument('folder', type=Path, help='folder of the virtual environment')
+    parser.add_argument('--family', choices=FAMILIES, default='onedl', help='maintained or original packages')
+    args = parser.parse_args()
+    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        version = '.'.join(map(str, sys.version_info[:3]))
+        sys.exit(f'Python 3.10 - 3.12 is needed, this is {version}; set PYTHON=python3.11, say.')
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit('Ended. The same command goes on where it stopped.'))
+    display = Display()
+    env = Environment(args.folder.absolute(), args.family, display)
+    began = time.monotonic()
+    display.step(
+        f"Making the environment in {args.folder}, once: at most 5 minutes, or 18 if mmcv's operators must be compiled."
+    )
+    try:
+        make(env, display)
+    except SetupError as error:
+        display.step('')
+        sys.exit(f'{error}')
+    except KeyboardInterrupt:
+        display.step('')
+        sys.exit('Interrupted. The same command goes on where it stopped.')
+    finally:
+        if env.build is not None:
+            with contextlib.suppress(KeyboardInterrupt):
+                env.build.stop()
+    display.step(f'The environment in {args.folder} is ready after {(time.monotonic() - began) / 60:.1f} minutes.')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,447 @@
+"""mmcv's compiled operators: a ready wheel that fits the installed torch, or one that is compiled here and kept.
+
+Serves ``make_env.py`` and needs the standard library alone. What is compiled and what comes of it lies in
+``~/.cache/mmdiffkd/operators`` (``XDG_CACHE_HOME``), where other clones and environments find it.
+"""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+GIB = 2**30
+JOB_MEMORY = 1.25 * GIB  # the largest of mmcv's files takes 1.0 GiB
+BUILD_DISK = 1 * GIB  # objects without debugging symbols, library and wheel
+INDEX_SECONDS = 5  # to reach the family's own index of wheels, which many networks do not let through
+NINJA_STEP = re.compile(rb'^\[(\d+)/(\d+)\]', re.MULTILINE)
+
+# Facts about the environment that the operators depend on, as JSON.
+FACTS = """
+import json, os, sys, sysconfig, torch
+from torch.utils import cpp_extension
+forced = os.environ.get('FORCE_CUDA') == '1'
+home = cpp_extension.CUDA_HOME or cpp_extension.ROCM_HOME
+toolkit = home and any(os.path.exists(os.path.join(home, 'bin', name)) for name in ('nvcc', 'hipcc'))
+print(json.dumps(dict(
+    torch=torch.__version__, gpu=forced or torch.cuda.is_available(), toolkit=bool(toolkit),
+    python='%d.%d' % sys.version_info[:2], platform=sysconfig.get_platform(), include=sysconfig.get_path('include'))))
+"""
+
+# Loads a compiled library alone: mmcv's Python part needs packages that may not be installed yet.
+LOAD = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location('_ext', sys.argv[1])
+library = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(library)
+if sys.argv[2] == 'gpu' and getattr(library, 'get_compiling_cuda_version', str)() == 'not available':
+    sys.exit('compiled without CUDA')
+"""
+
+# The installed package's library, and the address at which mim looks for wheels.
+FIND_LIBRARY = """
+import glob, importlib.util, os, sys
+spec = importlib.util.find_spec(sys.argv[1])
+print(*glob.glob(os.path.join(os.path.dirname(spec.origin), '_ext*.so')) if spec and spec.origin else ())
+"""
+FIND_INDEX = """
+import os
+from mim.commands.install import get_mmcv_full_find_link
+from mim.utils import DEFAULT_MMCV_BASE_URL
+print(get_mmcv_full_find_link(os.environ.get('MMCV_BASE_URL', DEFAULT_MMCV_BASE_URL)))
+"""
+REACH = 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=float(sys.argv[2]))'
+
+
+class SetupError(Exception):
+    """What went wrong in the set-up and what to do about it, for the person who waits for it."""
+
+
+def call(command, timeout=None):
+    """Output of a command, ``None`` if it failed or took longer than ``timeout`` seconds."""
+    try:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def read_facts(python):
+    """Torch, Python and platform of an environment, see ``FACTS``."""
+    done = subprocess.run([str(python), '-W', 'ignore', '-c', FACTS], capture_output=True, text=True)
+    if done.returncode:
+        raise SetupError(f'torch cannot be imported in {Path(python).parent.parent}:\n{done.stderr.strip()}')
+    return json.loads(done.stdout)
+
+
+def cache_folder(package, version, facts):
+    """Folder of the operators for this torch, Python and platform."""
+    root = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    device = 'cuda' if facts['gpu'] else 'cpu'
+    name = f'{package}-{version}-torch{facts["torch"]}-{device}-python{facts["python"]}-{facts["platform"]}'
+    return root / 'mmdiffkd' / 'operators' / name
+
+
+def loads(python, library, facts):
+    """Whether a compiled library fits the installed torch, and the GPU where there is one."""
+    return call([python, '-W', 'ignore', '-c', LOAD, library, 'gpu' if facts['gpu'] else 'cpu']) is not None
+
+
+def fits(python, wheel, facts):
+    """Whether a wheel brings operators, and they fit the installed torch."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if re.fullmatch(r'[^/]+/_ext[^/]*\.so', name)]
+        return len(libraries) == 1 and loads(python, archive.extract(libraries[0], folder), facts)
+
+
+def installed(python, package, module, version, facts):
+    """Whether this version of the package is installed with operators that fit."""
+    query = 'import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))'
+    if call([python, '-c', query, package]) != version:
+        return False
+    library = call([python, '-c', FIND_LIBRARY, module])
+    return bool(library) and loads(python, library, facts)
+
+
+def find_wheel(python, package, version, facts, say=print):
+    """A ready wheel that fits: of pip's sources or cache, from an earlier build, or from the family's own index.
+
+    Returns:
+        Path: The wheel in the cache of this module; ``None`` if there is none.
+    """
+    folder = cache_folder(package, version, facts)
+    for wheel in folder.glob('*.whl'):
+        if fits(python, wheel, facts):
+            say(f'built before: {wheel}')
+            return wheel
+    pip = [python, '-m', 'pip', '--disable-pip-version-check']
+    stem = package.replace('-', '_')
+    tag = 'cp' + facts['python'].replace('.', '')
+    with tempfile.TemporaryDirectory() as downloads:
+        download = [*pip, 'download', '--quiet', '--no-deps', '--only-binary=:all:', '--dest', downloads]
+        requirement = f'{package}=={version}'
+
+        def known_to_pip():
+            call([*download, requirement])
+            return Path(downloads).glob('*.whl')
+
+        def in_pips_cache():
+            lines = (call([*pip, 'cache', 'list', '--format=abspath', stem]) or '').splitlines()
+            return [Path(line) for line in lines if Path(line).name.startswith(f'{stem}-{version}-{tag}-')]
+
+        def in_own_index():
+            index = call([python, '-W', 'ignore', '-c', FIND_INDEX])
+            if index and call([python, '-c', REACH, index, INDEX_SECONDS], timeout=2 * INDEX_SECONDS) is not None:
+                options = ('--no-index', '--find-links', index, '--timeout', INDEX_SECONDS, '--retries', 0)
+                call([*download, *options, requirement], timeout=300)
+            return Path(downloads).glob('*.whl')
+
+        for where, candidates in (
+            ('a ready wheel that pip knows', known_to_pip),
+            ("a wheel in pip's cache", in_pips_cache),
+            ("a wheel of the packages' own index", in_own_index),
+        ):
+            for wheel in list(candidates()):
+                if fits(python, wheel, facts):
+                    say(f'{where}: {wheel.name}')
+                    return keep(wheel, folder)
+                say(f'{where} does not fit torch {facts["torch"]}, it is passed over: {wheel.name}')
+    return None
+
+
+def keep(wheel, folder):
+    """Copy a wheel into the cache; a reader never sees half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=folder, suffix='.part')
+    os.close(handle)
+    shutil.copyfile(wheel, partial)
+    return Path(os.replace(partial, folder / wheel.name) or folder / wheel.name)
+
+
+def available_memory():
+    """Bytes that can be used without swapping: the machine's, or the container's where that is less."""
+    with open('/proc/meminfo') as file:
+        kib = dict(line.split()[:2] for line in file)
+    sizes = [1024 * int(kib['MemAvailable:'])]
+    with contextlib.suppress(OSError, ValueError):  # no container, or 'max'
+        limit, used = (int(Path('/sys/fs/cgroup', name).read_text()) for name in ('memory.max', 'memory.current'))
+        sizes.append(limit - used)
+    return min(sizes)
+
+
+def available_cores():
+    """CPU cores of this process, or what the container allows where that is less."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())
+        cores = min(cores, max(1, round(quota / period)))
+    return cores
+
+
+def choose_jobs(cores, memory):
+    """Files compiled at the same time: one a core, as far as the memory goes; at least one."""
+    return max(1, min(cores, int(memory // JOB_MEMORY)))
+
+
+def check_build(facts, folder):
+    """Refuse a build that cannot succeed before it starts: compiler, headers, CUDA toolkit, memory, disk.
+
+    Raises:
+        SetupError: Says what is missing and how to get it.
+    """
+    compiler = shlex.split(os.environ.get('CXX') or 'c++')
+    again = 'Then start the same command again.'
+    if not shutil.which(compiler[0]):
+        raise SetupError(
+            f"mmcv's operators must be compiled, and there is no C++ compiler ({compiler[0]!r}). "
+            f'Install one: `apt install g++` on Debian and Ubuntu, `dnf install gcc-c++` on Fedora. {again}'
+        )
+    probe = '#include <Python.h>\n#include <optional>\nstd::optional<int> number;\n'
+    command = [*compiler, '-std=c++17', '-fsyntax-only', '-x', 'c++', '-I', facts['include'], '-']
+    done = subprocess.run(command, input=probe, capture_output=True, text=True)
+    if 'Python.h' in done.stderr:
+        raise SetupError(
+            f"mmcv's operators must be compiled, and the headers of Python {facts['python']} are missing "
+            f'({facts["include"]}/Python.h). Install them: `apt install python{facts["python"]}-dev` on Debian and '
+            f'Ubuntu, `dnf install python3-devel` on Fedora. {again}'
+        )
+    if done.returncode:
+        raise SetupError(
+            f'{compiler[0]!r} does not compile C++17, which torch needs; g++ 9 and newer do. It says:\n{done.stderr}'
+        )
+    if facts['gpu'] and not facts['toolkit']:
+        raise SetupError(
+            f"torch {facts['torch']} sees a GPU, and compiling mmcv's operators for it needs the CUDA toolkit (nvcc) "
+            f'of the version that torch was built for. Install it and set CUDA_HOME. To do without the GPU, put '
+            f'CUDA_VISIBLE_DEVICES= before the command.'
+        )
+    memory = available_memory()
+    if memory < JOB_MEMORY and 'MAX_JOBS' not in os.environ:
+        raise SetupError(
+            f"Compiling mmcv's operators needs {JOB_MEMORY / GIB:.1f} GiB of free memory, and {memory / GIB:.1f} are "
+            f'there. End other programs or add swap. {again} MAX_JOBS=1 before the command tries it all the same.'
+        )
+    check_disk(folder, BUILD_DISK, "compiling mmcv's operators")
+
+
+def check_disk(folder, needed, purpose):
+    """Refuse what does not fit on the disk of ``folder``, which need not exist yet."""
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SetupError(
+            f'{purpose[0].upper()}{purpose[1:]} needs {needed / GIB:.1f} GiB of disk, and {free / GIB:.1f} are free '
+            f'in {folder}. Make room, then start the same command again.'
+        )
+
+
+def fetch_source(python, package, version, folder):
+    """Download and unpack the released source once.
+
+    Returns:
+        Path: The folder with setup.py. Compiled files stay in it until the build is complete.
+    """
+    source = folder / 'source'
+    if source.is_dir():
+        return source
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        options = ('--no-deps', '--no-build-isolation', f'--no-binary={package}', '--dest', temporary)
+        command = [python, '-m', 'pip', '--disable-pip-version-check', 'download', '--quiet', *options]
+        done = subprocess.run(
+            [str(part) for part in (*command, f'{package}=={version}')], capture_output=True, text=True
+        )
+        archives = list(Path(temporary).glob('*.tar.gz'))
+        if done.returncode or not archives:
+            raise SetupError(f'The source of {package} {version} cannot be downloaded:\n{done.stderr.strip()}')
+        with tarfile.open(archives[0]) as archive:
+            archive.extractall(temporary, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
+        (setup,) = Path(temporary).glob('*/setup.py')
+        setup.parent.rename(source)
+    return source
+
+
+class Build:
+    """A build of a wheel in the background.
+
+    Objects stay in the source folder until the wheel is there, so that an interrupted build goes on with the files
+    that are missing. Two builds of the same folder never run at once: the second waits.
+
+    Args:
+        python (Path): Interpreter of the environment.
+        package (str): Distribution, for messages.
+        folder (Path): Folder of this build, with the unpacked ``source``.
+        facts (dict): See :func:`read_facts`.
+    """
+
+    def __init__(self, python, package, folder, facts):
+        self.python = Path(python)
+        self.package = package
+        self.folder = folder
+        self.facts = facts
+        self.source = folder / 'source'
+        self.log = folder / 'build.log'
+        self.jobs = choose_jobs(available_cores(), available_memory())
+        self.process = None
+        self.lock = None
+        self.began = None
+
+    def start(self, say=print):
+        """Start the compiler; wait first for another set-up that builds the same."""
+        self.lock = open(self.folder / 'lock', 'w')  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f'another set-up compiles the same operators ({self.folder}); waiting for it ...')
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+        if self.wheel():
+            return self
+        flags = {name: f'{os.environ.get(name, "")} -g0'.strip() for name in ('CFLAGS', 'CXXFLAGS')}  # half the time
+        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is there
+        env = dict(os.environ, MMCV_WITH_OPS='1', PATH=path, PYTHONUNBUFFERED='1', **flags)
+        env.setdefault('MAX_JOBS', str(self.jobs))
+        shutil.rmtree(self.source / 'dist', ignore_errors=True)
+        with open(self.log, 'wb') as log:
+            # Own session: a Ctrl-C reaches it through stop() alone. The lock is inherited, so that it holds as long as
+            # a compiler runs, even if this process is killed.
+            self.process = subprocess.Popen(
+                [str(self.python), '-W', 'ignore', 'setup.py', 'bdist_wheel', '--dist-dir', 'dist'],
+                cwd=self.source,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[self.lock.fileno()],
+            )
+        return self
+
+    def wheel(self):
+        """The wheel that is kept for others, ``None`` before there is one."""
+        return next(self.folder.glob('*.whl'), None)
+
+    def running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def compiling(self):
+        """Whether setup.py has read what it needs of the environment, and only the compiler still runs."""
+        return not self.running() or bool(glob.glob(f'{self.source}/build/temp*/.ninja_log')) and self.step()[1] > 0
+
+    def step(self):
+        """Files compiled in this run, and files to compile in it."""
+        steps = NINJA_STEP.findall(self.log.read_bytes()) if self.log.exists() else []
+        return tuple(map(int, steps[-1])) if steps else (0, 0)
+
+    def status(self):
+        """One line: the file that is compiled, of how many, and the minutes left."""
+        done, todo = self.step()
+        total = max(todo, count_files(self.source))
+        if not total:
+            return 'operators: starting'
+        number = total - todo + done if todo else 0
+        if number == total:
+            return f'operators: {total} files compiled, linking'
+        self.began = self.began or (done, time.monotonic())
+        line = f'operators: file {number + 1} of {total}'
+        first, since = self.began
+        if done > first:
+            minutes = (time.monotonic() - since) / (done - first) * (todo - done) / 60
+            line += f', {minutes_left(minutes)}'
+        return line
+
+    def finish(self):
+        """Wait for the end and keep the wheel.
+
+        Returns:
+            Path: The wheel in the cache.
+
+        Raises:
+            SetupError: With the compiler's last lines and what to do.
+        """
+        if self.process is not None:
+            code = self.process.wait()
+            wheels = list((self.source / 'dist').glob('*.whl'))
+            if code or not wheels:
+                self.close()
+                raise SetupError(explain_failure(self.log, self.package, self.facts))
+            if not fits(self.python, wheels[0], self.facts):
+                self.close()
+                raise SetupError(
+                    f'The operators that were compiled cannot be loaded with torch {self.facts["torch"]}; '
+                    f'the log is {self.log}.'
+                )
+            keep(wheels[0], self.folder)
+            shutil.rmtree(self.source)
+        self.close()
+        return self.wheel()
+
+    def stop(self):
+        """End the compiler; what it has finished stays."""
+        if self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGINT)  # ninja removes the files it was writing
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        self.close()
+
+    def close(self):
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+
+def count_files(source):
+    """Files that ninja compiles in all, 0 before it has been told."""
+    return sum(path.read_text().count('\nbuild ') for path in source.glob('build/temp*/build.ninja'))
+
+
+def minutes_left(minutes):
+    """A rough time for a person who waits."""
+    if minutes < 1:
+        return 'less than a minute left'
+    return f'about {round(minutes)} minute{"s" if round(minutes) > 1 else ""} left'
+
+
+def explain_failure(log, package, facts, lines=20, width=200):
+    """The compiler's last lines, and what to do."""
+    text = log.read_text(errors='replace') if log.exists() else ''
+    # ninja's own words come before a long traceback of setup.py; compile commands are thousands of characters long
+    errors = text.split('\nFAILED: ')[1].split('\nninja: ')[0] if '\nFAILED: ' in text else text
+    last = [line[:width] for line in errors.splitlines() if line.strip() and not re.search(r'\s-c\s.*\s-o\s', line)]
+    cures = (
+        (r'Killed signal|out of memory|cannot allocate', 'Too little memory: start again with MAX_JOBS=1 before it.'),
+        (r'No space left on device', f'The disk is full: make room in {log.parent} and in the temporary folder.'),
+        (r'Python\.h: No such file', f'Install the headers of Python: `apt install python{facts["python"]}-dev`.'),
+        (
+            r'C\+\+(17|20|23)[^\n]*(required|or later|needed|compatible)|concepts|requires a newer C\+\+',
+            f'torch {facts["torch"]} asks for a newer C++ than {package} is compiled with, so the two do not fit: '
+            'install the torch of requirements/constraints*.txt.',
+        ),
+        (
+            r'CUDA version|nvcc',
+            'The CUDA toolkit does not fit torch; CUDA_VISIBLE_DEVICES= before the command builds for the CPU.',
+        ),
+    )
+    found = [cure for pattern, cure in cures if re.search(pattern, errors, re.IGNORECASE)]
+    advice = found[0] if found else f'Is it a torch that {package} was tested with? See requirements/constraints*.txt.'
+    return '\n'.join(
+        [
+            f"Compiling mmcv's operators failed ({package}, torch {facts['torch']}). The last lines:",
+            *(f'    {line}' for line in last[-lines:]),
+            advice,
+            f'Files that were compiled are kept. The whole log: {log}',
+        ]
+    )
