@@ -7,8 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import cv2
+import mmdet
 import numpy as np
 import pytest
+from mim.utils import get_installed_path, is_installed, module_full_name
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -21,11 +23,22 @@ LOADERS = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
 
 
 def detection():
-    """What mim calls mmdet: the two families of packages differ. The other two codebases have one name in both."""
+    """What mim calls mmdet where the set-up has added no alias: the two families of packages differ."""
     try:
         return version('onedl-mmdetection') and 'mmdetection'
     except PackageNotFoundError:
         return 'mmdet'
+
+
+def mim(command, codebase, *args):
+    """Output of a command of mim."""
+    assert is_installed(module_full_name(codebase)), f'mim would install {codebase}: run make env'
+    command = [Path(sys.executable).parent / 'mim', command, codebase, *args]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
 
 
 def mim_train(codebase, config, folder, *options):
@@ -40,13 +53,8 @@ def mim_train(codebase, config, folder, *options):
         'model.student.backbone.init_cfg=None',
         f'model.teacher.checkpoint={tiny.write_checkpoint(model_of(teacher), folder / "teacher.pth")}',
     )
-    mim = Path(sys.executable).parent / 'mim'
-    command = [mim, 'train', codebase, config, '--gpus', '0', '--work-dir', folder / 'run', '--cfg-options', *options]
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert 'Training finished successfully' in done.stdout
+    done = mim('train', codebase, config, '--gpus', 0, '--work-dir', folder / 'run', '--cfg-options', *options)
+    assert 'Training finished successfully' in done
     (log,) = (folder / 'run').glob('*/vis_data/scalars.json')
     return [json.loads(line) for line in log.read_text().splitlines()]
 
@@ -67,7 +75,7 @@ def test_detection(tmp_path, shapes):
             f'{loader}.dataset.indices=2',
         ]
     records = mim_train(
-        detection(),
+        'mmdet',
         'configs/diffkd_retinanet_r101_r50.py',
         tmp_path,
         *options,
@@ -80,6 +88,18 @@ def test_detection(tmp_path, shapes):
     )
     assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.gamma.4', 'diffkd.reg.loss_kd'} <= set(records[0])
     assert 'coco/bbox_mAP' in records[-1]
+    run = tmp_path / 'run'
+    tested = mim(
+        'test', 'mmdet', run / 'diffkd_retinanet_r101_r50.py', '--checkpoint', run / 'epoch_1.pth', '--gpus', 0
+    )
+    assert 'Testing finished successfully' in tested
+    assert f'coco/bbox_mAP: {records[-1]["coco/bbox_mAP"]:.4f}' in tested
+
+
+def test_names_of_mmdet():
+    """In the environments of the set-up ``mmdet``, and in others the name of the family, are one package to mim."""
+    folder = Path(mmdet.__file__).parent
+    assert {Path(get_installed_path(module_full_name(name))) for name in ('mmdet', detection())} == {folder}
 
 
 def test_segmentation(tmp_path):
