@@ -389,7 +389,7 @@ class Build:
         """End the compiler; what it has finished stays."""
         if self.running():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGINT)  # ninja removes the files it was writing
+                os.killpg(self.process.pid, signal.SIGTERM)  # ninja removes the files it was writing
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
@@ -426,7 +426,7 @@ def explain_failure(log, package, facts, lines=20, width=200):
         (r'No space left on device', f'The disk is full: make room in {log.parent} and in the temporary folder.'),
         (r'Python\.h: No such file', f'Install the headers of Python: `apt install python{facts["python"]}-dev`.'),
         (
-            r'C\+\+(17|20|23)[^\n]*(required|or later|needed|compatible)|concepts|requires a newer C\+\+',
+            r'(error|need)[^\n]*C\+\+(17|20|23)|-std=(c|gnu)\+\+2|error[^\n]*(concept|std::(span|numbers|remove_cvref))',
             f'torch {facts["torch"]} asks for a newer C++ than {package} is compiled with, so the two do not fit: '
             'install the torch of requirements/constraints*.txt.',
         ),
@@ -435,7 +435,7 @@ def explain_failure(log, package, facts, lines=20, width=200):
             'The CUDA toolkit does not fit torch; CUDA_VISIBLE_DEVICES= before the command builds for the CPU.',
         ),
     )
-    found = [cure for pattern, cure in cures if re.search(pattern, errors, re.IGNORECASE)]
+    found = [cure for pattern, cure in cures if re.search(pattern, '\n'.join(last), re.IGNORECASE)]
     advice = found[0] if found else f'Is it a torch that {package} was tested with? See requirements/constraints*.txt.'
     return '\n'.join(
         [

@@ -18,7 +18,6 @@ from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
 from mmdiffkd.testing import without_pretrained
 from mmdiffkd.utils import with_preprocessor
 from tests.conftest import ROOT, call_tool, in_process
-from tests.test_tools.test_mim import detection
 
 DOCS = ROOT / 'docs'
 PAGES = [ROOT / 'README.md', *sorted(page for page in DOCS.rglob('*.md') if '_build' not in page.parts)]
@@ -139,7 +138,7 @@ def test_the_first_distillation_runs(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     text = (DOCS / 'get_started.md').read_text().split('## The first distillation')[1]
     commands = ''.join(re.findall(r'^```shell\n(.*?)^```', text, re.DOTALL | re.MULTILINE)).replace('\\\n', ' ')
-    fewer = {'--train 200 --val 50': '--train 16 --val 4', 'mim test mmdetection': f'mim test {detection()}'}
+    fewer = {'--train 200 --val 50': '--train 16 --val 4'}
     for old, new in fewer.items():
         assert old in commands
         commands = commands.replace(old, new)
