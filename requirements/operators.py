@@ -291,10 +291,11 @@ class Build:
         self.facts = facts
         self.source = folder / 'source'
         self.log = folder / 'build.log'
-        self.jobs = choose_jobs(available_cores(), available_memory())
+        self.jobs = int(os.environ.get('MAX_JOBS') or choose_jobs(available_cores(), available_memory()))
         self.process = None
         self.lock = None
         self.began = None
+        self.latest = (0, 0.0)  # files compiled in this run, and seconds from its beginning to the last of them
 
     def start(self, say=print):
         """Start the compiler; wait first for another set-up that builds the same."""
@@ -308,8 +309,7 @@ class Build:
             return self
         flags = {name: f'{os.environ.get(name, "")} -g0'.strip() for name in ('CFLAGS', 'CXXFLAGS')}  # half the time
         path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is there
-        env = dict(os.environ, MMCV_WITH_OPS='1', PATH=path, PYTHONUNBUFFERED='1', **flags)
-        env.setdefault('MAX_JOBS', str(self.jobs))
+        env = dict(os.environ, MMCV_WITH_OPS='1', PATH=path, PYTHONUNBUFFERED='1', MAX_JOBS=str(self.jobs), **flags)
         shutil.rmtree(self.source / 'dist', ignore_errors=True)
         with open(self.log, 'wb') as log:
             # Own session: a Ctrl-C reaches it through stop() alone. The lock is inherited, so that it holds as long as
@@ -351,12 +351,14 @@ class Build:
         number = total - todo + done if todo else 0
         if number == total:
             return f'operators: {total} files compiled, linking'
-        self.began = self.began or (done, time.monotonic())
+        self.began = self.began or time.monotonic()
+        elapsed = time.monotonic() - self.began
+        if done > self.latest[0]:
+            self.latest = (done, elapsed)
         line = f'operators: file {number + 1} of {total}'
-        first, since = self.began
-        if done > first:
-            minutes = (time.monotonic() - since) / (done - first) * (todo - done) / 60
-            line += f', {minutes_left(minutes)}'
+        done, seconds = self.latest
+        if done >= 2 * self.jobs:  # the first ones say little
+            line += f', {minutes_left((seconds * todo / done - elapsed) / 60)}'
         return line
 
     def finish(self):

@@ -8,6 +8,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from urllib.parse import urlparse
 
 import operators
 import pytest
@@ -110,14 +111,19 @@ def started(folder, log):
 
 
 def test_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv('MAX_JOBS', '2')
     assert Build(sys.executable, 'mmcv', tmp_path, FACTS).status() == 'operators: starting'
     build = started(tmp_path, '[1/78] c++ -c a.cpp -o a.o\n')
     now = time.monotonic()
     monkeypatch.setattr(operators.time, 'monotonic', lambda: now)
-    assert build.status() == 'operators: file 2 of 78'
+    assert build.status() == 'operators: file 2 of 78'  # one says nothing about the others
     build.log.write_text('[1/78] c++ ...\na.cpp: warning [3/4]\n[36/78] c++ ...\n')
     monkeypatch.setattr(operators.time, 'monotonic', lambda: now + 6 * 60)
     assert build.status() == 'operators: file 37 of 78, about 7 minutes left'
+    monkeypatch.setattr(operators.time, 'monotonic', lambda: now + 8 * 60)  # the same file: time goes on
+    assert build.status() == 'operators: file 37 of 78, about 5 minutes left'
+    monkeypatch.setattr(operators.time, 'monotonic', lambda: now + 20 * 60)
+    assert build.status() == 'operators: file 37 of 78, less than a minute left'
     build.log.write_text('[78/78] c++ ...\n')
     assert build.status() == 'operators: 78 files compiled, linking'
 
@@ -229,7 +235,7 @@ def test_interrupted_build_goes_on(tiny_build, monkeypatch):
     assert tiny_build.compiled() == ['ext.cpp', 'first.cpp', 'second.cpp', 'slow.cpp', 'slow.cpp']
     assert operators.fits(sys.executable, wheel, tiny_build.facts)
     assert not (tiny_build.folder / 'source').exists()
-    # found by the next environment, and by one that knows it through pip alone
+    # found by the next environment, and where pip or the packages' own index has it
     find = (sys.executable, 'tiny-ops', '1.0', tiny_build.facts)
     said = []
     assert operators.find_wheel(*find, say=said.append) == wheel
@@ -240,6 +246,16 @@ def test_interrupted_build_goes_on(tiny_build, monkeypatch):
     monkeypatch.setenv('PIP_FIND_LINKS', str(sources))
     assert operators.find_wheel(*find, say=said.append) == wheel
     assert said[1:] == [f'a ready wheel that pip knows: {wheel.name}']
+    shutil.rmtree(tiny_build.folder)
+    monkeypatch.delenv('PIP_FIND_LINKS')
+    monkeypatch.setenv('PIP_CONFIG_FILE', '/dev/null')
+    monkeypatch.setenv('MMCV_BASE_URL', tiny_build.compiler.parent.as_uri())
+    assert operators.find_wheel(*find) is None
+    index = Path(urlparse(operators.call([sys.executable, '-W', 'ignore', '-c', operators.FIND_INDEX])).path)
+    index.parent.mkdir(parents=True)
+    index.write_text(f'<a href="{(sources / wheel.name).as_uri()}">{wheel.name}</a>')
+    assert operators.find_wheel(*find, say=said.append) == wheel
+    assert said[2:] == [f"a wheel of the packages' own index: {wheel.name}"]
 
 
 @pytest.mark.slow
