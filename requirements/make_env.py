@@ -24,7 +24,6 @@ from operators import (
     call,
     check_build,
     check_disk,
-    fetch_source,
     find_wheel,
     installed,
     read_facts,
@@ -230,15 +229,14 @@ def provide_operators(env, display):
         return wheel
     folder = cache_folder(package, version, facts)
     check_build(facts, folder)
-    fetch_source(env.python, package, version, folder)
-    env.build = Build(env.python, package, folder, facts)
+    env.build = Build(env.python, package, version, folder, facts)
     display.detail(
         f'no ready wheel fits: compiling {package} {version} for torch {facts["torch"]}, {env.build.jobs} files at a '
-        'time; 12 - 15 minutes on two idle cores'
+        'time; 8 - 15 minutes on two idle cores'
     )
     display.detail(f'log: {env.build.log}')
-    env.build.start(display.detail)
-    env.wait_for(env.build.compiling, 'reading the environment')  # before other packages change it
+    env.build.start(display.detail, display.now)
+    env.wait_for(env.build.compiling, 'waiting for the first file')  # before other packages change it
     return None
 
 
@@ -291,7 +289,8 @@ def main():
     env = Environment(args.folder.absolute(), args.family, display)
     began = time.monotonic()
     display.step(
-        f"Making the environment in {args.folder}, once: at most 5 minutes, or 18 if mmcv's operators must be compiled."
+        f'Making the environment in {args.folder}, once. On two idle cores this takes 5 minutes at most, or '
+        "18 if mmcv's operators must be compiled."
     )
     try:
         make(env, display)

@@ -6,7 +6,6 @@ Serves ``make_env.py`` and needs the standard library alone. What is compiled an
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 GIB = 2**30
-JOB_MEMORY = 1.25 * GIB  # the largest of mmcv's files takes 1.0 GiB
+JOB_MEMORY = 2 * GIB  # the largest of mmcv's files takes 1.8 GiB
 BUILD_DISK = 1 * GIB  # objects without debugging symbols, library and wheel
 INDEX_SECONDS = 5  # to reach the family's own index of wheels, which many networks do not let through
 NINJA_STEP = re.compile(rb'^\[(\d+)/(\d+)\]', re.MULTILINE)
@@ -99,6 +98,8 @@ def loads(python, library, facts):
 
 def fits(python, wheel, facts):
     """Whether a wheel brings operators, and they fit the installed torch."""
+    if not zipfile.is_zipfile(wheel):
+        return False
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         libraries = [name for name in archive.namelist() if re.fullmatch(r'[^/]+/_ext[^/]*\.so', name)]
         return len(libraries) == 1 and loads(python, archive.extract(libraries[0], folder), facts)
@@ -124,6 +125,7 @@ def find_wheel(python, package, version, facts, say=print):
         if fits(python, wheel, facts):
             say(f'built before: {wheel}')
             return wheel
+        wheel.unlink()
     pip = [python, '-m', 'pip', '--disable-pip-version-check']
     stem = package.replace('-', '_')
     tag = 'cp' + facts['python'].replace('.', '')
@@ -165,7 +167,9 @@ def keep(wheel, folder):
     handle, partial = tempfile.mkstemp(dir=folder, suffix='.part')
     os.close(handle)
     shutil.copyfile(wheel, partial)
-    return Path(os.replace(partial, folder / wheel.name) or folder / wheel.name)
+    os.chmod(partial, 0o644)
+    os.replace(partial, folder / wheel.name)
+    return folder / wheel.name
 
 
 def available_memory():
@@ -254,7 +258,6 @@ def fetch_source(python, package, version, folder):
     source = folder / 'source'
     if source.is_dir():
         return source
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         options = ('--no-deps', '--no-build-isolation', f'--no-binary={package}', '--dest', temporary)
         command = [python, '-m', 'pip', '--disable-pip-version-check', 'download', '--quiet', *options]
@@ -280,13 +283,15 @@ class Build:
     Args:
         python (Path): Interpreter of the environment.
         package (str): Distribution, for messages.
-        folder (Path): Folder of this build, with the unpacked ``source``.
+        version (str): Version of the distribution.
+        folder (Path): Folder of this build, see :func:`cache_folder`.
         facts (dict): See :func:`read_facts`.
     """
 
-    def __init__(self, python, package, folder, facts):
+    def __init__(self, python, package, version, folder, facts):
         self.python = Path(python)
         self.package = package
+        self.version = version
         self.folder = folder
         self.facts = facts
         self.source = folder / 'source'
@@ -297,16 +302,19 @@ class Build:
         self.began = None
         self.latest = (0, 0.0)  # files compiled in this run, and seconds from its beginning to the last of them
 
-    def start(self, say=print):
-        """Start the compiler; wait first for another set-up that builds the same."""
-        self.lock = open(self.folder / 'lock', 'w')  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    def start(self, say=print, show=lambda text: None):
+        """Start the compiler; wait first for another set-up that builds the same, and show how far it is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / 'lock', 'w')
+        if not self.locked():
             say(f'another set-up compiles the same operators ({self.folder}); waiting for it ...')
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
+            while not self.locked():
+                show(self.status())
+                time.sleep(0.5)
         if self.wheel():
             return self
+        fetch_source(self.python, self.package, self.version, self.folder)
+        self.began = time.monotonic()
         flags = {name: f'{os.environ.get(name, "")} -g0'.strip() for name in ('CFLAGS', 'CXXFLAGS')}  # half the time
         path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is there
         env = dict(os.environ, MMCV_WITH_OPS='1', PATH=path, PYTHONUNBUFFERED='1', MAX_JOBS=str(self.jobs), **flags)
@@ -326,6 +334,12 @@ class Build:
             )
         return self
 
+    def locked(self):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
     def wheel(self):
         """The wheel that is kept for others, ``None`` before there is one."""
         return next(self.folder.glob('*.whl'), None)
@@ -335,7 +349,7 @@ class Build:
 
     def compiling(self):
         """Whether setup.py has read what it needs of the environment, and only the compiler still runs."""
-        return not self.running() or bool(glob.glob(f'{self.source}/build/temp*/.ninja_log')) and self.step()[1] > 0
+        return not self.running() or self.step()[1] > 0
 
     def step(self):
         """Files compiled in this run, and files to compile in it."""
@@ -346,9 +360,9 @@ class Build:
         """One line: the file that is compiled, of how many, and the minutes left."""
         done, todo = self.step()
         total = max(todo, count_files(self.source))
-        if not total:
-            return 'operators: starting'
-        number = total - todo + done if todo else 0
+        if not todo:
+            return f'operators: starting, {total} files' if total else 'operators: starting'
+        number = total - todo + done
         if number == total:
             return f'operators: {total} files compiled, linking'
         self.began = self.began or time.monotonic()

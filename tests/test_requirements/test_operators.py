@@ -41,7 +41,7 @@ exec c++ "$@"
 """
 
 
-@pytest.mark.parametrize('cores, memory, jobs', [(2, 24, 2), (8, 4, 3), (1, 24, 1), (2, 0.1, 1)])
+@pytest.mark.parametrize('cores, memory, jobs', [(2, 24, 2), (8, 4, 2), (1, 24, 1), (2, 0.1, 1)])
 def test_jobs_from_cores_and_memory(cores, memory, jobs):
     assert choose_jobs(cores, memory * GIB) == jobs
 
@@ -107,12 +107,12 @@ def started(folder, log):
     temporary.mkdir(parents=True, exist_ok=True)
     (temporary / 'build.ninja').write_text(NINJA)
     (folder / 'build.log').write_text(log)
-    return Build(sys.executable, 'mmcv', folder, FACTS)
+    return Build(sys.executable, 'mmcv', '2.1.0', folder, FACTS)
 
 
 def test_progress(tmp_path, monkeypatch):
     monkeypatch.setenv('MAX_JOBS', '2')
-    assert Build(sys.executable, 'mmcv', tmp_path, FACTS).status() == 'operators: starting'
+    assert Build(sys.executable, 'mmcv', '2.1.0', tmp_path, FACTS).status() == 'operators: starting'
     build = started(tmp_path, '[1/78] c++ -c a.cpp -o a.o\n')
     now = time.monotonic()
     monkeypatch.setattr(operators.time, 'monotonic', lambda: now)
@@ -157,11 +157,11 @@ def test_same_build_waits_for_the_first(tmp_path):
     said = []
     with open(tmp_path / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build = Build(sys.executable, 'mmcv', tmp_path, FACTS)
-        thread = threading.Thread(target=build.start, args=(said.append,))
+        build = Build(sys.executable, 'mmcv', '2.1.0', tmp_path, FACTS)
+        thread = threading.Thread(target=build.start, args=(said.append, said.append))
         thread.start()
         thread.join(0.5)
-        assert thread.is_alive() and 'waiting' in said[0]
+        assert thread.is_alive() and 'waiting' in said[0] and said[1] == 'operators: starting'
     thread.join(10)
     assert not thread.is_alive() and build.process is None
     assert build.finish() == tmp_path / 'mmcv-2.1.0.whl'
@@ -171,6 +171,11 @@ def test_wheel_without_operators_does_not_fit(tmp_path):
     with zipfile.ZipFile(tmp_path / 'lite.whl', 'w') as archive:
         archive.writestr('mmcv/__init__.py', '')
     assert not operators.fits(sys.executable, tmp_path / 'lite.whl', FACTS)
+
+
+def test_half_a_wheel_does_not_fit(tmp_path):
+    (tmp_path / 'half.whl').write_bytes(b'PK')
+    assert not operators.fits(sys.executable, tmp_path / 'half.whl', FACTS)
 
 
 @pytest.mark.slow
@@ -203,7 +208,7 @@ class TinyBuild:
             (self.package / f'{name}.cpp').write_text(f'int {name}() {{ return 0; }}\n')
 
     def start(self):
-        return Build(sys.executable, 'tiny-ops', self.folder, self.facts).start()
+        return Build(sys.executable, 'tiny-ops', '1.0', self.folder, self.facts).start()
 
     def compiled(self):
         return sorted(self.compiler.with_name('compiled').read_text().split())
@@ -278,7 +283,7 @@ def test_lock_holds_while_a_compiler_runs(tiny_build):
     script = (
         f'import sys; sys.path.insert(0, {str(Path(operators.__file__).parent)!r})\n'
         f'from operators import Build; from pathlib import Path\n'
-        f'Build({sys.executable!r}, "tiny-ops", Path({str(tiny_build.folder)!r}), {tiny_build.facts!r}).start()'
+        f'Build({sys.executable!r}, "tiny-ops", "1.0", Path({str(tiny_build.folder)!r}), {tiny_build.facts!r}).start()'
     )
     subprocess.run([sys.executable, '-c', script], check=True)
     with open(tiny_build.folder / 'lock', 'w') as lock, pytest.raises(BlockingIOError):
