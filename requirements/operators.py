@@ -130,12 +130,15 @@ def find_wheel(python, package, version, facts, say=print):
     stem = package.replace('-', '_')
     tag = 'cp' + facts['python'].replace('.', '')
     with tempfile.TemporaryDirectory() as downloads:
-        download = [*pip, 'download', '--quiet', '--no-deps', '--only-binary=:all:', '--dest', downloads]
-        requirement = f'{package}=={version}'
+
+        def download(name, *options, timeout=None):
+            dest = Path(downloads, name)
+            options = ('--quiet', '--no-deps', '--only-binary=:all:', '--dest', dest, *options)
+            call([*pip, 'download', *options, f'{package}=={version}'], timeout)
+            return list(dest.glob('*.whl'))
 
         def known_to_pip():
-            call([*download, requirement])
-            return Path(downloads).glob('*.whl')
+            return download('pip')
 
         def in_pips_cache():
             lines = (call([*pip, 'cache', 'list', '--format=abspath', stem]) or '').splitlines()
@@ -143,17 +146,17 @@ def find_wheel(python, package, version, facts, say=print):
 
         def in_own_index():
             index = call([python, '-W', 'ignore', '-c', FIND_INDEX])
-            if index and call([python, '-c', REACH, index, INDEX_SECONDS], timeout=2 * INDEX_SECONDS) is not None:
-                options = ('--no-index', '--find-links', index, '--timeout', INDEX_SECONDS, '--retries', 0)
-                call([*download, *options, requirement], timeout=300)
-            return Path(downloads).glob('*.whl')
+            if not index or call([python, '-c', REACH, index, INDEX_SECONDS], timeout=2 * INDEX_SECONDS) is None:
+                return []
+            options = ('--no-index', '--find-links', index, '--timeout', INDEX_SECONDS, '--retries', 0)
+            return download('index', *options, timeout=300)
 
         for where, candidates in (
             ('a ready wheel that pip knows', known_to_pip),
             ("a wheel in pip's cache", in_pips_cache),
             ("a wheel of the packages' own index", in_own_index),
         ):
-            for wheel in list(candidates()):
+            for wheel in candidates():
                 if fits(python, wheel, facts):
                     say(f'{where}: {wheel.name}')
                     return keep(wheel, folder)
