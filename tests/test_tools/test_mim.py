@@ -18,7 +18,6 @@ from mmdiffkd.utils import model_of, resolve_config
 from tests import tiny
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
 LOADERS = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
 
 
@@ -102,6 +101,7 @@ def test_names_of_mmdet():
     assert {Path(get_installed_path(module_full_name(name))) for name in ('mmdet', detection())} == {folder}
 
 
+@pytest.mark.slow
 def test_segmentation(tmp_path):
     for split in ('train', 'val'):
         for index in range(2):
@@ -119,6 +119,7 @@ def test_segmentation(tmp_path):
     assert 'mIoU' in records[-1]
 
 
+@pytest.mark.slow
 def test_classification(tmp_path):
     config = 'configs/shape_classes/diffkd_r18-half_r18-eighth_shape-classes.py'
     for split in ('train', 'val'):
