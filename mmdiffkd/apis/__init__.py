@@ -2,10 +2,14 @@ from .build import build_distiller, build_model, read_config
 from .distill import distill
 from .export import student_config, student_weights
 from .make_config import make_config
+from .parallel import Job, JobResult, available_cores, run_parallel
 from .preview import list_taps, preview
 from .run_config import load_run_config
 
 __all__ = [
+    'Job',
+    'JobResult',
+    'available_cores',
     'build_distiller',
     'build_model',
     'distill',
@@ -14,6 +18,7 @@ __all__ = [
     'make_config',
     'preview',
     'read_config',
+    'run_parallel',
     'student_config',
     'student_weights',
 ]
