@@ -1,19 +1,17 @@
-"""A whole distillation in minutes: teacher, student alone, plain distillation, DiffKD, export.
+"""A whole distillation in minutes: student alone, plain distillation, DiffKD, and the export of what it gives.
 
-Every training is the ordinary train command on configs of this repository. A run that was interrupted goes on where it
-stopped. Detection and classification generate their images; segmentation needs CamVid. A teacher whose weights lie
-beside its config is not trained anew.
+Every training is the ordinary train command on configs of this repository, and reads images that are generated. The
+trainings run side by side, one thread each. A demo that was interrupted goes on where it stopped. A teacher whose
+weights lie beside its config is tested, not trained.
 """
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from mmengine.analysis import get_model_complexity_info
@@ -21,28 +19,46 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
+from mmdiffkd.apis import Job, JobResult, available_cores, run_parallel
+
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim
 TOOLS = ROOT / 'tools'
 EPOCHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
+TEACHER = 'teacher'  # the row of a table
 
 
 @dataclass
 class Task:
-    """What is particular to a task."""
+    """What differs between the tasks.
 
-    package: str  # that the exported student opens in
-    metric: str  # its name in the table
-    key: str  # its name in the log
-    configs: str  # folder of configs/
-    runs: Dict[str, str]  # rows of the table and their configs: the teacher first, DiffKD last
-    data: str  # folder of data/
-    complete: str  # what is in it when it is complete
-    tested: str  # the images in it that are tested
-    converter: str  # script that writes it
-    digits: int = 1  # of the metric, in the table
-    validated: bool = True  # trainings end with a validation on the images that are tested
-    evaluators: str = ''  # setting of the evaluators that depends on the data
-    generated: bool = True  # the script needs no download
+    Args:
+        package (str): The package in which the exported student opens.
+        metric (str): Name of the metric in the table.
+        key (str): Its name in the log.
+        digits (int): Its decimals in the table.
+        configs (str): Folder in ``configs/``.
+        runs (dict[str, str]): Rows of the table and their configs: the teacher first, DiffKD last.
+        data (str): Folder in ``data/``.
+        complete (str): File in it that is written last.
+        tested (str): Pattern of its test images.
+        converter (str): Script that generates it.
+        evaluator (str, optional): Setting of the evaluators that depends on the folder. Defaults to None.
+    """
+
+    package: str
+    metric: str
+    key: str
+    digits: int
+    configs: str
+    runs: Dict[str, str]
+    data: str
+    complete: str
+    tested: str
+    converter: str
+    evaluator: Optional[str] = None
+
+    def config(self, name: str) -> Path:
+        return ROOT / 'configs' / self.configs / self.runs[name]
 
 
 TASKS = dict(
@@ -53,7 +69,7 @@ TASKS = dict(
         digits=3,
         configs='shapes',
         runs={
-            'teacher': 'retinanet_r18-half_shapes.py',
+            TEACHER: 'retinanet_r18-half_shapes.py',
             'student alone': 'retinanet_r18-eighth_shapes.py',
             'student, plain MSE': 'mse_retinanet_r18-half_r18-eighth_shapes.py',
             'student, DiffKD': 'diffkd_retinanet_r18-half_r18-eighth_shapes.py',
@@ -62,15 +78,16 @@ TASKS = dict(
         complete='annotations/val.json',
         tested='images/val/*',
         converter='make_shapes.py',
-        evaluators='ann_file={data}/annotations/val.json',
+        evaluator='ann_file={data}/annotations/val.json',
     ),
     classification=Task(
         package='mmpretrain',
         metric='top-1',
         key='accuracy/top1',
+        digits=1,
         configs='shape_classes',
         runs={
-            'teacher': 'r18-half_shape-classes.py',
+            TEACHER: 'r18-half_shape-classes.py',
             'student alone': 'r18-eighth_shape-classes.py',
             'student, plain MSE and KL': 'mse_r18-half_r18-eighth_shape-classes.py',
             'student, DiffKD': 'diffkd_r18-half_r18-eighth_shape-classes.py',
@@ -80,37 +97,21 @@ TASKS = dict(
         tested='val/*/*',
         converter='make_shape_classes.py',
     ),
-    segmentation=Task(
-        package='mmseg',
-        metric='mIoU',
-        key='mIoU',
-        configs='camvid',
-        runs={
-            'teacher': 'deeplabv3_r18-half_camvid.py',
-            'student alone': 'deeplabv3_r18-quarter_camvid.py',
-            'student, plain DIST': 'dist_deeplabv3_r18-half_r18-quarter_camvid.py',
-            'student, DiffKD': 'diffkd_deeplabv3_r18-half_r18-quarter_camvid.py',
-        },
-        data='camvid11_240x180',
-        complete='img_dir/test',
-        tested='img_dir/test/*',
-        converter='camvid.py',
-        generated=False,
-        validated=False,
-    ),
 )
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('task', nargs='?', choices=TASKS, default='detection')
-    parser.add_argument('--work-dir', type=Path, help='where to write, by default a folder of work_dirs')
-    parser.add_argument('--data', type=Path, help='generated where it is absent, but for segmentation')
-    parser.add_argument('--train-teacher', action='store_true', help='also if its weights lie beside its config')
-    parser.add_argument('--epochs', type=int, help='of every training; not for segmentation, which counts iterations')
+    parser.add_argument('--work-dir', type=Path, help='where to write (default: a folder in work_dirs)')
+    parser.add_argument('--data', type=Path, help='folder of the images; they are generated if it is not there')
+    parser.add_argument('--seed', type=int, default=0, help='seed of every training (default: 0)')
+    parser.add_argument('--train-teacher', action='store_true', help='train the teacher although it comes trained')
+    parser.add_argument('--epochs', type=int, help='epochs of every training')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='other settings of every training: key=value ...')
     args = parser.parse_args()
     name = 'demo' if args.task == 'detection' else f'demo_{args.task}'
+    name += f'_seed{args.seed}' if args.seed else ''
     args.work_dir = (args.work_dir or Path('work_dirs', name)).resolve()
     args.data = (args.data or Path('data', TASKS[args.task].data)).resolve()
     return args
@@ -118,121 +119,227 @@ def parse_args():
 
 def main():
     args = parse_args()
-    task = TASKS[args.task]
-    provide_data(task, args.data)
-    rows = []
-    for name, config in task.runs.items():
-        config = ROOT / 'configs' / task.configs / config
-        work_dir = args.work_dir / config.stem
-        verb = 'Testing' if name == 'teacher' and trained_weights(config, args) else 'Training'
-        print(f'{verb}: {name} ({config.name}); its log is in {work_dir}', flush=True)
-        rows.append(dict(name=name, **train(task, config, work_dir, args), **complexity(config)))
-        print(f'  {task.metric} {rows[-1][task.metric]:.{task.digits}f}', flush=True)
-    exported = export(config, args)
-    plain_test = Path(find_spec(task.package).origin).parent / '.mim' / 'tools' / 'test.py'
-    tested = evaluate(task, plain_test, *exported, args.work_dir / 'exported')
-    same = dict(name=f'the same, exported, in plain {task.package}', seconds=None)
-    rows.append({**rows[-1], **same, task.metric: tested})
-    if tested != rows[-2][task.metric]:
-        sys.exit(f'The exported student has {task.metric} {tested}, in training it was {rows[-2][task.metric]}.')
-    table = as_table(task, rows)
-    (args.work_dir / 'table.md').write_text(table)
-    (args.work_dir / 'table.json').write_text(json.dumps(rows, indent=2))
-    images = f'{len(list(args.data.glob(task.tested)))} {"generated" if task.generated else "test"} images'
-    print(f'\n{table}\n{task.metric} on {images}, one seed: differences of a point or two are noise.')
-    print(f'Exported student: {exported[1]} (opens in plain {task.package} with {exported[0]})')
-    if args.task == 'detection':
-        picture = args.work_dir / 'detections.png'
-        run(TOOLS / 'analysis_tools' / 'visualize_detections.py', *exported, picture)
-        print(f'Its detections beside the ground truth: {picture}')
+    demo = Demo(TASKS[args.task], args)
+    try:
+        demo.run()
+    except KeyboardInterrupt:
+        print('\nInterrupted: all trainings have ended. The same command goes on where they stopped.', flush=True)
+        sys.exit(130)
 
 
-def provide_data(task: Task, data: Path) -> None:
-    """Generate the data where it is absent."""
-    if (data / task.complete).exists():
-        return
-    script = TOOLS / 'dataset_converters' / task.converter
-    if not task.generated:
-        sys.exit(f'There is no {data / task.complete}: {script} makes it of a download. --data names another folder.')
-    print(f'Generating images of shapes in {data} ...', flush=True)
-    run(script, data)
+class Demo:
+    """One task with the settings of the command line."""
+
+    def __init__(self, task: Task, args: argparse.Namespace):
+        self.task, self.args = task, args
+        self.work_dir, self.data = args.work_dir, args.data
+        weights = task.config(TEACHER).with_suffix('.pth')
+        wanted = not (args.train_teacher or args.epochs or args.cfg_options)  # the config as it is made the weights
+        self.teacher_weights = weights if wanted and weights.exists() else None
+
+    def run(self) -> None:
+        self.check_settings()
+        task, rows = self.task, self.missing()
+        trained = [name for name in task.runs if name != TEACHER or not self.teacher_weights]
+        print(
+            f'{len(trained)} trainings, {min(available_cores(), len(trained))} side by side with one CPU thread each.'
+        )
+        print(f'Everything is written to {shown(self.work_dir)}. Ctrl-C stops; the same command goes on.\n', flush=True)
+        if not (self.data / task.complete).exists():
+            self.do([self.tool('generate images', 'dataset_converters', task.converter, self.data)])
+        self.do(self.training_jobs(rows), self.keep)
+        # a training that was interrupted between its last checkpoint and its validation
+        self.do([self.test_job(name, *self.files(name)) for name in self.missing()], self.keep)
+        self.finish()
+
+    def check_settings(self) -> None:
+        """Refuse a folder that was made with other settings: its trainings would be mixed with new ones."""
+        args = self.args
+        settings = dict(
+            data=str(args.data),
+            seed=args.seed,
+            epochs=args.epochs,
+            options=args.cfg_options,
+            train_teacher=args.train_teacher,
+        )
+        file = self.work_dir / 'settings.json'
+        if file.exists() and json.loads(file.read_text()) != settings:
+            sys.exit(f'{self.work_dir} was made with other settings; choose another --work-dir or remove it.')
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings))
+
+    def missing(self) -> List[str]:
+        """Rows without a result."""
+        return [name for name in self.task.runs if not self.result_file(name).exists()]
+
+    def result_file(self, name: str) -> Path:
+        return self.folder(name) / 'result.json'
+
+    def folder(self, name: str) -> Path:
+        return self.work_dir / self.task.config(name).stem
+
+    def files(self, name: str) -> Sequence:
+        """Config and weights of a row."""
+        if name == TEACHER and self.teacher_weights:
+            return self.task.config(name), self.teacher_weights
+        folder = self.folder(name)
+        return folder / self.task.runs[name], (folder / 'last_checkpoint').read_text().strip()
+
+    def do(self, jobs: List[Job], on_done: Optional[Callable[[JobResult], None]] = None) -> None:
+        """Run jobs; end the demo if one of them failed."""
+        results = run_parallel(jobs, on_done=on_done) if jobs else []
+        failed = [result.name for result in results if not result.ok and result.returncode is not None]
+        if failed:
+            sys.exit(
+                f'\nFailed: {", ".join(failed)}; the end of the log is above. The same command does what is missing.'
+            )
+
+    def tool(self, name: str, *path_and_args, after: Sequence[str] = ()) -> Job:
+        """A script of tools/ as a job."""
+        folder, script, *args = path_and_args
+        log = self.work_dir / 'logs' / f'{Path(script).stem}.log'
+        return Job(name, [sys.executable, TOOLS / folder / script, *args], log, after=after)
+
+    def training_jobs(self, names: Sequence[str]) -> List[Job]:
+        """The longest first, behind the teacher that they need."""
+        order = [TEACHER, *reversed([name for name in self.task.runs if name != TEACHER])]
+        if self.teacher_weights:
+            order = [*order[1:], TEACHER]  # nothing waits for its test
+        return [self.row_job(name, names) for name in order if name in names]
+
+    def row_job(self, name: str, names: Sequence[str]) -> Job:
+        task, config, folder = self.task, self.task.config(name), self.folder(name)
+        if name == TEACHER and self.teacher_weights:
+            return self.test_job(name, config, self.teacher_weights, *self.overrides())
+        distills = 'student' in Config.fromfile(config).model
+
+        def command():  # by now the teacher is trained
+            options = self.overrides()
+            if distills:
+                options.append(f'model.teacher.checkpoint={self.files(TEACHER)[1]}')
+            train = [sys.executable, TOOLS / 'train.py', config, '--work-dir', folder, '--resume']
+            return [*train, '--cfg-options', *options]
+
+        needs_teacher = distills and TEACHER in names and not self.teacher_weights
+        log = self.work_dir / 'logs' / f'{config.stem}.log'
+        return Job(name, command, log, folder, task.key, after=[TEACHER] if needs_teacher else [])
+
+    def overrides(self) -> List[str]:
+        """What the arguments change in every config."""
+        args, task = self.args, self.task
+        options = [f'{split}_dataloader.dataset.data_root={args.data}/' for split in ('train', 'val', 'test')]
+        if task.evaluator:
+            options += [f'{split}_evaluator.{task.evaluator.format(data=args.data)}' for split in ('val', 'test')]
+        options.append(f'randomness.seed={args.seed}')
+        return [*options, *(f'{key}={args.epochs}' for key in EPOCHS if args.epochs), *args.cfg_options]
+
+    def test_job(self, name: str, config: Path, weights: Path, *options: str) -> Job:
+        command = [sys.executable, TOOLS / 'test.py', config, weights, '--work-dir', self.folder(name) / 'tested']
+        log = self.work_dir / 'logs' / f'{config.stem}_test.log'
+        return Job(name, [*command, *(['--cfg-options', *options] if options else [])], log, metric=self.task.key)
+
+    def keep(self, result: JobResult) -> None:
+        """Note the metric of a row and the seconds that it took, as soon as both are known."""
+        folder = self.folder(result.name)
+        logs = sorted(folder.glob('*/vis_data/scalars.json'))
+        records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        # mmdet leaves the metric out where nothing at all was detected
+        metrics = [record.get(self.task.key, 0.0) for record in records if 'iter' not in record]  # of validations
+        tested = tested_metric(folder / 'tested', self.task.key)
+        metrics += [] if tested is None else [tested]
+        if not result.ok or not metrics:
+            return
+        is_whole = len(logs) == 1 and tested is None  # trained without an interruption
+        content = {self.task.metric: metrics[-1], 'seconds': result.seconds if is_whole else None}
+        self.result_file(result.name).write_text(json.dumps(content))
+
+    def finish(self) -> None:
+        """Export and test the distilled student, draw, and print what there is."""
+        task, work_dir = self.task, self.work_dir
+        distilled = list(task.runs)[-1]
+        student = work_dir / 'student.py', work_dir / 'student.pth'
+        tested = work_dir / 'exported'
+        plain_test = Path(find_spec(task.package).origin).parent / '.mim' / 'tools' / 'test.py'
+        config, weights = self.files(distilled)
+        export, test = 'export the student', f'test it in plain {task.package}'
+        jobs = [
+            self.tool(
+                export, 'model_converters', 'export_student.py', config, weights, student[1], '--config-out', student[0]
+            ),
+            Job(
+                test,
+                [sys.executable, plain_test, *student, '--work-dir', tested],
+                work_dir / 'logs' / 'exported_test.log',
+                metric=task.key,
+                after=[export],
+            ),
+        ]
+        report = ['-o', work_dir / 'report']
+        reported = [name for name in task.runs if name != TEACHER or not self.teacher_weights]
+        runs = [f'{name.replace("student, ", "").replace("student ", "")}={self.folder(name)}' for name in reported]
+        jobs.append(self.tool('write the report', 'analysis_tools', 'report.py', *runs, *report))
+        if task.package == 'mmdet':
+            models = [part for name in (TEACHER, 'student alone') for part in ('--model', name, *self.files(name))]
+            models += ['--model', distilled, *student]
+            picture = ['analysis_tools', 'visualize_detections.py', work_dir / 'detections.png']
+            jobs.insert(1, self.tool('draw detections', *picture, *models, after=[export]))
+        self.do(jobs)
+        rows = [self.row(name) for name in task.runs]
+        metric = tested_metric(tested, task.key)
+        if metric != rows[-1][task.metric]:
+            sys.exit(f'The exported student has {task.metric} {metric}, in training it was {rows[-1][task.metric]}.')
+        rows.append({**rows[-1], 'name': f'the same, exported, in plain {task.package}', 'seconds': None})
+        table = as_table(task, rows)
+        (work_dir / 'table.md').write_text(table)
+        (work_dir / 'table.json').write_text(json.dumps(rows, indent=2))
+        print(self.summary(table))
+
+    def row(self, name: str) -> dict:
+        """A row of the table."""
+        return dict(name=name, **json.loads(self.result_file(name).read_text()), **complexity(self.task.config(name)))
+
+    def summary(self, table: str) -> str:
+        """The table, the files, and how to go on."""
+        task, folder = self.task, shown(self.work_dir)
+        files = [
+            (
+                f'{folder}/student.pth',
+                f'the distilled student; plain {task.package} opens it with student.py beside it',
+            ),
+            (f'{folder}/report/index.html', 'curves, metrics and feature pictures of the trainings'),
+            (f'{folder}/table.md', 'this table; table.json has all digits'),
+        ]
+        if task.package == 'mmdet':
+            files.insert(1, (f'{folder}/detections.png', 'what the models detect on test images, beside the truth'))
+        width = max(len(file) for file, _ in files)
+        return '\n'.join(
+            [
+                '',
+                table,
+                f'{task.metric} on {len(list(self.data.glob(task.tested)))} generated images, seed {self.args.seed}. '
+                'One seed: README has the spread of three.',
+                'Training minutes are wall time, with other trainings beside it and one CPU thread for each.'
+                + (' The teacher came trained.' if self.teacher_weights else ''),
+                '',
+                *(f'{file:{width}}  {what}' for file, what in files),
+                '',
+                'With your own models and data: write a config from those of student and teacher, train, export.',
+                '  python tools/misc/make_config.py STUDENT.py TEACHER.py --checkpoint TEACHER.pth -o distill.py',
+                '  python tools/train.py distill.py',
+                '  python tools/model_converters/export_student.py distill.py work_dirs/distill/CHECKPOINT.pth '
+                'student.pth --config-out student.py',
+            ]
+        )
 
 
-def run(*command) -> None:
-    """Run a script of this interpreter; show its output only if it fails."""
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        sys.exit(f'{done.stdout[-3000:]}\nThe command failed: {" ".join(command)}')
-
-
-def train(task: Task, config: Path, work_dir: Path, args) -> dict:
-    """Train by the ordinary command, or go on where it stopped; returns the metric and the seconds that it took."""
-    result, settings = work_dir / 'result.json', dict(data=str(args.data), epochs=args.epochs, options=args.cfg_options)
-    teacher = ROOT / 'configs' / task.configs / task.runs['teacher']
-    weights = trained_weights(teacher, args)
-    settings['trained_teacher'] = bool(weights)
-    if not result.is_file():
-        options = overrides(task, args)
-        seconds = None
-        if config == teacher and weights:
-            metric = evaluate(task, TOOLS / 'test.py', config, weights, work_dir / 'tested', *options)
-        else:
-            if 'student' in Config.fromfile(config).model:
-                weights = weights or last_checkpoint(args.work_dir / teacher.stem)
-                options.append(f'model.teacher.checkpoint={weights}')
-            start = time.time()
-            run(TOOLS / 'train.py', config, '--work-dir', work_dir, '--resume', '--cfg-options', *options)
-            is_whole = len(list(work_dir.glob('*/vis_data'))) == 1  # not of a run that was interrupted
-            seconds = time.time() - start if is_whole else None
-            metric = final_metric(task, config, work_dir)
-        result.write_text(json.dumps({task.metric: metric, 'seconds': seconds, 'settings': settings}))
-    content = json.loads(result.read_text())
-    if content.pop('settings') != settings:
-        sys.exit(f'{work_dir} was made with other settings; choose another --work-dir or remove it.')
-    return content
-
-
-def overrides(task: Task, args) -> list:
-    """What the arguments change in every config."""
-    options = [f'{split}_dataloader.dataset.data_root={args.data}/' for split in ('train', 'val', 'test')]
-    if task.evaluators:
-        options += [f'{split}_evaluator.{task.evaluators.format(data=args.data)}' for split in ('val', 'test')]
-    epochs = [f'{key}={args.epochs}' for key in EPOCHS if args.epochs]
-    return [*options, *epochs, *args.cfg_options]
-
-
-def trained_weights(config: Path, args) -> str:
-    """The weights beside a config, made by it as it is; else nothing."""
-    weights = config.with_suffix('.pth')
-    wanted = not (args.train_teacher or args.epochs or args.cfg_options)
-    return str(weights) if wanted and weights.exists() else ''
-
-
-def last_checkpoint(work_dir: Path) -> str:
-    return (work_dir / 'last_checkpoint').read_text().strip()
-
-
-def final_metric(task: Task, config: Path, work_dir: Path) -> float:
-    """The metric that the run logged last; measured where it was on other images, or was interrupted before that."""
-    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    logged = [record[task.key] for record in records if task.key in record]
-    if logged and task.validated:
-        return logged[-1]
-    return evaluate(task, TOOLS / 'test.py', work_dir / config.name, last_checkpoint(work_dir), work_dir / 'tested')
-
-
-def evaluate(task: Task, script: Path, config: Path, checkpoint: str, work_dir: Path, *options) -> float:
-    """The metric that a test.py gives a checkpoint."""
-    run(script, config, checkpoint, '--work-dir', work_dir, *(['--cfg-options', *options] if options else []))
-    logs = sorted(work_dir.glob('*/*.json'))
-    # mmdet leaves the metric out where nothing at all was detected
-    return json.loads(logs[-1].read_text().splitlines()[-1]).get(task.key, 0.0)
+def tested_metric(folder: Path, key: str) -> Optional[float]:
+    """The metric of the newest test in a folder; None where there is none."""
+    logs = sorted(folder.glob('*/*.json'))
+    return json.loads(logs[-1].read_text().splitlines()[-1]).get(key, 0.0) if logs else None
 
 
 def complexity(config: Path) -> dict:
-    """Parameters and GFLOPs of what is deployed: of a distillation, the student."""
+    """Parameters and FLOPs of what is deployed: of a distillation, the student."""
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
     MMLogger.get_current_instance().setLevel('ERROR')  # operators that count nothing
@@ -242,22 +349,26 @@ def complexity(config: Path) -> dict:
     return dict(params=counted['params'], flops=counted['flops'])
 
 
-def export(config: Path, args) -> tuple:
-    """Export the distilled student; returns its config and checkpoint."""
-    work_dir = args.work_dir / config.stem
-    exported = args.work_dir / 'student.py', args.work_dir / 'student.pth'
-    files = work_dir / config.name, last_checkpoint(work_dir), exported[1]
-    run(TOOLS / 'model_converters' / 'export_student.py', *files, '--config-out', exported[0])
-    return exported
+def as_table(task: Task, rows: List[dict]) -> str:
+    header = ['model', task.metric, 'params (M)', 'GFLOPs', 'training (min)']
+    cells = [
+        [
+            row['name'],
+            f'{row[task.metric]:.{task.digits}f}',
+            f'{row["params"] / 1e6:.2f}',
+            f'{row["flops"] / 1e9:.3g}',
+            '' if row['seconds'] is None else f'{row["seconds"] / 60:.1f}',
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *cells)]
+    lines = [header, ['-' * width for width in widths], *cells]
+    return ''.join(f'| {" | ".join(cell.ljust(width) for cell, width in zip(line, widths))} |\n' for line in lines)
 
 
-def as_table(task: Task, rows: list) -> str:
-    lines = [f'| model | {task.metric} | params (M) | GFLOPs | training (min) |', '|---|---|---|---|---|']
-    for row in rows:
-        minutes = '' if row['seconds'] is None else f'{row["seconds"] / 60:.1f}'
-        size = f'{row["params"] / 1e6:.2f} | {row["flops"] / 1e9:.3g}'
-        lines.append(f'| {row["name"]} | {row[task.metric]:.{task.digits}f} | {size} | {minutes} |')
-    return '\n'.join(lines) + '\n'
+def shown(path: Path) -> Path:
+    """A path as short as it can be written here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == '__main__':

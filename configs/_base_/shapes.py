@@ -4,8 +4,10 @@ data_root = 'data/shapes/'
 metainfo = dict(classes=('stop sign', 'sports ball', 'kite', 'pizza', 'donut'))
 image_size = (160, 160)
 
+# images this small load faster in the process itself than in a worker beside it
 train_dataloader = dict(
-    num_workers=1,
+    num_workers=0,
+    persistent_workers=False,
     dataset=dict(
         metainfo=metainfo,
         data_root=data_root,
@@ -14,7 +16,8 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    num_workers=1,
+    num_workers=0,
+    persistent_workers=False,
     dataset=dict(metainfo=metainfo, data_root=data_root, data_prefix=dict(img='images/val/')),
 )
 test_dataloader = val_dataloader
@@ -25,4 +28,4 @@ max_epochs = 16
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(end=max_epochs, T_max=max_epochs)
-default_hooks = dict(logger=dict(interval=25))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=2))

@@ -1,4 +1,4 @@
-"""Paint a detector's detections beside the ground truth, on the first images of its test set."""
+"""Draw the detections of one or more detectors below the ground truth, on the first images of a test set."""
 
 import argparse
 
@@ -10,49 +10,73 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.visualization import Visualizer
 
 GROUND_TRUTH, DETECTED = (60, 200, 60), (255, 140, 0)
+LABEL_HEIGHT = 28  # pixels
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config of a detector')
-    parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('out', help='picture to write')
+    parser.add_argument(
+        '--model',
+        action='append',
+        nargs=3,
+        required=True,
+        metavar=('NAME', 'CONFIG', 'CHECKPOINT'),
+        help="a detector, whose detections are a row with this name; repeat it for more. The last one's config tells "
+        'the test set',
+    )
     parser.add_argument('--images', type=int, default=6)
-    parser.add_argument('--score-thr', type=float, default=0.4)
+    parser.add_argument('--score-thr', type=float, default=0.3, help='draw detections with a higher score')
     parser.add_argument('--scale', type=int, default=2, help='enlargement of the images')
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    cfg = Config.fromfile(args.config)
+    cfg = Config.fromfile(args.model[-1][1])
     init_default_scope(cfg.default_scope)
-    model = init_detector(cfg, args.checkpoint, device='cpu', cfg_options={})
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     classes = dataset.metainfo['classes']
-    columns = []
-    for index in range(min(args.images, len(dataset))):
-        info = dataset.get_data_info(index)
-        image = cv2.imread(info['img_path'])[..., ::-1]
-        image = cv2.resize(image, None, fx=args.scale, fy=args.scale, interpolation=cv2.INTER_CUBIC)
-        truth = [(box['bbox'], classes[box['bbox_label']]) for box in info['instances']]
-        found = inference_detector(model, info['img_path']).pred_instances
-        found = found[found.scores > args.score_thr].numpy()
-        boxes = [
-            (box, f'{classes[label]} {score:.2f}')
-            for box, label, score in zip(found.bboxes, found.labels, found.scores)
-        ]
-        columns.append(np.vstack([paint(image, truth, GROUND_TRUTH, args), paint(image, boxes, DETECTED, args)]))
-    cv2.imwrite(args.out, np.hstack(columns)[..., ::-1])
-    print(f'{args.out}: ground truth above, detections with a score over {args.score_thr} below')
+    infos = [dataset.get_data_info(index) for index in range(min(args.images, len(dataset)))]
+    images = [read_image(info['img_path'], args.scale) for info in infos]
+    truth = [[(box['bbox'], classes[box['bbox_label']]) for box in info['instances']] for info in infos]
+    rows = [draw_row('ground truth', images, truth, GROUND_TRUTH, args.scale)]
+    for name, config, checkpoint in args.model:
+        model = init_detector(config, checkpoint, device='cpu', cfg_options={})
+        boxes = [detect(model, info['img_path'], classes, args.score_thr) for info in infos]
+        rows.append(draw_row(name, images, boxes, DETECTED, args.scale))
+    cv2.imwrite(args.out, np.vstack(rows)[..., ::-1])
+    print(f'{args.out}: the ground truth, and below it the detections with a score over {args.score_thr}')
 
 
-def paint(image: np.ndarray, boxes: list, colour: tuple, args) -> np.ndarray:
+def read_image(path: str, scale: int) -> np.ndarray:
+    """An image (H, W, 3) in RGB, enlarged."""
+    return cv2.resize(cv2.imread(path)[..., ::-1], None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+
+
+def detect(model, path: str, classes: tuple, score_thr: float) -> list:
+    """Boxes (x1, y1, x2, y2) and labels."""
+    found = inference_detector(model, path).pred_instances
+    found = found[found.scores > score_thr].numpy()
+    return [
+        (box, f'{classes[label]} {score:.2f}') for box, label, score in zip(found.bboxes, found.labels, found.scores)
+    ]
+
+
+def draw_row(name: str, images: list, boxes: list, color: tuple, scale: int) -> np.ndarray:
+    """Images side by side with their boxes, under a line with a name."""
+    row = np.hstack([draw_boxes(*image_and_boxes, color, scale) for image_and_boxes in zip(images, boxes)])
+    label = np.full((LABEL_HEIGHT, row.shape[1], 3), 255, np.uint8)
+    cv2.putText(label, name, (6, LABEL_HEIGHT - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.vstack([label, row])
+
+
+def draw_boxes(image: np.ndarray, boxes: list, color: tuple, scale: int) -> np.ndarray:
     """A copy of the image with boxes (x1, y1, x2, y2) in pixels of the original and their labels."""
     visualizer = Visualizer(image=image)
     for box, label in boxes:
-        corners = np.asarray(box, dtype=float) * args.scale
-        visualizer.draw_bboxes(corners[None], edge_colors=colour, line_widths=2)
+        corners = np.asarray(box, dtype=float) * scale
+        visualizer.draw_bboxes(corners[None], edge_colors=color, line_widths=2)
         visualizer.draw_texts(
             label,
             corners[None, :2] + 2,

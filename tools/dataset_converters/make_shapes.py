@@ -17,14 +17,15 @@ CATEGORIES = CocoDataset.METAINFO['classes']
 SPLITS = ('train', 'val')
 MIN_VISIBLE = 0.4  # objects that others hide more than this leaves are not annotated
 MIN_SIDE = 6  # pixels
+RADII = (0.08, 0.22)  # of the shapes, as shares of the image's side
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, help='folder to write images/ and annotations/ to')
     parser.add_argument('--train', type=int, default=600, help='number of training images')
-    parser.add_argument('--val', type=int, default=100, help='number of validation images')
-    parser.add_argument('--size', type=int, default=160, help='height and width of the images in pixels')
+    parser.add_argument('--val', type=int, default=200, help='number of validation images')
+    parser.add_argument('--size', type=int, default=128, help='height and width of the images in pixels')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args()
 
@@ -74,7 +75,7 @@ def draw_image(rng: np.random.Generator, size: int):
     image = texture(rng, size, contrast=40)
     draw_clutter(rng, image)
     masks, names = [], []
-    for _ in range(rng.integers(2, 8)):
+    for _ in range(rng.integers(2, 6)):
         name = str(rng.choice(SHAPES))
         mask = shape_mask(rng, name, size)
         fill = texture(rng, size, contrast=60)
@@ -94,7 +95,7 @@ def draw_image(rng: np.random.Generator, size: int):
 
 def shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     """Mask (size, size) of one shape at a random place, size and angle; parts may lie outside the image."""
-    radius = np.exp(rng.uniform(np.log(0.045), np.log(0.2))) * size
+    radius = np.exp(rng.uniform(*np.log(RADII))) * size
     center = rng.uniform(0.05, 0.95, 2) * size
     aspect, angle = rng.uniform(0.75, 1.0), rng.uniform(0, 2 * np.pi)
     mask = np.zeros((size, size), np.uint8)
