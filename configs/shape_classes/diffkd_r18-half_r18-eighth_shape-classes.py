@@ -4,6 +4,7 @@ custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(
     _delete_=True,
     type='mmdiffkd.DiffKDDistiller',
+    preset='plus',
     student=_base_.model,
     teacher=dict(
         config='{{ fileDirname }}/r18-half_shape-classes.py',

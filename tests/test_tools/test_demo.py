@@ -1,62 +1,119 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import cv2
-import numpy as np
 import pytest
 
-from tests.conftest import load_tool, run_tool
+from tests.conftest import ROOT, load_tool, run_tool
+
+ROWS = ('teacher', 'student alone', 'student, plain MSE', 'student, DiffKD', 'the same, exported, in plain mmdet')
+
+
+def parse(monkeypatch, *options):
+    """The demo with these arguments."""
+    demo = load_tool('demo.py')
+    monkeypatch.setattr(sys, 'argv', ['demo.py', *map(str, options)])
+    args = demo.parse_args()
+    return demo.Demo(demo.TASKS[args.task], args)
+
+
+@pytest.mark.parametrize('option', [['--train-teacher'], ['--epochs', 1], ['--cfg-options', 'a=1'], []])
+def test_order_of_the_trainings(monkeypatch, tmp_path, option):
+    """The longest first; distilled ones wait for a teacher that is trained with other settings than the shipped one."""
+    demo = parse(monkeypatch, '--work-dir', tmp_path, *option)
+    jobs = {job.name: job for job in demo.training_jobs(demo.missing())}
+    students = ['student, DiffKD', 'student, plain MSE', 'student alone']
+    assert list(jobs) == (['teacher', *students] if option else [*students, 'teacher'])
+    needs = ['teacher'] if option else []
+    assert [list(jobs[name].after) for name in students] == [needs, needs, []]
+    shipped = ROOT / 'configs' / 'shapes' / 'retinanet_r18-half_shapes.pth'
+    assert demo.teacher_weights == (None if option else shipped) and shipped.is_file()
+    if not option:
+        assert f'model.teacher.checkpoint={shipped}' in jobs['student, DiffKD'].command()
+        assert jobs['teacher'].command[1].name == 'test.py'
+
+
+def test_folders_and_seeds(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parse(monkeypatch).work_dir == tmp_path / 'work_dirs' / 'demo'
+    demo = parse(monkeypatch, 'classification', '--seed', 2)
+    assert demo.work_dir == tmp_path / 'work_dirs' / 'demo_classification_seed2'
+    assert 'randomness.seed=2' in demo.overrides()
+    parse(monkeypatch, '--seed', 2, '--work-dir', 'a').check_settings()
+    parse(monkeypatch, '--seed', 2, '--work-dir', 'a').check_settings()
+    with pytest.raises(SystemExit, match='was made with other settings'):
+        parse(monkeypatch, '--seed', 3, '--work-dir', 'a').check_settings()
+
+
+def test_presets():
+    """What the demo shows is the recommended preset."""
+    demo = load_tool('demo.py')
+    for task in demo.TASKS.values():
+        cfg = demo.Config.fromfile(task.config(list(task.runs)[-1]))
+        assert cfg.model.preset == 'plus', task.package
 
 
 @pytest.mark.slow
 def test_whole_demo_on_a_few_images(tmp_path, shapes):
-    """Four trainings of an epoch, export, reload in plain mmdet and the picture."""
+    """Trainings of an epoch that fail, are interrupted, go on; export, test in plain mmdet, report and picture."""
     work_dir = tmp_path / 'demo'
     options = ('--work-dir', work_dir, '--data', shapes, '--epochs', 1)
-    done = run_tool('demo.py', *options)
-    rows = json.loads((work_dir / 'table.json').read_text())
-    assert [row['name'] for row in rows] == [
-        'teacher',
-        'student alone',
-        'student, plain MSE',
-        'student, DiffKD',
-        'the same, exported, in plain mmdet',
-    ]
-    assert rows[0]['params'] > 10 * rows[1]['params'] and rows[1]['flops'] == rows[3]['flops']
-    assert all(f'| {row["name"]} | {row["mAP"]:.3f} |' in done.stdout for row in rows)
-    assert cv2.imread(str(work_dir / 'detections.png')).shape == (256, 4 * 128, 3)  # truth above, four images
 
-    # what is done is not done again; an interruption before the last validation costs that validation only
+    # two trainings are running when Ctrl-C is pressed: both end
+    command = [sys.executable, ROOT / 'tools' / 'demo.py', *map(str, options)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    logs = [work_dir / 'logs' / f'retinanet_r18-{width}_shapes.log' for width in ('half', 'eighth')]
+    end = time.monotonic() + 300
+    while not any(log.exists() and 'mmengine' in log.read_text() for log in logs) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and 'The same command goes on' in output
+    assert str(work_dir) not in subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout
+
+    # one training fails: the end of its log is shown, the others finish
+    broken = work_dir / 'mse_retinanet_r18-half_r18-eighth_shapes'
+    broken.write_text('a file where a folder should be')
+    done = run_tool('demo.py', *options, check=False)
+    assert done.returncode == 1 and 'student, plain MSE: failed with exit code 1' in done.stdout
+    assert 'FileExistsError' in done.stdout and 'Failed: student, plain MSE' in done.stdout
+    folders = [name for name in sorted(os.listdir(work_dir)) if (work_dir / name / 'result.json').exists()]
+    assert len(folders) == 3
+
+    # the rest is done; one that lacks its validation is tested
+    broken.unlink()
     student = work_dir / 'retinanet_r18-eighth_shapes'
     (student / 'result.json').unlink()
     for log in student.glob('*/vis_data'):
         shutil.rmtree(log)
-    run_tool('demo.py', *options)
-    assert json.loads((work_dir / 'table.json').read_text())[1]['mAP'] == rows[1]['mAP']
-    assert len(list(student.glob('*/vis_data'))) == 1 and (student / 'tested').is_dir()
-
-    done = run_tool('demo.py', *options[:4], '--epochs', 2, check=False)
-    assert done.returncode == 1 and 'was made with other settings' in done.stdout
+    done = run_tool('demo.py', *options)
+    rows = json.loads((work_dir / 'table.json').read_text())
+    assert tuple(row['name'] for row in rows) == ROWS
+    assert rows[0]['params'] > 10 * rows[1]['params'] and rows[1]['flops'] == rows[3]['flops']
+    table = (work_dir / 'table.md').read_text()
+    assert table in done.stdout and all(row['name'] in table and f'{row["mAP"]:.3f}' in table for row in rows)
+    height, width, _ = cv2.imread(str(work_dir / 'detections.png')).shape
+    assert width == 4 * 128 and height > 4 * 128  # truth and three models, each with its name above
+    assert 'DiffKD' in (work_dir / 'report' / 'index.html').read_text()
+    for line in ('student.pth', 'detections.png', 'report/index.html', 'tools/misc/make_config.py', 'tools/train.py'):
+        assert line in done.stdout
 
 
 @pytest.mark.slow
-def test_a_trained_teacher_is_tested_only(tmp_path, monkeypatch):
-    write_split = load_tool('dataset_converters/make_shapes.py').write_split
-    for split in ('train', 'val'):
-        write_split(tmp_path / 'data', split, 16, 128, 7)
-    monkeypatch.setattr(sys, 'argv', ['demo.py', '--work-dir', str(tmp_path), '--data', str(tmp_path / 'data')])
-    demo = load_tool('demo.py')
-    args, task = demo.parse_args(), demo.TASKS['detection']
-    config = demo.ROOT / 'configs' / 'shapes' / task.runs['teacher']
-    row = demo.train(task, config, tmp_path / config.stem, args)
+def test_the_shipped_teacher_is_tested_only(tmp_path, monkeypatch):
+    make_shapes = load_tool('dataset_converters/make_shapes.py')
+    for split in make_shapes.SPLITS:
+        make_shapes.write_split(tmp_path / 'data', split, 16, 128, 7)
+    demo = parse(monkeypatch, '--work-dir', tmp_path, '--data', tmp_path / 'data')
+    demo.do(demo.training_jobs(['teacher']), demo.keep)
+    row = demo.row('teacher')
     assert row['mAP'] > 0.15 and row['seconds'] is None
-    assert not list((tmp_path / config.stem).glob('*.pth'))
-    # what the distilled students are given
-    assert demo.trained_weights(config, args) == str(config.with_suffix('.pth'))
-    for option in (['--train-teacher'], ['--epochs', '1'], ['--cfg-options', 'train_dataloader.batch_size=2']):
-        monkeypatch.setattr(sys, 'argv', ['demo.py', *option])
-        assert not demo.trained_weights(config, demo.parse_args())
+    assert not list(demo.folder('teacher').glob('**/*.pth'))
 
 
 @pytest.mark.slow
@@ -65,35 +122,8 @@ def test_classification(tmp_path):
     run_tool('dataset_converters/make_shape_classes.py', data, '--train', 10, '--val', 5, '--size', 32)
     options = ('--work-dir', tmp_path, '--data', data, '--epochs', 1, '--cfg-options', 'train_dataloader.batch_size=5')
     done = run_tool('demo.py', 'classification', *options)
-    check(tmp_path, done.stdout, 'top-1', ('teacher', 'student alone', 'student, plain MSE and KL', 'student, DiffKD'))
-    assert 'top-1 on 5 generated images' in done.stdout and 'plain mmpretrain' in done.stdout
-
-
-@pytest.mark.slow
-def test_segmentation(tmp_path):
-    """The schedule counts iterations, and what is reported is the mIoU on test."""
-    data = tmp_path / 'data'
-    rng = np.random.default_rng(0)
-    for split in ('train', 'val', 'test'):
-        for kind, suffix, shape, high in (('img_dir', 'jpg', (48, 64, 3), 256), ('ann_dir', 'png', (48, 64), 11)):
-            (data / kind / split).mkdir(parents=True)
-            for name in ('a', 'b'):
-                image = rng.integers(0, high, shape, dtype=np.uint8)
-                cv2.imwrite(str(data / kind / split / f'{name}.{suffix}'), image)
-    iters = ('train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'param_scheduler=[]', 'train_dataloader.batch_size=2')
-    options = ('--work-dir', tmp_path, '--cfg-options', *iters)
-    done = run_tool('demo.py', 'segmentation', '--data', data, *options)
-    check(tmp_path, done.stdout, 'mIoU', ('teacher', 'student alone', 'student, plain DIST', 'student, DiffKD'))
-    assert 'mIoU on 2 test images' in done.stdout and 'plain mmseg' in done.stdout
-    assert (tmp_path / 'deeplabv3_r18-half_camvid' / 'tested').is_dir()
-
-    done = run_tool('demo.py', 'segmentation', '--data', tmp_path / 'nowhere', *options, check=False)
-    assert done.returncode == 1 and 'tools/dataset_converters/camvid.py' in done.stdout
-
-
-def check(work_dir, output, metric, names):
-    rows = json.loads((work_dir / 'table.json').read_text())
-    assert tuple(row['name'] for row in rows[:-1]) == names
-    assert rows[-1][metric] == rows[-2][metric] and (work_dir / 'student.pth').is_file()
+    rows = json.loads((tmp_path / 'table.json').read_text())
+    assert [row['name'] for row in rows[:-1]] == [*ROWS[:2], 'student, plain MSE and KL', 'student, DiffKD']
+    assert rows[-1]['top-1'] == rows[-2]['top-1'] and (tmp_path / 'student.pth').is_file()
     assert rows[0]['params'] > 3 * rows[1]['params'] and rows[1]['flops'] == rows[-1]['flops']
-    assert all(f'| {row["name"]} | {row[metric]:.1f} |' in output for row in rows)
+    assert 'top-1 on 5 generated images' in done.stdout and 'plain mmpretrain' in done.stdout
