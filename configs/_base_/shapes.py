@@ -2,7 +2,7 @@
 _base_ = './small_detection.py'
 data_root = 'data/shapes/'
 metainfo = dict(classes=('stop sign', 'sports ball', 'kite', 'pizza', 'donut'))
-image_size = (160, 160)
+image_size = (128, 128)
 
 # images this small load faster in the process itself than in a worker beside it
 train_dataloader = dict(
@@ -26,6 +26,7 @@ test_evaluator = val_evaluator
 
 max_epochs = 16
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+optim_wrapper = dict(optimizer=dict(lr=3e-3))
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(end=max_epochs, T_max=max_epochs)
 default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=2))

@@ -49,7 +49,7 @@ def test_what_comes_last_counts():
 @pytest.mark.parametrize(
     'config, size',
     [
-        ('shapes/diffkd_retinanet_r18-half_r18-eighth_shapes.py', (160, 160)),
+        ('shapes/diffkd_retinanet_r18-half_r18-eighth_shapes.py', (128, 128)),
         ('camvid/diffkd_deeplabv3_r18-half_r18-quarter_camvid.py', (160, 160)),
         ('shape_classes/diffkd_r18-half_r18-eighth_shape-classes.py', (64, 64)),
         ('cityscapes/diffkd_deeplabv3_r101_r18.py', (512, 1024)),
