@@ -8,8 +8,8 @@ READY_OPENMMLAB := $(VENV_OPENMMLAB)/.ready
 .PHONY: help env demo test test-all lint docs env-openmmlab test-openmmlab test-all-openmmlab clean
 
 help:
-	@echo "make demo            train student alone, with plain MSE and DiffKD on generated images; about 16 minutes"
-	@echo "                     TASK=classification and TASK=segmentation do it for the other tasks"
+	@echo "make demo            train student alone, with plain MSE and DiffKD on generated images; at most 5 minutes"
+	@echo "                     TASK=classification does it for a classifier; ARGS=--help lists the options"
 	@echo "make test            run the quick tests, which cover every behavior; up to 10 minutes"
 	@echo "make test-all        run all tests: also every config and model family, killed processes, wheels"
 	@echo "make env             the environment in $(VENV) that both need (made by them if it is not there)"
@@ -19,7 +19,7 @@ help:
 	@echo "make env-openmmlab   the environment in $(VENV_OPENMMLAB) that these need (made by them if it is not there)"
 
 demo: $(READY)
-	@echo "The demo takes about 16 minutes on two CPU cores, other tasks longer. Interrupted, it goes on where it stopped."
+	@echo "The demo takes at most 5 minutes on two idle CPU cores."
 	$(VENV)/bin/python tools/demo.py $(TASK) $(ARGS)
 
 # The tests of a file share what it trained, so they stay in one process.

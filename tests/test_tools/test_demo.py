@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -89,8 +88,9 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
     broken.unlink()
     student = work_dir / 'retinanet_r18-eighth_shapes'
     (student / 'result.json').unlink()
-    for log in student.glob('*/vis_data'):
-        shutil.rmtree(log)
+    for log in student.glob('*/vis_data/scalars.json'):
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text(''.join(line for line in lines if 'iter' in json.loads(line)))
     done = run_tool('demo.py', *options)
     rows = json.loads((work_dir / 'table.json').read_text())
     assert tuple(row['name'] for row in rows) == ROWS
@@ -100,6 +100,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
     height, width, _ = cv2.imread(str(work_dir / 'detections.png')).shape
     assert width == 4 * 128 and height > 4 * 128  # truth and three models, each with its name above
     assert 'DiffKD' in (work_dir / 'report' / 'index.html').read_text()
+    assert (student / 'tested').is_dir()
     for line in ('student.pth', 'detections.png', 'report/index.html', 'tools/misc/make_config.py', 'tools/train.py'):
         assert line in done.stdout
 

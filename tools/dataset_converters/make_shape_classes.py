@@ -10,14 +10,14 @@ import cv2
 import numpy as np
 from make_shapes import SHAPES, SPLITS, draw_image
 
-IMAGE_SIZE = 160  # of the image that a window is cut from
+IMAGE_SIZE = 128  # of the image that a window is cut from
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, help='folder to write <split>/<class>/*.png and classes.txt to')
-    parser.add_argument('--train', type=int, default=3000, help='number of training images')
-    parser.add_argument('--val', type=int, default=2000, help='number of validation images')
+    parser.add_argument('--train', type=int, default=2000, help='number of training images')
+    parser.add_argument('--val', type=int, default=1000, help='number of validation images')
     parser.add_argument('--size', type=int, default=64, help='height and width of the images in pixels')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args()
