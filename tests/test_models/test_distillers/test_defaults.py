@@ -60,6 +60,8 @@ def test_classifiers_by_features_and_logits(tmp_path, name, logits):
     assert {pair: (taps.student, taps.teacher) for pair, taps in model.pairs.items()} == dict(
         feat=('backbone', 'backbone'), logits=(logits, logits)
     )
+    distances = {pair: type(neck.levels[0].distance).__name__ for pair, neck in model.diffkd.items()}
+    assert distances == dict(feat='MSELoss', logits='KLDivergence')
     assert log['diffkd.feat.loss_kd'] > 0 and log['diffkd.logits.loss_kd'] > 0
 
 
