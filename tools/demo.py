@@ -306,7 +306,7 @@ class Demo:
                 f'{folder}/student.pth',
                 f'the distilled student; plain {task.package} opens it with student.py beside it',
             ),
-            (f'{folder}/report/index.html', 'curves, metrics and feature pictures of the trainings'),
+            (f'{folder}/report/report.html', 'curves, metrics and feature pictures of the trainings'),
             (f'{folder}/table.md', 'this table; table.json has all digits'),
         ]
         if task.package == 'mmdet':

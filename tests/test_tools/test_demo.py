@@ -99,9 +99,9 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
     assert table in done.stdout and all(row['name'] in table and f'{row["mAP"]:.3f}' in table for row in rows)
     height, width, _ = cv2.imread(str(work_dir / 'detections.png')).shape
     assert width == 4 * 128 and height > 4 * 128  # truth and three models, each with its name above
-    assert 'DiffKD' in (work_dir / 'report' / 'index.html').read_text()
+    assert 'DiffKD' in (work_dir / 'report' / 'report.html').read_text()
     assert (student / 'tested').is_dir()
-    for line in ('student.pth', 'detections.png', 'report/index.html', 'tools/misc/make_config.py', 'tools/train.py'):
+    for line in ('student.pth', 'detections.png', 'report/report.html', 'tools/misc/make_config.py', 'tools/train.py'):
         assert line in done.stdout
 
 
