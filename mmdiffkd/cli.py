@@ -33,13 +33,14 @@ def without_gc() -> Iterator[None]:
 
 
 def own_process() -> None:
-    """Keep what is there after the start out of later collections, the one at the end included; for scripts alone.
+    """Keep what is there after the start of a script out of later collections, the one at the end included.
 
-    In another's process it would keep the garbage that is there, too.
+    A script that runs in another's process changes nothing: the garbage of others would be kept, too.
     """
     global _is_own_process
-    _is_own_process = True
-    atexit.register(gc.freeze)
+    if sys.argv[0] in sys.orig_argv[1:]:
+        _is_own_process = True
+        atexit.register(gc.freeze)
 
 
 @contextmanager

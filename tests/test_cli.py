@@ -1,4 +1,5 @@
 import gc
+import os
 import subprocess
 import sys
 
@@ -57,14 +58,19 @@ def test_garbage_collection_is_off_for_a_while():
         gc.enable()
 
 
-def test_a_process_of_its_own():
-    code = (
-        'import gc\nfrom mmdiffkd.cli import own_process, without_gc\nown_process()\n'
-        'with without_gc():\n    pass\n'
-        'import sys\nprint(gc.isenabled(), gc.get_freeze_count() > 0, "torch" in sys.modules)'
+@pytest.mark.parametrize('is_own', [True, False])
+def test_what_is_there_is_kept_in_a_process_of_its_own(tmp_path, is_own):
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import gc, sys\nfrom mmdiffkd.cli import own_process, without_gc\n'
+        'own_process()\nwith without_gc():\n    pass\n'
+        'print(gc.isenabled(), gc.get_freeze_count() > 0, "torch" in sys.modules)'
     )
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ['True', 'True', 'False']
+    another = 'import runpy, sys\nsys.argv = sys.stdin.read().split()\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+    command = [sys.executable, str(script)] if is_own else [sys.executable, '-c', another]
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, env=env, input=str(script), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ['True', str(is_own), 'False']
 
 
 @pytest.mark.parametrize(
