@@ -22,8 +22,9 @@ demo: $(READY)
 	@echo "The demo takes at most 5 minutes on two idle CPU cores."
 	$(VENV)/bin/python tools/demo.py $(TASK) $(ARGS)
 
-# The tests of a file share what it trained, so they stay in one process.
-PYTEST = $(<D)/bin/python -m pytest --numprocesses 2 --dist loadfile
+# The tests of a file share what it trained, so they stay in one process. Files with few tests may take long, so they
+# are not put last.
+PYTEST = $(<D)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST) -m "not slow" $(ARGS)

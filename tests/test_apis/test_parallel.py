@@ -161,7 +161,13 @@ run_parallel(jobs, workers=2)
 def test_interruption_ends_all_jobs(tmp_path, number):
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, '-c', INTERRUPTED], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, '-c', INTERRUPTED],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # where the tests run in the background of a shell, they are deaf to Ctrl-C themselves
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     logs = [tmp_path / f'{name}.log' for name in ('listens', 'deaf')]
     end = time.monotonic() + 60
