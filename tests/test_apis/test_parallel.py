@@ -176,7 +176,9 @@ def test_interruption_ends_all_jobs(tmp_path, number):
     children = [int(log.read_text().split()[0]) for log in logs]
     process.send_signal(number)
     output = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == (-number if number == signal.SIGINT else 128 + number), output
+    # some libraries catch a KeyboardInterrupt that nobody handles, and exit with 1
+    codes = (-number, 1) if number == signal.SIGINT else (128 + number,)
+    assert process.returncode in codes and 'started' in output, output
     assert 'interrupted' in logs[0].read_text() and not (tmp_path / 'waits.log').exists()
     for child in children:
         assert not is_running(child)

@@ -55,9 +55,10 @@ def read_image(path: str, scale: int) -> np.ndarray:
 
 
 def detect(model, path: str, classes: tuple, score_thr: float) -> list:
-    """Boxes (x1, y1, x2, y2) and labels."""
+    """Boxes (x1, y1, x2, y2) and labels, the highest score last: its label covers the others."""
     found = inference_detector(model, path).pred_instances
-    found = found[found.scores > score_thr].numpy()
+    found = found[found.scores > score_thr]
+    found = found[found.scores.argsort()].numpy()
     return [
         (box, f'{classes[label]} {score:.2f}') for box, label, score in zip(found.bboxes, found.labels, found.scores)
     ]
