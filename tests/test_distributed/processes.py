@@ -84,7 +84,7 @@ def dist_train(config, **env):
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-    env = dict(os.environ, PATH=path, PORT=str(port), OMP_NUM_THREADS='1', **env)
+    env = dict(os.environ, PATH=path, PORT=str(port), **env)
     command = ['bash', str(tiny.ROOT / 'tools' / 'dist_train.sh'), str(config), str(WORLD)]
     return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

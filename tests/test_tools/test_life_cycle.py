@@ -174,7 +174,7 @@ def test_killed_run_is_resumed(config, tmp_path):
 
 def run_script(name, *args, path=Path(sys.executable).parent, **env):
     """Run a shell script of tools/ with a folder in front of PATH."""
-    env = dict(os.environ, PORT=str(29500 + os.getpid() % 1000), OMP_NUM_THREADS='1', **env)
+    env = dict(os.environ, PORT=str(29500 + os.getpid() % 1000), **env)
     env['PATH'] = f'{path}{os.pathsep}{env["PATH"]}'
     command = ['bash', str(ROOT / 'tools' / name), *map(str, args)]
     return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
