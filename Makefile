@@ -9,7 +9,7 @@ READY_OPENMMLAB := $(VENV_OPENMMLAB)/.ready
 
 help:
 	@echo "make demo            train student alone, with plain MSE and DiffKD on generated images; at most 5 minutes"
-	@echo "                     TASK=classification does it for a classifier; ARGS=--help lists the options"
+	@echo "                     ARGS=--help lists the options"
 	@echo "make test            run the quick tests, which cover every behavior; up to 10 minutes"
 	@echo "make test-all        run all tests: also every config and model family, killed processes, wheels"
 	@echo "make env             the environment in $(VENV) that both need (made by them if it is not there)"
@@ -20,7 +20,7 @@ help:
 
 demo: $(READY)
 	@echo "The demo takes at most 5 minutes on two idle CPU cores."
-	$(VENV)/bin/python tools/demo.py $(TASK) $(ARGS)
+	$(VENV)/bin/python tools/demo.py $(ARGS)
 
 # The tests of a file share what it trained, so they stay in one process. Files with few tests may take long, so they
 # are not put last.

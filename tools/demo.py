@@ -8,10 +8,9 @@ weights lie beside its config is tested, not trained.
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import torch
 from mmengine.analysis import get_model_complexity_info
@@ -24,85 +23,20 @@ from mmdiffkd.apis import Job, JobResult, available_cores, run_parallel
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim
 TOOLS = ROOT / 'tools'
 EPOCHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
-TEACHER = 'teacher'  # the row of a table
-
-
-@dataclass
-class Task:
-    """What differs between the tasks.
-
-    Args:
-        package (str): The package in which the exported student opens.
-        metric (str): Name of the metric in the table.
-        key (str): Its name in the log.
-        digits (int): Its decimals in the table.
-        configs (str): Folder in ``configs/``.
-        runs (dict[str, str]): Rows of the table and their configs: the teacher first, DiffKD last.
-        data (str): Folder in ``data/``.
-        complete (str): File in it that is written last.
-        tested (str): Pattern of its test images.
-        converter (str): Script that generates it.
-        evaluator (str, optional): Setting of the evaluators that depends on the folder. Defaults to None.
-    """
-
-    package: str
-    metric: str
-    key: str
-    digits: int
-    configs: str
-    runs: Dict[str, str]
-    data: str
-    complete: str
-    tested: str
-    converter: str
-    evaluator: Optional[str] = None
-
-    def config(self, name: str) -> Path:
-        return ROOT / 'configs' / self.configs / self.runs[name]
-
-
-TASKS = dict(
-    detection=Task(
-        package='mmdet',
-        metric='mAP',
-        key='coco/bbox_mAP',
-        digits=3,
-        configs='shapes',
-        runs={
-            TEACHER: 'retinanet_r18-half_shapes.py',
-            'student alone': 'retinanet_r18-eighth_shapes.py',
-            'student, plain MSE': 'mse_retinanet_r18-half_r18-eighth_shapes.py',
-            'student, DiffKD': 'diffkd_retinanet_r18-half_r18-eighth_shapes.py',
-        },
-        data='shapes',
-        complete='annotations/val.json',
-        tested='images/val/*',
-        converter='make_shapes.py',
-        evaluator='ann_file={data}/annotations/val.json',
-    ),
-    classification=Task(
-        package='mmpretrain',
-        metric='top-1',
-        key='accuracy/top1',
-        digits=1,
-        configs='shape_classes',
-        runs={
-            TEACHER: 'r18-half_shape-classes.py',
-            'student alone': 'r18-eighth_shape-classes.py',
-            'student, plain MSE and KL': 'mse_r18-half_r18-eighth_shape-classes.py',
-            'student, DiffKD': 'diffkd_r18-half_r18-eighth_shape-classes.py',
-        },
-        data='shape_classes',
-        complete='classes.txt',
-        tested='val/*/*',
-        converter='make_shape_classes.py',
-    ),
-)
+TEACHER = 'teacher'  # its row in the table
+CONFIGS = ROOT / 'configs' / 'shapes'
+# rows of the table: the teacher first, DiffKD last
+RUNS = {
+    TEACHER: 'retinanet_r18-half_shapes.py',
+    'student alone': 'retinanet_r18-eighth_shapes.py',
+    'student, plain MSE': 'mse_retinanet_r18-half_r18-eighth_shapes.py',
+    'student, DiffKD': 'diffkd_retinanet_r18-half_r18-eighth_shapes.py',
+}
+METRIC = 'coco/bbox_mAP'  # its name in the log
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('task', nargs='?', choices=TASKS, default='detection')
     parser.add_argument('--work-dir', type=Path, help='where to write (default: a folder in work_dirs)')
     parser.add_argument('--data', type=Path, help='folder of the images; they are generated if it is not there')
     parser.add_argument('--seed', type=int, default=0, help='seed of every training (default: 0)')
@@ -110,16 +44,15 @@ def parse_args():
     parser.add_argument('--epochs', type=int, help='epochs of every training')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='other settings of every training: key=value ...')
     args = parser.parse_args()
-    name = 'demo' if args.task == 'detection' else f'demo_{args.task}'
-    name += f'_seed{args.seed}' if args.seed else ''
+    name = f'demo_seed{args.seed}' if args.seed else 'demo'
     args.work_dir = (args.work_dir or Path('work_dirs', name)).resolve()
-    args.data = (args.data or Path('data', TASKS[args.task].data)).resolve()
+    args.data = (args.data or Path('data', 'shapes')).resolve()
     return args
 
 
 def main():
     args = parse_args()
-    demo = Demo(TASKS[args.task], args)
+    demo = Demo(args)
     try:
         demo.run()
     except KeyboardInterrupt:
@@ -128,25 +61,25 @@ def main():
 
 
 class Demo:
-    """One task with the settings of the command line."""
+    """The demo with the settings of the command line."""
 
-    def __init__(self, task: Task, args: argparse.Namespace):
-        self.task, self.args = task, args
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
         self.work_dir, self.data = args.work_dir, args.data
-        weights = task.config(TEACHER).with_suffix('.pth')
+        weights = config_of(TEACHER).with_suffix('.pth')
         wanted = not (args.train_teacher or args.epochs or args.cfg_options)  # the config as it is made the weights
         self.teacher_weights = weights if wanted and weights.exists() else None
 
     def run(self) -> None:
         self.check_settings()
-        task, rows = self.task, self.missing()
-        trained = [name for name in task.runs if name != TEACHER or not self.teacher_weights]
+        rows = self.missing()
+        trained = [name for name in RUNS if name != TEACHER or not self.teacher_weights]
         print(
             f'{len(trained)} trainings, {min(available_cores(), len(trained))} side by side with one CPU thread each.'
         )
         print(f'Everything is written to {shown(self.work_dir)}. Ctrl-C stops; the same command goes on.\n', flush=True)
-        if not (self.data / task.complete).exists():
-            self.do([self.tool('generate images', 'dataset_converters', task.converter, self.data)])
+        if not (self.data / 'annotations' / 'val.json').exists():
+            self.do([self.tool('generate images', 'dataset_converters', 'make_shapes.py', self.data)])
         self.do(self.training_jobs(rows), self.keep)
         # a training that was interrupted between its last checkpoint and its validation
         self.do([self.test_job(name, *self.files(name)) for name in self.missing()], self.keep)
@@ -170,20 +103,20 @@ class Demo:
 
     def missing(self) -> List[str]:
         """Rows without a result."""
-        return [name for name in self.task.runs if not self.result_file(name).exists()]
+        return [name for name in RUNS if not self.result_file(name).exists()]
 
     def result_file(self, name: str) -> Path:
         return self.folder(name) / 'result.json'
 
     def folder(self, name: str) -> Path:
-        return self.work_dir / self.task.config(name).stem
+        return self.work_dir / config_of(name).stem
 
     def files(self, name: str) -> Sequence:
         """Config and weights of a row."""
         if name == TEACHER and self.teacher_weights:
-            return self.task.config(name), self.teacher_weights
+            return config_of(name), self.teacher_weights
         folder = self.folder(name)
-        return folder / self.task.runs[name], (folder / 'last_checkpoint').read_text().strip()
+        return folder / RUNS[name], (folder / 'last_checkpoint').read_text().strip()
 
     def do(self, jobs: List[Job], on_done: Optional[Callable[[JobResult], None]] = None) -> None:
         """Run jobs; end the demo if one of them failed."""
@@ -202,13 +135,13 @@ class Demo:
 
     def training_jobs(self, names: Sequence[str]) -> List[Job]:
         """The longest first, behind the teacher that they need."""
-        order = [TEACHER, *reversed([name for name in self.task.runs if name != TEACHER])]
+        order = [TEACHER, *reversed([name for name in RUNS if name != TEACHER])]
         if self.teacher_weights:
             order = [*order[1:], TEACHER]  # nothing waits for its test
         return [self.row_job(name, names) for name in order if name in names]
 
     def row_job(self, name: str, names: Sequence[str]) -> Job:
-        task, config, folder = self.task, self.task.config(name), self.folder(name)
+        config, folder = config_of(name), self.folder(name)
         if name == TEACHER and self.teacher_weights:
             return self.test_job(name, config, self.teacher_weights, *self.overrides())
         distills = 'student' in Config.fromfile(config).model
@@ -222,21 +155,20 @@ class Demo:
 
         needs_teacher = distills and TEACHER in names and not self.teacher_weights
         log = self.work_dir / 'logs' / f'{config.stem}.log'
-        return Job(name, command, log, folder, task.key, after=[TEACHER] if needs_teacher else [])
+        return Job(name, command, log, folder, METRIC, after=[TEACHER] if needs_teacher else [])
 
     def overrides(self) -> List[str]:
         """What the arguments change in every config."""
-        args, task = self.args, self.task
+        args = self.args
         options = [f'{split}_dataloader.dataset.data_root={args.data}/' for split in ('train', 'val', 'test')]
-        if task.evaluator:
-            options += [f'{split}_evaluator.{task.evaluator.format(data=args.data)}' for split in ('val', 'test')]
+        options += [f'{split}_evaluator.ann_file={args.data}/annotations/val.json' for split in ('val', 'test')]
         options.append(f'randomness.seed={args.seed}')
         return [*options, *(f'{key}={args.epochs}' for key in EPOCHS if args.epochs), *args.cfg_options]
 
     def test_job(self, name: str, config: Path, weights: Path, *options: str) -> Job:
         command = [sys.executable, TOOLS / 'test.py', config, weights, '--work-dir', self.folder(name) / 'tested']
         log = self.work_dir / 'logs' / f'{config.stem}_test.log'
-        return Job(name, [*command, *(['--cfg-options', *options] if options else [])], log, metric=self.task.key)
+        return Job(name, [*command, *(['--cfg-options', *options] if options else [])], log, metric=METRIC)
 
     def keep(self, result: JobResult) -> None:
         """Note the metric of a row and the seconds that it took, as soon as both are known."""
@@ -244,24 +176,23 @@ class Demo:
         logs = sorted(folder.glob('*/vis_data/scalars.json'))
         records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
         # mmdet leaves the metric out where nothing at all was detected
-        metrics = [record.get(self.task.key, 0.0) for record in records if 'iter' not in record]  # of validations
-        tested = tested_metric(folder / 'tested', self.task.key)
+        metrics = [record.get(METRIC, 0.0) for record in records if 'iter' not in record]  # of validations
+        tested = tested_metric(folder / 'tested', METRIC)
         metrics += [] if tested is None else [tested]
         if not result.ok or not metrics:
             return
         is_whole = len(logs) == 1 and tested is None  # trained without an interruption
-        content = {self.task.metric: metrics[-1], 'seconds': result.seconds if is_whole else None}
+        content = {'mAP': metrics[-1], 'seconds': result.seconds if is_whole else None}
         self.result_file(result.name).write_text(json.dumps(content))
 
     def finish(self) -> None:
         """Export and test the distilled student, draw, and print what there is."""
-        task, work_dir = self.task, self.work_dir
-        distilled = list(task.runs)[-1]
+        work_dir, distilled = self.work_dir, list(RUNS)[-1]
         student = work_dir / 'student.py', work_dir / 'student.pth'
         tested = work_dir / 'exported'
-        plain_test = Path(find_spec(task.package).origin).parent / '.mim' / 'tools' / 'test.py'
+        plain_test = Path(find_spec('mmdet').origin).parent / '.mim' / 'tools' / 'test.py'
         config, weights = self.files(distilled)
-        export, test = 'export the student', f'test it in plain {task.package}'
+        export, test = 'export the student', 'test it in plain mmdet'
         jobs = [
             self.tool(
                 export, 'model_converters', 'export_student.py', config, weights, student[1], '--config-out', student[0]
@@ -270,53 +201,48 @@ class Demo:
                 test,
                 [sys.executable, plain_test, *student, '--work-dir', tested],
                 work_dir / 'logs' / 'exported_test.log',
-                metric=task.key,
+                metric=METRIC,
                 after=[export],
             ),
         ]
         report = ['-o', work_dir / 'report']
-        reported = [name for name in task.runs if name != TEACHER or not self.teacher_weights]
+        reported = [name for name in RUNS if name != TEACHER or not self.teacher_weights]
         runs = [f'{name.replace("student, ", "").replace("student ", "")}={self.folder(name)}' for name in reported]
         jobs.append(self.tool('write the report', 'analysis_tools', 'report.py', *runs, *report))
-        if task.package == 'mmdet':
-            models = [part for name in (TEACHER, 'student alone') for part in ('--model', name, *self.files(name))]
-            models += ['--model', distilled, *student]
-            picture = ['analysis_tools', 'visualize_detections.py', work_dir / 'detections.png']
-            jobs.insert(1, self.tool('draw detections', *picture, *models, after=[export]))
+        models = [part for name in (TEACHER, 'student alone') for part in ('--model', name, *self.files(name))]
+        models += ['--model', distilled, *student]
+        picture = ['analysis_tools', 'visualize_detections.py', work_dir / 'detections.png']
+        jobs.insert(1, self.tool('draw detections', *picture, *models, after=[export]))
         self.do(jobs)
-        rows = [self.row(name) for name in task.runs]
-        metric = tested_metric(tested, task.key)
-        if metric != rows[-1][task.metric]:
-            sys.exit(f'The exported student has {task.metric} {metric}, in training it was {rows[-1][task.metric]}.')
-        rows.append({**rows[-1], 'name': f'the same, exported, in plain {task.package}', 'seconds': None})
-        table = as_table(task, rows)
+        rows = [self.row(name) for name in RUNS]
+        metric = tested_metric(tested, METRIC)
+        if metric != rows[-1]['mAP']:
+            sys.exit(f'The exported student has mAP {metric}, in training it was {rows[-1]["mAP"]}.')
+        rows.append({**rows[-1], 'name': 'the same, exported, in plain mmdet', 'seconds': None})
+        table = as_table(rows)
         (work_dir / 'table.md').write_text(table)
         (work_dir / 'table.json').write_text(json.dumps(rows, indent=2))
         print(self.summary(table))
 
     def row(self, name: str) -> dict:
         """A row of the table."""
-        return dict(name=name, **json.loads(self.result_file(name).read_text()), **complexity(self.task.config(name)))
+        return dict(name=name, **json.loads(self.result_file(name).read_text()), **complexity(config_of(name)))
 
     def summary(self, table: str) -> str:
         """The table, the files, and how to go on."""
-        task, folder = self.task, shown(self.work_dir)
+        folder = shown(self.work_dir)
         files = [
-            (
-                f'{folder}/student.pth',
-                f'the distilled student; plain {task.package} opens it with student.py beside it',
-            ),
+            (f'{folder}/student.pth', 'the distilled student; plain mmdet opens it with student.py beside it'),
+            (f'{folder}/detections.png', 'what the models detect on test images, beside the truth'),
             (f'{folder}/report/report.html', 'curves, metrics and feature pictures of the trainings'),
             (f'{folder}/table.md', 'this table; table.json has all digits'),
         ]
-        if task.package == 'mmdet':
-            files.insert(1, (f'{folder}/detections.png', 'what the models detect on test images, beside the truth'))
         width = max(len(file) for file, _ in files)
         return '\n'.join(
             [
                 '',
                 table,
-                f'{task.metric} on {len(list(self.data.glob(task.tested)))} generated images, seed {self.args.seed}. '
+                f'mAP on {len(list(self.data.glob("images/val/*")))} generated images, seed {self.args.seed}. '
                 'One seed: README has the spread of three.',
                 'Training minutes are wall time, with other trainings beside it and one CPU thread for each.'
                 + (' The teacher came trained.' if self.teacher_weights else ''),
@@ -330,6 +256,11 @@ class Demo:
                 'student.pth --config-out student.py',
             ]
         )
+
+
+def config_of(name: str) -> Path:
+    """The config of a row."""
+    return CONFIGS / RUNS[name]
 
 
 def tested_metric(folder: Path, key: str) -> Optional[float]:
@@ -349,12 +280,12 @@ def complexity(config: Path) -> dict:
     return dict(params=counted['params'], flops=counted['flops'])
 
 
-def as_table(task: Task, rows: List[dict]) -> str:
-    header = ['model', task.metric, 'params (M)', 'GFLOPs', 'training (min)']
+def as_table(rows: List[dict]) -> str:
+    header = ['model', 'mAP', 'params (M)', 'GFLOPs', 'training (min)']
     cells = [
         [
             row['name'],
-            f'{row[task.metric]:.{task.digits}f}',
+            f'{row["mAP"]:.3f}',
             f'{row["params"] / 1e6:.2f}',
             f'{row["flops"] / 1e9:.3g}',
             '' if row['seconds'] is None else f'{row["seconds"] / 60:.1f}',

@@ -8,7 +8,7 @@ model = dict(
     student=_base_.model,
     teacher=dict(
         config='{{ fileDirname }}/r18-half_shape-classes.py',
-        checkpoint='work_dirs/demo_classification/r18-half_shape-classes/epoch_12.pth',
+        checkpoint='work_dirs/r18-half_shape-classes/epoch_12.pth',
     ),
     distill=dict(feat=dict(neck=dict(latent_channels=None)), logits=dict()),
 )
