@@ -81,7 +81,7 @@ setup(
         'Topic :: Scientific/Engineering :: Image Recognition',
     ],
     packages=find_packages(include=['mmdiffkd', 'mmdiffkd.*']),
-    package_data={'mmdiffkd': ['report/*.html']},
+    package_data={'mmdiffkd': ['visualization/*.html']},
     python_requires='>=3.10',
     install_requires=requirements('runtime.txt'),
     extras_require=dict(docs=requirements('docs.txt'), tests=requirements('tests.txt')),

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import MIB, machine, publish
 from benchmarks.neck import convolutions, set_memory_efficient
 from mmdiffkd.apis.build import build_distiller, build_model
-from mmdiffkd.testing import without_pretrained
-from mmdiffkd.utils import kept_bytes, model_of, resolve_config
+from mmdiffkd.utils import get_model_cfg, resolve_config, saved_activation_bytes
+from mmdiffkd.utils.dummy_inputs import without_pretrained
 
 
 def parse_args():
@@ -77,7 +77,7 @@ def main():
     cfg, model = build_distiller(args.config)
     teacher_cfg = resolve_config(cfg.model.teacher.config)
     without_pretrained(teacher_cfg.model)
-    teacher = build_model(teacher_cfg, model_of(teacher_cfg)).to('meta').eval()
+    teacher = build_model(teacher_cfg, get_model_cfg(teacher_cfg)).to('meta').eval()
     model = model.to('meta').train()
     images = torch.empty(args.batch, 3, *args.size, device='meta')
     neck = model.diffkd['fpn']
@@ -107,10 +107,10 @@ def main():
     }
     unavoidable = sum(work.values(), Work(0, 0))
     part = counted(lambda: forward().backward())
-    kept = kept_bytes(forward, ignore) / MIB
+    kept = saved_activation_bytes(forward, ignore) / MIB
     set_memory_efficient(neck)
     lean = counted(lambda: forward().backward())
-    lean_kept = kept_bytes(forward, ignore) / MIB
+    lean_kept = saved_activation_bytes(forward, ignore) / MIB
     others = work['student, forward and backward'] + work['teacher, forward to the neck']
     work.update(
         {

@@ -20,8 +20,8 @@ from benchmarks.measure import in_turn, machine, publish, ratios
 from benchmarks.neck import convolutions
 from mmdiffkd.apis.build import build_model
 from mmdiffkd.models import FeatureDiffusionNeck
-from mmdiffkd.testing import random_batch, without_pretrained
-from mmdiffkd.utils import model_of, resolve_config
+from mmdiffkd.utils import get_model_cfg, resolve_config
+from mmdiffkd.utils.dummy_inputs import random_batch, without_pretrained
 
 
 def parse_args():
@@ -45,7 +45,7 @@ def build(path, device):
         file = Path(folder) / 'teacher.pth'
         teacher_cfg = resolve_config(cfg.model.teacher.config)
         without_pretrained(teacher_cfg.model)
-        torch.save(dict(state_dict=build_model(teacher_cfg, model_of(teacher_cfg)).state_dict()), file)
+        torch.save(dict(state_dict=build_model(teacher_cfg, get_model_cfg(teacher_cfg)).state_dict()), file)
         cfg.model.teacher.checkpoint = str(file)
         model = build_model(cfg, cfg.model)
         model.init_weights()  # reads the teacher
@@ -81,9 +81,9 @@ def main():
     def cast():
         return torch.autocast(device, torch.bfloat16) if args.bf16 else nullcontext()
 
-    def step(weight):
+    def step(distills):
         def run():
-            model.distill_weight = weight
+            model.distill_state.enabled = distills
             optimizer.zero_grad(set_to_none=True)
             with cast():
                 losses = model(**data, mode='loss')
@@ -98,7 +98,7 @@ def main():
         for part in model.diffkd.values()
         if isinstance(part, FeatureDiffusionNeck)
     ]
-    step(1.0)()
+    step(True)()
     for handle in handles:
         handle.remove()
     inputs = {
@@ -125,11 +125,11 @@ def main():
         sum(losses).backward()
 
     ways = {
-        "student's own step": step(None),
+        "student's own step": step(False),
         "teacher's pass to the tap": teacher,
         'convolutions of the diffusion part': all_convolutions,
         'diffusion part': necks,
-        'distilled step': step(1.0),
+        'distilled step': step(True),
     }
     times = in_turn(ways, args.rounds)
     whole = times['distilled step']

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.measure import MIB, in_turn, machine, peak_mib, publish, ratios
 from mmdiffkd.models import FeatureDiffusionNeck
 from mmdiffkd.models.diffusion import ConvChain
-from mmdiffkd.utils import kept_bytes
+from mmdiffkd.utils import saved_activation_bytes
 
 LEVELS = {
     'half': [(50, 84), (25, 42), (13, 21), (7, 11), (4, 6)],  # an FPN at 400x672
@@ -65,7 +65,7 @@ def convolutions(level, student, teacher):
 
     latent = level.align(student)
     ends = [run(level.noise_adapter, latent)]
-    for _ in level.schedule.timesteps:
+    for _ in level.scheduler.timesteps:
         latent = run(level.denoiser, latent)
     return [*ends, run(level.proj, latent), run(level.denoiser, teacher)]
 
@@ -135,7 +135,7 @@ def main():
     rows, data = [], {}
     for name, (forward, _) in passes.items():
         figures = ratios(times[name], base)
-        figures['kept_mib'] = kept_bytes(forward, (*parameters, *student, *teacher)) / MIB
+        figures['kept_mib'] = saved_activation_bytes(forward, (*parameters, *student, *teacher)) / MIB
         forget_gradients()
         figures['peak_mib'] = peak_mib(steps[name])
         data[name] = figures

@@ -96,14 +96,14 @@ def measure(pair: Pair, rounds: int, device: str) -> dict:
     batch = random_batch_of(cfg, *SIZES[pair.data], BATCHES[pair.data])
     optim_wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-6)))
 
-    def step(weight):
+    def step(distills):
         def run():
-            model.distill_weight = weight
+            model.distill_state.enabled = distills
             model.train_step(batch, optim_wrapper)
 
         return run
 
-    times = in_turn({'alone': step(None), 'distilled': step(1.0)}, rounds, warmup=1)
+    times = in_turn({'alone': step(False), 'distilled': step(True)}, rounds, warmup=1)
     distilled = ratios(times['distilled'], times['alone'])
     return dict(
         seconds_an_image=distilled['ms'] / 1e3 / BATCHES[pair.data],

@@ -10,7 +10,7 @@ import torch
 from benchmarks.measure import in_turn, machine, publish, ratios
 from benchmarks.neck import LEVELS
 from mmdiffkd.models import FeatureDiffusionNeck
-from mmdiffkd.utils import kept_bytes
+from mmdiffkd.utils import saved_activation_bytes
 
 CHANGES = {
     'batch 1': dict(batch=1),
@@ -19,10 +19,10 @@ CHANGES = {
     'without the two largest levels': dict(first=2),
     '128 channels': dict(channels=128),
     '64 channels': dict(channels=64),
-    'num_inference_steps=1': dict(schedule=dict(num_inference_steps=1)),
-    'num_inference_steps=3': dict(schedule=dict(num_inference_steps=3)),
-    'num_inference_steps=10': dict(schedule=dict(num_inference_steps=10)),
-    'backprop_steps=1': dict(backprop_steps=1),
+    'num_inference_steps=1': dict(scheduler=dict(num_inference_steps=1)),
+    'num_inference_steps=3': dict(scheduler=dict(num_inference_steps=3)),
+    'num_inference_steps=10': dict(scheduler=dict(num_inference_steps=10)),
+    'num_grad_steps=1': dict(num_grad_steps=1),
     'latent_channels=256': dict(latent_channels=256),
     'latent_channels=128': dict(latent_channels=128),
     'latent_channels=64': dict(latent_channels=64),
@@ -66,12 +66,12 @@ def main():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     sizes = LEVELS[args.levels]
     base_forward, base, ignore = setting(device, sizes)
-    base_kept = kept_bytes(base_forward, ignore)
+    base_kept = saved_activation_bytes(base_forward, ignore)
     rows, data = [], {}
     for name, change in CHANGES.items():
         forward, step, ignore = setting(device, sizes, **change)
         times = in_turn({'default': base, name: step}, args.rounds)
-        figures = dict(ratios(times[name], times['default']), kept=kept_bytes(forward, ignore) / base_kept)
+        figures = dict(ratios(times[name], times['default']), kept=saved_activation_bytes(forward, ignore) / base_kept)
         data[name] = figures
         rows.append(
             {

@@ -4,6 +4,6 @@
 _base_ = './diffkd_faster-rcnn_r101_r50.py'
 model = dict(
     teacher=dict(config='mmdet::cascade_rcnn/cascade-mask-rcnn_x101-64x4d_fpn_20e_coco.py'),
-    inherit=['neck', 'rpn_head'],
+    init_from_teacher=['neck', 'rpn_head'],
     distill=dict(_delete_=True, fpn=_base_.model.distill.fpn),
 )

@@ -10,16 +10,16 @@ model = dict(
         config='mmdet::reppoints/reppoints-moment_x101-dconv-c3-c5_fpn-gn_head-gn_2x_coco.py', checkpoint='zoo'
     ),
     distill=dict(
-        fpn=dict(student='neck', teacher='neck', neck=dict(distance=dict(type='mmdiffkd.MSELoss', loss_weight=15.0))),
+        fpn=dict(student='neck', teacher='neck', neck=dict(loss_kd=dict(type='mmdiffkd.MSELoss', loss_weight=15.0))),
         init=dict(
             student='bbox_head.reppoints_pts_init_out',
             teacher='bbox_head.reppoints_pts_init_out',
-            neck=dict(denoise=False, align=False, distance=dict(type='mmdet.SmoothL1Loss', beta=0.11, loss_weight=0.1)),
+            neck=dict(denoise=False, align=False, loss_kd=dict(type='mmdet.SmoothL1Loss', beta=0.11, loss_weight=0.1)),
         ),
         refine=dict(
             student='bbox_head.reppoints_pts_refine_out',
             teacher='bbox_head.reppoints_pts_refine_out',
-            neck=dict(denoise=False, align=False, distance=dict(type='mmdet.SmoothL1Loss', beta=0.11, loss_weight=0.2)),
+            neck=dict(denoise=False, align=False, loss_kd=dict(type='mmdet.SmoothL1Loss', beta=0.11, loss_weight=0.2)),
         ),
     ),
 )

@@ -6,3 +6,4 @@ from mmengine.registry import Registry
 
 MODELS = Registry('model', scope='mmdiffkd', parent=MMENGINE_MODELS, locations=['mmdiffkd.models'])
 HOOKS = Registry('hook', scope='mmdiffkd', parent=MMENGINE_HOOKS, locations=['mmdiffkd.engine.hooks'])
+PRESETS = Registry('preset', scope='mmdiffkd', locations=['mmdiffkd.models.presets'])

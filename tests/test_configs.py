@@ -12,8 +12,9 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import Dataset
 
-from mmdiffkd.testing import fit_to, random_items, without_pretrained
-from mmdiffkd.utils import model_of, read_checkpoint, resolve_config, zoo_checkpoint
+from mmdiffkd.engine.checkpoint import read_checkpoint
+from mmdiffkd.utils import get_model_cfg, resolve_config, zoo_checkpoint
+from mmdiffkd.utils.dummy_inputs import fit_to, random_items, without_pretrained
 from tests import tiny
 from tests.conftest import logged
 
@@ -91,7 +92,7 @@ def run(path, folder, steps, resume=False):
     if 'student' in cfg.model:
         weights = folder / 'teacher.pth'
         if not weights.exists():
-            tiny.write_checkpoint(model_of(resolve_config(cfg.model.teacher.config)), weights)
+            tiny.write_checkpoint(get_model_cfg(resolve_config(cfg.model.teacher.config)), weights)
         cfg.model.teacher.checkpoint = str(weights)
     student = cfg.model.get('student') or cfg.model
     without_pretrained(student)
@@ -153,7 +154,7 @@ def part_of(name):
 @pytest.mark.parametrize('path', ATTENTION, ids=lambda path: path.stem)
 def test_attention_variants_differ_in_the_distance_alone(path):
     attention, plain = Config.fromfile(path), Config.fromfile(path.with_name(path.name.replace('-attention', '')))
-    distance = attention.model.distill.fpn.neck.distance
+    distance = attention.model.distill.fpn.neck.loss_kd
     assert distance.type == 'mmdiffkd.AttentionMSELoss'
     distance.type = 'mmdiffkd.MSELoss'
     assert attention.to_dict() == plain.to_dict()

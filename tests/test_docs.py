@@ -15,8 +15,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
 
-from mmdiffkd.testing import without_pretrained
 from mmdiffkd.utils import with_preprocessor
+from mmdiffkd.utils.dummy_inputs import without_pretrained
 from tests.conftest import ROOT, call_tool, in_process
 
 DOCS = ROOT / 'docs'

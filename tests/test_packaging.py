@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmdiffkd.utils import model_of
+from mmdiffkd.utils import get_model_cfg
 from mmdiffkd.version import __version__
 from tests import tiny
 from tests.conftest import ROOT, load_tool, logged
@@ -193,7 +193,7 @@ def test_mim_train_finds_a_config_of_a_folder(installed, shapes, tmp_path):
     options = (
         *(f'{loader}.dataset.data_root={shapes}/' for loader in LOADERS),
         *(f'{split}_evaluator.ann_file={shapes}/annotations/val.json' for split in ('val', 'test')),
-        f'model.teacher.checkpoint={tiny.write_checkpoint(model_of(teacher), tmp_path / "teacher.pth")}',
+        f'model.teacher.checkpoint={tiny.write_checkpoint(get_model_cfg(teacher), tmp_path / "teacher.pth")}',
         'train_cfg.max_epochs=1',
         'train_cfg.val_interval=1',
         'default_hooks.logger.interval=1',

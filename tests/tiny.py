@@ -8,7 +8,7 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
-from mmdiffkd.utils import model_of, resolve_config
+from mmdiffkd.utils import get_model_cfg, resolve_config
 
 ROOT = Path(__file__).parent.parent
 RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
@@ -62,7 +62,7 @@ def detector(config=RETINANET, base_channels=8, **changes):
             }
         )
     cfg.merge_from_dict({f'model.{key}': value for key, value in changes.items()})
-    return model_of(cfg)
+    return get_model_cfg(cfg)
 
 
 def write_checkpoint(model_cfg, path, seed=0):

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Callable, List, Optional, Sequence
 
 import torch
-from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
-from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 
 from mmdiffkd.apis import Job, JobResult, available_cores, run_parallel
+from mmdiffkd.utils.meta_device import MultiplyAddCounter, build_for_inspection
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim
 TOOLS = ROOT / 'tools'
@@ -270,24 +269,24 @@ def tested_metric(folder: Path, key: str) -> Optional[float]:
 
 
 def complexity(config: Path) -> dict:
-    """Parameters and FLOPs of what is deployed: of a distillation, the student."""
+    """Parameters and multiply-adds of the deployed model, which is the student of a distillation."""
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
-    MMLogger.get_current_instance().setLevel('ERROR')  # operators that count nothing
-    model = MODELS.build(cfg.model.get('student', cfg.model)).eval()
+    model = build_for_inspection(cfg.model.get('student', cfg.model)).eval()
     width, height = cfg.image_size
-    counted = get_model_complexity_info(model, inputs=(torch.zeros(1, 3, height, width),), show_table=False)
-    return dict(params=counted['params'], flops=counted['flops'])
+    with torch.no_grad(), MultiplyAddCounter() as counter:
+        model(torch.zeros(1, 3, height, width, device=next(model.parameters()).device), mode='tensor')
+    return dict(params=sum(p.numel() for p in model.parameters()), multiply_adds=counter.total)
 
 
 def as_table(rows: List[dict]) -> str:
-    header = ['model', 'mAP', 'params (M)', 'GFLOPs', 'training (min)']
+    header = ['model', 'mAP', 'params (M)', 'multiply-adds (G)', 'training (min)']
     cells = [
         [
             row['name'],
             f'{row["mAP"]:.3f}',
             f'{row["params"] / 1e6:.2f}',
-            f'{row["flops"] / 1e9:.3g}',
+            f'{row["multiply_adds"] / 1e9:.3g}',
             '' if row['seconds'] is None else f'{row["seconds"] / 60:.1f}',
         ]
         for row in rows

@@ -44,7 +44,7 @@ def build_runner(args):
     from mmengine.runner import Runner
 
     from mmdiffkd.apis import load_run_config
-    from mmdiffkd.utils import check_is_data
+    from mmdiffkd.engine.checkpoint import check_is_data
 
     check_is_data(args.checkpoint)
     cfg = load_run_config(args)

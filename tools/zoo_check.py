@@ -28,9 +28,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmdiffkd.models.distillers.passes import encoder_path
-from mmdiffkd.testing import fit_to, random_batch, without_pretrained
-from mmdiffkd.utils import model_of, skeleton
+from mmdiffkd.models.distillers.feature_info import encoder_path
+from mmdiffkd.utils import build_for_inspection, get_model_cfg
+from mmdiffkd.utils.dummy_inputs import fit_to, random_batch, without_pretrained
 
 PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
 # image sizes, tried in turn; some models take no small images, SSD only its own. mmpretrain's pipelines have theirs
@@ -208,7 +208,7 @@ def survey(package: str, family: str) -> List[dict]:
                 continue
             seen.add(repr(cfg.model))
             kind = str(cfg.model.type).split('.')[-1]
-            parameters = sum(parameter.numel() for parameter in skeleton(model_of(cfg)).parameters())
+            parameters = sum(parameter.numel() for parameter in build_for_inspection(get_model_cfg(cfg)).parameters())
             found = Candidate(file, build_of(cfg.model), parameters)
             kinds.setdefault(kind, []).append(found)
         except Exception as error:
@@ -273,7 +273,7 @@ def plain_step(package: str, found: dict) -> dict:
     student = load(configs_of(package) / found['config'])
     for size in sizes(package, student):
         try:
-            train_one_step(fit_to(model_of(student), size), random_batch(student, size))
+            train_one_step(fit_to(get_model_cfg(student), size), random_batch(student, size))
             return dict(plain='ok', size=size)
         except Exception as error:
             reason = reason_of(error)
@@ -321,13 +321,13 @@ def distil_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict
     """Train a step of the distiller with the default ``distill``; returns the taps of each pair."""
     with tempfile.TemporaryDirectory() as folder:
         weights = f'{folder}/teacher.pth'
-        teacher = as_trained(MODELS.build(fit_to(model_of(teacher_cfg), size)), size)
+        teacher = as_trained(MODELS.build(fit_to(get_model_cfg(teacher_cfg), size)), size)
         torch.save(dict(state_dict=teacher.state_dict()), weights)
         del teacher
         distiller = dict(
             type='mmdiffkd.DiffKDDistiller',
-            student=fit_to(model_of(student_cfg), size),
-            teacher=dict(config=dict(model=fit_to(model_of(teacher_cfg), size)), checkpoint=weights),
+            student=fit_to(get_model_cfg(student_cfg), size),
+            teacher=dict(config=dict(model=fit_to(get_model_cfg(teacher_cfg), size)), checkpoint=weights),
         )
         model, log = train_one_step(distiller, random_batch(student_cfg, size))
     if model.deferred_error:
@@ -337,7 +337,9 @@ def distil_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict
         raise RuntimeError(f'No gradient reaches {idle[0]}.')
     if not all(log[f'diffkd.{name}.loss_kd'] > 0 for name in model.pairs):
         raise RuntimeError('The distillation loss is 0.')
-    return {name: [pair.student, pair.teacher, len(model._matches[name])] for name, pair in model.pairs.items()}
+    return {
+        name: [pair.student, pair.teacher, len(model.matched_levels[name][0])] for name, pair in model.pairs.items()
+    }
 
 
 def as_trained(model: nn.Module, size: int) -> nn.Module:

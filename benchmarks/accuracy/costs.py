@@ -7,7 +7,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from benchmarks.measure import in_turn, peak_mib, ratios
-from mmdiffkd.testing import random_batch
+from mmdiffkd.utils.dummy_inputs import random_batch
 
 SIZE = 160  # of the crops that both sets train on
 

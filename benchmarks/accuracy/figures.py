@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # comes with mmengi
 from matplotlib.figure import Figure
 
 COLOUR, GRID = '#0072b2', '#e3e8ec'
-COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00')
+COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00')
 
 
 def draw_bars(gains: Dict[str, Tuple[float, float]], label: str, path: Path) -> None:
@@ -31,11 +31,11 @@ def draw_bars(gains: Dict[str, Tuple[float, float]], label: str, path: Path) -> 
 def draw_gamma(seeds: Sequence[Dict[str, List[float]]], path: Path) -> None:
     """Gamma over training: a line for every level, the mean of the seeds, in a band of their range."""
     figure, axes = _figure(7.5, 3)
-    for key, colour in zip(sorted(key for key in seeds[0] if key.rpartition('.')[2].isdigit()), COLOURS):
+    for key, color in zip(sorted(key for key in seeds[0] if key.rpartition('.')[2].isdigit()), COLORS):
         curves = [curves[key] for curves in seeds]
         x = [100 * (i + 0.5) / len(curves[0]) for i in range(len(curves[0]))]
-        axes.fill_between(x, list(map(min, zip(*curves))), list(map(max, zip(*curves))), color=colour, alpha=0.2, lw=0)
-        axes.plot(x, [sum(ys) / len(ys) for ys in zip(*curves)], color=colour, label=f'level {key.rpartition(".")[2]}')
+        axes.fill_between(x, list(map(min, zip(*curves))), list(map(max, zip(*curves))), color=color, alpha=0.2, lw=0)
+        axes.plot(x, [sum(ys) / len(ys) for ys in zip(*curves)], color=color, label=f'level {key.rpartition(".")[2]}')
     axes.grid(color=GRID)
     axes.set_xlabel('% of the training')
     axes.set_ylabel('gamma')

@@ -25,7 +25,7 @@ WEIGHTS = dict(
         'diffkd of features': (1.7, 15),
     },
 )
-RECIPES = ['steps=3', 'steps=1', 'backprop_steps=1', 'share_levels', 'latent_channels=32', 'latent_channels=16']
+RECIPES = ['steps=3', 'steps=1', 'num_grad_steps=1', 'share_levels', 'latent_channels=32', 'latent_channels=16']
 VARIANTS_WITH_ONE_SEED = [
     'normalised features',
     'GroupNorm',
@@ -56,7 +56,7 @@ GROUPS = dict(
             'levels=[0, 1]',
         ],
         variants=['alone', 'diffkd', 'no denoiser gradient', 'warm-up', *VARIANTS_WITH_ONE_SEED],
-        preset=['alone', 'head', 'cwd, head', 'plus, not denoised', 'diffkd', 'backprop_steps=1', 'plus'],
+        preset=['alone', 'head', 'cwd, head', 'plus, not denoised', 'diffkd', 'num_grad_steps=1', 'plus'],
         detection=[  # with the weights that the validation split chose; DiffKD as published, too
             'alone',
             'fitnet, weight 1.7',

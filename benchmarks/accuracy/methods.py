@@ -15,13 +15,13 @@ from benchmarks.accuracy.groups import base_of
 
 def schedule(**kwargs) -> dict:
     """Another noise schedule."""
-    return dict(neck=dict(schedule=kwargs))
+    return dict(neck=dict(scheduler=kwargs))
 
 
 def plain(distance: str, loss_weight: float = 1.0, align: bool = True, **kwargs) -> dict:
     """A distance without denoising."""
     distance = dict(type=f'mmdiffkd.{distance}', loss_weight=loss_weight, **kwargs)
-    return dict(neck=dict(denoise=False, align=align, distance=distance))
+    return dict(neck=dict(denoise=False, align=align, loss_kd=distance))
 
 
 def scheduled(**kwargs) -> dict:
@@ -36,7 +36,7 @@ def variant(**kwargs) -> dict:
 
 def mgd(loss_weight: float = 5.0) -> dict:
     """The neck of masked generative distillation."""
-    return dict(type='mmdiffkd.MGDNeck', distance=dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight))
+    return dict(type='mmdiffkd.MGDNeck', loss_kd=dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight))
 
 
 def of_features(neck: dict, levels: Sequence[int] = (-1,), **pairs) -> dict:
@@ -48,12 +48,12 @@ def of_features(neck: dict, levels: Sequence[int] = (-1,), **pairs) -> dict:
 
 def denoised(distance: str = 'MSELoss', loss_weight: float = 5.0, **kwargs) -> dict:
     """A neck that denoises, with its distance."""
-    return dict(distance=dict(type=f'mmdiffkd.{distance}', loss_weight=loss_weight), **kwargs)
+    return dict(loss_kd=dict(type=f'mmdiffkd.{distance}', loss_weight=loss_weight), **kwargs)
 
 
 def of_layer(path: str, **distance) -> dict:
     """What a layer of both heads says, compared as it is."""
-    return dict(student=path, teacher=path, neck=dict(denoise=False, align=False, distance=distance))
+    return dict(student=path, teacher=path, neck=dict(denoise=False, align=False, loss_kd=distance))
 
 
 TWO = (-2, -1)
@@ -76,19 +76,19 @@ METHODS = {
     'loss_diffusion_weight=0': dict(neck=dict(loss_diffusion_weight=0.0)),
     'levels=[0]': dict(levels=[0]),
     'levels=[0, 1]': dict(levels=[0, 1]),
-    'backprop_steps=1': dict(neck=dict(backprop_steps=1)),
+    'num_grad_steps=1': dict(neck=dict(num_grad_steps=1)),
     'share_levels': dict(neck=dict(share_levels=True)),
     'latent_channels=32': dict(neck=dict(latent_channels=32)),
     'latent_channels=16': dict(neck=dict(latent_channels=16)),
     'interval=2': scheduled(interval=2, by_epoch=False),
     # with another distance
-    'diffkd, attention': dict(neck=dict(distance=dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0))),
+    'diffkd, attention': dict(neck=dict(loss_kd=dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0))),
     # the method changed
     'normalised features': variant(normalise=True),
     'GroupNorm': variant(group_norm=True),
     'no denoiser gradient': variant(detach=True),
-    'x0 prediction': variant(prediction='clean'),
-    'v prediction': variant(prediction='velocity'),
+    'x0 prediction': schedule(prediction_type='sample'),
+    'v prediction': schedule(prediction_type='v_prediction'),
     'variance preserving': variant(variance_preserving=True),
     'warm-up': scheduled(warmup=1),
     # with what the head says
@@ -98,20 +98,20 @@ METHODS = {
     # of segmentors
     'diffkd of features': of_features(denoised()),
     'features, not denoised': of_features(variant(denoising=False, **denoised())['neck']),
-    'plus, loss_weight=15': of_features(denoised(loss_weight=15.0, backprop_steps=1)),
-    'plus, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1)),
-    'plus, two levels': of_features(denoised(backprop_steps=1), TWO),
-    'plus, two levels, pkd': of_features(denoised('PKDLoss', 6.0, backprop_steps=1), TWO),
-    'plus, four levels': of_features(denoised(backprop_steps=1), (-4, -3, -2, -1)),
+    'plus, loss_weight=15': of_features(denoised(loss_weight=15.0, num_grad_steps=1)),
+    'plus, pkd': of_features(denoised('PKDLoss', 6.0, num_grad_steps=1)),
+    'plus, two levels': of_features(denoised(num_grad_steps=1), TWO),
+    'plus, two levels, pkd': of_features(denoised('PKDLoss', 6.0, num_grad_steps=1), TWO),
+    'plus, four levels': of_features(denoised(num_grad_steps=1), (-4, -3, -2, -1)),
     'plus and direct pkd': of_features(
-        denoised(backprop_steps=1), direct=of_features(plain('PKDLoss', 6.0)['neck'])['distill']['feat']
+        denoised(num_grad_steps=1), direct=of_features(plain('PKDLoss', 6.0)['neck'])['distill']['feat']
     ),
     'plus and dist of logits': of_features(
-        denoised(backprop_steps=1), logits=of_layer('decode_head.conv_seg', type='mmdiffkd.DISTLoss')
+        denoised(num_grad_steps=1), logits=of_layer('decode_head.conv_seg', type='mmdiffkd.DISTLoss')
     ),
     'plus and ASPP': of_features(
-        denoised(backprop_steps=1),
-        aspp=dict(student='decode_head.bottleneck', teacher='decode_head.bottleneck', neck=denoised(backprop_steps=1)),
+        denoised(num_grad_steps=1),
+        aspp=dict(student='decode_head.bottleneck', teacher='decode_head.bottleneck', neck=denoised(num_grad_steps=1)),
     ),
     # what people would use instead
     'fitnet': plain('MSELoss', 5.0),
@@ -138,5 +138,5 @@ def changes_of(name: str, method: str) -> Optional[dict]:
             raise ValueError(f'{method} has several distances: it has no one weight.')
         pair = changes['distill']['feat'] if changes.get('distill') else changes
         neck = pair.setdefault('neck', {})
-        neck.setdefault('distance', dict(type=f'mmdiffkd.{DISTANCES[base_of(name)]}'))['loss_weight'] = float(weight)
+        neck.setdefault('loss_kd', dict(type=f'mmdiffkd.{DISTANCES[base_of(name)]}'))['loss_weight'] = float(weight)
     return changes

@@ -18,7 +18,7 @@ from benchmarks.accuracy.groups import CHOICES, base_of, cells_of, groups_of, me
 from benchmarks.accuracy.methods import changes_of
 from benchmarks.accuracy.table import cell_file, costs_file, teacher_file, write_page
 from benchmarks.measure import machine
-from mmdiffkd.utils import fingerprint, read_checkpoint
+from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
@@ -187,7 +187,7 @@ def cell_config(args, method, seed):
             config=dict(model=teacher.model, default_scope=teacher.default_scope),
             checkpoint=teacher_checkpoint(args),
         ),
-        preset=changes.get('preset', 'paper'),
+        preset=changes.get('preset', 'diffkd'),
         distill=changes.get('distill', distill),
     )
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *changes.get('hooks', ())]

@@ -1,6 +1,6 @@
 """Changes to the method itself that were tried.
 
-Notation as in :mod:`mmdiffkd.models.diffusion.ddim`; a is alphas_cumprod of a timestep.
+Notation as in :mod:`mmdiffkd.models.diffusion.schedulers`; a is alphas_cumprod of a timestep.
 """
 
 from typing import List, Optional, Tuple
@@ -8,7 +8,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from mmdiffkd.models import DiffusionOutput, Draws, FeatureDiffusion, FeatureDiffusionNeck
+from mmdiffkd.models import DiffusionOutput, FeatureDiffusion, FeatureDiffusionNeck, NoiseInputs
 from mmdiffkd.registry import MODELS
 
 
@@ -23,13 +23,11 @@ class Variant(FeatureDiffusion):
         normalise (bool): Give every channel of both features zero mean and unit variance before diffusion.
         group_norm (bool): GroupNorm in place of BatchNorm in denoiser and noise adapter, which keeps student and
             teacher passes apart.
-        prediction (str): What the denoiser predicts: ``'noise'``, ``'clean'`` (x_0) or ``'velocity'``
-            (sqrt(a) eps - sqrt(1 - a) x_0).
         variance_preserving (bool): Blend the student with noise as diffusion does, sqrt(a) Z_s + sqrt(1 - a) eps with
             sqrt(a) = gamma, and start at the timestep that has this a.
         detach (bool): The distance does not train the denoiser; its gradient passes through to the student.
-        **kwargs: Of :class:`FeatureDiffusion`. Where the denoiser predicts something else than noise, or the blend is
-            variance preserving, ``backprop_steps`` has no effect and there are no samples.
+        **kwargs: Of :class:`FeatureDiffusion`. With the variance-preserving blend ``num_grad_steps`` has no effect and
+            there is no trajectory.
     """
 
     def __init__(
@@ -39,15 +37,13 @@ class Variant(FeatureDiffusion):
         denoising: bool = True,
         normalise: bool = False,
         group_norm: bool = False,
-        prediction: str = 'noise',
         variance_preserving: bool = False,
         detach: bool = False,
         **kwargs,
     ):
         super().__init__(student_channels, teacher_channels, **kwargs)
         channels = self.align.out_channels
-        self.denoising, self.detach = denoising, detach
-        self.prediction, self.variance_preserving = prediction, variance_preserving
+        self.denoising, self.detach, self.variance_preserving = denoising, detach, variance_preserving
         if group_norm:
             _to_group_norm(self.denoiser)
             _to_group_norm(self.noise_adapter)
@@ -66,7 +62,7 @@ class Variant(FeatureDiffusion):
     def _denoise(self, latent: Tensor, noise: Optional[Tensor], samples: Optional[List]) -> Tuple[Tensor, Tensor]:
         if not self.denoising:
             return latent, latent.new_ones(len(latent))
-        denoise = super()._denoise if self._is_papers() else self._denoise_otherwise
+        denoise = self._denoise_preserving_variance if self.variance_preserving else super()._denoise
         learning = [p for p in self.denoiser.parameters() if p.requires_grad and self.detach]
         for parameter in learning:
             parameter.requires_grad_(False)
@@ -76,52 +72,24 @@ class Variant(FeatureDiffusion):
             for parameter in learning:
                 parameter.requires_grad_(True)
 
-    def _is_papers(self) -> bool:
-        return self.prediction == 'noise' and not self.variance_preserving
-
-    def _denoise_otherwise(self, latent: Tensor, noise, samples) -> Tuple[Tensor, Tensor]:
+    def _denoise_preserving_variance(self, latent: Tensor, noise, trajectory) -> Tuple[Tensor, Tensor]:
         gamma = self.noise_adapter(latent)
         noise = torch.randn_like(latent) if noise is None else noise
-        table, steps = self.schedule.alphas_cumprod, self.schedule.timesteps
+        table, last = self.scheduler.alphas_cumprod, len(self.scheduler.timesteps) - 1
         share = gamma.view(-1, 1, 1, 1)
-        if self.variance_preserving:
-            x = share * latent + (1 - share.square()).clamp(min=1e-6).sqrt() * noise
-            start = (table >= gamma.detach().square().view(-1, 1)).sum(dim=1).clamp(max=len(table) - 1)
-            last = len(steps) - 1
-            timesteps = [start, *(start * (last - i) // last for i in range(1, last + 1))]
-        else:
-            x = torch.lerp(noise, latent, share)
-            timesteps = [torch.full((1,), t, device=latent.device) for t in steps]
+        x = share * latent + (1 - share.square()).clamp(min=1e-6).sqrt() * noise
+        start = (table >= gamma.detach().square().view(-1, 1)).sum(dim=1).clamp(max=len(table) - 1)
+        timesteps = [start, *(start * (last - i) // last for i in range(1, last + 1))]
         alphas = [table[t].view(-1, 1, 1, 1) for t in timesteps]
         for index, (t, a) in enumerate(zip(timesteps, alphas)):
-            clean, eps = self._read(x, self.denoiser(x, t).float(), a)
-            if index + 1 == len(alphas):
-                return clean, gamma
-            x = alphas[index + 1].sqrt() * clean + (1 - alphas[index + 1]).sqrt() * eps
+            eps = self.denoiser(x, t).float()
+            clean = (x - (1 - a).sqrt() * eps) / a.sqrt()
+            if index < last:
+                x = alphas[index + 1].sqrt() * clean + (1 - alphas[index + 1]).sqrt() * eps
+        return clean, gamma
 
-    def _read(self, x: Tensor, predicted: Tensor, a: Tensor) -> Tuple[Tensor, Tensor]:
-        """x_0 and eps, from what the denoiser predicts."""
-        signal, noise = a.sqrt(), (1 - a).sqrt()
-        if self.prediction == 'noise':
-            return (x - noise * predicted) / signal, predicted
-        if self.prediction == 'clean':
-            return predicted, (x - signal * predicted) / noise
-        return signal * x - noise * predicted, signal * predicted + noise * x
-
-    def _diffusion_loss(self, target: Tensor, draws: Draws) -> Tensor:
-        if not self.denoising:
-            return target.new_zeros(())
-        if self.prediction == 'noise':
-            return super()._diffusion_loss(target, draws)
-        noise, timesteps = draws.diffusion_noise, draws.diffusion_timesteps
-        if noise is None:
-            noise = torch.randn_like(target)
-        if timesteps is None:
-            timesteps = torch.randint(self.schedule.num_train_timesteps, (target.size(0),), device=target.device)
-        predicted = self.denoiser(self.schedule.add_noise(target, noise, timesteps), timesteps).float()
-        a = self.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        velocity = a.sqrt() * noise - (1 - a).sqrt() * target
-        return (predicted - (target if self.prediction == 'clean' else velocity)).square().mean()
+    def _diffusion_loss(self, target: Tensor, draws: NoiseInputs) -> Tensor:
+        return super()._diffusion_loss(target, draws) if self.denoising else target.new_zeros(())
 
 
 @MODELS.register_module()

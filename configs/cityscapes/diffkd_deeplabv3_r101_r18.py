@@ -17,12 +17,12 @@ model = dict(
         logits=dict(
             student='decode_head.conv_seg',
             teacher='decode_head.conv_seg',
-            neck=dict(distance=dict(type='mmdiffkd.DISTLoss', loss_weight=1.0)),
+            neck=dict(loss_kd=dict(type='mmdiffkd.DISTLoss', loss_weight=1.0)),
         ),
         aux=dict(
             student='auxiliary_head.conv_seg',
             teacher='auxiliary_head.conv_seg',
-            neck=dict(distance=dict(type='mmdiffkd.DISTLoss', loss_weight=0.4)),
+            neck=dict(loss_kd=dict(type='mmdiffkd.DISTLoss', loss_weight=0.4)),
         ),
     ),
 )

@@ -11,7 +11,7 @@ model = dict(
         feat=dict(
             student='backbone',
             teacher='backbone',
-            neck=dict(latent_channels=1024, distance=dict(type='mmdiffkd.MSELoss')),
+            neck=dict(latent_channels=1024, loss_kd=dict(type='mmdiffkd.MSELoss')),
         ),
         logits=dict(
             student='head.fc',
@@ -19,7 +19,7 @@ model = dict(
             neck=dict(
                 denoiser=dict(type='mmdiffkd.MLPDenoiser'),
                 noise_adapter=dict(type='mmdiffkd.MLPNoiseAdapter'),
-                distance=dict(type='mmdiffkd.KLDivergence'),
+                loss_kd=dict(type='mmdiffkd.KLDivergence'),
             ),
         ),
     ),

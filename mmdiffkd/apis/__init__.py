@@ -1,4 +1,6 @@
-from .build import build_distiller, build_model, read_config
+from mmdiffkd.utils import read_config
+
+from .build import build_distiller, build_model
 from .distill import distill
 from .export import student_config, student_weights
 from .make_config import make_config

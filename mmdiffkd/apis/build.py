@@ -5,29 +5,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmdiffkd.utils import resolve_config, with_preprocessor
-
-
-def read_config(config: Union[str, Config], cfg_options: Optional[dict] = None) -> Config:
-    """Read a config as tools do.
-
-    Args:
-        config (str or Config): Path of the config, ``pkg::path``, or a config at hand, which stays as it is.
-        cfg_options (dict, optional): Overrides, as on the command line.
-
-    Returns:
-        Config: A config with the key ``model``.
-
-    Raises:
-        FileNotFoundError, ModuleNotFoundError: If it does not exist.
-        ValueError: If it is no Python, or describes no model.
-    """
-    try:
-        cfg = copy.deepcopy(config) if isinstance(config, Config) else resolve_config(config)
-    except SyntaxError as error:
-        raise ValueError(f"The config '{config}', or one that it inherits, is no Python: {error}.") from error
-    cfg.merge_from_dict(cfg_options or {})
-    return cfg
+from mmdiffkd.utils import read_config
+from mmdiffkd.utils.config import with_preprocessor
 
 
 def build_distiller(config: Union[str, Config], cfg_options: Optional[dict] = None) -> Tuple[Config, nn.Module]:

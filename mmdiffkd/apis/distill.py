@@ -11,7 +11,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmdiffkd.utils import imports_of, resolve_config, zoo_checkpoint
+from mmdiffkd.utils.config import get_custom_imports, resolve_config, zoo_checkpoint
 
 from .export import student_config, student_weights
 
@@ -24,7 +24,7 @@ def distill(
     teacher_checkpoint: str = 'zoo',
     work_dir: str = 'work_dirs/distill',
     pairs: Optional[dict] = None,
-    inherit: Optional[Sequence[str]] = None,
+    init_from_teacher: Optional[Sequence[str]] = None,
     custom_hooks: Sequence[dict] = (),
     cfg_options: Optional[dict] = None,
     resume: bool = False,
@@ -42,7 +42,7 @@ def distill(
         work_dir (str): Folder for logs and checkpoints. Defaults to ``'work_dirs/distill'``.
         pairs (dict, optional): What is compared, the ``distill`` of configs. Defaults to what suits the task, as the
             paper has it; ``cfg_options={'model.preset': 'plus'}`` goes beyond it.
-        inherit (list[str], optional): Modules that the student takes from the teacher before training.
+        init_from_teacher (list[str], optional): Modules that the student takes from the teacher before training.
         custom_hooks (list[dict]): Hooks beside the config's, such as
             ``dict(type='mmdiffkd.DiffKDVisualizationHook')``. Defaults to none.
         cfg_options (dict, optional): Other settings, as on the command line: ``{'train_cfg.max_epochs': 12}``.
@@ -56,7 +56,7 @@ def distill(
         FileNotFoundError, ModuleNotFoundError, ValueError: If a config or the weights are not there, or the two cannot
             be distilled.
     """
-    cfg = _run_config(student_config, teacher_config, teacher_checkpoint, pairs, inherit)
+    cfg = _run_config(student_config, teacher_config, teacher_checkpoint, pairs, init_from_teacher)
     cfg.work_dir, cfg.resume = str(work_dir), resume
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *custom_hooks]
     cfg.merge_from_dict(cfg_options or {})
@@ -69,7 +69,7 @@ def distill(
 
 
 def _run_config(
-    student: Source, teacher: Source, checkpoint: str, pairs: Optional[dict], inherit: Optional[Sequence[str]]
+    student: Source, teacher: Source, checkpoint: str, pairs: Optional[dict], init_from_teacher: Optional[Sequence[str]]
 ) -> Config:
     cfg = copy.deepcopy(student) if isinstance(student, Config) else resolve_config(student)
     if 'student' in cfg.model:
@@ -86,8 +86,12 @@ def _run_config(
         student=cfg.model,
         teacher=dict(config=str(teacher) if isinstance(teacher, Path) else teacher, checkpoint=checkpoint),
     )
-    cfg.model = {**model, **(dict(distill=pairs) if pairs else {}), **(dict(inherit=inherit) if inherit else {})}
-    cfg.custom_imports = dict(imports=[*imports_of(cfg), 'mmdiffkd'], allow_failed_imports=False)
+    if pairs:
+        model['distill'] = pairs
+    if init_from_teacher:
+        model['init_from_teacher'] = init_from_teacher
+    cfg.model = model
+    cfg.custom_imports = dict(imports=[*get_custom_imports(cfg), 'mmdiffkd'], allow_failed_imports=False)
     cfg.merge_from_dict(dict(default_hooks=dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))))
     return cfg
 

@@ -1,6 +1,7 @@
 from mmengine.config import Config, ConfigDict
 
-from mmdiffkd.utils import imports_of, read_checkpoint, without_diffusion_part
+from mmdiffkd.engine.checkpoint import read_checkpoint, without_diffusion_part
+from mmdiffkd.utils.config import get_custom_imports
 
 PACKAGE = 'mmdiffkd'
 
@@ -44,7 +45,7 @@ def student_config(cfg: Config) -> Config:
     content.model = model
     if content.get('resume'):  # the config of a resumed run
         content.resume = False
-    kept, imports = imports_of(cfg), content.pop('custom_imports', None)
+    kept, imports = get_custom_imports(cfg), content.pop('custom_imports', None)
     if kept:
         content.custom_imports = dict(imports, imports=kept)
     if 'custom_hooks' in content:

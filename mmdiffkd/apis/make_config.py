@@ -7,10 +7,11 @@ from typing import Optional
 
 from mmengine.config import Config
 
-from mmdiffkd.utils import imports_of, zoo_checkpoint
+from mmdiffkd.utils import read_config
+from mmdiffkd.utils.config import get_custom_imports, zoo_checkpoint
 
-from .build import build_distiller, read_config
-from .distill_text import distill_text
+from .build import build_distiller
+from .distill_to_text import distill_to_text
 
 # mmengine knows mmsegmentation by its original name alone, so `mmseg::` is no base with the maintained packages
 BY_PATH = ('mmseg',)
@@ -26,7 +27,7 @@ model = dict(
         config={config},
         checkpoint={checkpoint!r},  # a path, a URL, or 'zoo'
     ),
-    # What is distilled by default, to be uncommented and changed: taps, levels, most of all neck.distance.loss_weight.
+    # What is distilled by default, to be uncommented and changed: taps, levels, most of all neck.loss_kd.loss_weight.
     # Cheaper: neck=dict(latent_channels=64), neck=dict(memory_efficient=True).
     # Beyond the paper: preset='plus' (docs/pairs.md), in configs that spell out no distill.
 {distill}
@@ -81,7 +82,7 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
             teacher_name=Path(teacher).stem,
             student_name=Path(student).stem,
             base=_base(student, folder),
-            imports=[*imports_of(student_cfg), 'mmdiffkd'],
+            imports=[*get_custom_imports(student_cfg), 'mmdiffkd'],
             config=_file(teacher, folder, '{{ fileDirname }}/'),
             checkpoint=checkpoint,
             hooks=own_hooks,
@@ -108,7 +109,7 @@ def _defaults(text: str, student: str) -> str:
             'which types are strings.'
         ) from error
     _, model = build_distiller(cfg)
-    return distill_text(model).replace('distill = dict(', 'distill=dict(', 1) + ','
+    return distill_to_text(model).replace('distill = dict(', 'distill=dict(', 1) + ','
 
 
 def _base(student: str, folder: Optional[Path]) -> str:

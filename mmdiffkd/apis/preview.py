@@ -1,25 +1,39 @@
-"""What a distillation config will do, before anything is trained: no weights, no data."""
+"""Inspect a distillation config before training; no weights and no data are loaded."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import ceil
 from typing import Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from mmdiffkd.models.distillers.passes import passes
-from mmdiffkd.models.distillers.probe import blank_sample
-from mmdiffkd.models.distillers.taps import TapRecorder, flatten
-from mmdiffkd.utils import PREFIX, QuickMeta, kept_bytes, resolve_config, skeleton, with_preprocessor
+from mmdiffkd.engine.checkpoint import PREFIX
+from mmdiffkd.models import DiffKDDistiller, DistillContext
+from mmdiffkd.models.distillers.feature_info import (
+    blank_sample,
+    check_gradient,
+    check_training_outputs,
+    forward_fns,
+)
+from mmdiffkd.models.distillers.recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, flatten
+from mmdiffkd.utils import read_config
+from mmdiffkd.utils.config import Size, get_model_cfg, image_size, resolve_config, with_preprocessor
+from mmdiffkd.utils.dummy_inputs import fit_to, random_batch, without_pretrained
+from mmdiffkd.utils.meta_device import (
+    MultiplyAddCounter,
+    QuickInit,
+    QuickMeta,
+    build_for_inspection,
+    saved_activation_bytes,
+)
 
-from .build import build_distiller, read_config
-from .distill_text import distill_text
-from .dry_training import try_training_taps
-from .image_size import Size, image_size
+from .build import build_distiller
+from .distill_to_text import distill_to_text
 
 # of a parameter in float32: its weight alone, and with gradient and momentum of SGD
 WEIGHT_BYTES = dict(teacher=4, diffusion_part=12)
@@ -50,7 +64,7 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
 
     Returns:
         dict: ``size``; ``pairs``, a dict for every pair and level; ``parameters`` of ``student``, ``teacher`` and
-        ``diffusion_part``; their ``gflops`` for one image, a multiply-add counting as two: of the student's forward
+        ``diffusion_part``; their ``gmacs``, 1e9 multiply-adds for one image: of the student's forward
         pass, of the teacher's as far as its last tap, of the diffusion part forward and backward, None where they
         cannot be counted; ``kept_mib`` of the diffusion part for the backward pass of one image; ``weights_mb``, of
         the teacher's weights, and of the diffusion part's with gradients and momentum of SGD; ``overhead``, operations
@@ -62,16 +76,16 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
     """
     with torch.random.fork_rng(devices=[]):
         cfg, model = build_distiller(config, cfg_options)
-    tried = try_training_taps(cfg, model)
+    tried = check_training_pass(cfg, model)
     teacher = model.diffkd_teacher
     size = size or image_size(cfg)
     rows = _rows(model, size)
-    part_gflops, kept = _count_part(model, rows)
-    student_net, teacher_net = _skeleton(cfg.model.student, cfg), skeleton(teacher.model_cfg)
-    gflops = dict(
+    part_gmacs, kept = _count_part(model, rows)
+    student_net, teacher_net = _build_for_inspection(cfg.model.student, cfg), build_for_inspection(teacher.model_cfg)
+    gmacs = dict(
         student=_count_pass(student_net, size),
         teacher=_count_pass(teacher_net, size, {path: info.calls for path, info in teacher.taps.items()}),
-        diffusion_part=part_gflops,
+        diffusion_part=part_gmacs,
     )
     student_parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(PREFIX))
     parameters = dict(
@@ -79,17 +93,17 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         teacher=sum(p.numel() for p in teacher_net.parameters()),
         diffusion_part=sum(p.numel() for p in model.diffkd.parameters()),
     )
-    step = gflops['student'] and 3 * gflops['student']  # the backward pass takes twice the forward pass
-    known = None not in gflops.values()
+    step = gmacs['student'] and 3 * gmacs['student']  # the backward pass takes twice the forward pass
+    known = None not in gmacs.values()
     return dict(
         size=list(size),
         pairs=rows,
         parameters=parameters,
-        gflops=gflops,
+        gmacs=gmacs,
         kept_mib=kept and kept / 2**20,
         weights_mb={part: number * parameters[part] / 1e6 for part, number in WEIGHT_BYTES.items()},
-        overhead=(gflops['teacher'] + gflops['diffusion_part']) / step if known else None,
-        distill=distill_text(model),
+        overhead=(gmacs['teacher'] + gmacs['diffusion_part']) / step if known else None,
+        distill=distill_to_text(model),
         warnings=_warnings(model, cfg, parameters) + ([] if tried else [UNTRIED]),
     )
 
@@ -126,7 +140,7 @@ def list_taps(
         cfg = resolve_config(cfg.model.teacher.config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
-    net = _skeleton(model_cfg, cfg)
+    net = _build_for_inspection(model_cfg, cfg)
     shapes: Dict[str, List[List[int]]] = {}
 
     def note(path):
@@ -148,41 +162,31 @@ def list_taps(
     return {path: shapes[path] for path, _ in net.named_modules() if path in shapes}
 
 
-def _skeleton(model_cfg: dict, cfg: Config) -> nn.Module:
-    return skeleton(with_preprocessor(copy.deepcopy(model_cfg), cfg.get('data_preprocessor')))
+def _build_for_inspection(model_cfg: dict, cfg: Config) -> nn.Module:
+    return build_for_inspection(with_preprocessor(copy.deepcopy(model_cfg), cfg.get('data_preprocessor')))
 
 
 def _rows(model: nn.Module, size: Size) -> List[dict]:
+    """A row for every pair, tap and level: taps, shapes, and how the neck describes itself."""
     rows = []
     for name, pair in model.pairs.items():
-        ours, theirs = model._student_taps[pair.student], model.diffkd_teacher.taps[pair.teacher]
-        neck = model.diffkd[name]
-        for position, (s, t) in enumerate(model._matches[name]):
-            level = neck.levels[min(position, len(neck.levels) - 1)]
-            has_autoencoder = level.denoise and level.autoencoder is not None
-            student, teacher = (
-                [info.channels[i], *_grid(info.strides[i], size)] for info, i in ((ours, s), (theirs, t))
-            )
-            rows.append(
-                dict(
-                    pair=name,
-                    level=s,
-                    student_tap=pair.student,
-                    student_shape=student,
-                    teacher_tap=pair.teacher,
-                    teacher_shape=teacher,
-                    resized=student[1:] != teacher[1:],
-                    adapter=_describe_conv(level.align),
-                    latent_channels=None if not level.denoise else level.proj[0].out_channels,
-                    autoencoder=has_autoencoder,
-                    denoiser=type(level.denoiser).__name__ if level.denoise else None,
-                    steps=level.schedule.timesteps if level.denoise else None,
-                    distance=type(level.distance).__name__,
-                    loss_weight=getattr(level.distance, 'loss_weight', None),
-                    loss_diffusion_weight=level.loss_diffusion_weight if level.denoise else None,
-                    loss_reconstruction_weight=level.loss_reconstruction_weight if has_autoencoder else None,
+        settings = model.diffkd[name].describe()
+        for student_tap, teacher_tap, matches in zip(pair.student_taps, pair.teacher_taps, model.matched_levels[name]):
+            infos = model.student_info[student_tap], model.diffkd_teacher.taps[teacher_tap]
+            for position, levels in enumerate(matches):
+                student, teacher = ([info.channels[i], *_grid(info.strides[i], size)] for info, i in zip(infos, levels))
+                rows.append(
+                    dict(
+                        pair=name,
+                        level=levels[0],
+                        student_tap=student_tap,
+                        student_shape=student,
+                        teacher_tap=teacher_tap,
+                        teacher_shape=teacher,
+                        resized=student[1:] != teacher[1:],
+                        **settings[min(position, len(settings) - 1)],
+                    )
                 )
-            )
     return rows
 
 
@@ -190,20 +194,16 @@ def _grid(stride: Optional[float], size: Size) -> List[int]:
     return [1, 1] if stride is None else [ceil(side / stride) for side in size]
 
 
-def _describe_conv(module: nn.Module) -> Optional[str]:
-    return f'{module.in_channels} -> {module.out_channels}' if isinstance(module, nn.Conv2d) else None
-
-
 def _count_pass(net: nn.Module, size: Size, stop_after: Optional[Dict[str, int]] = None) -> Optional[float]:
-    """1e9 operations of a forward pass on one image; None if the model does not run on the meta device."""
+    """1e9 multiply-adds of a forward pass on one image; None if the model does not run on the meta device."""
     net.to('meta')  # what is not there yet was built from numbers
-    with FlopCounterMode(display=False) as counter, QuickMeta():
+    with MultiplyAddCounter() as counter, QuickMeta():
         try:
-            with TapRecorder(net, stop_after or (), 'teacher', stop_after=stop_after or None):
+            with ModuleOutputsRecorder(net, stop_after or (), 'teacher', stop_after=stop_after or None):
                 _run_longest(net, size, shortest=bool(stop_after))
         except Exception:
             return None
-    return counter.get_total_flops() / 1e9
+    return counter.total / 1e9
 
 
 @torch.no_grad()
@@ -211,11 +211,11 @@ def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
     """Run a model on a blank image by the longest, or the shortest, way that works."""
     device = next(net.parameters()).device
     images, samples = torch.zeros(1, 3, *size, device=device), [blank_sample(*size)]
-    ways = list(passes(net.eval()).values())
+    functions = list(forward_fns(net.eval()).values())
     problem = None
-    for way in ways if shortest else reversed(ways):
+    for forward_fn in functions if shortest else reversed(functions):
         try:
-            way(images, samples)
+            forward_fn(images, samples)
             return
         except Exception as error:
             problem = error
@@ -223,29 +223,44 @@ def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
 
 
 def _count_part(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:
-    """1e9 operations of the diffusion part, forward and backward, and the bytes it keeps, for one image."""
+    """1e9 multiply-adds of the diffusion module, forward and backward, and the bytes it keeps, for one image."""
     necks = copy.deepcopy(model.diffkd).to('meta').train()
 
     losses: List[Tensor] = []
 
     def forward():
-        for name, features in inputs.items():
-            for output in necks[name](*features):
+        for name, (student, teacher) in inputs.items():
+            for output in necks[name](student, teacher, context):
                 losses.extend(output.losses.values())
 
+    context = DistillContext(student=model)
     inputs = {}
-    for row in rows:
-        student, teacher = inputs.setdefault(row['pair'], ([], []))
-        student.append(torch.empty(2, *row['student_shape'], device='meta', requires_grad=True))
-        teacher.append(torch.empty(2, *row['teacher_shape'], device='meta'))
-    there: List[Tensor] = [*necks.parameters(), *(x for pair in inputs.values() for levels in pair for x in levels)]
+    for name, pair in model.pairs.items():
+        sides = [], []
+        for tap in pair.student_taps:
+            of_tap = [row for row in rows if (row['pair'], row['student_tap']) == (name, tap)]
+            student = [torch.empty(2, *row['student_shape'], device='meta', requires_grad=True) for row in of_tap]
+            teacher = [torch.empty(2, *row['teacher_shape'], device='meta') for row in of_tap]
+            sides[0].append(student)
+            sides[1].append(teacher)
+        inputs[name] = sides if len(pair.student_taps) > 1 else (sides[0][0], sides[1][0])
+    there: List[Tensor] = [*necks.parameters(), *_tensors(inputs)]
     try:
-        with FlopCounterMode(display=False) as counter, QuickMeta():
-            kept = kept_bytes(forward, there)
+        with MultiplyAddCounter() as counter, QuickMeta():
+            kept = saved_activation_bytes(forward, there)
             sum(losses).backward()
-        return counter.get_total_flops() / 2e9, kept // 2
+        return counter.total / 2e9, kept // 2
     except Exception:  # a distance that looks at numbers, say
         return None, None
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    """The tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for member in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(member)
 
 
 def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List[str]:
@@ -256,7 +271,7 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
             f'The teacher has {parameters["teacher"] / 1e6:.1f} M parameters, no more than the student with '
             f'{parameters["student"] / 1e6:.1f} M.'
         )
-    if teacher.renormalise.student != teacher.renormalise.teacher:
+    if teacher.renormalize.student != teacher.renormalize.teacher:
         found.append("The teacher's normalisation is another: it sees the student's images converted to its own.")
     classes = [_num_classes(model_cfg) for model_cfg in (cfg.model.student, teacher.model_cfg)]
     for name in _comparing_classes(model, *classes):
@@ -273,15 +288,14 @@ def _comparing_classes(model: nn.Module, ours: Optional[int], theirs: Optional[i
     """The pairs that compare scores of other classes: layers of heads whose widths go with the numbers of classes."""
     if ours is None or theirs is None or ours == theirs:
         return []
-    taps = model._student_taps, model.diffkd_teacher.taps
-    found = []
+    found = {}
     for name, pair in model.pairs.items():
-        widths = [
-            (taps[0][pair.student].channels[s], taps[1][pair.teacher].channels[t]) for s, t in model._matches[name]
-        ]
-        if 'head' in pair.student and any(s != t and s % ours == t % theirs == 0 for s, t in widths):
-            found.append(name)
-    return found
+        for student_tap, teacher_tap, matches in zip(pair.student_taps, pair.teacher_taps, model.matched_levels[name]):
+            infos = model.student_info[student_tap], model.diffkd_teacher.taps[teacher_tap]
+            widths = [(infos[0].channels[s], infos[1].channels[t]) for s, t in matches]
+            if 'head' in student_tap and any(s != t and s % ours == t % theirs == 0 for s, t in widths):
+                found[name] = None
+    return list(found)
 
 
 def _num_classes(model_cfg: dict) -> Optional[int]:
@@ -291,3 +305,80 @@ def _num_classes(model_cfg: dict) -> Optional[int]:
         if isinstance(last, dict) and 'num_classes' in last:
             return last['num_classes']
     return None
+
+
+SIZES = (128, 224)  # of images, tried in turn: some models take no small ones
+
+
+def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
+    """Run the student's training pass on random images, and see that its taps give there what is distilled.
+
+    Args:
+        cfg (Config): Config of the distillation.
+        model (DiffKDDistiller): Built from it.
+
+    Returns:
+        bool: Whether the student runs on random images here; the taps are fine then.
+
+    Raises:
+        TapError: If a tap is not called in training, gives something else there, or no gradient.
+    """
+    plain = Config(dict(cfg.to_dict(), model=copy.deepcopy(cfg.model.student.to_dict())))
+    without_pretrained(plain.model)
+    for size in SIZES:
+        try:
+            with torch.random.fork_rng(devices=[]), _first_iteration():
+                recorder, images = _run(plain, model, size)
+        except TapError:
+            raise
+        except Exception:
+            continue  # too small an image, an operator that needs a GPU, no way to initialise: training tells
+        for name, pair in model.pairs.items():
+            for tap, matches in zip(pair.student_taps, model.matched_levels[name]):
+                info = model.student_info[tap]
+                check_training_outputs(name, tap, recorder.outputs[tap], info)
+                features = recorder.features(tap, images.shape[-2:], info.tokens)
+                check_gradient(name, tap, features, [s for s, _ in matches])
+        return True
+    return False
+
+
+def _run(plain: Config, model: DiffKDDistiller, size: int):
+    """What the taps of the student record, and the images that its encoder sees."""
+    torch.default_generator.manual_seed(0)
+    with QuickInit(), _silent_log():  # it would list every parameter
+        student = revert_sync_batchnorm(MODELS.build(fit_to(get_model_cfg(plain), size)))
+        student.init_weights()  # until then some hold what happened to be in memory
+    student.train()
+    recorder = ModuleOutputsRecorder(student, model.student_info, 'student')
+    data = student.data_preprocessor(random_batch(plain, size), True)
+    inputs = data['inputs']
+    is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # not views or clips
+    if not is_images:
+        model.record_encoder_inputs()  # raises where the encoder is not found
+    with recorder, nullcontext() if is_images else ModuleInputsRecorder(student, model.encoder_path) as views:
+        student(**data, mode='loss')
+    return recorder, inputs if is_images else views.images[0]
+
+
+@contextmanager
+def _silent_log():
+    logger = MMLogger.get_current_instance()
+    handlers, logger.handlers = logger.handlers, []
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+
+
+@contextmanager
+def _first_iteration():
+    """Some preprocessors ask the current message hub where they are."""
+    info = MessageHub.get_current_instance().runtime_info
+    before = dict(info)
+    info.update(iter=0, epoch=0)
+    try:
+        yield
+    finally:
+        info.clear()
+        info.update(before)

@@ -1,47 +1,29 @@
-from mmdiffkd.cli import exit_on_mistake
-
-from .checkpoint import (
-    PREFIX,
-    DamagedFileError,
-    check_is_data,
-    fingerprint,
-    load_strict,
-    read_checkpoint,
-    without_diffusion_part,
-)
 from .config import (
+    closest_names,
+    get_custom_imports,
+    get_model_cfg,
+    get_preprocessor_cfg,
     image_channels,
-    imports_of,
-    model_of,
-    preprocessor_of,
+    read_config,
     resolve_config,
     with_preprocessor,
     zoo_checkpoint,
 )
-from .kept import kept_bytes
-from .skeleton import QuickInit, QuickMeta, build_on_meta, skeleton
-from .suggest import nearest
+from .meta_device import QuickInit, QuickMeta, build_for_inspection, build_on_meta, saved_activation_bytes
 
 __all__ = [
-    'DamagedFileError',
-    'PREFIX',
     'QuickInit',
     'QuickMeta',
     'build_on_meta',
-    'check_is_data',
-    'exit_on_mistake',
-    'fingerprint',
     'image_channels',
-    'imports_of',
-    'kept_bytes',
-    'load_strict',
-    'model_of',
-    'nearest',
-    'preprocessor_of',
-    'read_checkpoint',
+    'get_custom_imports',
+    'saved_activation_bytes',
+    'get_model_cfg',
+    'closest_names',
+    'get_preprocessor_cfg',
+    'read_config',
     'resolve_config',
-    'skeleton',
+    'build_for_inspection',
     'with_preprocessor',
-    'without_diffusion_part',
     'zoo_checkpoint',
 ]

@@ -1,17 +1,25 @@
-"""Where a config and its weights are found: in an installed package, in a file, or in place."""
+"""Find and read configs: in an installed package, in a file, or given as a dict."""
 
 import copy
+import difflib
 import os.path as osp
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
-from typing import List, Optional, Tuple, Union
+from typing import Iterable, List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
 
-from .suggest import nearest
-
 ConfigSource = Union[str, Path, dict]
+# names of earlier versions
+RENAMED_KEYS = dict(
+    backprop_steps='num_grad_steps',
+    distance='loss_kd',
+    floor='min_score',
+    inherit='init_from_teacher',
+    schedule='scheduler',
+)
 
 
 def resolve_config(source: ConfigSource) -> Config:
@@ -43,7 +51,29 @@ def resolve_config(source: ConfigSource) -> Config:
     return cfg
 
 
-def model_of(cfg: Config) -> ConfigDict:
+def read_config(config: Union[str, Path, Config], cfg_options: Optional[dict] = None) -> Config:
+    """Read a config as tools do.
+
+    Args:
+        config (str or Config): Path of the config, ``pkg::path``, or a config at hand, which stays as it is.
+        cfg_options (dict, optional): Overrides, as on the command line.
+
+    Returns:
+        Config: A config with the key ``model``.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: If it does not exist.
+        ValueError: If it is no Python, or describes no model.
+    """
+    try:
+        cfg = copy.deepcopy(config) if isinstance(config, Config) else resolve_config(config)
+    except SyntaxError as error:
+        raise ValueError(f"The config '{config}', or one that it inherits, is no Python: {error}.") from error
+    cfg.merge_from_dict(cfg_options or {})
+    return cfg
+
+
+def get_model_cfg(cfg: Config) -> ConfigDict:
     """The model of a config, with the config's scope, so that it builds under any default scope, and preprocessor."""
     model = copy.deepcopy(ConfigDict(cfg.model))  # some models change their config while they are built
     if model.get('_scope_') is None and cfg.get('default_scope') is not None:
@@ -58,12 +88,12 @@ def with_preprocessor(model: ConfigDict, preprocessor: Optional[dict]) -> Config
     return model
 
 
-def preprocessor_of(cfg: Config) -> Optional[dict]:
+def get_preprocessor_cfg(cfg: Config) -> Optional[dict]:
     """The data preprocessor of a config: the model's own, or the top-level one (mmpretrain's way)."""
     return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
 
 
-def imports_of(cfg: Config) -> List[str]:
+def get_custom_imports(cfg: Config) -> List[str]:
     """The modules that a config imports (``custom_imports``), but for this package's."""
     names = (cfg.get('custom_imports') or {}).get('imports') or []
     return [name for name in ([names] if isinstance(names, str) else names) if name.split('.')[0] != 'mmdiffkd']
@@ -104,7 +134,7 @@ def zoo_checkpoint(source: ConfigSource) -> str:
                 listed.append(name[len('configs/') :])
     raise ValueError(
         f'The model index lists no weights for {source}; the nearest configs with weights are '
-        f'{nearest(wanted, listed)}.'
+        f'{closest_names(wanted, listed)}.'
     )
 
 
@@ -120,7 +150,7 @@ def _config_file(source: str) -> str:
     file = mim / 'configs' / path
     if not file.is_file():
         known = [p.relative_to(mim / 'configs').as_posix() for p in (mim / 'configs').rglob('*.py')]
-        raise FileNotFoundError(f"There is no config '{source}'; the nearest are {nearest(path, known)}.")
+        raise FileNotFoundError(f"There is no config '{source}'; the nearest are {closest_names(path, known)}.")
     return str(file)
 
 
@@ -137,3 +167,85 @@ def _split(source: str) -> Tuple[Path, str]:
 
 def _name(source: ConfigSource) -> str:
     return 'given in place' if isinstance(source, dict) else f"'{source}'"
+
+
+Size = Tuple[int, int]
+USUAL_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
+SIZE_KEYS = ('crop_size', 'scale', 'scales', 'img_scale')  # of transforms, as (width, height)
+
+
+def image_size(cfg: Config) -> Size:
+    """Height and width of the images that a config trains on.
+
+    They are what the preprocessor of the student cuts to, else ``image_size`` of the config (width, height), else what
+    the training pipeline resizes or crops to, else what is usual for the package.
+
+    Args:
+        cfg (Config): Config of a distillation or of a plain model.
+
+    Returns:
+        tuple[int, int]: Height and width.
+    """
+    preprocessor = cfg.model.get('student', cfg.model).get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    if preprocessor.get('size'):
+        return tuple(preprocessor['size'])
+    size = cfg.get('image_size') or _of_pipelines((cfg.get('train_dataloader') or {}).get('dataset'))
+    if size is None:
+        return USUAL_SIZES.get(cfg.get('default_scope'), (224, 224))
+    width, height = size
+    divisor = preprocessor.get('pad_size_divisor', 1)
+    return ceil(height / divisor) * divisor, ceil(width / divisor) * divisor
+
+
+def _of_pipelines(dataset: Optional[dict]) -> Optional[Size]:
+    """Width and height that the last transform gives images; one data set may work on what another gives."""
+    if isinstance(dataset, (list, tuple)):
+        dataset = dataset[0]
+    if dataset is None:
+        return None
+    inner = dataset.get('dataset') or dataset.get('datasets')
+    return _of_pipeline(dataset.get('pipeline') or ()) or _of_pipelines(inner)
+
+
+def _of_pipeline(steps: Sequence[dict]) -> Optional[Size]:
+    for step in reversed(steps):
+        branches = step.get('transforms')
+        size = _of_pipeline(branches[0]) if branches and isinstance(branches[0], (list, tuple)) else _of_step(step)
+        if size is not None:
+            return size
+    return None
+
+
+def _of_step(step: dict) -> Optional[Size]:
+    size = next((step[key] for key in SIZE_KEYS if step.get(key)), None)
+    if isinstance(size, (list, tuple)) and isinstance(size[0], (list, tuple)):
+        size = size[-1]  # of several, the largest
+    if isinstance(size, int):
+        size = (size, size)
+    if not isinstance(size, (list, tuple)) or not all(
+        isinstance(side, int) for side in size
+    ):  # such as a relative crop
+        return None
+    return (max(size), min(size)) if step.get('keep_ratio') else tuple(size)  # most images are wide
+
+
+def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """The candidates most like ``name``, quoted and joined for the end of an error message."""
+    candidates = list(candidates)
+    found = difflib.get_close_matches(name, candidates, n=count, cutoff=0.4) or candidates[:count]
+    return ', '.join(f"'{candidate}'" for candidate in found)
+
+
+def refuse_old_keys(keys: Iterable[str], where: str) -> None:
+    """Refuse keys that have another name now.
+
+    Args:
+        keys (iterable[str]): Keys of a config.
+        where (str): What they configure, for the error message.
+
+    Raises:
+        ValueError: If one of them has been renamed; it says the new name.
+    """
+    for key in keys:
+        if key in RENAMED_KEYS:
+            raise ValueError(f"{where} has no key '{key}': it is called '{RENAMED_KEYS[key]}' now.")

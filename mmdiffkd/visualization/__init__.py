@@ -1,3 +1,4 @@
-from .panels import draw_comparison, draw_steps
+from .feature_panels import draw_comparison, draw_steps
+from .report import write_report
 
-__all__ = ['draw_comparison', 'draw_steps']
+__all__ = ['draw_comparison', 'draw_steps', 'write_report']

@@ -5,7 +5,7 @@ import pytest
 from mmengine.config import Config
 
 from mmdiffkd.apis import build_distiller, make_config
-from mmdiffkd.apis.distill_text import distill_text
+from mmdiffkd.apis.distill_to_text import distill_to_text
 from tests import tiny
 from tests.conftest import ROOT, call_tool, logged
 
@@ -16,9 +16,10 @@ TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
 def pairs_of(config):
     """Taps, matched levels, and all that the neck is built of."""
     _, model = build_distiller(str(config))
-    text = Config.fromstring(distill_text(model), '.py').distill
+    text = Config.fromstring(distill_to_text(model), '.py').distill
     return {
-        name: (pair.student, pair.teacher, model._matches[name], text[name].neck) for name, pair in model.pairs.items()
+        name: (pair.student, pair.teacher, model.matched_levels[name][0], text[name].neck)
+        for name, pair in model.pairs.items()
     }
 
 

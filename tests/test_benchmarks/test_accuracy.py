@@ -17,7 +17,8 @@ from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
 from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, base_of, cells_of, groups_of, methods_of
 from benchmarks.accuracy.methods import HEAD, METHODS, changes_of
-from mmdiffkd.utils import PREFIX, fingerprint, model_of, resolve_config, without_diffusion_part
+from mmdiffkd.engine.checkpoint import PREFIX, fingerprint, without_diffusion_part
+from mmdiffkd.utils import get_model_cfg, resolve_config
 from tests.conftest import ROOT
 from tests.test_tools.test_camvid import DATA as CAMVID
 from tests.test_tools.test_camvid import needs_data as needs_camvid
@@ -238,7 +239,7 @@ def teacher_of(tmp_path_factory):
         teacher = resolve_config(str(run.CONFIGS / f'{base_of(name)}_teacher.py'))
         init_default_scope(teacher.default_scope)
         file = tmp_path_factory.mktemp(name) / 'teacher.pth'
-        torch.save(dict(state_dict=MODELS.build(model_of(teacher)).state_dict()), file)
+        torch.save(dict(state_dict=MODELS.build(get_model_cfg(teacher)).state_dict()), file)
         return file
 
     return of
@@ -333,7 +334,7 @@ def test_every_cell_can_be_built(name, method, arguments):
     if method == 'plus':
         assert list(model.pairs) == dict(deeppcb=['fpn', 'cls', 'reg'], camvid=['feat'])[base_of(name)]
         denoised = [level for neck in model.diffkd.values() for level in neck.levels if level.denoise]
-        assert {level.backprop_steps for level in denoised} == {1}
+        assert {level.num_grad_steps for level in denoised} == {1}
         heads = {key: pair for key, pair in model.pairs.items() if key in HEAD}
         for key, pair in heads.items():  # what others have beside it
             assert (pair.student, pair.teacher) == (HEAD[key]['student'], HEAD[key]['teacher'])
@@ -396,11 +397,11 @@ def test_costs_are_measured_anew_for_a_method_that_was_added(tmp_path):
 
 
 def test_weights():
-    assert changes_of('deeppcb', 'pkd, weight 2')['neck']['distance'] == dict(type='mmdiffkd.PKDLoss', loss_weight=2.0)
-    assert changes_of('camvid', 'diffkd, weight 3')['neck']['distance'] == dict(
+    assert changes_of('deeppcb', 'pkd, weight 2')['neck']['loss_kd'] == dict(type='mmdiffkd.PKDLoss', loss_weight=2.0)
+    assert changes_of('camvid', 'diffkd, weight 3')['neck']['loss_kd'] == dict(
         type='mmdiffkd.DISTLoss', loss_weight=3.0
     )
-    assert changes_of('camvid', 'pkd of features, weight 2')['distill']['feat']['neck']['distance']['loss_weight'] == 2
+    assert changes_of('camvid', 'pkd of features, weight 2')['distill']['feat']['neck']['loss_kd']['loss_weight'] == 2
     assert changes_of('deeppcb', 'pkd') == METHODS['pkd']  # as it was
 
 

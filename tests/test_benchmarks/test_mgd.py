@@ -17,7 +17,7 @@ def test_without_a_mask_it_is_two_convolutions():
     student, teacher = torch.randn(2, 4, 6, 6), torch.randn(2, 8, 6, 6)
     output = part(student, teacher)
     expected = part.generation(part.align(student))
-    torch.testing.assert_close(output.refined, expected)
+    torch.testing.assert_close(output.denoised, expected)
     torch.testing.assert_close(output.losses['loss_kd'], (expected - teacher).square().mean())
 
 
@@ -25,7 +25,7 @@ def test_a_share_of_the_pixels_is_kept():
     torch.manual_seed(0)
     part = MaskedGeneration(4, 8, mask_ratio=0.65)
     part.generation = torch.nn.Identity()
-    latent = part(torch.randn(4, 4, 32, 32), torch.randn(4, 8, 32, 32)).refined
+    latent = part(torch.randn(4, 4, 32, 32), torch.randn(4, 8, 32, 32)).denoised
     kept = latent.abs().sum(1) > 0
     assert abs(kept.float().mean() - 0.35) < 0.03
 

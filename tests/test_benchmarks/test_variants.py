@@ -3,7 +3,7 @@ import torch
 
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.variants import Variant, VariantNeck
-from mmdiffkd.models import Draws, FeatureDiffusion
+from mmdiffkd.models import FeatureDiffusion, NoiseInputs
 
 VARIANTS = {
     name: {key: value for key, value in changes['neck'].items() if key != 'type'}
@@ -49,7 +49,7 @@ def test_what_is_left_without_denoising():
     (part,) = VariantNeck([8], [16], **NOT_DENOISED).levels
     student, teacher = features()
     output = part(student, teacher)
-    torch.testing.assert_close(output.refined, part.proj(part.align(student)))
+    torch.testing.assert_close(output.denoised, part.proj(part.align(student)))
     assert (output.gamma == 1).all() and output.losses['loss_diffusion'] == 0
     output.losses['loss_kd'].backward()
     assert student.grad.abs().sum() > 0
@@ -65,22 +65,20 @@ def test_the_distance_does_not_train_a_detached_denoiser():
     assert all(parameter.requires_grad for parameter in part.denoiser.parameters())
 
 
-@pytest.mark.parametrize('prediction', ['clean', 'velocity'])
-def test_a_perfect_denoiser_finds_the_teacher(prediction):
-    """Given x_t, the denoiser that knows x_0 and eps predicts what leads back to x_0."""
-    part = Variant(16, 16, prediction=prediction, variance_preserving=True)
+def test_a_perfect_denoiser_finds_the_teacher():
+    """Given x_t, the denoiser that knows x_0 predicts the noise that leads back to x_0."""
+    part = Variant(16, 16, variance_preserving=True)
     part.proj = torch.nn.Identity()
     clean, noise = torch.randn(2, 4, 16, 6, 5)
-    table = part.schedule.alphas_cumprod
+    table = part.scheduler.alphas_cumprod
 
     class Perfect(torch.nn.Module):
         def forward(self, x, timesteps):
             a = table[timesteps].view(-1, 1, 1, 1)
-            eps = (x - a.sqrt() * clean) / (1 - a).sqrt()
-            return clean if prediction == 'clean' else a.sqrt() * eps - (1 - a).sqrt() * clean
+            return (x - a.sqrt() * clean) / (1 - a).sqrt()
 
     part.denoiser = Perfect()
     part.align = torch.nn.Identity()
     part.align.out_channels = 16
-    output = part(clean, clean, Draws(adapter_noise=noise))
-    torch.testing.assert_close(output.refined, clean, atol=1e-3, rtol=0)
+    output = part(clean, clean, NoiseInputs(adapter_noise=noise))
+    torch.testing.assert_close(output.denoised, clean, atol=1e-3, rtol=0)

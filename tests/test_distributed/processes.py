@@ -13,7 +13,7 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.registry import init_default_scope
 from torch import multiprocessing, nn
 
-from mmdiffkd.models.diffusion.feature_diffusion import Draws
+from mmdiffkd.models.diffusion.feature_diffusion import NoiseInputs
 from tests import tiny
 
 WORLD = 2
@@ -24,7 +24,7 @@ PAIRS = dict(
     reg=dict(
         student='bbox_head.retina_reg',
         teacher='bbox_head.retina_reg',
-        neck=dict(denoise=False, align=False, distance=dict(type='mmdet.L1Loss', loss_weight=1.0)),
+        neck=dict(denoise=False, align=False, loss_kd=dict(type='mmdet.L1Loss', loss_weight=1.0)),
     ),
 )
 
@@ -36,7 +36,7 @@ def retinanet(folder):
 
 def cheap(folder):
     """One part for all levels that computes again what it needs, and sends little gradient through the denoiser."""
-    neck = dict(latent_channels=LATENT, share_levels=True, memory_efficient=True, backprop_steps=1)
+    neck = dict(latent_channels=LATENT, share_levels=True, memory_efficient=True, num_grad_steps=1)
     return tiny.distiller_cfg(folder, distill=dict(fpn=dict(neck=neck)))
 
 
@@ -80,9 +80,9 @@ def _process(rank, worker, folder, args):
 
 def dist_train(config, **env):
     """Train by the launch script."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as infer_feature_info:
+        infer_feature_info.bind(('127.0.0.1', 0))
+        port = infer_feature_info.getsockname()[1]
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     env = dict(os.environ, PATH=path, PORT=str(port), **env)
     command = ['bash', str(tiny.ROOT / 'tools' / 'dist_train.sh'), str(config), str(WORLD)]
@@ -110,21 +110,21 @@ def build(cfg, ranks):
 def feed_draws(neck, ranks):
     """Make a neck use draws that depend on rank and call alone."""
     generators = [torch.Generator().manual_seed(1000 + rank) for rank in ranks]
-    forward, high = neck.forward, neck.levels[0].schedule.num_train_timesteps
+    forward, high = neck.forward, neck.levels[0].scheduler.num_train_timesteps
 
     def fed(student, teacher):
         draws = []
         for level in teacher:
             share = (level.size(0) // len(ranks), LATENT, *level.shape[2:])
             parts = [
-                Draws(
+                NoiseInputs(
                     torch.randn(share, generator=generator),
                     torch.randn(share, generator=generator),
                     torch.randint(high, share[:1], generator=generator),
                 )
                 for generator in generators
             ]
-            draws.append(Draws(*map(torch.cat, zip(*parts))))
+            draws.append(NoiseInputs(*map(torch.cat, zip(*parts))))
         return forward(student, teacher, draws)
 
     neck.forward = fed

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from mmengine.utils import digit_version
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
-from mmdiffkd.utils import PREFIX
+from mmdiffkd.engine.checkpoint import PREFIX
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from mmdiffkd.engine.loading import file_to_load
+from mmdiffkd.engine.checkpoint import file_to_load
 
 from .processes import launch
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.utils import digit_version
 
-from mmdiffkd.utils import PREFIX
+from mmdiffkd.engine.checkpoint import PREFIX
 from tests import tiny
 
 from .processes import dist_train

@@ -5,7 +5,7 @@ import re
 import pytest
 from mmengine.registry import MODELS
 
-from mmdiffkd.utils import model_of, resolve_config
+from mmdiffkd.utils import get_model_cfg, resolve_config
 from tests.conftest import ROOT, call_tool, load_tool
 
 TOOL = 'analysis_tools/communication.py'
@@ -13,7 +13,7 @@ CONFIG = 'configs/diffkd_retinanet_r101_r50.py'
 
 
 def count(config, trainable_only):
-    cfg = model_of(resolve_config(config))
+    cfg = get_model_cfg(resolve_config(config))
     cfg.backbone.init_cfg = None
     params = MODELS.build(cfg).train().parameters()
     return sum(param.numel() for param in params if param.requires_grad or not trainable_only)

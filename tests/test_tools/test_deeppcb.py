@@ -91,10 +91,10 @@ def test_converter_reproduces_the_set(tmp_path):
 def test_short_run_on_real_images(tmp_path):
     """The shipped config, with the path of the data overridden, for two iterations and a validation."""
     config = ROOT / 'configs' / 'deeppcb' / 'diffkd_retinanet_r50_r18_deeppcb.py'
-    from mmdiffkd.utils import model_of, resolve_config
+    from mmdiffkd.utils import get_model_cfg, resolve_config
 
     teacher = resolve_config(Config.fromfile(config).model.teacher.config)
-    checkpoint = tiny.write_checkpoint(model_of(teacher), tmp_path / 'teacher.pth')
+    checkpoint = tiny.write_checkpoint(get_model_cfg(teacher), tmp_path / 'teacher.pth')
     loaders = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
     options = [f'{loader}.dataset.data_root={DATA}/' for loader in loaders]
     options += [f'{loader}.{key}' for loader in loaders for key in ('num_workers=0', 'persistent_workers=False')]

@@ -218,9 +218,9 @@ class SpoilHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if get_rank() == 1 and runner.iter == 1:
             level = runner.model.module.diffkd['fpn'].levels[0]
-            level.distance.loss_weight = float('inf')
+            level.loss_kd.loss_weight = float('inf')
         elif get_rank() == 1:
-            runner.model.module.diffkd['fpn'].levels[0].distance.loss_weight = 1.0
+            runner.model.module.diffkd['fpn'].levels[0].loss_kd.loss_weight = 1.0
 """
 
 

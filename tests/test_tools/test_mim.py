@@ -14,7 +14,7 @@ from mim.utils import get_installed_path, is_installed, module_full_name
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmdiffkd.utils import model_of, resolve_config
+from mmdiffkd.utils import get_model_cfg, resolve_config
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -50,7 +50,7 @@ def mim_train(codebase, config, folder, *options):
         'train_dataloader.batch_size=2',
         'default_hooks.logger.interval=1',
         'model.student.backbone.init_cfg=None',
-        f'model.teacher.checkpoint={tiny.write_checkpoint(model_of(teacher), folder / "teacher.pth")}',
+        f'model.teacher.checkpoint={tiny.write_checkpoint(get_model_cfg(teacher), folder / "teacher.pth")}',
     )
     done = mim('train', codebase, config, '--gpus', 0, '--work-dir', folder / 'run', '--cfg-options', *options)
     assert 'Training finished successfully' in done

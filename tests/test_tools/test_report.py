@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 import mmdiffkd
 from tests import tiny
 from tests.conftest import call_tool
-from tests.test_report import logs
+from tests.test_visualization import logs
 
 TOOL = 'analysis_tools/report.py'
 VOID = {'meta', 'link', 'img', 'br', 'hr', 'input', 'col'}

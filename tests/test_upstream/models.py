@@ -2,7 +2,7 @@
 
 from mmengine.config import ConfigDict
 
-from mmdiffkd.utils import model_of, resolve_config
+from mmdiffkd.utils import get_model_cfg, resolve_config
 from tests import tiny
 
 WIDTHS = [8, 16, 24, 32]
@@ -21,7 +21,7 @@ def shrunk(config, **changes):
     """
     cfg = resolve_config(config)
     cfg.merge_from_dict({f'model.{key.replace("__", ".")}': value for key, value in changes.items()})
-    return model_of(cfg)
+    return get_model_cfg(cfg)
 
 
 def convnext_detector():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from mmdiffkd.utils import without_diffusion_part
+from mmdiffkd.engine.checkpoint import without_diffusion_part
 from tests import tiny
 
 MOMENTUM, GAMMA = 0.2, 3

@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
-from mmdiffkd.utils import PREFIX
+from mmdiffkd.engine.checkpoint import PREFIX
 from tests import tiny
 from tests.conftest import load_tool
 from tests.test_upstream import models

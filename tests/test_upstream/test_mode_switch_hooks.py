@@ -3,7 +3,7 @@
 import pytest
 from mmengine.runner import Runner
 
-from mmdiffkd.utils import model_of, resolve_config
+from mmdiffkd.utils import get_model_cfg, resolve_config
 from tests import tiny
 from tests.conftest import logged
 from tests.test_upstream import models
@@ -29,7 +29,7 @@ def thin(config, widen_factor):
             'model.bbox_head.stacked_convs': 1,
         }
     )
-    return model_of(cfg)
+    return get_model_cfg(cfg)
 
 
 def smaller(pipeline):

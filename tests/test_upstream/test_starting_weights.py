@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mmdiffkd.utils import PREFIX, without_diffusion_part
+from mmdiffkd.engine.checkpoint import PREFIX, without_diffusion_part
 from tests import tiny
 
-FRESH = 'The checkpoint holds no diffusion part (diffkd.*), it starts fresh.'
+FRESH = 'The checkpoint has no diffusion module (diffkd.*); its weights are initialized.'
 
 
 @pytest.fixture

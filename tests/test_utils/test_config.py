@@ -1,7 +1,7 @@
 import pytest
 from mmengine.config import Config
 
-from mmdiffkd.utils import model_of, preprocessor_of, resolve_config, zoo_checkpoint
+from mmdiffkd.utils import get_model_cfg, get_preprocessor_cfg, resolve_config, zoo_checkpoint
 
 RETINANET = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
 
@@ -18,8 +18,8 @@ def test_configs_of_packages(source, kind):
     pytest.importorskip(source.split('::')[0])
     cfg = resolve_config(source)
     assert cfg.model.type == kind
-    assert model_of(cfg)['_scope_'] == source.split('::')[0]
-    assert preprocessor_of(cfg)['mean'] == [123.675, 116.28, 103.53]
+    assert get_model_cfg(cfg)['_scope_'] == source.split('::')[0]
+    assert get_preprocessor_cfg(cfg)['mean'] == [123.675, 116.28, 103.53]
 
 
 def test_file_and_dict(tmp_path):
@@ -33,9 +33,9 @@ def test_file_and_dict(tmp_path):
 
 
 def test_scope_of_the_config_itself_is_kept():
-    assert model_of(Config(dict(model=dict(type='A', _scope_='mmpretrain'), default_scope='mmdet')))['_scope_'] == (
-        'mmpretrain'
-    )
+    assert get_model_cfg(Config(dict(model=dict(type='A', _scope_='mmpretrain'), default_scope='mmdet')))[
+        '_scope_'
+    ] == ('mmpretrain')
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from torch import nn
 
 from mmdiffkd.apis import build_distiller
 from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
-from mmdiffkd.utils import PREFIX, skeleton
+from mmdiffkd.engine.checkpoint import PREFIX
+from mmdiffkd.utils import build_for_inspection
 
 BYTES = 4  # gradients are fp32, under automatic mixed precision too
 MB = 1e6
@@ -36,7 +37,7 @@ def main():
         _, model = build_distiller(args.config, args.cfg_options)
     model.train()  # where some backbones freeze their first stages
     student, part = trainable(model)
-    teacher = sum(param.numel() for param in skeleton(model.diffkd_teacher.model_cfg).parameters())
+    teacher = sum(param.numel() for param in build_for_inspection(model.diffkd_teacher.model_cfg).parameters())
     print_parameters(student, part, teacher)
     print()
     print_traffic(student, part, args.gpus, args.bandwidth)

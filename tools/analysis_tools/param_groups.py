@@ -14,7 +14,7 @@ from torch import nn
 
 from mmdiffkd.apis import build_distiller, build_model
 from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
-from mmdiffkd.utils import PREFIX
+from mmdiffkd.engine.checkpoint import PREFIX
 
 Setting = Tuple[float, float]  # learning rate and weight decay
 ROW = '{:<8} {:>11} {:>8} {:>12} {:>12} {:>12} {:>12}'

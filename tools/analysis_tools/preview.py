@@ -56,7 +56,7 @@ def shape(numbers) -> str:
 
 def weights(row) -> str:
     names = dict(kd='loss_weight', diffusion='loss_diffusion_weight', reconstruction='loss_reconstruction_weight')
-    return ', '.join(f'{name} {row[key]:g}' for name, key in names.items() if row[key] is not None) or '-'
+    return ', '.join(f'{name} {row[key]:g}' for name, key in names.items() if row.get(key) is not None) or '-'
 
 
 def show(result) -> None:
@@ -75,13 +75,13 @@ def show(result) -> None:
         'adapter',
         'latent',
         'denoiser',
-        'distance',
+        'loss_kd',
         'weights',
     ):
         table.add_column(name, overflow='fold')
     for row in result['pairs']:
-        latent = str(row['latent_channels'] or '-') + (' (autoencoder)' if row['autoencoder'] else '')
-        steps = f'{row["denoiser"]}, {len(row["steps"])} steps' if row['denoiser'] else '-'
+        latent = str(row.get('latent_channels') or '-') + (' (autoencoder)' if row.get('autoencoder') else '')
+        steps = f'{row["denoiser"]}, {len(row["steps"])} steps' if row.get('denoiser') else '-'
         table.add_row(
             row['pair'],
             str(row['level']),
@@ -89,29 +89,29 @@ def show(result) -> None:
             shape(row['student_shape']) + (' resized' if row['resized'] else ''),
             row['teacher_tap'],
             shape(row['teacher_shape']),
-            row['adapter'] or '-',
+            row.get('adapter') or '-',
             latent,
             steps,
-            row['distance'],
+            row.get('loss_kd') or row.get('neck', '-'),
             weights(row),
         )
     console.print(table)
 
     table = Table(box=SIMPLE)
-    for name in ('', 'parameters, M', 'GFLOP an image'):
+    for name in ('', 'parameters, M', 'multiply-adds an image, G'):
         table.add_column(name, justify='left' if not name else 'right')
     labels = dict(
         student='student, forward',
-        teacher='teacher, whole; operations as far as its last tap',
+        teacher='teacher, whole; multiply-adds as far as its last tap',
         diffusion_part='diffusion part, forward and backward',
     )
     for key, label in labels.items():
-        gflops = result['gflops'][key]
-        table.add_row(label, f'{result["parameters"][key] / 1e6:.2f}', '?' if gflops is None else f'{gflops:.1f}')
+        gmacs = result['gmacs'][key]
+        table.add_row(label, f'{result["parameters"][key] / 1e6:.2f}', '?' if gmacs is None else f'{gmacs:.1f}')
     console.print(table)
     if result['overhead'] is not None:
         print(f"Teacher and diffusion part: {result['overhead']:.2f} times the operations of the student's own step.")
-    print('Operations are counted, a multiply-add counts as two; no time is measured.')
+    print('Multiply-adds of convolutions and matrix products are counted; no time is measured.')
     teacher, part = (f'{result["weights_mb"][name]:.0f} MB' for name in ('teacher', 'diffusion_part'))
     print(f'Memory for weights in float32: teacher {teacher}.')
     print(f'Memory for weights, gradients and momentum of SGD of the diffusion part: {part} (with AdamW a third more).')

@@ -32,7 +32,7 @@ def main():
     args = parse_args()
     command = ['python', 'tools/analysis_tools/report.py', *sys.argv[1:]]
     with exit_on_mistake(), without_gc():
-        from mmdiffkd.report import write_report
+        from mmdiffkd.visualization.report import write_report
 
         page = write_report([named(run) for run in args.runs], args.out, command)
     print(page)

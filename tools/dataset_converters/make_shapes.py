@@ -132,9 +132,9 @@ def texture(rng: np.random.Generator, size: int, contrast: float) -> np.ndarray:
         pattern = np.sin((xs * np.cos(angle) + ys * np.sin(angle)) * 2 * np.pi / period)
         if kind == 2:
             pattern = pattern * np.sin((ys * np.cos(angle) - xs * np.sin(angle)) * 2 * np.pi / period)
-    colour = rng.uniform(40, 215, 3)
+    color = rng.uniform(40, 215, 3)
     tint = rng.uniform(0.3, 1, 3)
-    return np.clip(colour + contrast * pattern[..., None] * tint, 0, 255).astype(np.uint8)
+    return np.clip(color + contrast * pattern[..., None] * tint, 0, 255).astype(np.uint8)
 
 
 def draw_clutter(rng: np.random.Generator, image: np.ndarray) -> None:

@@ -8,10 +8,10 @@ from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
 
-from ..atomic_backend import NAME as ATOMIC_BACKEND
-from ..iteration_seeds import SeededBatches, seed_iteration
-from ..loading import file_to_load
-from ..runner_parts import distiller_of
+from ..checkpoint import NAME as ATOMIC_BACKEND
+from ..checkpoint import file_to_load
+from ..random import SeededBatches, seed_iteration
+from .utils import get_distiller
 
 TEACHER = 'diffkd_teacher'  # key of the teacher's fingerprint in a checkpoint's meta data
 
@@ -44,7 +44,7 @@ class CheckpointHook(BaseCheckpointHook):
         runner._resume = bool(runner._resume) and runner._load_from is not None
 
     def file_to_load(self, load_from: Optional[str], resume: Union[bool, str], work_dir: str) -> Optional[str]:
-        """What a run with these settings loads or resumes; see :func:`mmdiffkd.engine.loading.file_to_load`."""
+        """What a run with these settings loads or resumes; see :func:`mmdiffkd.engine.checkpoint.file_to_load`."""
         return file_to_load(load_from, resume, work_dir, self._folder(work_dir), self.filename_tmpl)
 
     def _folder(self, work_dir: str) -> str:
@@ -149,5 +149,5 @@ def _is_best_of(folder: str, path) -> bool:
 
 
 def _teacher_fingerprint(runner: Runner) -> Optional[str]:
-    model = distiller_of(runner)
+    model = get_distiller(runner)
     return model.diffkd_teacher.fingerprint if model is not None and model.diffkd_teacher is not None else None

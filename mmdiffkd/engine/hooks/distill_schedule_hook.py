@@ -5,9 +5,9 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils import PREFIX
 
-from ..runner_parts import required_distiller, required_optimizer
+from ..checkpoint import PREFIX
+from .utils import require_distiller, require_optimizer
 
 
 @HOOKS.register_module()
@@ -59,6 +59,7 @@ class DistillScheduleHook(Hook):
         self.interval = interval
         self.by_epoch = by_epoch
         self._has_learnt = False  # since the last step of the optimizer
+        self._handle = None
 
     def before_train(self, runner: Runner) -> None:
         """Convert epochs to iterations and take hold of the optimizers.
@@ -67,7 +68,7 @@ class DistillScheduleHook(Hook):
             TypeError: If the model is no distiller, or the optimizer none of torch's.
             ValueError: If epochs are given in an iteration-based loop, or the schedule does not fit into the training.
         """
-        model = required_distiller(runner, self)
+        model = require_distiller(runner, self)
         unit = 1
         if self.by_epoch:
             if not isinstance(runner.train_loop, EpochBasedTrainLoop):
@@ -86,15 +87,22 @@ class DistillScheduleHook(Hook):
             )
         if model.diffkd_teacher is None:
             return
-        model.touch_idle_part = isinstance(runner.model, DistributedDataParallel)
+        model.distill_state.attach_unused_params = isinstance(runner.model, DistributedDataParallel)
         part = list(model.diffkd.parameters())
         if not part:
             raise ValueError(
                 'DistillScheduleHook finds no parameters of the diffusion part: under FSDP it needs '
                 'use_orig_params=True.'
             )
-        optimizer = required_optimizer(runner, self)
-        optimizer.register_step_pre_hook(lambda *args: self._hold_still(part))
+        optimizer = require_optimizer(runner, self)
+        self.after_train(runner)  # the hook of an earlier run
+        self._handle = optimizer.register_step_pre_hook(lambda *args: self._hold_still(part))
+
+    def after_train(self, runner: Runner) -> None:
+        """Let go of the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def weight(self, iteration: int) -> Optional[float]:
         """The weight of ``loss_kd`` in an iteration, counted from 0; None where nothing is distilled."""
@@ -106,11 +114,13 @@ class DistillScheduleHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Set the weight of this iteration."""
-        model = required_distiller(runner, self)
+        model = require_distiller(runner, self)
         if model.diffkd_teacher is None:
             return
-        weight = model.distill_weight = self.weight(runner.iter)
-        self._has_learnt |= weight is not None
+        weight = self.weight(runner.iter)
+        state = model.distill_state
+        state.enabled, state.weight = weight is not None, 1.0 if weight is None else weight
+        self._has_learnt |= state.enabled
         if not self._begin <= runner.iter < self._end:  # the log would go on showing the last values
             scalars, pairs = runner.message_hub.log_scalars, tuple(f'train/{PREFIX}{pair}.' for pair in model.pairs)
             for key in [key for key in scalars if key.startswith(pairs)]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.registry import HOOKS
 
-from ..runner_parts import distiller_of, required_distiller, required_optimizer
+from .utils import get_distiller, require_distiller, require_optimizer
 
 POLICIES = ('raise', 'skip')
 SCALAR = 'diffkd.skipped'  # its name in the log and in the message hub
@@ -42,6 +42,7 @@ class NonFiniteHook(Hook):
             raise ValueError(f"NonFiniteHook has no policy '{policy}', only {' and '.join(map(repr, POLICIES))}.")
         self.policy = policy
         self.max_consecutive_skips = max_consecutive_skips
+        self._handle = None
         self._consecutive = 0
         self._causes: List[str] = []  # since the last step
         self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # with their values before the iteration
@@ -52,14 +53,21 @@ class NonFiniteHook(Hook):
         Raises:
             TypeError: If the model is no distiller, or the optimizer none of torch's.
         """
-        model = required_distiller(runner, self)
-        model.skip_non_finite = self.policy == 'skip'
-        model.watch_tap_gradients = True
+        model = require_distiller(runner, self)
+        model.distill_state.skip_non_finite = self.policy == 'skip'
+        model.distill_state.record_tap_gradients = True
         names = {parameter: name for name, parameter in model.named_parameters()}
-        optimizer = required_optimizer(runner, self)
-        optimizer.register_step_pre_hook(lambda *args: self._check(runner, model, optimizer, names))
+        optimizer = require_optimizer(runner, self)
+        self.after_train(runner)  # the hook of an earlier run
+        self._handle = optimizer.register_step_pre_hook(lambda *args: self._check(runner, model, optimizer, names))
         if self.policy == 'skip':
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def after_train(self, runner: Runner) -> None:
+        """Let go of the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Keep the buffers, to bring them back if the iteration is skipped."""
@@ -71,7 +79,7 @@ class NonFiniteHook(Hook):
         """Before a step: raise, or take the gradients away; optimizers pass over parameters without one."""
         if getattr(optimizer, 'found_inf', None) is not None and optimizer.found_inf:
             return  # the loss scaler's, which leaves the step to fused optimizers to skip
-        if not (self._causes or model.non_finite_losses):
+        if not (self._causes or model.distill_state.non_finite_losses):
             gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
             is_finite = _all_finite(gradients)
             all_reduce(is_finite, op='min')  # sharded gradients differ between ranks
@@ -91,7 +99,7 @@ class NonFiniteHook(Hook):
         Raises:
             FloatingPointError: If too many steps in a row were skipped.
         """
-        losses = distiller_of(runner).non_finite_losses
+        losses = get_distiller(runner).distill_state.non_finite_losses
         made_a_step = runner.optim_wrapper.should_update()
         if losses or (self._causes and made_a_step):
             for live, kept in self._buffers:
@@ -131,7 +139,7 @@ def _all_finite(gradients: List[torch.Tensor]) -> torch.Tensor:
 
 def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:
     """Where the gradient broke, on any rank: pairs and levels if it came through taps, else parameters."""
-    sums = model.tap_gradients.items()
+    sums = model.distill_state.tap_gradients.items()
     found = [f'diffkd.{pair}, level {level}' for (pair, level), total in sums if not total.isfinite()]
     if not found:
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]

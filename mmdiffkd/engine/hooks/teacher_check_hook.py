@@ -7,8 +7,9 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
+from mmdiffkd.utils.config import refuse_old_keys
 
-from ..runner_parts import required_distiller
+from .utils import require_distiller
 
 
 @HOOKS.register_module()
@@ -19,13 +20,16 @@ class TeacherCheckHook(Hook):
     predict the classes of the validation set. A resumed run does not repeat the check.
 
     Args:
-        floor (float, optional): Lowest value of the metric to go on with. Defaults to None, which only logs.
+        min_score (float, optional): Lowest value of the metric to go on with. Defaults to None, which only logs.
         metric (str, optional): Its name, such as ``'coco/bbox_mAP'``; higher must be better. Defaults to the first
             one that the evaluator returns.
     """
 
-    def __init__(self, floor: Optional[float] = None, metric: Optional[str] = None):
-        self.floor = floor
+    def __init__(self, min_score: Optional[float] = None, metric: Optional[str] = None, **old_keys):
+        refuse_old_keys(old_keys, 'TeacherCheckHook')
+        if old_keys:
+            raise TypeError(f"TeacherCheckHook has no argument '{next(iter(old_keys))}'.")
+        self.min_score = min_score
         self.metric = metric
 
     def before_train(self, runner: Runner) -> None:
@@ -33,9 +37,10 @@ class TeacherCheckHook(Hook):
 
         Raises:
             TypeError: If the model is no distiller.
-            ValueError: If there is no validation set, the teacher cannot be evaluated on it, or it is below the floor.
+            ValueError: If there is no validation set, or the teacher cannot be evaluated on it or is below
+                ``min_score``.
         """
-        model = required_distiller(runner, self)
+        model = require_distiller(runner, self)
         if runner.iter > 0 or model.diffkd_teacher is None:
             return
         if runner.val_loop is None:
@@ -46,10 +51,10 @@ class TeacherCheckHook(Hook):
             raise ValueError(f"The evaluation of the teacher has no metric '{name}', only {', '.join(metrics)}.")
         print_log(f'The teacher ({model.diffkd_teacher.name}): {name} {metrics[name]:.4f}', logger='current')
         runner.visualizer.add_scalars({f'teacher/{key}': value for key, value in metrics.items()}, step=0)
-        if self.floor is not None and not metrics[name] >= self.floor:
+        if self.min_score is not None and not metrics[name] >= self.min_score:
             raise ValueError(
                 f'The teacher ({model.diffkd_teacher.name}) reaches {name} {metrics[name]:.4f} on the validation set, '
-                f'below the floor of {self.floor}: look at its checkpoint, its classes and its image normalisation.'
+                f'below min_score={self.min_score}: look at its checkpoint, its classes and its image normalisation.'
             )
 
     @torch.no_grad()

@@ -5,14 +5,15 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.visualization import MLflowVisBackend, Visualizer
+from torch import nn
 
-from mmdiffkd.models import FeatureDiffusionNeck
-from mmdiffkd.models.distillers.diffkd_distiller import Kept
+from mmdiffkd.models import DiffusionOutput
+from mmdiffkd.models.distillers.diffkd_distiller import DistillRecord
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils import PREFIX
-from mmdiffkd.visualization import draw_comparison, draw_steps
+from mmdiffkd.visualization.feature_panels import draw_comparison, draw_steps
 
-from ..runner_parts import required_distiller
+from ..checkpoint import PREFIX
+from .utils import require_distiller
 
 
 @HOOKS.register_module()
@@ -24,7 +25,7 @@ class DiffKDVisualizationHook(Hook):
     ``diffkd.<pair>.<level>`` and ``diffkd.<pair>.<level>.steps``. Only mmengine's ``LocalVisBackend``, which every
     OpenMMLab config has, writes them as files, to ``vis_data/vis_image`` of the run, where the report finds them. What
     is drawn is what the iteration computed: nothing is run again, and the training is the same with and without the
-    hook. Pairs whose neck is no ``FeatureDiffusionNeck`` are left out. Without a teacher it does nothing.
+    hook. Pairs whose neck returns no ``DiffusionOutput`` are left out. Without a teacher it does nothing.
 
     Args:
         interval (int): Iterations from picture to picture. Where one of them distils nothing, see
@@ -49,45 +50,46 @@ class DiffKDVisualizationHook(Hook):
         Raises:
             TypeError: If it is no distiller.
         """
-        required_distiller(runner, self)
+        require_distiller(runner, self)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         """Ask the distiller to keep what it compares."""
         if is_main_process() and (runner.iter == 0 or self.every_n_train_iters(runner, self.interval)):
             self._is_due = True
         if self._is_due:
-            required_distiller(runner, self).keep_outputs = True
+            require_distiller(runner, self).distill_state.capture = True
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
     ) -> None:
         """Draw it."""
-        model = required_distiller(runner, self)
-        kept, model.kept, model.keep_outputs = model.kept, None, False
-        if kept is None or not _is_finite(kept):
+        model = require_distiller(runner, self)
+        state = model.distill_state
+        record, state.last_record, state.capture = state.last_record, None, False
+        if record is None or not _is_finite(record):
             return
         self._is_due = False
         step = runner.iter + 1
-        image = model.diffkd_teacher.renormalise.displayed(kept.images[:1])[0].cpu()
-        for pair, levels in kept.outputs.items():
+        image = model.diffkd_teacher.renormalize.displayed(record.images[:1])[0].cpu()
+        for pair, levels in record.outputs.items():
             for level, output in levels.items():
                 label, name = f'{pair}, level {level}', f'{PREFIX}{pair}.{level}'
                 _add_image(runner.visualizer, name, draw_comparison(label, image, output, step), step)
-                strip = draw_steps(label, output, _timesteps(model.diffkd[pair]), step)
+                strip = draw_steps(label, output, _timesteps(model.diffkd[pair], output), step)
                 if strip is not None:
                     _add_image(runner.visualizer, f'{name}.steps', strip, step)
 
 
-def _is_finite(kept: Kept) -> bool:
+def _is_finite(record: DistillRecord) -> bool:
     """Whether what is drawn is: features that are not have no colours."""
-    outputs = [output for levels in kept.outputs.values() for output in levels.values()]
-    drawn = [feature[0] for o in outputs for feature in (o.latent, o.refined, o.target, *o.samples)]
+    outputs = [output for levels in record.outputs.values() for output in levels.values()]
+    drawn = [feature[0] for o in outputs for feature in (o.student_latent, o.denoised, o.teacher_latent, *o.trajectory)]
     return all(feature.isfinite().all() for feature in drawn)
 
 
-def _timesteps(neck: FeatureDiffusionNeck) -> Sequence[int]:
-    level = neck.levels[0]  # all are built alike
-    return level.schedule.timesteps if level.denoise else ()
+def _timesteps(neck: nn.Module, output: DiffusionOutput) -> Sequence[int]:
+    """Timesteps of the denoising steps, as the neck describes them, or else their numbers."""
+    return neck.describe()[0].get('steps') or range(len(output.trajectory) - 1)
 
 
 def _add_image(visualizer: Visualizer, name: str, picture: np.ndarray, step: int) -> None:

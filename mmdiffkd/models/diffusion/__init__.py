@@ -1,18 +1,17 @@
 from .autoencoder import LinearAutoencoder
-from .bottleneck import Bottleneck
-from .conv_chain import ConvChain
-from .ddim import DDIMSchedule
-from .denoiser import BottleneckDenoiser, MLPDenoiser
-from .feature_diffusion import DiffusionOutput, Draws, FeatureDiffusion
-from .noise_adapter import FixedGamma, MLPNoiseAdapter, NoiseAdapter
+from .denoisers import Bottleneck, BottleneckDenoiser, MLPDenoiser
+from .feature_diffusion import DiffusionOutput, FeatureDiffusion, NoiseInputs
+from .noise_adapters import FixedGamma, MLPNoiseAdapter, NoiseAdapter
+from .recompute import ConvChain
+from .schedulers import DDIMScheduler
 
 __all__ = [
     'Bottleneck',
     'BottleneckDenoiser',
     'ConvChain',
-    'DDIMSchedule',
+    'DDIMScheduler',
     'DiffusionOutput',
-    'Draws',
+    'NoiseInputs',
     'FeatureDiffusion',
     'FixedGamma',
     'LinearAutoencoder',

@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 
 from .autoencoder import LinearAutoencoder
-from .conv_chain import ConvChain
-from .ddim import DDIMSchedule
+from .recompute import ConvChain
 
 
-class Draws(NamedTuple):
-    """The random draws of one pass; what is None is drawn anew.
+class NoiseInputs(NamedTuple):
+    """The random noise_inputs of one pass; what is None is drawn anew.
 
     Attributes:
         adapter_noise (Tensor, optional): Noise blended into the student latent, (N, C, H, W).
@@ -32,19 +31,24 @@ class DiffusionOutput(NamedTuple):
         losses (dict[str, Tensor]): Weighted scalars ``loss_kd``, and where they apply ``loss_diffusion`` and
             ``loss_reconstruction``.
         gamma (Tensor, optional): Share of the student latent that is kept, (N, ); None without denoising.
-        refined (Tensor): The denoised student feature that is compared, (N, C, H, W).
-        target (Tensor): The detached teacher latent it is compared with, (N, C, H, W).
-        latent (Tensor): The aligned student feature before noise and denoising, (N, C, H, W).
-        samples (list[Tensor]): Where they are asked for, the noised latent, and what every denoising step made of it,
-            (N, C, H, W) each; empty without denoising.
+        denoised (Tensor): The denoised student feature that is compared, (N, C, H, W).
+        teacher_latent (Tensor): The detached teacher latent it is compared with, (N, C, H, W).
+        student_latent (Tensor): The aligned student feature before noise and denoising, (N, C, H, W).
+        trajectory (list[Tensor]): If asked for, the noised latent and the result of every denoising step, (N, C, H, W)
+            each; empty without denoising.
     """
 
     losses: Dict[str, Tensor]
     gamma: Optional[Tensor]
-    refined: Tensor
-    target: Tensor
-    latent: Tensor
-    samples: Sequence[Tensor] = ()
+    denoised: Tensor
+    teacher_latent: Tensor
+    student_latent: Tensor
+    trajectory: Sequence[Tensor] = ()
+
+    @property
+    def logs(self) -> Dict[str, Tensor]:
+        """Values to log: gamma where there is denoising."""
+        return {} if self.gamma is None else dict(gamma=self.gamma)
 
 
 class FeatureDiffusion(nn.Module):
@@ -61,19 +65,19 @@ class FeatureDiffusion(nn.Module):
         denoiser (dict, optional): Config of the denoiser, which is given channels-last features. Defaults to
             ``BottleneckDenoiser``.
         noise_adapter (dict, optional): Config of the noise adapter. Defaults to ``NoiseAdapter``.
-        schedule (dict, optional): Arguments of :class:`DDIMSchedule`. Defaults to its defaults.
-        distance (dict, optional): Config of the distance, called as ``distance(student, teacher)``. Defaults to
+        scheduler (dict, optional): Config of the noise scheduler. Defaults to ``DDIMScheduler``.
+        loss_kd (dict, optional): Config of the distance, called as ``loss_kd(student, teacher)``. Defaults to
             ``MSELoss``.
         loss_diffusion_weight (float): Weight of the diffusion loss. Defaults to 1.
         loss_reconstruction_weight (float): Weight of the autoencoder's loss. Defaults to 1.
-        backprop_steps (int, optional): Through the denoiser of how many of the last denoising steps the distance sends
+        num_grad_steps (int, optional): Through the denoiser of how many of the last denoising steps the distance sends
             gradient. In the steps before them it reaches the student past the denoiser, scaled as the step scales the
             sample. None is the paper's, through all. Defaults to None.
         memory_efficient (bool): Keep no more than the input of every denoising step for the backward pass, which
             computes the steps again. Results and gradients are the same. Defaults to False.
 
     Raises:
-        ValueError: If ``align``, ``latent_channels``, ``backprop_steps`` or ``memory_efficient`` do not go with the
+        ValueError: If ``align``, ``latent_channels``, ``num_grad_steps`` or ``memory_efficient`` do not go with the
             other arguments, or a distance between classes is given different numbers of them.
     """
 
@@ -86,16 +90,16 @@ class FeatureDiffusion(nn.Module):
         align: bool = True,
         denoiser: Optional[dict] = None,
         noise_adapter: Optional[dict] = None,
-        schedule: Optional[dict] = None,
-        distance: Optional[dict] = None,
+        scheduler: Optional[dict] = None,
+        loss_kd: Optional[dict] = None,
         loss_diffusion_weight: float = 1.0,
         loss_reconstruction_weight: float = 1.0,
-        backprop_steps: Optional[int] = None,
+        num_grad_steps: Optional[int] = None,
         memory_efficient: bool = False,
     ):
         super().__init__()
         of_denoising = dict(
-            latent_channels=latent_channels, backprop_steps=backprop_steps, memory_efficient=memory_efficient or None
+            latent_channels=latent_channels, num_grad_steps=num_grad_steps, memory_efficient=memory_efficient or None
         )
         for name, value in of_denoising.items():
             if not denoise and value is not None:
@@ -112,17 +116,17 @@ class FeatureDiffusion(nn.Module):
         self.loss_diffusion_weight = loss_diffusion_weight
         self.loss_reconstruction_weight = loss_reconstruction_weight
         self.align = nn.Conv2d(student_channels, channels, 1) if align else nn.Identity()
-        self.distance = MODELS.build(distance or dict(type='mmdiffkd.MSELoss'))
-        if getattr(self.distance, 'compares_classes', False):
+        self.loss_kd = MODELS.build(loss_kd or dict(type='mmdiffkd.MSELoss'))
+        if getattr(self.loss_kd, 'compares_classes', False):
             self._check_classes(student_channels, teacher_channels)
         if not denoise:
             return
-        self.schedule = DDIMSchedule(**(schedule or {}))
-        num_steps = len(self.schedule.timesteps)
-        self.backprop_steps = num_steps if backprop_steps is None else backprop_steps
-        if not 1 <= self.backprop_steps <= num_steps:
+        self.scheduler = MODELS.build(scheduler or {}, default_args=dict(type='mmdiffkd.DDIMScheduler'))
+        num_steps = len(self.scheduler.timesteps)
+        self.num_grad_steps = num_steps if num_grad_steps is None else num_grad_steps
+        if not 1 <= self.num_grad_steps <= num_steps:
             raise ValueError(
-                f'backprop_steps={backprop_steps} must lie between 1 and schedule.num_inference_steps={num_steps}.'
+                f'num_grad_steps={num_grad_steps} must lie between 1 and scheduler.num_inference_steps={num_steps}.'
             )
         self.autoencoder = None if latent_channels is None else LinearAutoencoder(teacher_channels, channels)
         self.noise_adapter = MODELS.build(
@@ -130,15 +134,47 @@ class FeatureDiffusion(nn.Module):
         )
         self.denoiser = MODELS.build(
             denoiser or dict(type='mmdiffkd.BottleneckDenoiser'),
-            default_args=dict(channels=channels, num_train_timesteps=self.schedule.num_train_timesteps),
+            default_args=dict(channels=channels, num_train_timesteps=self.scheduler.num_train_timesteps),
         )
         self.proj = ConvChain(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
-        for module in self.modules():
-            if isinstance(module, ConvChain):
-                module.memory_efficient = memory_efficient
+        for name in ('denoiser', 'noise_adapter', 'proj') if memory_efficient else ():
+            chains = [module for module in getattr(self, name).modules() if isinstance(module, ConvChain)]
+            if not chains and any(True for _ in getattr(self, name).parameters()):
+                raise ValueError(
+                    f'memory_efficient=True has no effect on the {name} {type(getattr(self, name)).__name__}: put its '
+                    'layers into a mmdiffkd.models.ConvChain, or set memory_efficient=False.'
+                )
+            for chain in chains:
+                chain.memory_efficient = True
+
+    def describe(self) -> dict:
+        """Settings of this level; see :meth:`.DistillNeck.describe`."""
+        settings = dict(
+            adapter=None,
+            latent_channels=None,
+            autoencoder=False,
+            denoiser=None,
+            steps=None,
+            loss_kd=type(self.loss_kd).__name__,
+            loss_weight=getattr(self.loss_kd, 'loss_weight', None),
+            loss_diffusion_weight=None,
+            loss_reconstruction_weight=None,
+        )
+        if isinstance(self.align, nn.Conv2d):
+            settings['adapter'] = f'{self.align.in_channels} -> {self.align.out_channels}'
+        if self.denoise:
+            settings.update(
+                latent_channels=self.proj[0].out_channels,
+                denoiser=type(self.denoiser).__name__,
+                steps=list(self.scheduler.timesteps),
+                loss_diffusion_weight=self.loss_diffusion_weight,
+            )
+            if self.autoencoder is not None:
+                settings.update(autoencoder=True, loss_reconstruction_weight=self.loss_reconstruction_weight)
+        return settings
 
     def _check_classes(self, student: int, teacher: int) -> None:
-        name = type(self.distance).__name__
+        name = type(self.loss_kd).__name__
         if student != teacher:
             raise ValueError(
                 f'{name} compares class by class, but the student has {student} classes and the teacher {teacher}; tap '
@@ -154,9 +190,9 @@ class FeatureDiffusion(nn.Module):
         self,
         student: Tensor,
         teacher: Tensor,
-        draws: Optional[Draws] = None,
+        noise_inputs: Optional[NoiseInputs] = None,
         mask: Optional[Tensor] = None,
-        keep_samples: bool = False,
+        return_trajectory: bool = False,
     ) -> DiffusionOutput:
         """Compare a student feature with its teacher's.
 
@@ -164,11 +200,10 @@ class FeatureDiffusion(nn.Module):
             student (Tensor): (N, C_s, H, W).
             teacher (Tensor): (N, C_t, H', W'); the student is resized to it where the sizes differ, but for a pooled
                 student (1x1), which is compared with the pooled teacher.
-            draws (Draws, optional): Random draws given from outside.
+            noise_inputs (NoiseInputs, optional): Noise and timesteps given from outside.
             mask (Tensor, optional): Pixels that count, (N, 1, h, w) of type bool, resized to the teacher; for
-                distances that take one, ``distance(student, teacher, mask)``. None counts all.
-            keep_samples (bool): Whether the output has the samples; the backward pass does not need them. Defaults to
-                False.
+                distances that take one, ``loss_kd(student, teacher, mask)``. None counts all.
+            return_trajectory (bool): Whether the output has the trajectory. Defaults to False.
 
         Returns:
             DiffusionOutput: Losses, gamma, denoised feature and target.
@@ -187,14 +222,14 @@ class FeatureDiffusion(nn.Module):
             in_training = [module for module in self.modules() if module.training]
             self.eval()
             try:
-                return self.forward(student, teacher, draws, mask, keep_samples)
+                return self.forward(student, teacher, noise_inputs, mask, return_trajectory)
             finally:
                 for module in in_training:  # not those that were frozen
                     module.training = True
         if self.denoise:  # convolutions and BatchNorm are quickest so
             student = student.contiguous(memory_format=torch.channels_last)
             teacher = teacher.contiguous(memory_format=torch.channels_last)
-        draws = draws or Draws()
+        noise_inputs = noise_inputs or NoiseInputs()
         latent = self._align(student, teacher.shape[-2:])
         target = teacher.detach()
         if not self.denoise:
@@ -207,11 +242,11 @@ class FeatureDiffusion(nn.Module):
             losses['loss_reconstruction'] = self.loss_reconstruction_weight * loss
             target = target.detach()
         samples: List[Tensor] = []
-        clean, gamma = self._denoise(latent, draws.adapter_noise, samples if keep_samples else None)
-        refined = self.proj(clean)
-        losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, draws)
-        losses['loss_kd'] = self._distance(refined, target, mask)
-        return DiffusionOutput(losses, gamma, refined, target, latent, samples)
+        clean, gamma = self._denoise(latent, noise_inputs.adapter_noise, samples if return_trajectory else None)
+        denoised = self.proj(clean)
+        losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, noise_inputs)
+        losses['loss_kd'] = self._distance(denoised, target, mask)
+        return DiffusionOutput(losses, gamma, denoised, target, latent, samples)
 
     def _align(self, student: Tensor, size: torch.Size) -> Tensor:
         latent = self.align(student)
@@ -223,10 +258,10 @@ class FeatureDiffusion(nn.Module):
 
     def _distance(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor]) -> Tensor:
         student, teacher = student.float().contiguous(), teacher.float().contiguous()  # some ask for a view
-        if mask is None or not getattr(self.distance, 'takes_mask', False):
-            return self.distance(student, teacher)
+        if mask is None or not getattr(self.loss_kd, 'takes_mask', False):
+            return self.loss_kd(student, teacher)
         mask = F.interpolate(mask.float(), teacher.shape[-2:], mode='nearest-exact')[:, 0] > 0
-        return self.distance(student, teacher, mask)
+        return self.loss_kd(student, teacher, mask)
 
     def _denoise(
         self, latent: Tensor, noise: Optional[Tensor], samples: Optional[List[Tensor]]
@@ -238,27 +273,27 @@ class FeatureDiffusion(nn.Module):
         sample = torch.lerp(noise, latent.float(), gamma.view(-1, 1, 1, 1))
         if samples is not None:
             samples.append(sample)
-        for index, timestep in enumerate(self.schedule.timesteps):
+        for index, timestep in enumerate(self.scheduler.timesteps):
             # one row of the embedding serves the whole batch
             timesteps = torch.full((1,), timestep, dtype=torch.long, device=latent.device)
             predicted = self.denoiser(sample, timesteps)
-            if index < len(self.schedule.timesteps) - self.backprop_steps:
+            if index < len(self.scheduler.timesteps) - self.num_grad_steps:
                 predicted = predicted.detach()  # under no_grad, autocast would keep weights that get no gradient
-            sample = self.schedule.step(sample, predicted, index)
+            sample = self.scheduler.step(predicted, timestep, sample)
             if samples is not None:
                 samples.append(sample)
         return sample, gamma
 
-    def _diffusion_loss(self, target: Tensor, draws: Draws) -> Tensor:
+    def _diffusion_loss(self, target: Tensor, noise_inputs: NoiseInputs) -> Tensor:
         """Train the denoiser on the teacher's latent."""
-        noise, timesteps = draws.diffusion_noise, draws.diffusion_timesteps
+        noise, timesteps = noise_inputs.diffusion_noise, noise_inputs.diffusion_timesteps
         if noise is None:
             noise = _randn_like(target)
         if timesteps is None:
-            high = self.schedule.num_train_timesteps
-            timesteps = torch.randint(high, (target.size(0),), device=target.device)
-        noisy = self.schedule.add_noise(target, noise, timesteps)
-        return (self.denoiser(noisy, timesteps).float() - noise).square().mean()
+            timesteps = self.scheduler.sample_timesteps(target.size(0), target.device)
+        noisy = self.scheduler.add_noise(target, noise, timesteps)
+        prediction_target = self.scheduler.target(target, noise, timesteps)
+        return (self.denoiser(noisy, timesteps).float() - prediction_target).square().mean()
 
 
 def _randn_like(x: Tensor) -> Tensor:

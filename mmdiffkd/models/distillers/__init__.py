@@ -1,3 +1,3 @@
-from .diffkd_distiller import DiffKDDistiller
+from .diffkd_distiller import DiffKDDistiller, convert_to_distiller, export
 
-__all__ = ['DiffKDDistiller']
+__all__ = ['DiffKDDistiller', 'convert_to_distiller', 'export']

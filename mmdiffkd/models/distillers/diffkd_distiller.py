@@ -1,8 +1,10 @@
 import copy
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from logging import WARNING
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
 from mmengine.config import ConfigDict
@@ -11,143 +13,197 @@ from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from mmdiffkd.engine.checkpoint import PREFIX, check_is_data
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils import PREFIX, check_is_data, nearest, with_preprocessor
+from mmdiffkd.utils.config import closest_names, refuse_old_keys, with_preprocessor
 from mmdiffkd.version import __version__
 
-from ..diffusion import DiffusionOutput
-from ..necks import FeatureDiffusionNeck
-from .idle import touching
-from .ignored import counted_pixels, ignore_index_of
-from .levels import match_levels
-from .log_names import name_losses, non_finite_names
-from .pairs import read_pairs
-from .passes import ENCODERS, ImageRecorder, encoder_path
-from .probe import check_gradient, check_training_outputs, probe
-from .roi import check_roi_taps, is_roi_tap, record_rois
-from .taps import TapError, TapRecorder, find_module
+from ..diffusion.feature_diffusion import DiffusionOutput
+from ..losses.naming import name_losses, non_finite_names
+from ..necks.base import DistillContext, check_neck
+from .feature_info import (
+    ENCODERS,
+    FeatureInfo,
+    check_gradient,
+    check_training_outputs,
+    encoder_path,
+    infer_feature_info,
+    match_levels,
+)
+from .pairs import Pair, check_roi_taps, read_pairs
+from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, find_module, is_roi_tap, record_rois
 from .teacher import Teacher
 
 
-class Kept(NamedTuple):
-    """What an iteration compared, to be looked at after it.
+class DistillRecord(NamedTuple):
+    """Features compared in one iteration, kept for visualization.
 
     Attributes:
         images (Tensor): Preprocessed images of the student, (N, 3, H, W).
-        outputs (dict[str, dict[int, DiffusionOutput]]): By pair and level, with their samples; of a
-            ``FeatureDiffusionNeck`` only.
+        outputs (dict[str, dict[int, DiffusionOutput]]): Outputs by pair and level, of pairs whose neck returns
+            features.
     """
 
     images: Tensor
     outputs: Dict[str, Dict[int, DiffusionOutput]]
 
 
+@dataclass
+class DistillState:
+    """What hooks tell a distiller, and what it tells them.
+
+    Attributes:
+        enabled (bool): Whether iterations distill. Otherwise neither the teacher nor the diffusion module runs. Set by
+            ``DistillScheduleHook``.
+        weight (float): Factor of the losses that compare student and teacher. Set by ``DistillScheduleHook``.
+        attach_unused_params (bool): Whether DDP waits for the diffusion module in iterations that do not distill. Set
+            by ``DistillScheduleHook``.
+        skip_non_finite (bool): Whether a loss that is not finite is left to ``NonFiniteHook``, which sets this.
+        record_tap_gradients (bool): Whether ``tap_gradients`` are recorded. Set by ``NonFiniteHook``.
+        capture (bool): Whether the next iteration is kept in ``last_record``. Set by ``DiffKDVisualizationHook``.
+        last_record (DistillRecord, optional): The captured iteration.
+        non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
+        tap_gradients (dict[tuple[str, int], Tensor]): Sums of the gradients that the student received in the last
+            iteration, by pair and level.
+    """
+
+    enabled: bool = True
+    weight: float = 1.0
+    attach_unused_params: bool = False
+    skip_non_finite: bool = False
+    record_tap_gradients: bool = False
+    capture: bool = False
+    last_record: Optional[DistillRecord] = None
+    non_finite_losses: List[str] = field(default_factory=list)
+    tap_gradients: Dict[Tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def __getstate__(self):
+        # a copy of the model has no iteration behind it
+        return {**vars(self), 'last_record': None, 'non_finite_losses': [], 'tap_gradients': {}}
+
+
 @MODELS.register_module()
 class DiffKDDistiller(BaseModel):
-    """Distil a teacher into a student while the student stays what it is.
+    """Train a student with the features of a teacher (paper, section 3).
 
-    Building one gives the student itself, its class extended by this one: parameters, attributes, hooks and
-    checkpoints keep the student's names, and ``predict`` is the student's own. Only :meth:`loss` does more. The
-    diffusion part is registered under ``diffkd``, the teacher is not registered at all.
+    Building one builds the student and converts it, see :func:`convert_to_distiller`: the model is the student itself,
+    and its class is extended by this one. Parameters, attributes, hooks and checkpoints keep the student's names, and
+    ``predict`` is the student's own. The diffusion module is registered under ``diffkd``. The teacher is no submodule.
+
+    Subclass it to change the training, such as :meth:`loss` or :meth:`read_pairs`.
 
     Args:
         student (dict): Config of the student, any model with ``loss(inputs, data_samples)``.
         teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
-            ``'zoo'``) of the teacher. None trains the student alone. Defaults to None.
-        distill (dict, optional): What is compared, ``{name: dict(student=, teacher=, levels=, neck=)}``. Defaults to
-            what :func:`.default_distill` has for the task.
-        preset (str): What pairs are by default, ``'paper'`` or ``'plus'``; see :func:`.read_pairs`. Defaults to
-            ``'paper'``.
-        inherit (list[str], optional): Modules whose weights the student takes from the teacher before training, such
-            as ``['neck', 'bbox_head']``. Defaults to None.
-        data_preprocessor (dict, optional): Top-level preprocessor that the Runner hands over; the student gets it
-            where it has none of its own.
+            ``'zoo'``) of the teacher, and other arguments of :class:`.Teacher`. None trains the student alone. Defaults
+            to None.
+        distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=)}``. Defaults to those of the
+            preset.
+        preset (str): Default pairs and settings: ``'diffkd'`` (the paper's), ``'plus'``, or a preset of your own.
+            Defaults to ``'diffkd'``.
+        init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
+            ``['neck', 'bbox_head']``. Defaults to None.
+        data_preprocessor (dict, optional): Top-level preprocessor, which the Runner passes on. The student gets it if
+            it has none of its own.
 
     Raises:
-        ValueError: If a tap, a level or a width does not fit; known when the model is built.
-        Exception: What else keeps the teacher from being built, such as FileNotFoundError for its config; raised when
-            training starts, since predicting does not need it.
+        ValueError: If a tap, a level or a width does not fit, or a key has another name now.
+        FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. A
+            warning says so when the model is built, since it can still predict; training raises it.
     """
 
+    _student_type: Optional[type] = None  # of converted models
+
     def __new__(cls, *args, **kwargs):
-        if cls is not DiffKDDistiller:  # a copy of a distiller that was built before
+        if cls._student_type is not None:  # a converted model is copied or unpickled
             return super().__new__(cls)
-        model = MODELS.build(_student_cfg(*args, **kwargs))
-        model.__class__ = _distiller_class(type(model))
-        return model
+        refuse_old_keys(kwargs, 'DiffKDDistiller')
+        student = MODELS.build(_student_cfg(*args, **kwargs))
+        _check_convertible(student)
+        student.__class__ = _converted_class(cls, type(student))
+        return student
 
     def __init__(
         self,
         student: dict,
         teacher: Optional[dict] = None,
         distill: Optional[dict] = None,
-        preset: str = 'paper',
-        inherit: Optional[Sequence[str]] = None,
+        preset: str = 'diffkd',
+        init_from_teacher: Optional[Sequence[str]] = None,
         data_preprocessor: Optional[dict] = None,
     ):
-        # __new__ has built the student: BaseModel.__init__ must not run again
+        # the student is built: BaseModel.__init__ must not run again
         self.diffkd_teacher: Optional[Teacher] = None  # some models have a 'teacher' of their own
         self.deferred_error: Optional[Exception] = None
-        self.distill_weight: Optional[float] = 1.0  # set by DistillScheduleHook; None rests the distillation
-        self.touch_idle_part = False  # set by DistillScheduleHook
-        self.skip_non_finite = False  # set by NonFiniteHook
-        self.watch_tap_gradients = False  # set by NonFiniteHook
-        self.keep_outputs = False  # set by DiffKDVisualizationHook
-        self.kept: Optional[Kept] = None
-        self.non_finite_losses: List[str] = []
-        self.tap_gradients: Dict[Tuple[str, int], Tensor] = {}  # sums, by pair and level
-        self._inherit = [inherit] if isinstance(inherit, str) else list(inherit or ())
-        self._register_load_state_dict_pre_hook(self._forget_absent_part)
-        self.register_load_state_dict_post_hook(_keep_fresh_part)
+        self.distill_state = DistillState()
+        self.pairs: Dict[str, Pair] = {}
+        self.matched_levels: Dict[str, List[List[Tuple[int, int]]]] = {}
+        self.student_info: Dict[str, FeatureInfo] = {}
+        self.encoder_path: Optional[str] = None
+        self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
+        self._distill_handles = [
+            self._register_load_state_dict_pre_hook(self._drop_diffusion_keys),
+            self.register_load_state_dict_post_hook(_allow_missing_diffusion_keys),
+        ]
         if teacher is None:
             return
         _check_teacher_keys(teacher)
         student_cfg = _student_cfg(student, data_preprocessor=data_preprocessor)
         try:
             self._build_pairs(Teacher(**teacher), student_cfg, distill, preset)
-        except ValueError:  # a mistake in this config
-            raise
-        except Exception as error:  # the teacher cannot be had here, which matters to training alone
-            self.deferred_error = error
+        except (OSError, ImportError, KeyError) as error:
+            if isinstance(error, KeyError) and 'registry' not in str(error):
+                raise
+            self.deferred_error = error  # the model can predict without its teacher
+            print_log(f'This model cannot be trained, its teacher is missing: {error}', 'current', WARNING)
+
+    def read_pairs(self, distill: Optional[dict], student_cfg: dict, teacher_cfg: dict, preset: str) -> Dict[str, Pair]:
+        """The pairs to distill; see :func:`.read_pairs`."""
+        return read_pairs(distill, self, student_cfg, teacher_cfg, preset)
 
     def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict], preset: str) -> None:
         teacher_cfg = teacher.model_cfg
-        self.pairs = read_pairs(distill, self, student_cfg, teacher_cfg, preset)
-        check_roi_taps(self.pairs, student_cfg, teacher_cfg)
-        student_taps = probe(student_cfg, {pair.student for pair in self.pairs.values()}, 'student')
-        teacher_taps = probe(teacher_cfg, {pair.teacher for pair in self.pairs.values()}, 'teacher')
-        self._student_taps = student_taps
-        self._encoder = encoder_path(self)  # now, before anything is wrapped
-        teacher.expect(student_cfg.get('data_preprocessor'), teacher_taps)
-
-        if distill is None:  # what is frozen is left out while there is anything else
-            learning = {name: pair for name, pair in self.pairs.items() if any(student_taps[pair.student].learns)}
-            self.pairs = learning or self.pairs
-        self._matches = {}
+        pairs = self.read_pairs(distill, student_cfg, teacher_cfg, preset)
+        check_roi_taps(pairs, student_cfg, teacher_cfg)
+        taps = [{tap for pair in pairs.values() for tap in side(pair)} for side in (_student_taps, _teacher_taps)]
+        self.student_info = infer_feature_info(student_cfg, taps[0], 'student')
+        teacher_info = infer_feature_info(teacher_cfg, taps[1], 'teacher')
+        self.encoder_path = encoder_path(self)  # now, before anything is wrapped
+        teacher.expect(student_cfg.get('data_preprocessor'), teacher_info)
+        if distill is None:  # frozen features are left out if others remain
+            trainable = {
+                name: pair
+                for name, pair in pairs.items()
+                if any(any(self.student_info[tap].requires_grad) for tap in pair.student_taps)
+            }
+            pairs = trainable or pairs
+        self.pairs = pairs
         necks = {}
-        for name, pair in self.pairs.items():
-            ours, theirs = student_taps[pair.student], teacher_taps[pair.teacher]
-            matches = self._matches[name] = match_levels(name, ours, theirs, pair.levels)
-            widths = dict(
-                student_channels=[ours.channels[s] for s, _ in matches],
-                teacher_channels=[theirs.channels[t] for _, t in matches],
-            )
+        for name, pair in pairs.items():
+            infos = [(self.student_info[s], teacher_info[t]) for s, t in zip(pair.student_taps, pair.teacher_taps)]
+            matches = [match_levels(name, *info, pair.levels) for info in infos]
+            self.matched_levels[name] = matches
+            ours = [[info.channels[s] for s, _ in levels] for (info, _), levels in zip(infos, matches)]
+            theirs = [[info.channels[t] for _, t in levels] for (_, info), levels in zip(infos, matches)]
+            widths = dict(student_channels=_per_tap(pair, ours), teacher_channels=_per_tap(pair, theirs))
             try:
                 # the student starts from the weights that it starts from alone with the same seed
                 with torch.random.fork_rng(devices=[]):
-                    necks[name] = MODELS.build(pair.neck, default_args=widths)
+                    neck = MODELS.build(pair.neck, default_args=widths)
+                check_neck(neck)
             except (TypeError, ValueError, KeyError) as error:
                 raise ValueError(f'distill.{name}.neck cannot be built: {error}') from error
+            necks[name] = neck
         self.diffkd = nn.ModuleDict(necks)
-        # now, before FSDP wraps them; other necks may have no samples to keep
-        self._with_samples = {name for name, neck in necks.items() if isinstance(neck, FeatureDiffusionNeck)}
-        self._ignored_labels = {name: ignore_index_of(self, pair.student) for name, pair in self.pairs.items()}
-        for path in self._inherit:
+        # now, before FSDP wraps the necks
+        self._auxiliary_losses = {name: tuple(getattr(neck, 'auxiliary_losses', ())) for name, neck in necks.items()}
+        self._ignored_labels = {name: find_ignore_index(self, pair.student_taps[0]) for name, pair in pairs.items()}
+        for path in self._init_paths:
             find_module(self, path, 'student')
         self.diffkd_teacher = teacher
 
     def init_weights(self) -> None:
-        """Initialise the student as upstream does, then bring in the teacher: training is about to start.
+        """Initialize the student as upstream does, then load the teacher: training is about to start.
 
         Raises:
             FileNotFoundError, ValueError: If the weights of the teacher, or those an ``init_cfg`` names, are not there,
@@ -156,7 +212,7 @@ class DiffKDDistiller(BaseModel):
         if self.deferred_error is not None:
             raise self.deferred_error
         print_log(f'Versions: {", ".join(_versions())}', logger='current')
-        # the student's init_cfg reaches every registered module; the diffusion part keeps its own initialisation
+        # the student's init_cfg reaches every submodule; the diffusion module keeps its own initialization
         diffkd = self._modules.pop('diffkd', None)
         try:
             for source in _pretrained_files(self):
@@ -166,11 +222,11 @@ class DiffKDDistiller(BaseModel):
             if diffkd is not None:
                 self._modules['diffkd'] = diffkd
         if self.diffkd_teacher is not None:
-            self._take_over(self.diffkd_teacher.model)
+            self._init_from_teacher(self.diffkd_teacher.model)
 
-    def _take_over(self, teacher: nn.Module) -> None:
-        """Inheriting: start modules of the student with the teacher's weights."""
-        for path in self._inherit:
+    def _init_from_teacher(self, teacher: nn.Module) -> None:
+        """Start modules of the student with the teacher's weights."""
+        for path in self._init_paths:
             source = find_module(teacher, path, 'teacher').state_dict()
             target = find_module(self, path, 'student')
             own = target.state_dict()
@@ -178,125 +234,289 @@ class DiffKDDistiller(BaseModel):
             unfit += [key for key in own if key in source and own[key].shape != source[key].shape]
             if unfit:
                 raise ValueError(
-                    f"inherit=['{path}'] needs the same module in student and teacher, but {len(unfit)} of its "
-                    f"{len(own)} weights differ, among them '{path}.{unfit[0]}'."
+                    f"init_from_teacher=['{path}'] needs the same module in student and teacher, but {len(unfit)} of "
+                    f"its {len(own)} weights differ, among them '{path}.{unfit[0]}'."
                 )
             target.load_state_dict(source)
 
     def loss(self, inputs: Tensor, data_samples: Optional[list] = None, **kwargs) -> Dict[str, Tensor]:
-        """The student's losses and those of the distillation.
+        """Compute the student's losses and the distillation losses.
 
         Args:
-            inputs (Tensor): Preprocessed images, (N, 3, H, W). Of models that take views or clips, the teacher sees
-                what the student's encoder is first called with.
+            inputs (Tensor): Preprocessed images, (N, 3, H, W). For models that take views or clips, the teacher sees
+                the input of the first call of the student's encoder.
             data_samples (list, optional): Their data samples.
 
         Returns:
-            dict[str, Tensor]: The student's own losses, and for every pair ``diffkd.<pair>.loss_kd``,
-            ``.loss_diffusion``, ``.loss_reconstruction`` (summed over levels) and ``.gamma`` (their mean). Where a
-            pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
-            ``.gamma.<level>`` tell them apart; these are logged, not optimised.
+            dict[str, Tensor]: The student's own losses, and for every pair the losses of its neck, summed over levels:
+            ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma`` (mean over levels).
+            If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
+            ``.gamma.<level>`` are logged as well.
         """
         if self.deferred_error is not None:
             raise self.deferred_error
-        self.tap_gradients.clear()
-        if self.diffkd_teacher is None or self.distill_weight is None:
+        state = self.distill_state
+        state.tap_gradients.clear()
+        if self.diffkd_teacher is None or not state.enabled:
             return super().loss(inputs, data_samples, **kwargs)
         is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # not views or clips
-        needs_rois = any(is_roi_tap(pair.teacher) for pair in self.pairs.values())
+        taps = {tap for pair in self.pairs.values() for tap in pair.student_taps}
+        needs_rois = any(is_roi_tap(tap) for pair in self.pairs.values() for tap in pair.teacher_taps)
         with ExitStack() as stack:
-            taps = stack.enter_context(TapRecorder(self, {pair.student for pair in self.pairs.values()}, 'student'))
+            recorder = stack.enter_context(ModuleOutputsRecorder(self, taps, 'student'))
             rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
             if not is_images:
-                recorder = stack.enter_context(self._record_images())
+                encoder = stack.enter_context(self.record_encoder_inputs())
             losses = dict(super().loss(inputs, data_samples, **kwargs))
-        images, samples = (inputs, data_samples) if is_images else (recorder.images[0], None)
-        size, masks, kept = images.shape[-2:], {}, {}
+        images, samples = (inputs, data_samples) if is_images else (encoder.images[0], None)
         teacher_features = self.diffkd_teacher.features(images, samples, rois[0])
+        context = DistillContext(
+            images=images,
+            data_samples=samples,
+            input_size=tuple(images.shape[-2:]),
+            progress=_progress(),
+            student=self,
+            teacher=self.diffkd_teacher.running_model,
+            capture=state.capture,
+        )
+        masks: Dict[Optional[int], Optional[Tensor]] = {}
+        captured = {}
         for name, pair in self.pairs.items():
-            tap = self._student_taps[pair.student]
-            check_training_outputs(name, pair.student, taps.outputs[pair.student], tap)
-            student = taps.features(pair.student, size, tap.tokens)
-            teacher = teacher_features[pair.teacher]
-            levels = [s for s, _ in self._matches[name]]
-            check_gradient(name, pair.student, student, levels)
-            if self.watch_tap_gradients and torch.is_grad_enabled():
-                self._watch(name, {level: student[level] for level in levels})
             label = self._ignored_labels[name]
             if label not in masks:
-                masks[label] = counted_pixels(samples, label)
-            options = {} if masks[label] is None else dict(mask=masks[label])
-            is_kept = self.keep_outputs and name in self._with_samples
-            if is_kept:
-                options['keep_samples'] = True
+                masks[label] = valid_pixel_mask(samples, label)
+            student = self._student_features(name, pair, recorder, context.input_size)
+            teacher = [
+                [teacher_features[tap][t] for _, t in levels]
+                for tap, levels in zip(pair.teacher_taps, self.matched_levels[name])
+            ]
             outputs = self.diffkd[name](
-                [student[s] for s in levels], [teacher[t] for _, t in self._matches[name]], **options
+                _per_tap(pair, student), _per_tap(pair, teacher), replace(context, mask=masks[label])
             )
-            losses.update(name_losses(name, outputs, levels, self.distill_weight))
-            if is_kept:
-                kept[name] = dict(zip(levels, outputs))
-        if self.keep_outputs:
-            self.kept = Kept(images, kept)
+            levels = self.output_levels(name, outputs)
+            losses.update(name_losses(name, outputs, levels, state.weight, self._auxiliary_losses[name]))
+            drawn = {level: output for level, output in zip(levels, outputs) if isinstance(output, DiffusionOutput)}
+            if drawn:
+                captured[name] = drawn
+        if state.capture:
+            state.last_record = DistillRecord(images, captured)
         return losses
 
-    def _record_images(self) -> ImageRecorder:
-        if self._encoder is None:
+    def output_levels(self, name: str, outputs: Sequence) -> List[int]:
+        """The numbers of the levels that the outputs of a pair's neck belong to.
+
+        Args:
+            name (str): Name of the pair.
+            outputs (list): Outputs of its neck.
+
+        Returns:
+            list[int]: The student's levels where there is an output for each, else a count from 0.
+        """
+        levels = [s for s, _ in self.matched_levels[name][0]]
+        return levels if len(outputs) == len(levels) else list(range(len(outputs)))
+
+    def _student_features(
+        self, name: str, pair: Pair, recorder: ModuleOutputsRecorder, input_size: Tuple[int, int]
+    ) -> List[List[Tensor]]:
+        """The student's features by tap and level, checked to be those of the dry run."""
+        features = []
+        for tap, matches in zip(pair.student_taps, self.matched_levels[name]):
+            info = self.student_info[tap]
+            check_training_outputs(name, tap, recorder.outputs[tap], info)
+            recorded = recorder.features(tap, input_size, info.tokens)
+            levels = [s for s, _ in matches]
+            check_gradient(name, tap, recorded, levels)
+            if self.distill_state.record_tap_gradients and torch.is_grad_enabled():
+                self._record_gradients(name, {level: recorded[level] for level in levels})
+            features.append([recorded[level] for level in levels])
+        return features
+
+    def record_encoder_inputs(self) -> ModuleInputsRecorder:
+        """Record what the student's encoder is first called with.
+
+        Raises:
+            TapError: If the student has no encoder under one of upstream's names.
+        """
+        if self.encoder_path is None:
             raise TapError(
-                f'{type(self).__mro__[2].__name__} takes views or clips, and its encoder, which tells what the teacher '
+                f'{self._student_type.__name__} takes views or clips, and its encoder, which tells what the teacher '
                 f'sees, is none of {", ".join(ENCODERS)}.'
             )
-        return ImageRecorder(self, self._encoder)
+        return ModuleInputsRecorder(self, self.encoder_path)
 
-    def _watch(self, pair: str, features: Dict[int, Tensor]) -> None:
-        """Sum up the gradients that reach the student through a pair; the sum of one that breaks is not finite."""
+    def _record_gradients(self, pair: str, features: Dict[int, Tensor]) -> None:
+        """Sum the gradients that reach the student through a pair; a sum with a non-finite term is not finite."""
 
-        def note(level: int, gradient: Tensor) -> None:
-            self.tap_gradients[pair, level] = gradient.sum(dtype=torch.float32)
+        def record(level: int, gradient: Tensor) -> None:
+            self.distill_state.tap_gradients[pair, level] = gradient.sum(dtype=torch.float32)
 
         for level, feature in features.items():
-            feature.register_hook(partial(note, level))
+            feature.register_hook(partial(record, level))
 
     def parse_losses(self, losses: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """Sum up the losses.
+        """Sum the losses.
 
         Raises:
             FloatingPointError: If the sum is not finite; it names the losses and the iteration.
         """
         loss, log_vars = super().parse_losses(losses)
-        if self.touch_idle_part and self.distill_weight is None:
-            loss = touching(loss, self.diffkd.parameters())
+        state = self.distill_state
+        if state.attach_unused_params and not state.enabled:
+            loss = attach_unused_params(loss, self.diffkd.parameters())
         is_finite = loss.detach().isfinite().all()
-        if self.skip_non_finite:
+        if state.skip_non_finite:
             is_finite = is_finite.float()
             all_reduce(is_finite, op='min')
-        self.non_finite_losses = []
+        state.non_finite_losses = []
         if is_finite:
             return loss, log_vars
         bad = non_finite_names(log_vars)
-        if self.skip_non_finite:
-            self.non_finite_losses = sorted({name for names in all_gather_object(bad) for name in names})
+        if state.skip_non_finite:
+            state.non_finite_losses = sorted({name for names in all_gather_object(bad) for name in names})
             return loss, log_vars
         raise FloatingPointError(
             f'The loss is not finite in iteration {MessageHub.get_current_instance().get_info("iter", 0)}: '
             f'{", ".join(bad)}. Lower the learning rate or clip gradients '
             "(optim_wrapper.clip_grad=dict(max_norm=35)); the hook dict(type='mmdiffkd.NonFiniteHook', policy='skip') "
-            'leaves such iterations out.'
+            'skips such iterations.'
         )
 
-    def _forget_absent_part(self, state_dict: dict, prefix: str, *args) -> None:
-        """Without a teacher there is no diffusion part: its weights in a checkpoint are no surprise."""
+    def _drop_diffusion_keys(self, state_dict: dict, prefix: str, *args) -> None:
+        """Without a teacher there is no diffusion module: its weights in a checkpoint are not unexpected."""
         if 'diffkd' not in self._modules:
             for key in [key for key in state_dict if key.startswith(prefix + PREFIX)]:
                 del state_dict[key]
 
+    def __reduce_ex__(self, protocol):
+        # the class is made when a model is converted: pickle finds it by the two classes it is made of
+        return _new_converted, (type(self)._distiller_type, type(self)._student_type), self.__getstate__()
 
-def _keep_fresh_part(model: nn.Module, incompatible_keys) -> None:
+    def __getstate__(self):
+        return dict(vars(self))
+
+
+def convert_to_distiller(
+    student: nn.Module,
+    student_cfg: dict,
+    teacher: Optional[dict] = None,
+    distill: Optional[dict] = None,
+    preset: str = 'diffkd',
+    init_from_teacher: Optional[Sequence[str]] = None,
+    distiller_type: Type[DiffKDDistiller] = DiffKDDistiller,
+) -> DiffKDDistiller:
+    """Convert a built model into a distiller, in place; :func:`export` gives it back.
+
+    Args:
+        student (Module): A model with ``loss(inputs, data_samples)``.
+        student_cfg (dict): The config it was built from.
+        teacher, distill, preset, init_from_teacher: See :class:`DiffKDDistiller`.
+        distiller_type (type): The distiller's class. Defaults to ``DiffKDDistiller``.
+
+    Returns:
+        DiffKDDistiller: The same model.
+
+    Raises:
+        ValueError: If the model is a distiller already or has no ``loss``, or see :class:`DiffKDDistiller`.
+    """
+    _check_convertible(student)
+    student.__class__ = _converted_class(distiller_type, type(student))
+    try:
+        student.__init__(student_cfg, teacher, distill, preset, init_from_teacher)
+    except BaseException:
+        export(student)
+        raise
+    return student
+
+
+def export(model: DiffKDDistiller) -> nn.Module:
+    """Convert a distiller back into the plain student, in place.
+
+    Args:
+        model (DiffKDDistiller): The distiller.
+
+    Returns:
+        Module: The same model, without teacher and diffusion module.
+
+    Raises:
+        ValueError: If the model is no distiller.
+    """
+    student_type = getattr(type(model), '_student_type', None)
+    if student_type is None:
+        raise ValueError(f'{type(model).__name__} is no distiller: there is nothing to export.')
+    for handle in vars(model).pop('_distill_handles', ()):
+        handle.remove()
+    model._modules.pop('diffkd', None)
+    for name in ATTRIBUTES:
+        vars(model).pop(name, None)
+    model.__class__ = student_type
+    return model
+
+
+# what a distiller has and its student has not
+ATTRIBUTES = (
+    'diffkd_teacher',
+    'deferred_error',
+    'distill_state',
+    'pairs',
+    'matched_levels',
+    'student_info',
+    'encoder_path',
+    '_init_paths',
+    '_auxiliary_losses',
+    '_ignored_labels',
+)
+
+
+@cache
+def _converted_class(distiller_type: type, student_type: type) -> type:
+    """The student's class, extended by the distiller's."""
+    name = f'{distiller_type.__name__.replace("Distiller", "")}{student_type.__name__}'
+    members = dict(__module__=__name__, _distiller_type=distiller_type, _student_type=student_type)
+    return type(name, (distiller_type, student_type), members)
+
+
+def _new_converted(distiller_type: type, student_type: type) -> DiffKDDistiller:
+    """A converted model without content, for pickle and copy."""
+    cls = _converted_class(distiller_type, student_type)
+    return cls.__new__(cls)
+
+
+def _check_convertible(model: nn.Module) -> None:
+    if isinstance(model, DiffKDDistiller):
+        raise ValueError(f'{type(model).__name__} is a distiller already; export it first.')
+    if not callable(getattr(model, 'loss', None)):
+        raise ValueError(
+            f'{type(model).__name__} cannot be a student: it has no loss(inputs, data_samples), as models of mmdet, '
+            'mmseg and mmpretrain have.'
+        )
+
+
+def _student_taps(pair: Pair) -> List[str]:
+    return pair.student_taps
+
+
+def _teacher_taps(pair: Pair) -> List[str]:
+    return pair.teacher_taps
+
+
+def _per_tap(pair: Pair, values: list):
+    """What a neck is given: one entry for each tap if the pair names several, else the entry itself."""
+    return values[0] if isinstance(pair.student, str) else values
+
+
+def _progress() -> float:
+    """Share of the training that is done, from 0 to 1."""
+    info = MessageHub.get_current_instance().runtime_info
+    return min(1.0, info.get('iter', 0) / info['max_iters']) if info.get('max_iters') else 0.0
+
+
+def _allow_missing_diffusion_keys(model: nn.Module, incompatible_keys) -> None:
     """A checkpoint of the plain student starts the student, not the diffusion part: nothing is missing then."""
     missing = incompatible_keys.missing_keys
     part = [name for name, _ in model.named_parameters() if name.startswith(PREFIX)]
     if part and set(part) <= set(missing):
         missing[:] = [key for key in missing if not key.startswith(PREFIX)]
-        print_log('The checkpoint holds no diffusion part (diffkd.*), it starts fresh.', logger='current')
+        print_log('The checkpoint has no diffusion module (diffkd.*); its weights are initialized.', logger='current')
 
 
 def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optional[dict] = None, **kwargs):
@@ -322,7 +542,7 @@ def _check_teacher_keys(teacher: dict) -> None:
     keys = ('config', 'checkpoint', 'dtype', 'channels_last', 'compile')
     for key in teacher:
         if key not in keys:
-            raise ValueError(f"teacher has no key '{key}'; the nearest are {nearest(key, keys)}.")
+            raise ValueError(f"teacher has no key '{key}'; the nearest are {closest_names(key, keys)}.")
     if 'config' not in teacher:
         raise ValueError("teacher.config is missing: give 'pkg::path', a file or a dict.")
 
@@ -340,7 +560,62 @@ def _pretrained_files(model: nn.Module) -> List[str]:
     return [file for module in model.modules() for file in named_in(getattr(module, 'init_cfg', None))]
 
 
-@cache
-def _distiller_class(student_class: type) -> type:
-    """The student's class, extended by the distiller."""
-    return type(f'DiffKD{student_class.__name__}', (DiffKDDistiller, student_class), dict(__module__=__name__))
+class _AttachUnused(torch.autograd.Function):
+    """A zero that depends on parameters whose gradient is nothing: no arithmetic is done in either direction."""
+
+    @staticmethod
+    def forward(ctx, loss, *parameters):
+        ctx.count = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient, *[None] * ctx.count)
+
+
+def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The same loss, with parameters that it does not use in its graph.
+
+    DDP waits for every registered parameter in every iteration; this reports those that are idle, without a value.
+
+    Args:
+        loss (Tensor): Scalar.
+        parameters (iterable[Parameter]): Those that have had no part in it.
+
+    Returns:
+        Tensor: The loss.
+    """
+    return _AttachUnused.apply(loss, *parameters)
+
+
+def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:
+    """The label that the head around a tap ignores, None for taps outside such a head.
+
+    Args:
+        model (nn.Module): The student.
+        path (str): The tap, for example ``'decode_head.conv_seg'``.
+    """
+    parts = path.split('.')
+    for end in range(len(parts), 0, -1):
+        label = getattr(find_module(model, '.'.join(parts[:end]), 'student'), 'ignore_index', None)
+        if isinstance(label, int):
+            return label
+    return None
+
+
+def valid_pixel_mask(data_samples: Optional[Sequence], ignore_index: Optional[int]) -> Optional[Tensor]:
+    """Where the label is not the one that is ignored; padding carries it, too.
+
+    Args:
+        data_samples (list, optional): Samples with ``gt_sem_seg``, (1, H, W) each.
+        ignore_index (int, optional): The label, from :func:`find_ignore_index`.
+
+    Returns:
+        Tensor: (N, 1, H, W) of type bool; None where there are no such labels, and every pixel counts.
+    """
+    if ignore_index is None or not data_samples:
+        return None
+    labels = [getattr(sample.get('gt_sem_seg'), 'data', None) for sample in data_samples]
+    if any(label is None for label in labels):
+        return None
+    return torch.stack([label != ignore_index for label in labels])

@@ -1,44 +1,54 @@
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Union
 
 from torch import nn
 
-from mmdiffkd.utils import nearest
+from mmdiffkd.registry import MODELS, PRESETS
+from mmdiffkd.utils.config import closest_names, refuse_old_keys
 
-from ..necks import FeatureDiffusionNeck
-from .defaults import default_distill
+from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
+from .recorders import is_roi_tap
 
-# The paper's weights of the feature distance; its rule is to choose a weight so that the loss is about Faster R-CNN's.
-FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
-DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
+# What makes the box regression of two heads comparable
+COMPARABLE = ('bbox_coder', 'reg_class_agnostic', 'num_classes')
 # parts of models that optimizer settings name; upstream looks for the words anywhere in a parameter's name
 PARTS = ('backbone', 'neck', 'head')
 FIELDS = ('student', 'teacher', 'levels', 'neck')
-# what necks that denoise are given where a config does not say
-PRESETS = dict(paper={}, plus=dict(backprop_steps=1))
+PRESET_MEMBERS = ('neck_defaults', 'default_pairs', 'known_pairs', 'default_distance')
+RENAMED_PRESETS = dict(paper='diffkd')
 
 
 class Pair(NamedTuple):
     """A tap of the student, its counterpart in the teacher, and how they are compared.
 
     Attributes:
-        student (str): Path of the student's module.
-        teacher (str): Path of the teacher's module.
+        student (str or list[str]): Path of the student's module, or several paths for a neck that takes several taps.
+        teacher (str or list[str]): Path of the teacher's module, or as many.
         levels (list[int], optional): Student levels; None for all that both have.
         neck (dict): Config of the neck, without its widths.
     """
 
-    student: str
-    teacher: str
+    student: Union[str, List[str]]
+    teacher: Union[str, List[str]]
     levels: Optional[List[int]]
     neck: dict
 
+    @property
+    def student_taps(self) -> List[str]:
+        """All paths in the student."""
+        return [self.student] if isinstance(self.student, str) else self.student
+
+    @property
+    def teacher_taps(self) -> List[str]:
+        """All paths in the teacher, in the same order."""
+        return [self.teacher] if isinstance(self.teacher, str) else self.teacher
+
 
 def read_pairs(
-    distill: Optional[dict], student: nn.Module, student_cfg: dict, teacher_cfg: dict, preset: str = 'paper'
+    distill: Optional[dict], student: nn.Module, student_cfg: dict, teacher_cfg: dict, preset: str = 'diffkd'
 ) -> Dict[str, Pair]:
     """Complete the ``distill`` of a config.
 
-    Without it, :func:`default_distill` decides. A pair of one of its names that leaves out taps takes the default ones,
+    Without it, the preset decides. A pair of one of its names that leaves out taps takes the default ones,
     and those parts of the neck that it does not name: ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``.
     Where there is one default pair, a pair of another name takes its taps, too: the paper's of detectors are from neck
     to neck.
@@ -48,8 +58,7 @@ def read_pairs(
         student (nn.Module): The student.
         student_cfg (dict): Its config.
         teacher_cfg (dict): Config of the teacher.
-        preset (str): ``'paper'``, or ``'plus'``, with which the distance sends its gradient through the last denoising
-            step alone and :func:`default_distill` has more pairs. Defaults to ``'paper'``.
+        preset (str): Name of a registered preset, such as ``'diffkd'`` or ``'plus'``. Defaults to ``'diffkd'``.
 
     Returns:
         dict[str, Pair]: The pairs by name.
@@ -57,8 +66,8 @@ def read_pairs(
     Raises:
         ValueError: If it is empty, a pair is misspelt or incomplete, or there is no such preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"There is no preset='{preset}'; there are {', '.join(PRESETS)}.")
+    chosen = _get_preset(preset)
+    models = student, student_cfg, teacher_cfg
     if distill is not None and (not isinstance(distill, dict) or not distill):
         raise ValueError(
             'distill is empty: leave it out for the default pair, or name pairs such as '
@@ -67,19 +76,75 @@ def read_pairs(
     for name, cfg in (distill or {}).items():
         _check_pair(name, cfg)
     if distill is None:
-        distill = default_distill(student, student_cfg, teacher_cfg, preset)
+        distill = chosen.default_pairs(*models)
     elif any(not (cfg.get('student') and cfg.get('teacher')) for cfg in distill.values()):
-        defaults = default_distill(student, student_cfg, teacher_cfg, preset)
-        papers = defaults if preset == 'paper' else default_distill(student, student_cfg, teacher_cfg)
-        distill = {name: _completed(name, cfg, defaults, papers) for name, cfg in distill.items()}
-    return {name: _read_pair(cfg, student_cfg, preset) for name, cfg in distill.items()}
+        defaults, known = chosen.default_pairs(*models), chosen.known_pairs(*models)
+        distill = {name: _completed(name, cfg, defaults, known) for name, cfg in distill.items()}
+    return {name: _read_pair(cfg, student_cfg, chosen) for name, cfg in distill.items()}
 
 
-def _completed(name: str, cfg: dict, defaults: Dict[str, dict], papers: Dict[str, dict]) -> dict:
+def _get_preset(name: str):
+    """The preset of a name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    PRESETS.import_from_location()
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if name in RENAMED_PRESETS:
+        raise ValueError(f"There is no preset='{name}': it is called '{RENAMED_PRESETS[name]}' now.")
+    if preset is None:
+        raise ValueError(f"There is no preset='{name}'; there are {', '.join(PRESETS.module_dict)}.")
+    missing = [member for member in PRESET_MEMBERS if not hasattr(preset, member)]
+    if missing:
+        raise ValueError(f"preset='{name}': {preset.__name__} has no {missing[0]}; inherit from DiffKDPreset.")
+    return preset()
+
+
+def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict) -> None:
+    """Check that what is compared in RoI heads can be compared.
+
+    Args:
+        pairs (dict[str, Pair]): All pairs.
+        student_cfg (dict): Config of the student.
+        teacher_cfg (dict): Config of the teacher.
+
+    Raises:
+        ValueError: If it cannot; it names the pair and the reason.
+    """
+    roi_pairs = {
+        name: pair for name, pair in pairs.items() if any(map(_in_roi_head, pair.student_taps + pair.teacher_taps))
+    }
+    for name, pair in roi_pairs.items():
+        for path in pair.student_taps + pair.teacher_taps:
+            if not is_roi_tap(path):
+                raise ValueError(
+                    f"distill.{name} taps '{path}', but RoI heads are compared inside 'roi_head.bbox_head' on both "
+                    'sides, where they run on the same regions.'
+                )
+        heads = [_box_head(name, owner, cfg) for owner, cfg in (('student', student_cfg), ('teacher', teacher_cfg))]
+        for key in COMPARABLE:
+            ours, theirs = (head.get(key) for head in heads)
+            if ours != theirs:
+                raise ValueError(
+                    f'distill.{name}: the box heads of student and teacher differ in {key} ({ours} and {theirs}), so '
+                    'their outputs mean different things; leave this pair out.'
+                )
+    if roi_pairs:
+        for name, pair in pairs.items():
+            outside = [tap for tap in pair.teacher_taps if tap.split('.')[0] not in ('backbone', 'neck')]
+            if name not in roi_pairs and outside:
+                raise ValueError(
+                    f"distill.{name} taps the teacher's '{outside[0]}', which is not run when RoI heads are compared "
+                    f'(distill.{next(iter(roi_pairs))}); leave one of the two pairs out.'
+                )
+
+
+def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str, dict]) -> dict:
     """A pair with the default taps where it names none, and the default neck where it has a default pair's name."""
     if cfg.get('student') and cfg.get('teacher'):
         return cfg
-    default = defaults.get(name, papers.get(name))  # plus may leave one of the paper's out
+    default = known.get(name)
     if default is None:
         if len(defaults) > 1:
             raise ValueError(
@@ -90,7 +155,7 @@ def _completed(name: str, cfg: dict, defaults: Dict[str, dict], papers: Dict[str
         default = dict(default, neck={})
     neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
     if default_neck.get('denoise', True) and not neck.get('denoise', True):  # what is left: an adapter and a distance
-        default_neck = {key: value for key, value in default_neck.items() if key == 'distance'}
+        default_neck = {key: value for key, value in default_neck.items() if key == 'loss_kd'}
     return {**default, **cfg, 'neck': {**default_neck, **neck}}
 
 
@@ -110,18 +175,51 @@ def _check_pair(name: str, cfg: dict) -> None:
         raise ValueError(f"distill.{name}={cfg!r} must be a dict such as dict(student='neck', teacher='neck').")
     for field in cfg:
         if field not in FIELDS:
-            raise ValueError(f"distill.{name} has no field '{field}'; the nearest are {nearest(field, FIELDS)}.")
+            raise ValueError(f"distill.{name} has no field '{field}'; the nearest are {closest_names(field, FIELDS)}.")
+    refuse_old_keys(cfg.get('neck') or {}, f'distill.{name}.neck')
+    counts = [1 if isinstance(tap, str) else len(tap) for tap in (cfg.get('student'), cfg.get('teacher')) if tap]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f'distill.{name} names {counts[0]} taps of the student and {counts[1]} of the teacher; give one for each.'
+        )
 
 
-def _read_pair(cfg: dict, student_cfg: dict, preset: str) -> Pair:
+def _read_pair(cfg: dict, student_cfg: dict, preset) -> Pair:
     neck, levels = dict(cfg.get('neck') or {}), cfg.get('levels')
     neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
-    if neck['type'] in ('mmdiffkd.FeatureDiffusionNeck', FeatureDiffusionNeck) and neck.get('denoise', True):
-        neck = {**PRESETS[preset], **neck}
-    neck.setdefault('distance', dict(type='mmdiffkd.MSELoss', loss_weight=_default_weight(student_cfg)))
-    return Pair(cfg['student'], cfg['teacher'], [levels] if isinstance(levels, int) else levels, neck)
+    if _is_feature_diffusion(neck['type']) and neck.get('denoise', True):
+        neck = {**preset.neck_defaults, **neck}
+    if _is_feature_diffusion(neck['type']):
+        neck.setdefault('loss_kd', preset.default_distance(student_cfg))
+    return Pair(
+        *(_as_taps(cfg[side]) for side in ('student', 'teacher')), [levels] if isinstance(levels, int) else levels, neck
+    )
 
 
-def _default_weight(student_cfg: dict) -> float:
-    detector = str(student_cfg['type']).split('.')[-1]
-    return FEATURE_LOSS_WEIGHTS.get(detector, DEFAULT_FEATURE_LOSS_WEIGHT)
+def _in_roi_head(path: str) -> bool:
+    return path.split('.')[0] == 'roi_head'
+
+
+def _box_head(name: str, owner: str, model_cfg: dict) -> dict:
+    bbox_head = (model_cfg.get('roi_head') or {}).get('bbox_head')
+    if bbox_head is None:
+        raise ValueError(
+            f'distill.{name} compares RoI heads, but the {owner} {model_cfg["type"]} has none; leave this pair out.'
+        )
+    if isinstance(bbox_head, (list, tuple)):
+        raise ValueError(
+            f"distill.{name} compares RoI heads, but the {owner}'s {model_cfg['roi_head']['type']} has "
+            f"{len(bbox_head)} stages with box targets of their own, which cannot be compared with another head's; "
+            'leave this pair out.'
+        )
+    return bbox_head
+
+
+def _as_taps(taps) -> Union[str, List[str]]:
+    return taps if isinstance(taps, str) else list(taps)
+
+
+def _is_feature_diffusion(kind) -> bool:
+    """Whether a type of neck is ``FeatureDiffusionNeck`` or one that inherits from it."""
+    cls = MODELS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)

@@ -8,23 +8,13 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdiffkd.utils import (
-    QuickInit,
-    fingerprint,
-    load_strict,
-    model_of,
-    preprocessor_of,
-    read_checkpoint,
-    resolve_config,
-    zoo_checkpoint,
-)
+from mmdiffkd.engine.checkpoint import fingerprint, load_strict, read_checkpoint
+from mmdiffkd.utils.config import get_model_cfg, get_preprocessor_cfg, resolve_config, zoo_checkpoint
+from mmdiffkd.utils.meta_device import QuickInit
 
-from .normalisation import Renormalisation
-from .passes import passes
-from .probe import TapInfo
-from .quicken import compile_parts, differing_tap, quickened, set_memory_format
-from .roi import is_roi_tap, run_box_branch
-from .taps import TapRecorder
+from .feature_info import FeatureInfo, forward_fns, run_box_branch
+from .optimize_inference import compile_parts, find_mismatch, optimize_for_inference, set_memory_format
+from .recorders import ModuleOutputsRecorder, is_roi_tap
 
 DTYPES = ('bfloat16', 'float16')
 
@@ -67,14 +57,23 @@ class Teacher:
                 f"The teacher's config ({self.name}) is a distillation config itself; name the config of the plain "
                 'model, for a distilled student the one that tools/model_converters/export_student.py writes.'
             )
-        self.taps: Dict[str, TapInfo] = {}
+        self.taps: Dict[str, FeatureInfo] = {}
         self._model: Optional[nn.Module] = None
-        self.renormalise: Optional[Renormalisation] = None
-        self._quick: Optional[nn.Module] = None  # a copy that gives the features, made with the first batch
-        self._pass: Optional[Callable] = None  # how it runs as far as the last tap
+        self.renormalize: Optional[InputRenormalizer] = None
+        self._optimized: Optional[nn.Module] = None  # a copy that gives the features, made with the first batch
+        self._forward_fn: Optional[Callable] = None  # how it runs as far as the last tap
 
     def __deepcopy__(self, memo):
         return self  # copies of the student (EMA) share it
+
+    def __getstate__(self):
+        # pickles hold where the teacher comes from; its weights are loaded again on first use
+        return {**vars(self), '_model': None, '_optimized': None, '_forward_fn': None}
+
+    @property
+    def running_model(self) -> nn.Module:
+        """The model that gives the features: an optimized copy after the first batch."""
+        return self.model if self._optimized is None else self._optimized
 
     @property
     def name(self) -> str:
@@ -84,7 +83,7 @@ class Teacher:
     @property
     def model_cfg(self):
         """Config of the model, with its own scope."""
-        return model_of(self.cfg)
+        return get_model_cfg(self.cfg)
 
     @property
     def model(self) -> nn.Module:
@@ -107,14 +106,14 @@ class Teacher:
         self.fingerprint = fingerprint(model.state_dict())
         return model.eval().requires_grad_(False)
 
-    def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, TapInfo]) -> None:
+    def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, FeatureInfo]) -> None:
         """Tell it what it will be asked for.
 
         Args:
             student_preprocessor (dict, optional): Config of the preprocessor whose output it will see.
-            taps (dict[str, TapInfo]): Its taps, from the dry run.
+            taps (dict[str, FeatureInfo]): Its taps, from the dry run.
         """
-        self.renormalise = Renormalisation(student_preprocessor, preprocessor_of(self.cfg))
+        self.renormalize = InputRenormalizer(student_preprocessor, get_preprocessor_cfg(self.cfg))
         self.taps = taps
 
     @torch.no_grad()
@@ -131,15 +130,15 @@ class Teacher:
         Returns:
             dict[str, list[Tensor]]: The levels of every tap, each (N, C, H, W).
         """
-        images = self.renormalise(inputs, data_samples)
-        if self._quick is None:
-            self._quick = self._quicken(images, data_samples, rois)
-            self._pass = self._pass_of(self._quick)
-        elif next(self._quick.parameters()).device != inputs.device:
-            self._quick.to(inputs.device)
+        images = self.renormalize(inputs, data_samples)
+        if self._optimized is None:
+            self._optimized = self._optimize(images, data_samples, rois)
+            self._forward_fn = self._forward_fn_of(self._optimized)
+        elif next(self._optimized.parameters()).device != inputs.device:
+            self._optimized.to(inputs.device)
         precision = torch.autocast(inputs.device.type, self.dtype) if self.dtype else nullcontext()
         with precision:
-            features = self._run(self._quick, self._pass, images, data_samples, rois)
+            features = self._run(self._optimized, self._forward_fn, images, data_samples, rois)
         if self.dtype:
             features = {
                 path: [level if level is None else level.float() for level in levels]
@@ -147,17 +146,17 @@ class Teacher:
             }
         return features
 
-    def _quicken(self, images: Tensor, data_samples: Optional[Sequence], rois: Optional[Tensor]) -> nn.Module:
+    def _optimize(self, images: Tensor, data_samples: Optional[Sequence], rois: Optional[Tensor]) -> nn.Module:
         """The quickest model whose features on a batch are the teacher's."""
         model = self.model.to(images.device)
         images = images.float()
         devices = [images.device] if images.is_cuda else []
         with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False):
-            expected = self._run(model, self._pass_of(model), images, data_samples, rois)
+            expected = self._run(model, self._forward_fn_of(model), images, data_samples, rois)
             try:
-                quick = quickened(model, self.channels_last)
-                found = self._run(quick, self._pass_of(quick), images, data_samples, rois)
-                tap = differing_tap(expected, found)
+                quick = optimize_for_inference(model, self.channels_last)
+                found = self._run(quick, self._forward_fn_of(quick), images, data_samples, rois)
+                tap = find_mismatch(expected, found)
                 obstacle = tap and f"the features of '{tap}' would be others"
             except Exception as error:  # whatever it is, the teacher does without
                 obstacle = f'it would stop ({error})'
@@ -172,16 +171,81 @@ class Teacher:
             compile_parts(model, self.taps)
         return model
 
-    def _pass_of(self, model: nn.Module) -> Callable:
+    def _forward_fn_of(self, model: nn.Module) -> Callable:
         """How a model runs on images, their samples and RoIs, at least as far as the last tap."""
         if any(map(is_roi_tap, self.taps)):
             return lambda images, samples, rois: run_box_branch(model, images, rois)
-        (way,) = {info.way for info in self.taps.values()}
-        run = passes(model)[way]
+        (forward_fn,) = {info.forward_fn for info in self.taps.values()}
+        run = forward_fns(model)[forward_fn]
         return lambda images, samples, rois: run(images, samples)
 
     def _run(self, model: nn.Module, run_pass: Callable, images: Tensor, *others) -> Dict[str, List[Tensor]]:
         calls = {path: info.calls for path, info in self.taps.items()}
-        with TapRecorder(model, calls, 'teacher', stop_after=calls) as recorder:
+        with ModuleOutputsRecorder(model, calls, 'teacher', stop_after=calls) as recorder:
             run_pass(images, *others)
         return {path: recorder.features(path, images.shape[-2:], info.tokens) for path, info in self.taps.items()}
+
+
+class InputRenormalizer:
+    """Show the teacher the student's images in the teacher's own normalisation and channel order.
+
+    Args:
+        student (dict, optional): Config of the student's data preprocessor.
+        teacher (dict, optional): Config of the teacher's data preprocessor.
+    """
+
+    def __init__(self, student: Optional[dict], teacher: Optional[dict]):
+        self.student = _statistics(student)
+        self.teacher = _statistics(teacher)
+        self.pad_value = float((teacher or {}).get('pad_value', 0) or 0)
+
+    def __call__(self, inputs: Tensor, data_samples: Optional[Sequence]) -> Tensor:
+        """Convert a batch; where both normalise alike it is returned as it is.
+
+        Padding is the teacher's pad value again afterwards, as if the teacher had padded the batch itself.
+
+        Args:
+            inputs (Tensor): The student's preprocessed images, (N, C, H, W).
+            data_samples (list, optional): Their samples; ``img_shape`` tells where padding begins.
+
+        Returns:
+            Tensor: The teacher's images, (N, C, H, W).
+        """
+        if self.student == self.teacher:
+            return inputs
+        (student_mean, student_std, student_rgb), (teacher_mean, teacher_std, teacher_rgb) = self.student, self.teacher
+        images = inputs * _as_channels(student_std, inputs) + _as_channels(student_mean, inputs)
+        if student_rgb != teacher_rgb:
+            images = images.flip(1)
+        images = (images - _as_channels(teacher_mean, inputs)) / _as_channels(teacher_std, inputs)
+        for image, sample in zip(images, data_samples or ()):
+            shape = getattr(sample, 'metainfo', {}).get('img_shape')
+            if shape is not None:
+                image[:, shape[0] :] = self.pad_value
+                image[:, :, shape[1] :] = self.pad_value
+        return images
+
+    def displayed(self, inputs: Tensor) -> Tensor:
+        """The student's images as they are shown.
+
+        Args:
+            inputs (Tensor): Its preprocessed images, (N, 3, H, W) or (N, 1, H, W).
+
+        Returns:
+            Tensor: RGB between 0 and 1, (N, 3, H, W).
+        """
+        mean, std, is_rgb = self.student
+        images = (inputs.float() * _as_channels(std, inputs) + _as_channels(mean, inputs)) / 255
+        return (images if is_rgb else images.flip(1)).clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+def _statistics(preprocessor: Optional[dict]):
+    """Mean, standard deviation and whether images are RGB; mmpretrain calls the flag ``to_rgb``."""
+    cfg = preprocessor or {}
+    mean, std = cfg.get('mean'), cfg.get('std')
+    is_rgb = bool(cfg.get('bgr_to_rgb') or cfg.get('to_rgb'))
+    return tuple(map(float, mean or (0,))), tuple(map(float, std or (1,))), is_rgb
+
+
+def _as_channels(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 
-from .rows import mean_of_rows
+from .utils import masked_mean
 
 LOWEST = -1e30
 
@@ -49,4 +49,4 @@ class ChannelWiseDivergence(nn.Module):
         if mask is not None:
             divergence = divergence * mask.flatten(1).unsqueeze(1)
             counts = mask.flatten(1).any(dim=1)
-        return self.loss_weight * self.tau**2 * mean_of_rows(divergence.sum(dim=2).mean(dim=1), counts)
+        return self.loss_weight * self.tau**2 * masked_mean(divergence.sum(dim=2).mean(dim=1), counts)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 
-from .rows import as_rows, mean_of_rows
+from .utils import flatten_logits, masked_mean
 
 
 @MODELS.register_module()
@@ -43,9 +43,9 @@ class DISTLoss(nn.Module):
         Returns:
             Tensor: A scalar; 0 where no pixel counts.
         """
-        student = (as_rows(student) / self.tau).softmax(dim=1)
-        teacher = (as_rows(teacher) / self.tau).softmax(dim=1)
-        inter = mean_of_rows(1 - _correlation(student, teacher), mask)
+        student = (flatten_logits(student) / self.tau).softmax(dim=1)
+        teacher = (flatten_logits(teacher) / self.tau).softmax(dim=1)
+        inter = masked_mean(1 - _correlation(student, teacher), mask)
         if mask is None:
             intra = 1 - _correlation(student.t(), teacher.t()).mean()
         else:
@@ -56,10 +56,10 @@ class DISTLoss(nn.Module):
 
 def _correlation(a: Tensor, b: Tensor, counts: Optional[Tensor] = None) -> Tensor:
     """Pearson correlation of corresponding rows, over the columns that count (1) and not over the others (0)."""
-    return F.cosine_similarity(_centred(a, counts), _centred(b, counts), dim=1, eps=1e-8)
+    return F.cosine_similarity(_centered(a, counts), _centered(b, counts), dim=1, eps=1e-8)
 
 
-def _centred(a: Tensor, counts: Optional[Tensor]) -> Tensor:
+def _centered(a: Tensor, counts: Optional[Tensor]) -> Tensor:
     if counts is None:
         return a - a.mean(dim=1, keepdim=True)
     mean = (a * counts).sum(dim=1, keepdim=True) / counts.sum().clamp(min=1)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 
-from .rows import as_rows, mean_of_rows
+from .utils import flatten_logits, masked_mean
 
 
 @MODELS.register_module()
@@ -36,7 +36,7 @@ class KLDivergence(nn.Module):
         Returns:
             Tensor: A scalar; 0 where no pixel counts.
         """
-        log_student = (as_rows(student) / self.tau).log_softmax(dim=1)
-        log_teacher = (as_rows(teacher) / self.tau).log_softmax(dim=1)
+        log_student = (flatten_logits(student) / self.tau).log_softmax(dim=1)
+        log_teacher = (flatten_logits(teacher) / self.tau).log_softmax(dim=1)
         divergence = F.kl_div(log_student, log_teacher, reduction='none', log_target=True).sum(dim=1)
-        return self.loss_weight * self.tau**2 * mean_of_rows(divergence, mask)
+        return self.loss_weight * self.tau**2 * masked_mean(divergence, mask)

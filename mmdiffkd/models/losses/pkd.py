@@ -18,10 +18,10 @@ class PKDLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compare features of shape (N, C, H, W); returns a scalar."""
-        return self.loss_weight * F.mse_loss(_standardise(student), _standardise(teacher)) / 2
+        return self.loss_weight * F.mse_loss(_standardize(student), _standardize(teacher)) / 2
 
 
-def _standardise(feature: Tensor) -> Tensor:
+def _standardize(feature: Tensor) -> Tensor:
     """Zero mean and unit variance of each channel over batch and positions."""
     channels = feature.transpose(0, 1).flatten(1)
     channels = channels - channels.mean(dim=1, keepdim=True)

@@ -61,7 +61,7 @@ def test_weight_scales_the_distance_alone(tmp_path):
     losses = []
     for weight in (1.0, 0.25):
         model = tiny.build(tiny.distiller_cfg(tmp_path))
-        model.distill_weight = weight
+        model.distill_state.weight = weight
         inputs = tiny.batch(model)
         torch.manual_seed(1)
         losses.append(model.loss(*inputs))
@@ -114,6 +114,16 @@ def test_interval_with_accumulated_gradients(runner):
     run.train()
     moved = [bool((a != b).any()) for a, b in zip(weights, weights[1:])]
     assert moved == [False, True, False, True, False, True, False]
+
+
+def test_a_second_training_of_the_same_runner_learns_as_the_first(runner):
+    run = runner(warmup=2)
+    for length in (8, 16):
+        run.train_loop._max_iters = length
+        before = {name: p.clone() for name, p in run.model.diffkd.named_parameters()}
+        run.train()
+        moved = [name for name, p in run.model.diffkd.named_parameters() if not torch.equal(p, before[name])]
+        assert len(moved) > 0.9 * len(before) and run.iter == length
 
 
 @pytest.mark.parametrize(

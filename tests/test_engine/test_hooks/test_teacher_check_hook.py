@@ -47,8 +47,8 @@ def test_it_is_what_the_teacher_has_by_itself(runner, tmp_path, shapes):
 
 
 def test_a_bad_teacher_stops_the_run(runner, tmp_path):
-    run = runner(floor=0.3)
-    with pytest.raises(ValueError, match=r'reaches coco/bbox_mAP 0\.\d+ on the validation set, below the floor of 0.3'):
+    run = runner(min_score=0.3)
+    with pytest.raises(ValueError, match=r'reaches coco/bbox_mAP 0\.\d+ on the validation set, below min_score=0.3'):
         run.train()
     assert run.iter == 0
 
@@ -88,6 +88,6 @@ def test_unknown_metric(runner):
 
 
 def test_without_a_teacher_there_is_nothing_to_do(runner, tmp_path):
-    run = runner(dict(tiny.distiller_cfg(tmp_path), teacher=None), floor=0.9)
+    run = runner(dict(tiny.distiller_cfg(tmp_path), teacher=None), min_score=0.9)
     run.train()
     assert run.iter == 2

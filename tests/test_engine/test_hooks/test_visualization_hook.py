@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from mmdiffkd.models.diffusion import DiffusionOutput
+from mmdiffkd.models import DiffusionOutput, DistillNeck, DistillOutput
 from tests import tiny
 
 
@@ -67,7 +67,7 @@ def test_the_training_is_the_same_with_and_without(train, tmp_path):
 
 def test_nothing_is_kept_after_an_iteration(train):
     model = train().model
-    assert model.kept is None and not model.keep_outputs
+    assert model.distill_state.last_record is None and not model.distill_state.capture
 
 
 def test_resting_iterations_wait_for_the_next(train, tmp_path):
@@ -135,24 +135,30 @@ def test_what_is_not_finite_waits_for_the_next(train, tmp_path):
 
 
 @MODELS.register_module()
-class PlainNeck(nn.Module):
-    """A neck of one's own that has no diffusion."""
+class PlainNeck(DistillNeck):
+    """A neck of a user's own that has no diffusion, and returns its features or not."""
 
-    def __init__(self, student_channels, teacher_channels, **options):
+    def __init__(self, student_channels, teacher_channels, has_features=False):
         super().__init__()
+        self.has_features = has_features
         self.convs = nn.ModuleList(nn.Conv2d(s, t, 1) for s, t in zip(student_channels, teacher_channels))
 
-    def forward(self, student, teacher, mask=None):
-        widened = [conv(feature) for conv, feature in zip(self.convs, student)]
-        return [
-            DiffusionOutput(dict(loss_kd=nn.functional.mse_loss(w, t)), None, w, t, w) for w, t in zip(widened, teacher)
-        ]
+    def forward(self, student, teacher, context):
+        outputs = []
+        for conv, ours, theirs in zip(self.convs, student, teacher):
+            aligned = conv(ours)
+            losses = dict(loss_own=nn.functional.mse_loss(aligned, theirs))
+            features = DiffusionOutput(losses, None, aligned, theirs, aligned)
+            outputs.append(features if self.has_features else DistillOutput(losses))
+        return outputs
 
 
-def test_other_necks_are_not_drawn(train, tmp_path):
-    own = dict(tiny.FPN, neck=dict(type='PlainNeck'))
+@pytest.mark.parametrize('has_features', [True, False])
+def test_necks_of_ones_own_are_drawn_if_they_return_features(train, tmp_path, has_features):
+    own = dict(tiny.FPN, neck=dict(type='PlainNeck', has_features=has_features))
     train(iterations=1, model=tiny.distiller_cfg(tmp_path, distill=dict(fpn=tiny.FPN, own=own)))
-    assert {name.split('.')[1] for name in pictures(tmp_path)} == {'fpn'}
+    names = {name for name in pictures(tmp_path) if name.split('.')[1] == 'own'}
+    assert names == ({f'diffkd.own.{level}_1.png' for level in range(5)} if has_features else set())
 
 
 def test_a_resumed_run_draws_at_its_intervals(train, tmp_path):

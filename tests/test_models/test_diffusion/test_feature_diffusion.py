@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdiffkd.models import Draws, FeatureDiffusion
+from mmdiffkd.models import FeatureDiffusion, NoiseInputs
 
 
 def features(student=6, teacher=8, size=(5, 7)):
@@ -31,7 +31,7 @@ def test_kd_loss_trains_the_denoiser_and_not_the_autoencoder():
 def test_draws_are_random_or_given():
     student, teacher = features()
     level = FeatureDiffusion(6, 8).eval()
-    draws = Draws(torch.randn(2, 8, 5, 7), torch.randn(2, 8, 5, 7), torch.tensor([3, 900]))
+    draws = NoiseInputs(torch.randn(2, 8, 5, 7), torch.randn(2, 8, 5, 7), torch.tensor([3, 900]))
     first, second = level(student, teacher, draws), level(student, teacher, draws)
     torch.testing.assert_close(first.losses, second.losses)
     assert level(student, teacher).losses['loss_kd'] != level(student, teacher).losses['loss_kd']
@@ -42,7 +42,7 @@ def test_gamma_one_adds_no_noise():
     level = FeatureDiffusion(6, 8).eval()
     with torch.no_grad():
         level.noise_adapter.pred.bias.copy_(torch.tensor([100.0, -100.0]))
-    refined = [level(student, teacher).refined for _ in range(2)]
+    refined = [level(student, teacher).denoised for _ in range(2)]
     torch.testing.assert_close(*refined)
 
 
@@ -65,7 +65,7 @@ def test_without_alignment_features_are_compared_as_they_are():
 
 def test_student_is_resized_to_the_teacher():
     student, teacher = torch.randn(2, 6, 5, 7), torch.randn(2, 8, 10, 14)
-    assert FeatureDiffusion(6, 8)(student, teacher).refined.shape == teacher.shape
+    assert FeatureDiffusion(6, 8)(student, teacher).denoised.shape == teacher.shape
 
 
 def test_losses_are_float32_under_autocast():
@@ -77,7 +77,7 @@ def test_losses_are_float32_under_autocast():
 
 def test_weights_of_the_losses():
     student, teacher = features()
-    draws = Draws(torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7), torch.tensor([3, 900]))
+    draws = NoiseInputs(torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7), torch.tensor([3, 900]))
     torch.manual_seed(0)
     plain = FeatureDiffusion(6, 8, latent_channels=4)
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_weights_of_the_losses():
         latent_channels=4,
         loss_diffusion_weight=2.0,
         loss_reconstruction_weight=3.0,
-        distance=dict(type='mmdiffkd.MSELoss', loss_weight=5.0),
+        loss_kd=dict(type='mmdiffkd.MSELoss', loss_weight=5.0),
     )
     expected, losses = plain(student, teacher, draws).losses, weighted(student, teacher, draws).losses
     for name, factor in dict(loss_diffusion=2.0, loss_reconstruction=3.0, loss_kd=5.0).items():
@@ -137,29 +137,29 @@ def test_samples_are_kept_where_they_are_asked_for():
     level = FeatureDiffusion(6, 8)
     noised = []
     level.denoiser.register_forward_pre_hook(lambda module, args: noised.append(args[0]))
-    output = level(student, teacher, keep_samples=True)
-    assert len(output.samples) == 6
-    for sample, seen in zip(output.samples, noised[:5]):  # its sixth pass is that of the teacher
+    output = level(student, teacher, return_trajectory=True)
+    assert len(output.trajectory) == 6
+    for sample, seen in zip(output.trajectory, noised[:5]):  # its sixth pass is that of the teacher
         torch.testing.assert_close(sample, seen)
 
     alive = []
     level = FeatureDiffusion(6, 8, memory_efficient=True)
-    step = level.schedule.step
+    step = level.scheduler.step
 
     def note(*args):
         sample = step(*args)
         alive.append(weakref.ref(sample))
         return sample
 
-    level.schedule.step = note
+    level.scheduler.step = note
     output = level(student, teacher)
-    assert not output.samples and len(alive) == 5 and not any(sample() is not None for sample in alive[:-1])
+    assert not output.trajectory and len(alive) == 5 and not any(sample() is not None for sample in alive[:-1])
 
 
 def test_gradient_through_the_last_steps_only():
     """Of earlier steps only their part past the denoiser is left: the student still learns, scaled by the schedule."""
     student, teacher = features()
-    level = FeatureDiffusion(6, 8, backprop_steps=1)
+    level = FeatureDiffusion(6, 8, num_grad_steps=1)
     level(student, teacher).losses['loss_kd'].backward()
     used = level.denoiser.time_embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()
     assert used == [0]
@@ -168,15 +168,15 @@ def test_gradient_through_the_last_steps_only():
     torch.manual_seed(0)
     full = FeatureDiffusion(6, 8)
     torch.manual_seed(0)
-    all_steps = FeatureDiffusion(6, 8, backprop_steps=5)
+    all_steps = FeatureDiffusion(6, 8, num_grad_steps=5)
     torch.testing.assert_close(gradients(full, student, teacher), gradients(all_steps, student, teacher))
-    assert full.schedule.timesteps == [400, 300, 200, 100, 0]
+    assert full.scheduler.timesteps == [400, 300, 200, 100, 0]
 
 
 def test_gradient_through_the_last_steps_under_autocast():
     """Steps without a gradient leave no weights behind in autocast's cache that others would take."""
     student, teacher = features()
-    level = FeatureDiffusion(6, 8, backprop_steps=1)
+    level = FeatureDiffusion(6, 8, num_grad_steps=1)
     for module in level.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(lambda *_: None)  # as with SyncBatchNorm, chains run plainly
@@ -194,7 +194,7 @@ def test_a_distance_may_ask_for_a_view(denoise):
 
     student, teacher = features()
     level = FeatureDiffusion(6, 8, denoise=denoise)
-    level.distance = Flat()
+    level.loss_kd = Flat()
     assert level(student, teacher).losses['loss_kd'] > 0
 
 
@@ -204,7 +204,7 @@ def test_gradient_past_the_denoiser_is_that_of_the_schedule():
     levels = []
     for steps in (1, 5):
         torch.manual_seed(0)
-        levels.append(FeatureDiffusion(6, 8, backprop_steps=steps))
+        levels.append(FeatureDiffusion(6, 8, num_grad_steps=steps))
         nn.init.zeros_(levels[-1].denoiser.layers[-1].weight)
     ours, theirs = (gradients(level, student, teacher)[1] for level in levels)
     torch.testing.assert_close(ours, theirs)
@@ -220,10 +220,10 @@ def test_different_batches():
     [
         (dict(denoise=False, latent_channels=4), 'latent_channels=4 has no effect'),
         (dict(align=False), 'align=False needs denoise=False'),
-        (dict(denoise=False, backprop_steps=1), 'backprop_steps=1 has no effect with denoise=False'),
+        (dict(denoise=False, num_grad_steps=1), 'num_grad_steps=1 has no effect with denoise=False'),
         (dict(denoise=False, memory_efficient=True), 'memory_efficient=True has no effect with denoise=False'),
-        (dict(backprop_steps=0), 'backprop_steps=0 must lie between 1 and schedule.num_inference_steps=5'),
-        (dict(backprop_steps=6), 'backprop_steps=6 must lie between 1 and'),
+        (dict(num_grad_steps=0), 'num_grad_steps=0 must lie between 1 and scheduler.num_inference_steps=5'),
+        (dict(num_grad_steps=6), 'num_grad_steps=6 must lie between 1 and'),
         (dict(denoise=False, align=False), 'the student has 6 channels and the teacher 8'),
     ],
 )
@@ -235,12 +235,12 @@ def test_options_that_do_not_go_together(options, message):
 def test_classes_must_agree_where_classes_are_compared():
     for distance in ('KLDivergence', 'DISTLoss'):
         with pytest.raises(ValueError, match='class by class, but the student has 19 classes and the teacher 150; tap'):
-            FeatureDiffusion(19, 150, distance=dict(type=f'mmdiffkd.{distance}'))
+            FeatureDiffusion(19, 150, loss_kd=dict(type=f'mmdiffkd.{distance}'))
 
 
 def test_one_channel_is_no_distribution():
     with pytest.raises(ValueError, match='compares distributions over classes, but there is one channel'):
-        FeatureDiffusion(1, 1, distance=dict(type='mmdiffkd.DISTLoss'))
+        FeatureDiffusion(1, 1, loss_kd=dict(type='mmdiffkd.DISTLoss'))
 
 
 def test_pooled_features_meet_pooled_features():
@@ -256,12 +256,12 @@ def test_pooled_features_meet_pooled_features():
 def test_mask_is_resized_to_the_feature(denoise):
     torch.manual_seed(0)
     student, teacher = features(4, 4, size=(4, 6))
-    level = FeatureDiffusion(4, 4, denoise=denoise, distance=dict(type='mmdiffkd.KLDivergence')).eval()
+    level = FeatureDiffusion(4, 4, denoise=denoise, loss_kd=dict(type='mmdiffkd.KLDivergence')).eval()
     mask = torch.ones(2, 1, 32, 48, dtype=torch.bool)
     mask[:, :, :, 24:] = False
-    draws = Draws(torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6), torch.tensor([3, 900]))
+    draws = NoiseInputs(torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6), torch.tensor([3, 900]))
     output = level(student, teacher, draws, mask)
-    expected = level.distance(output.refined[..., :3], output.target[..., :3])
+    expected = level.loss_kd(output.denoised[..., :3], output.teacher_latent[..., :3])
     torch.testing.assert_close(output.losses['loss_kd'], expected)
     plain = FeatureDiffusion(4, 4, denoise=denoise).eval()  # distances of features take none
     torch.testing.assert_close(plain(student, teacher, draws, mask).losses, plain(student, teacher, draws).losses)

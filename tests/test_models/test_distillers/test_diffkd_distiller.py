@@ -9,14 +9,14 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from mmdiffkd.models import DiffKDDistiller
-from mmdiffkd.utils import model_of, resolve_config
+from mmdiffkd.utils import get_model_cfg, resolve_config
 from tests import tiny
 from tests.attack import Attack
 
 REG = dict(
     student='bbox_head.retina_reg',
     teacher='bbox_head.retina_reg',
-    neck=dict(denoise=False, align=False, distance=dict(type='mmdet.L1Loss')),
+    neck=dict(denoise=False, align=False, loss_kd=dict(type='mmdet.L1Loss')),
 )
 
 
@@ -176,7 +176,7 @@ class TestLosses:
     @pytest.mark.parametrize('config', ['dino/dino-4scale_r50_8xb2-12e_coco.py', 'detr/detr_r50_8xb2-150e_coco.py'])
     def test_models_that_change_their_config(self, tmp_path, config):
         """Detection transformers do so while they are built, and they are built more than once."""
-        detector = model_of(resolve_config(f'mmdet::{config}'))
+        detector = get_model_cfg(resolve_config(f'mmdet::{config}'))
         detector.backbone.init_cfg = None
         detector.num_queries = 20  # the images are small
         detector.encoder.num_layers = detector.decoder.num_layers = 1
@@ -215,7 +215,7 @@ class TestRegressionOfRoIHeads:
     PAIR = dict(
         student='roi_head.bbox_head.fc_reg',
         teacher='roi_head.bbox_head.fc_reg',
-        neck=dict(denoise=False, align=False, distance=dict(type='mmdet.SmoothL1Loss')),
+        neck=dict(denoise=False, align=False, loss_kd=dict(type='mmdet.SmoothL1Loss')),
     )
 
     def test_teacher_runs_on_the_students_rois(self, tmp_path):
@@ -290,17 +290,17 @@ class TestCheckpoints:
 
 class TestInherit:
     def test_modules_start_from_the_teacher(self, tmp_path):
-        model = tiny.build(tiny.distiller_cfg(tmp_path, inherit=['bbox_head']))
+        model = tiny.build(tiny.distiller_cfg(tmp_path, init_from_teacher=['bbox_head']))
         torch.testing.assert_close(model.bbox_head.state_dict(), model.diffkd_teacher.model.bbox_head.state_dict())
 
     def test_what_does_not_fit_is_named(self, tmp_path):
-        cfg = tiny.distiller_cfg(tmp_path, inherit=['neck'])
-        with pytest.raises(ValueError, match=r"inherit=\['neck'\] needs the same module.*neck\.lateral_convs"):
+        cfg = tiny.distiller_cfg(tmp_path, init_from_teacher=['neck'])
+        with pytest.raises(ValueError, match=r"from_teacher=\['neck'\] needs the same module.*neck\.lateral_convs"):
             tiny.build(cfg)
 
     def test_unknown_module(self, tmp_path):
         with pytest.raises(ValueError, match=r"no module 'bbox_haed' to tap; the nearest are 'bbox_head'"):
-            MODELS.build(tiny.distiller_cfg(tmp_path, inherit=['bbox_haed']))
+            MODELS.build(tiny.distiller_cfg(tmp_path, init_from_teacher=['bbox_haed']))
 
 
 class TestBadInput:

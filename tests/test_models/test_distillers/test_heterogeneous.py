@@ -21,7 +21,7 @@ def train(tmp_path, student, teacher, num_classes=80, size=160, **options):
     total.backward()
     part = [p.grad for name, p in model.named_parameters() if name.startswith('diffkd.')]
     assert part and all(gradient is not None for gradient in part)
-    return model, {name: matches for name, matches in model._matches.items()}
+    return model, {name: matches for name, (matches,) in model.matched_levels.items()}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_classifier_teaches_a_segmentors_backbone(tmp_path):
         tmp_path, student, imagenet_convnext(), distill=dict(feat=dict(student='backbone', teacher='backbone.stages.2'))
     )
     model = tiny.build(cfg)
-    assert model._matches == dict(feat=[(2, 0)])
+    assert model.matched_levels == dict(feat=[[(2, 0)]])
     features = model.diffkd_teacher.features(torch.randn(2, 3, 64, 96))['backbone.stages.2']
     assert [tuple(feature.shape) for feature in features] == [(2, 24, 4, 6)]
 
@@ -92,7 +92,7 @@ def test_other_strides_of_logits(tmp_path):
     outputs = model.diffkd['logits'](
         [torch.randn(2, 19, 2, 4)], model.diffkd_teacher.features(torch.randn(2, 3, 64, 128))['decode_head.conv_seg']
     )
-    assert outputs[0].refined.shape == outputs[0].target.shape == (2, 19, 8, 16)
+    assert outputs[0].denoised.shape == outputs[0].teacher_latent.shape == (2, 19, 8, 16)
 
 
 def test_classifier_tapped_at_a_detectors_neck(tmp_path):
@@ -108,7 +108,7 @@ def test_other_classes_of_tapped_logits(tmp_path):
     student, teacher = models.convnext_segmentor(), models.convnext_segmentor()
     teacher.decode_head.num_classes = teacher.auxiliary_head.num_classes = 19
     logits = dict(student='decode_head.conv_seg', teacher='decode_head.conv_seg')
-    distill = dict(logits=dict(logits, neck=dict(distance=dict(type='mmdiffkd.DISTLoss'))))
+    distill = dict(logits=dict(logits, neck=dict(loss_kd=dict(type='mmdiffkd.DISTLoss'))))
     with pytest.raises(ValueError, match=r'distill.logits.neck .*student has 150 classes and the teacher 19; tap feat'):
         tiny.build(tiny.distiller_cfg(tmp_path, student, teacher, distill=distill))
 

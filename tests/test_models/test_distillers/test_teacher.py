@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from mmdiffkd.models.distillers.probe import probe
+from mmdiffkd.models.distillers.feature_info import infer_feature_info
 from mmdiffkd.models.distillers.teacher import Teacher
 from tests import tiny
 
@@ -13,7 +13,7 @@ CAFFE = dict(
 
 def ready(tmp_path, cfg, taps, student_preprocessor=None):
     teacher = Teacher(cfg, tiny.write_checkpoint(cfg, tmp_path / 'teacher.pth'))
-    teacher.expect(student_preprocessor or cfg.data_preprocessor, probe(cfg, taps, 'teacher'))
+    teacher.expect(student_preprocessor or cfg.data_preprocessor, infer_feature_info(cfg, taps, 'teacher'))
     return teacher
 
 

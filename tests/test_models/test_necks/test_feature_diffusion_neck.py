@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from mmdiffkd.models import Draws, FeatureDiffusionNeck
+from mmdiffkd.models import FeatureDiffusionNeck, NoiseInputs
 from tests import golden
 
 NECK_FILES = golden.files('in/student')
@@ -20,7 +20,7 @@ def neck_from(data, **options):
         latent_channels=latent,
         denoiser=dict(type='mmdiffkd.MLPDenoiser') if is_mlp else None,
         noise_adapter=dict(type='mmdiffkd.MLPNoiseAdapter') if is_mlp else None,
-        schedule=dict(
+        scheduler=dict(
             num_train_timesteps=len(data['meta/alphas_cumprod']), num_inference_steps=len(data['meta/timesteps'])
         ),
         **options,
@@ -45,15 +45,17 @@ def test_reproduces_the_released_code(path, options):
     level = neck.levels[0]
     # compilers sum up in another order
     tolerance = dict(rtol=1e-3, atol=1e-4) if options.get('compile') else golden.TOLERANCE
-    assert level.schedule.timesteps == data['meta/timesteps'].tolist()
-    torch.testing.assert_close(level.schedule.alphas_cumprod, data['meta/alphas_cumprod'])
+    assert level.scheduler.timesteps == data['meta/timesteps'].tolist()
+    torch.testing.assert_close(level.scheduler.alphas_cumprod, data['meta/alphas_cumprod'])
 
     student = data['in/student'].requires_grad_()
-    draws = Draws(data['draw/adapter_noise'], data['draw/diffusion_noise'], data['draw/diffusion_timesteps'].long())
-    output = neck(student, data['in/teacher'], draws)
+    draws = NoiseInputs(
+        data['draw/adapter_noise'], data['draw/diffusion_noise'], data['draw/diffusion_timesteps'].long()
+    )
+    output = neck(student, data['in/teacher'], noise_inputs=draws)
     torch.testing.assert_close(output.gamma, data['out/gamma'], **tolerance)
-    torch.testing.assert_close(output.refined, data['out/refined'], **tolerance)
-    torch.testing.assert_close(output.target, data['out/target'], **tolerance)
+    torch.testing.assert_close(output.denoised, data['out/refined'], **tolerance)
+    torch.testing.assert_close(output.teacher_latent, data['out/target'], **tolerance)
     expected = dict(
         loss_kd=data['out/loss_kd_mse'],
         loss_diffusion=data['out/loss_diffusion'],
@@ -78,7 +80,9 @@ def test_reproduces_the_released_code(path, options):
         torch.testing.assert_close(buffers[name], value, **tolerance)
 
     neck.eval()
-    torch.testing.assert_close(neck(student, data['in/teacher'], draws).refined, data['out/refined_eval'], **tolerance)
+    torch.testing.assert_close(
+        neck(student, data['in/teacher'], noise_inputs=draws).denoised, data['out/refined_eval'], **tolerance
+    )
 
 
 def test_reference_files_are_there():
@@ -90,7 +94,7 @@ def test_levels_have_parts_of_their_own():
     outputs = neck(
         [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)], [torch.randn(2, 8, 8, 8), torch.randn(2, 8, 4, 4)]
     )
-    assert [output.refined.shape for output in outputs] == [(2, 8, 8, 8), (2, 8, 4, 4)]
+    assert [output.denoised.shape for output in outputs] == [(2, 8, 8, 8), (2, 8, 4, 4)]
     first, second = neck.levels
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
 
@@ -101,7 +105,7 @@ def test_levels_may_share_one_part():
     teacher = [torch.randn(2, 8, 8, 8), torch.randn(2, 8, 4, 4)]
     assert len(list(neck.parameters())) == len(list(FeatureDiffusionNeck(6, 8).parameters()))
     outputs = neck(student, teacher)
-    assert [output.refined.shape for output in outputs] == [(2, 8, 8, 8), (2, 8, 4, 4)]
+    assert [output.denoised.shape for output in outputs] == [(2, 8, 8, 8), (2, 8, 4, 4)]
     sum(sum(output.losses.values()) for output in outputs).backward()
     assert all(feature.grad.any() for feature in student)
     with pytest.raises(ValueError, match=r'needs the same channels on all levels, but student_channels=\[4, 6\]'):
@@ -125,7 +129,7 @@ def test_compiled_neck_under_autocast_copies_and_saves():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
     twin = copy.deepcopy(neck)
     assert list(twin.state_dict()) == list(FeatureDiffusionNeck([6, 6], [8, 8]).state_dict())
-    draws = [Draws(torch.randn_like(t), torch.randn_like(t), torch.tensor([3, 900])) for t in teacher]
+    draws = [NoiseInputs(torch.randn_like(t), torch.randn_like(t), torch.tensor([3, 900])) for t in teacher]
     ours, theirs = (one.eval()(student, teacher, draws) for one in (neck, twin))
     for one, two in zip(ours, theirs):
         torch.testing.assert_close(one.losses, two.losses, rtol=1e-4, atol=1e-5)

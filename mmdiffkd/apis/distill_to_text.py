@@ -1,0 +1,66 @@
+import inspect
+import re
+from typing import Sequence
+
+from mmengine.config import Config
+from torch import nn
+
+from mmdiffkd.models import DiffKDDistiller, FeatureDiffusionNeck
+from mmdiffkd.models.diffusion.feature_diffusion import FeatureDiffusion
+
+# what the neck and its levels are given when they are built
+WIDTHS = ('student_channels', 'teacher_channels')
+GIVEN = ('channels', 'num_train_timesteps')
+# what a pair without denoising has
+PLAIN = ('denoise', 'align', 'loss_kd', 'share_levels')
+
+
+def distill_to_text(model: DiffKDDistiller) -> str:
+    """What a distiller compares, spelt out as a setting to paste.
+
+    Args:
+        model (DiffKDDistiller): A distiller with a teacher.
+
+    Returns:
+        str: ``distill = dict(...)``, with the defaults in it.
+    """
+    pairs = {
+        name: dict(
+            student=pair.student,
+            teacher=pair.teacher,
+            levels=[s for s, _ in model.matched_levels[name][0]],
+            neck=_spelt_out(pair.neck, model.diffkd[name]),
+        )
+        for name, pair in model.pairs.items()
+    }
+    text = Config(dict(distill=pairs)).pretty_text.strip()
+    return re.sub(r'\[\s+([\d,\s]+?),?\s*\]', lambda match: f'[{" ".join(match[1].split())}]', text)
+
+
+def _spelt_out(cfg: dict, neck: nn.Module) -> dict:
+    """The config of a neck with the defaults of ours and of its parts."""
+    if type(neck) is not FeatureDiffusionNeck:
+        return cfg
+    level = neck.levels[0]
+    full = {**_defaults(FeatureDiffusion, WIDTHS), **_defaults(FeatureDiffusionNeck, WIDTHS)}
+    if not level.denoise:
+        full = {key: value for key, value in full.items() if key in PLAIN}
+    full.update(cfg)
+    full['loss_kd'] = _part(full['loss_kd'], level.loss_kd)
+    if level.denoise:
+        full['denoiser'] = _part(full['denoiser'], level.denoiser)
+        full['noise_adapter'] = _part(full['noise_adapter'], level.noise_adapter)
+        full['scheduler'] = _part(full['scheduler'], level.scheduler)
+    return full
+
+
+def _part(cfg: dict, module: nn.Module) -> dict:
+    kind = type(module)
+    if kind.__module__.split('.')[0] != 'mmdiffkd':
+        return cfg
+    return {'type': f'mmdiffkd.{kind.__name__}', **_defaults(kind, GIVEN), **(cfg or {})}
+
+
+def _defaults(kind: type, given: Sequence[str] = ()) -> dict:
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}

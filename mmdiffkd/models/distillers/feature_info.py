@@ -1,0 +1,376 @@
+"""Dry runs: find out channels, strides and gradients of the tapped features, and match student and teacher levels."""
+
+import copy
+from contextlib import nullcontext
+from logging import DEBUG
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from mmdiffkd.utils.config import image_channels
+from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
+
+from .recorders import ModuleOutputsRecorder, TapError, Tokens, find_module, flatten
+
+# Device and image size, tried in turn: not every operator knows the meta device, some models take no small images, some
+# only those of ImageNet or MNIST. The others are multiples of the largest FPN stride, so that strides come out whole.
+ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224), ('cpu', 32))
+
+# some models drop the dimension of a single one
+IMAGES = 2
+
+
+class FeatureInfo(NamedTuple):
+    """What a tap gives.
+
+    Attributes:
+        channels (list[int]): Channels of each level; 0 where a level is None.
+        strides (list[float or None]): Image pixels per feature pixel of each level; None for vectors.
+        calls (int): How often the module is called in a forward pass.
+        way (str): The shortest of a model's :func:`forward_fns` that reaches it.
+        learns (list[bool], optional): Whether a gradient reaches the model through each level; only the student's
+            are looked at.
+        tokens (list[Tokens or None], optional): How the tokens of each level are laid out; None where it has none.
+        members (int): Number of tensors that a call returns.
+    """
+
+    channels: List[int]
+    strides: List[Optional[float]]
+    calls: int
+    forward_fn: str = 'features'
+    requires_grad: Optional[List[bool]] = None
+    tokens: Optional[List[Optional[Tokens]]] = None
+    num_outputs: int = 1
+
+
+def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, FeatureInfo]:
+    """Find out what the taps of a model return.
+
+    The model is built and run on the meta device, which costs neither memory nor arithmetic; where an operator does
+    not know that device, on the CPU with a small image.
+
+    Args:
+        model_cfg (dict): Config of the model.
+        paths (iterable[str]): Modules to tap.
+        owner (str): ``'student'`` or ``'teacher'``, for error messages.
+
+    Returns:
+        dict[str, FeatureInfo]: One entry a path.
+
+    Raises:
+        TapError: If a path does not exist, or is not reached in a forward pass.
+        RuntimeError: If the model runs on none of the images tried.
+    """
+    paths, problems = list(paths), []
+    channels = image_channels(model_cfg.get('data_preprocessor'))
+    widths = (3, 1) if channels == 1 else (channels,)  # one mean may be meant for three channels
+    attempts = [(*attempt, width) for attempt in (*_own_size(model_cfg), *ATTEMPTS) for width in widths]
+    for device, size, width in attempts:
+        try:
+            return _run(model_cfg, paths, owner, device, (width, size, size))
+        except TapError:
+            raise
+        except Exception as error:
+            print_log(f'The dry run of the {owner} fails on {device} at {size} pixels: {error}', 'current', DEBUG)
+            problems.append(error)
+    if len({str(error) for error in problems}) == 1:  # it is not for the size of the image
+        raise problems[0]
+    raise RuntimeError(
+        f'The {owner} {model_cfg["type"]} runs on no empty image, neither at '
+        f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels nor at an img_size of its backbone; the '
+        f'last error was: {problems[-1]}'
+    ) from problems[-1]
+
+
+def check_training_outputs(pair: str, path: str, outputs: List[list], tap: FeatureInfo) -> None:
+    """Check that a tap returns in training what the dry run saw it return in prediction.
+
+    Args:
+        pair (str): Name of the pair, for the error message.
+        path (str): The tap.
+        outputs (list[list[Tensor or None]]): What it returned, an entry a call.
+        tap (FeatureInfo): What the dry run saw.
+
+    Raises:
+        TapError: If it was not called, or returned other outputs.
+    """
+    if len(outputs) < tap.calls:
+        raise TapError(
+            f"distill.{pair}: the student's '{path}' is not called as a module while it trains; tap a layer inside it, "
+            "such as 'decode_head.conv_seg'."
+        )
+    tensors = [tensor for call in outputs[: tap.calls] for tensor in call]
+    widths = [
+        None if tensor is None or tensor.dim() < 2 else tensor.size(2 if tensor.dim() == 3 else 1) for tensor in tensors
+    ]
+    fits = all(not wanted or width == wanted for width, wanted in zip(widths, tap.channels))
+    if not fits or any(len(call) != tap.num_outputs for call in outputs[: tap.calls]):
+        raise TapError(
+            f"distill.{pair}: the student's '{path}' returns other outputs while it trains ({_widths(widths)} "
+            f'channels) than while it predicts ({_widths(tap.channels)}), so it is not clear which to compare; tap a '
+            'layer inside it.'
+        )
+
+
+def check_gradient(pair: str, path: str, features: Sequence[Tensor], levels: Sequence[int]) -> None:
+    """Check that a tap sends gradient to the student: distilling what does not learn would go unnoticed.
+
+    Args:
+        pair (str): Name of the pair, for the error message.
+        path (str): The tap.
+        features (list[Tensor]): What it returned, one a level.
+        levels (list[int]): Those that are distilled.
+
+    Raises:
+        TapError: If no gradient reaches the student through one of them.
+    """
+    lost = [level for level in levels if not features[level].requires_grad]
+    if lost and torch.is_grad_enabled():
+        others = [level for level in levels if level not in lost]
+        cure = f'choose levels={others}' if others else 'tap another module'
+        raise TapError(
+            f"distill.{pair}: no gradient reaches the student through its tap '{path}', level {lost[0]}. Either it is "
+            f'frozen: {cure}. Or it lies inside a part under '
+            'reentrant activation checkpointing (with_cp=True, activation_checkpointing=[...]): tap the module around '
+            'that part, or switch the checkpointing off there.'
+        )
+
+
+def _widths(channels: Iterable[Optional[int]]) -> str:
+    return ', '.join(str(width or 'no') for width in channels)
+
+
+def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
+    """Attempts at the image size that a backbone is made for, if it names a square one."""
+    size = (model_cfg.get('backbone') or {}).get('img_size')
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    return [('meta', size), ('cpu', size)] if isinstance(size, int) else []
+
+
+def _run(
+    model_cfg: dict, paths: List[str], owner: str, device: str, shape: Tuple[int, int, int]
+) -> Dict[str, FeatureInfo]:
+    is_meta = device == 'meta'
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.set_grad_enabled(owner == 'student'):
+        if is_meta:
+            model = build_on_meta(model_cfg)
+        else:
+            with QuickInit():
+                model = MODELS.build(copy.deepcopy(model_cfg))
+        model.train().eval()  # some freeze their stages when they are told to train
+        for path in paths:
+            find_module(model, path, owner)
+        images, samples = torch.zeros(IMAGES, *shape), [blank_sample(*shape[1:]) for _ in range(IMAGES)]
+        problem, unreached = None, []
+        for forward_fn, run in forward_fns(model).items():
+            try:
+                with ModuleOutputsRecorder(model, paths, owner) as taps, QuickMeta() if is_meta else nullcontext():
+                    run(images, samples)
+            except TapError:
+                raise
+            except Exception as error:
+                problem = error
+                continue
+            unreached = [path for path, outputs in taps.outputs.items() if not outputs]
+            if not unreached:
+                return {path: _describe(taps, path, shape[1], forward_fn) for path in paths}
+    if problem is not None:
+        raise problem
+    raise TapError(
+        f"The {owner} {type(model).__name__} has the module '{unreached[0]}', but a forward pass does not call it; "
+        'tap the module around it.'
+    )
+
+
+def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str) -> FeatureInfo:
+    tensors = flatten(taps.outputs[path], path)
+    features = taps.features(path, (size, size))
+    channels, strides, tokens = [], [], []
+    for raw, feature in zip(tensors, features):
+        channels.append(0 if feature is None else feature.size(1))
+        strides.append(None if feature is None or raw.dim() == 2 else size / feature.size(2))
+        is_tokens = raw is not None and raw.dim() == 3
+        tokens.append(Tokens(strides[-1], raw.size(1) - feature[0, 0].numel()) if is_tokens else None)
+        # regions have another number, and so have vectors of them
+        if feature is not None and raw.dim() > 2 and feature.size(0) != IMAGES and not path.startswith('roi_head'):
+            raise TapError(
+                f"The tap '{path}' returns a tensor of shape {tuple(raw.shape)} for {IMAGES} images; its first "
+                'dimension must be theirs. Tap a module that returns features of the images.'
+            )
+    requires_grad = [feature is not None and feature.requires_grad for feature in features]
+    calls = taps.outputs[path]
+    return FeatureInfo(
+        channels,
+        strides,
+        len(calls),
+        forward_fn,
+        requires_grad if torch.is_grad_enabled() else None,
+        tokens,
+        len(calls[0]),
+    )
+
+
+def blank_sample(*shape: int) -> BaseDataElement:
+    """A data sample of an image of that height and width, without labels."""
+    return BaseDataElement(
+        metainfo=dict(
+            img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)
+        )
+    )
+
+
+def match_levels(
+    pair: str, student: FeatureInfo, teacher: FeatureInfo, levels: Optional[Sequence[int]] = None
+) -> List[Tuple[int, int]]:
+    """Match the levels of a student's tap with those of its teacher's.
+
+    Levels belong together when their strides are equal; several of one stride, as dilated backbones have them, by
+    their order. A single feature on both sides is matched whatever its stride, vectors by their order. Levels of frozen
+    stages are left out. Levels asked for by number take the teacher's nearest stride, up to a factor of two, and are
+    resized.
+
+    Args:
+        pair (str): Name of the pair, for error messages.
+        student (FeatureInfo): The student's levels.
+        teacher (FeatureInfo): The teacher's levels.
+        levels (list[int], optional): Student levels to distil. Those below 0 count from the end, of both: -1 joins the
+            last with the last, whatever their strides. None takes all that the two share. Defaults to None.
+
+    Returns:
+        list[tuple[int, int]]: Positions of the student's and the teacher's level.
+
+    Raises:
+        ValueError: If nothing matches; it names the strides of both.
+    """
+    ours, theirs = _present(student), _present(teacher)
+    requires_grad = [level for level in ours if student.requires_grad is None or student.requires_grad[level]]
+    if not requires_grad:
+        raise ValueError(
+            f'distill.{pair}: no gradient reaches the student through its tap; it is frozen, or lies inside a part '
+            'under reentrant activation checkpointing (with_cp=True). Tap another module, or the one around that part.'
+        )
+    if levels is not None and not levels:
+        raise ValueError(f'distill.{pair}.levels is empty: leave it out for all levels that both have, or name some.')
+    for level in levels or ():
+        known = level in ours if level >= 0 else -level <= min(len(ours), len(theirs))
+        if not known:
+            raise ValueError(
+                f"distill.{pair}.levels={list(levels)} names level {level}, but the student's tap has the levels "
+                f'{_numbers(ours)} with strides {_strides(student)}.'
+            )
+    wanted = requires_grad if levels is None else levels
+    if len(ours) == len(theirs) == 1:
+        return [(ours[0], theirs[0])]
+    are_vectors = [None in [info.strides[i] for i in levels] for info, levels in ((student, ours), (teacher, theirs))]
+    if are_vectors[0] != are_vectors[1]:
+        kinds = [
+            'vectors' if pooled else f'maps of stride {_strides(info)}'
+            for pooled, info in zip(are_vectors, (student, teacher))
+        ]
+        raise ValueError(
+            f"distill.{pair}: the student's tap returns {kinds[0]}, the teacher's {kinds[1]}: one of them is pooled "
+            "already. Tap the features before that, such as dict(student='backbone', teacher='backbone')."
+        )
+    if are_vectors[0]:
+        if len(ours) != len(theirs):
+            raise ValueError(
+                f'distill.{pair}: the taps return {len(ours)} (student) and {len(theirs)} (teacher) vectors, '
+                'which cannot be matched one by one.'
+            )
+        partners = dict(zip(ours, theirs))
+        return [(ours[level], theirs[level]) if level < 0 else (level, partners[level]) for level in wanted]
+
+    matches = []
+    for level in wanted:
+        if level < 0:
+            matches.append((ours[level], theirs[level]))
+            continue
+        stride = student.strides[level]
+        ratios = {i: max(teacher.strides[i], stride) / min(teacher.strides[i], stride) for i in theirs}
+        nearest = [i for i in theirs if ratios[i] == min(ratios.values())]
+        rank = student.strides[:level].count(stride)
+        if levels is None and rank >= len(nearest):  # a dilated student's deeper levels
+            continue
+        best = nearest[min(rank, len(nearest) - 1)]
+        if ratios[best] == 1 or (levels is not None and ratios[best] <= 2):
+            matches.append((level, best))
+        elif levels is not None:
+            raise ValueError(
+                f"distill.{pair}: the student's level {level} has stride {stride:g}, and no level of the teacher is "
+                f'near it: its strides are {_strides(teacher)}.'
+            )
+    if not matches:
+        raise ValueError(
+            f'distill.{pair}: student and teacher share no level: the strides are {_strides(student)} and '
+            f'{_strides(teacher)}; name the levels to resize with levels=[...], or tap other modules.'
+        )
+    return matches
+
+
+def _present(tap: FeatureInfo) -> List[int]:
+    """Levels that are there when a model predicts."""
+    return [level for level, channels in enumerate(tap.channels) if channels]
+
+
+def _numbers(levels: Sequence[int]) -> str:
+    return ', '.join(map(str, levels))
+
+
+def _strides(tap: FeatureInfo) -> str:
+    strides = [tap.strides[level] for level in _present(tap)]
+    return ', '.join('none' if stride is None else f'{stride:g}' for stride in strides)
+
+
+# where upstream's models keep what sees the image first
+ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
+# trackers and semi-supervised models keep a whole detector there
+WRAPPED = ('detector', 'student')
+
+
+def encoder_path(model: nn.Module) -> Optional[str]:
+    """Path of the module that sees a model's images first, None if it is not where upstream keeps it."""
+    modules = dict(model.named_modules())
+    paths = [prefix + name for prefix in ('', *(f'{part}.' for part in WRAPPED)) for name in ENCODERS]
+    return next((path for path in paths if path in modules), None)
+
+
+def forward_fns(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]], object]]:
+    """Ways to run a model on images (N, 3, H, W) and their samples, by name; the shortest first.
+
+    Most taps lie in backbone and neck, which run where proposals and post-processing do not.
+    """
+    functions = {}
+    for name, part in [('features', model)] + [(f'{name} features', getattr(model, name, None)) for name in WRAPPED]:
+        if hasattr(part, 'extract_feat'):
+            functions[name] = lambda images, samples, part=part: part.extract_feat(images)
+    encoder = encoder_path(model)
+    if encoder is not None:
+        functions['encoder'] = lambda images, samples: model.get_submodule(encoder)(images)
+    if hasattr(model, 'decode_head'):
+        functions['heads'] = lambda images, samples: _run_segmentation_heads(model, images)
+    functions['whole'] = lambda images, samples: model(images, samples, mode='tensor')
+    return functions
+
+
+def _run_segmentation_heads(model: nn.Module, images: Tensor) -> None:
+    """Decode head and auxiliary heads; a segmentor runs the latter only to compute its losses."""
+    features = model.extract_feat(images)
+    if isinstance(model.decode_head, nn.ModuleList):
+        output = model.decode_head[0](features)
+        for stage in model.decode_head[1:]:
+            output = stage(features, output)
+    else:
+        model.decode_head(features)
+    auxiliary = getattr(model, 'auxiliary_head', None)
+    for head in auxiliary if isinstance(auxiliary, nn.ModuleList) else filter(None, [auxiliary]):
+        head(features)
+
+
+def run_box_branch(model: nn.Module, inputs: Tensor, rois: Tensor) -> None:
+    """Run a detector's box branch on images (N, 3, H, W) and RoIs (R, 5) given from outside."""
+    model.roi_head._bbox_forward(model.extract_feat(inputs), rois)

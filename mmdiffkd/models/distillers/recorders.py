@@ -1,0 +1,242 @@
+import re
+from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import product
+from math import ceil, floor
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from torch import Tensor, nn
+
+from mmdiffkd.utils.config import closest_names
+
+WRAPPERS = re.compile(r'(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.|$)')
+
+# a class token and four registers
+MAX_EXTRA_TOKENS = 5
+
+
+class Tokens(NamedTuple):
+    """How a tap lays out its tokens.
+
+    Attributes:
+        stride (float): Image pixels per token.
+        extra (int): Number of class tokens and the like before the grid.
+    """
+
+    stride: float
+    extra: int
+
+
+class TapError(ValueError):
+    """A tap that does not exist, is not reached, or returns what cannot be distilled."""
+
+
+def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
+    """The module at a path of ``named_modules()``.
+
+    Args:
+        model (nn.Module): Where to look.
+        path (str): For example ``'neck'`` or ``'bbox_head.retina_reg'``; FSDP, activation checkpointing and
+            torch.compile, which wrap modules, do not change it.
+        owner (str): ``'student'`` or ``'teacher'``, for the error message.
+
+    Raises:
+        TapError: If there is none; it lists the nearest paths.
+    """
+    with suppress(AttributeError):  # the way without a search, since this is done in every iteration
+        if path:
+            return model.get_submodule(path)
+    modules: Dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        # the wrapper comes first, and is what gets called
+        modules.setdefault(WRAPPERS.sub('', name).lstrip('.'), module)
+    modules.pop('', None)
+    if path not in modules:
+        raise TapError(
+            f"The {owner} {type(model).__name__} has no module '{path}' to tap; "
+            f'the nearest are {closest_names(path, modules)}.'
+        )
+    return modules[path]
+
+
+class _LastTapReached(BaseException):
+    """Ends a forward pass; no ``except Exception`` on the way may catch it."""
+
+
+class ModuleOutputsRecorder(AbstractContextManager):
+    """Record what modules return during a forward pass.
+
+    Hooks are in place only inside the ``with`` block, so nothing is left on a model that predicts, is copied or saved.
+
+    Args:
+        model (nn.Module): The model that runs.
+        paths (iterable[str]): Modules to tap.
+        owner (str): ``'student'`` or ``'teacher'``, for error messages.
+        stop_after (dict[str, int], optional): Number of calls a path; when all are reached, the forward pass ends
+            there and then. None lets it run. Defaults to None.
+
+    Attributes:
+        outputs (dict[str, list[list[Tensor or None]]]): The tensors that every path returned, an entry a call.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str], owner: str, stop_after: Optional[Dict[str, int]] = None):
+        self.outputs: Dict[str, List[List[Optional[Tensor]]]] = {path: [] for path in paths}
+        self._modules = {path: find_module(model, path, owner) for path in self.outputs}
+        self._stop_after = stop_after
+        self._owner = owner
+        self._handles = []
+
+    def __enter__(self):
+        for path, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(path)))
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        return kind is _LastTapReached
+
+    def _hook(self, path: str):
+        def record(module, inputs, output):
+            # a copy: what follows may work in place, as ReLUs behind a normalisation do
+            self.outputs[path].append(
+                [tensor if tensor is None else tensor.clone() for tensor in flatten(output, path)]
+            )
+            if self._stop_after and all(len(self.outputs[p]) >= n for p, n in self._stop_after.items()):
+                raise _LastTapReached
+
+        return record
+
+    def features(self, path: str, input_size, tokens: Optional[Sequence[Optional[Tokens]]] = None):
+        """The levels of a path as feature maps, one a call and one a member of a returned tuple or list.
+
+        A member that is None, such as the auxiliary output of a network that predicts, stays None.
+
+        Args:
+            path (str): A tapped path.
+            input_size (tuple[int, int]): Height and width of the images, which tell the grid of tokens.
+            tokens (list[Tokens or None], optional): How the tokens of each level are laid out where it is known; what
+                is returned beyond these levels, by calls that a dry run does not make, is left out.
+
+        Returns:
+            list[Tensor or None]: The levels.
+
+        Raises:
+            TapError: If they are no feature maps.
+        """
+        tensors = [tensor for call in self.outputs[path] for tensor in call]
+        tokens = [None] * len(tensors) if tokens is None else tokens
+        return [
+            None if tensor is None else as_map(tensor, input_size, path, layout)
+            for tensor, layout in zip(tensors, tokens)
+        ]
+
+
+class ModuleInputsRecorder(AbstractContextManager):
+    """Record the images that the encoder of a model is first called with in a ``with`` block.
+
+    Self-supervised models and trackers take views or clips and decide themselves which of them they encode.
+
+    Attributes:
+        images (list[Tensor]): The images of the first call, (N, 3, H, W); empty before it.
+    """
+
+    def __init__(self, model: nn.Module, path: str):
+        self.images: List[Tensor] = []
+        self._module = find_module(model, path, 'student')
+
+    def __enter__(self):
+        self._handle = self._module.register_forward_pre_hook(self._record, with_kwargs=True)
+        return self
+
+    def _record(self, module, args, kwargs):
+        if not self.images:
+            self.images.append(args[0] if args else next(iter(kwargs.values())))
+
+    def __exit__(self, *error):
+        self._handle.remove()
+
+
+def is_roi_tap(path: str) -> bool:
+    """Whether a tap lies in the box branch of a RoI head."""
+    return path.split('.')[:2] == ['roi_head', 'bbox_head']
+
+
+@contextmanager
+def record_rois(model: nn.Module) -> Iterator[List[Tensor]]:
+    """Record the RoIs, (R, 5), that a detector's box branch is called with."""
+    rois: List[Tensor] = []
+    extractor = model.roi_head.bbox_roi_extractor
+    handle = extractor.register_forward_pre_hook(lambda module, args: rois.append(args[1]))
+    try:
+        yield rois
+    finally:
+        handle.remove()
+
+
+def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = None) -> Tensor:
+    """View a tapped tensor as a feature map.
+
+    Args:
+        tensor (Tensor): (N, C, H, W), tokens (N, L, C) with or without class tokens and the like before them, or
+            vectors (N, C).
+        input_size (tuple[int, int]): Height and width of the images.
+        path (str): The tap, for the error message.
+        tokens (Tokens, optional): How they are laid out where it is known.
+
+    Returns:
+        Tensor: (N, C, H, W); vectors become 1x1 maps.
+
+    Raises:
+        TapError: If it is none of these.
+    """
+    if tensor.dim() == 4:
+        return tensor
+    if tensor.dim() == 2:
+        return tensor[..., None, None]
+    if tensor.dim() != 3:
+        raise TapError(
+            f"The tap '{path}' returns a tensor of shape {tuple(tensor.shape)}; a feature map (N, C, H, W), tokens "
+            '(N, L, C) or vectors (N, C) are needed.'
+        )
+    grid = _grid(tensor.size(1), input_size, tokens)
+    if grid is None:
+        images = f'images of {input_size[0]}x{input_size[1]}'
+        if tokens is None:
+            raise TapError(
+                f"The tap '{path}' returns {tensor.size(1)} tokens, which form no grid on {images}; tap a module that "
+                'returns feature maps.'
+            )
+        raise TapError(
+            f"The tap '{path}' returns {tensor.size(1)} tokens on {images}, which is not its grid of stride "
+            f'{tokens.stride:g} in prediction. A model that masks its input while it trains can be distilled when it '
+            'is fine-tuned.'
+        )
+    return tensor[:, tensor.size(1) - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+
+
+def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[int, int]]:
+    """Height and width of the grid of tokens on an image; what is left over are class tokens and the like."""
+    if tokens is not None:  # patches may be cut off at the border, or padded
+        sides = [(floor(size / tokens.stride), ceil(size / tokens.stride)) for size in input_size]
+        return next((grid for grid in product(*sides) if grid[0] * grid[1] == length - tokens.extra), None)
+    ratio = input_size[1] / input_size[0]
+    for extra in range(MAX_EXTRA_TOKENS + 1):
+        count = length - extra
+        if count < 4 * extra:  # chance, not class tokens
+            return None
+        height = round((count / ratio) ** 0.5)
+        if not height or count % height or input_size[0] % height:  # queries, say
+            continue
+        if abs(count / height - height * ratio) < 1:
+            return height, count // height
+    return None
+
+
+def flatten(output, path: str, is_member: bool = False) -> List[Optional[Tensor]]:
+    """The tensors in nested tuples and lists, in order, and the Nones among them."""
+    if isinstance(output, Tensor) or (output is None and is_member):
+        return [output]
+    if isinstance(output, (tuple, list)):
+        return [tensor for member in output for tensor in flatten(member, path, is_member=True)]
+    raise TapError(f"The tap '{path}' returns a {type(output).__name__}; tap a module that returns tensors.")

@@ -1,0 +1,90 @@
+"""The names of losses in the log: ``diffkd.<pair>.<term>``, and ``diffkd.<pair>.<term>.<level>`` for one level."""
+
+import re
+from typing import Dict, List, Sequence
+
+from torch import Tensor
+
+from mmdiffkd.engine.checkpoint import PREFIX
+
+LOSS = 'loss_'
+PAIR_KEY_RE = re.compile(re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<term>\w+)')
+LEVEL_KEY_RE = re.compile(re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<term>\w+)\.(?P<level>\d+)')
+
+
+def name_losses(
+    pair: str, outputs: Sequence, levels: Sequence[int], weight: float = 1.0, auxiliary: Sequence[str] = ()
+) -> Dict[str, Tensor]:
+    """Name the losses and logged values of a neck.
+
+    mmengine sums the values that have ``loss`` in their names, so the values of single levels have none.
+
+    Args:
+        pair (str): Name of the pair.
+        outputs (list[DistillOutput]): One for each level, with ``losses`` and ``logs``.
+        levels (list[int]): Their numbers.
+        weight (float): Factor of the losses that train the student. Defaults to 1.
+        auxiliary (list[str]): The other losses, which train the neck alone. Defaults to none.
+
+    Returns:
+        dict[str, Tensor]: Losses summed over levels, logged values averaged over levels, and if there are several
+        levels, both for each level, detached.
+
+    Raises:
+        ValueError: If a loss has no ``loss_`` in front of its name, or a logged value has ``loss`` in its name.
+    """
+    losses, logs = [], []
+    for output in outputs:
+        _check_names(pair, output)
+        is_scaled = {name: weight != 1 and name not in auxiliary for name in output.losses}
+        losses.append({name: value * weight if is_scaled[name] else value for name, value in output.losses.items()})
+        logs.append({name: value.detach().float().mean() for name, value in output.logs.items()})
+    named = {}
+    for name in _union(losses):
+        named[f'{PREFIX}{pair}.{name}'] = sum(values[name] for values in losses if name in values)
+    for name in _union(logs):
+        found = [values[name] for values in logs if name in values]
+        named[f'{PREFIX}{pair}.{name}'] = sum(found) / len(found)
+    if len(outputs) > 1:
+        for level, of_losses, of_logs in zip(levels, losses, logs):
+            for name, value in of_losses.items():
+                named[f'{PREFIX}{pair}.{name[len(LOSS) :]}.{level}'] = value.detach()
+            for name, value in of_logs.items():
+                named[f'{PREFIX}{pair}.{name}.{level}'] = value
+    return named
+
+
+def _check_names(pair: str, output) -> None:
+    for name in output.losses:
+        if not name.startswith(LOSS):
+            raise ValueError(f"The neck of distill.{pair} returns the loss '{name}': call it '{LOSS}{name}'.")
+    for name in output.logs:
+        if 'loss' in name:
+            raise ValueError(
+                f"The neck of distill.{pair} logs '{name}': a value with 'loss' in its name would be optimized; return "
+                'it in losses, or give it another name.'
+            )
+
+
+def _union(dicts: Sequence[dict]) -> List[str]:
+    return list({name: None for values in dicts for name in values})
+
+
+def non_finite_names(log_vars: Dict[str, Tensor]) -> List[str]:
+    """The losses that are not finite, those of a pair with their levels.
+
+    Args:
+        log_vars (dict[str, Tensor]): What is logged.
+
+    Returns:
+        list[str]: For example ``['loss_cls', 'diffkd.fpn.loss_kd (levels 0, 2)']``.
+    """
+    bad = [name for name, value in log_vars.items() if not value.isfinite().all()]
+    levels: Dict[str, List[str]] = {}
+    for match in filter(None, map(LEVEL_KEY_RE.fullmatch, bad)):
+        levels.setdefault(f'{PREFIX}{match["pair"]}.loss_{match["term"]}', []).append(match['level'])
+    losses = [name for name in bad if 'loss' in name and name != 'loss']
+    return [
+        f'{name} (level{"s" * (len(levels[name]) > 1)} {", ".join(levels[name])})' if name in levels else name
+        for name in losses
+    ]

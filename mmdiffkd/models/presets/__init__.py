@@ -1,0 +1,4 @@
+from .diffkd import DiffKDPreset
+from .plus import PlusPreset
+
+__all__ = ['DiffKDPreset', 'PlusPreset']

@@ -1,0 +1,261 @@
+"""Random training batches for models of mmdet, mmseg and mmpretrain, as their dataloaders would give them."""
+
+from typing import Iterator, List
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import Compose, default_collate, pseudo_collate
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData, PixelData
+
+from .config import get_preprocessor_cfg, image_channels
+
+BOXES = 3
+# of configs that have no training set
+INFERENCE_ONLY = (dict(type='Resize', scale=224), dict(type='PackInputs'))
+
+
+def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[dict]:
+    """Items of a training set, as the dataset of a config would give them.
+
+    Args:
+        cfg (Config): A config of mmdet, mmseg or mmpretrain.
+        size (int): Height and width of the images. mmpretrain's come from the config's own training pipeline, which
+            decides on their size (and on their views, masks and labels).
+        count (int): Number of images. Defaults to 2.
+        seed (int): Of everything random but the pipeline's augmentation. Defaults to 0.
+
+    Returns:
+        list[dict]: Each with ``inputs`` and ``data_samples``. Where several images make one item, as the identities of
+        re-identification do, there are fewer than ``count``.
+
+    Raises:
+        ValueError: If the config is of another package.
+    """
+    rng = np.random.default_rng(seed)
+    scope = cfg.get('default_scope') or DefaultScope.get_current_instance().scope_name
+    makers = dict(mmdet=_detection, mmseg=_segmentation, mmpretrain=_classification)
+    if scope not in makers:
+        raise ValueError(f"There are no batches for default_scope='{scope}', only for {', '.join(makers)}.")
+    with DefaultScope.overwrite_default_scope(scope):
+        return makers[scope](cfg, rng, size, count)
+
+
+def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0) -> dict:
+    """:func:`random_items` put together as the config's dataloader does: what ``train_step`` takes."""
+    items = random_items(cfg, size, count, seed)
+    collate = ((cfg.get('train_dataloader') or {}).get('collate_fn') or {}).get('type')
+    return default_collate(items) if collate == 'default_collate' else pseudo_collate(items)
+
+
+def random_image(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth random colours, (size, size, 3) of type uint8: noise alone would vanish in the first pooling."""
+    coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return np.kron(coarse, np.ones((-(-size // 8), -(-size // 8), 1), dtype=np.uint8))[:size, :size]
+
+
+def num_classes_of(model_cfg: dict) -> int:
+    """The smallest number of classes that a part of a model knows; labels below it suit every part."""
+    return min(_values(model_cfg, 'num_classes'), default=1)
+
+
+def _values(cfg, key: str) -> Iterator[int]:
+    if isinstance(cfg, dict):
+        if isinstance(cfg.get(key), int) and cfg[key] > 0:
+            yield cfg[key]
+        for value in cfg.values():
+            yield from _values(value, key)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            yield from _values(value, key)
+
+
+def _tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def _detection(cfg: Config, rng, size: int, count: int) -> List[dict]:
+    kind = cfg.model.type.split('.')[-1]
+    if kind == 'SoftTeacher':
+        return _semi_supervised(cfg, rng, size, count)
+    preprocessor = cfg.model.get('data_preprocessor') or {}
+    if 'Track' in preprocessor.get('type', '') and not preprocessor.get('use_det_processor'):
+        return _tracking(cfg, rng, size)
+    if kind == 'BaseReID':
+        return _reid(rng)
+    if kind == 'CLRNet':
+        return _lanes(cfg, rng, count)
+    pairs = [_detection_sample(cfg, rng, size, number) for number in range(count)]
+    return [dict(inputs=image, data_samples=sample) for image, sample in pairs]
+
+
+def _detection_sample(cfg: Config, rng, size: int, number: int):
+    from mmdet.structures import DetDataSample
+
+    sample = DetDataSample(metainfo=_metainfo(size, number))
+    sample.gt_instances = _instances(cfg, rng, size)
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    sample.proposals = InstanceData(bboxes=_boxes(rng, size, 20), scores=torch.rand(20))
+    # HTC's semantic branch is trained at an eighth of the image's size
+    stride = 8 if (cfg.model.get('roi_head') or {}).get('semantic_head') else 1
+    seg = rng.integers(0, _semantic_classes(cfg.model), (1, size // stride, size // stride))
+    sample.gt_sem_seg = PixelData(sem_seg=torch.from_numpy(seg))
+    return _tensor(random_image(rng, size)), sample
+
+
+def _metainfo(size: int, number: int) -> dict:
+    shape = (size, size)
+    return dict(
+        img_id=number,
+        img_path=f'{number}.jpg',
+        img_shape=shape,
+        ori_shape=shape,
+        pad_shape=shape,
+        scale_factor=(1.0, 1.0),
+        flip=False,
+        flip_direction=None,
+        border=[0, size, 0, size],  # CenterNet's
+        homography_matrix=np.eye(3, dtype=np.float32),
+    )
+
+
+def _boxes(rng, size: int, count: int) -> torch.Tensor:
+    """Boxes (count, 4) of a quarter of the image's size or more."""
+    corners = rng.uniform(0, size / 2, (count, 2))
+    extents = rng.uniform(size / 4, size / 2, (count, 2))
+    return torch.from_numpy(np.hstack([corners, corners + extents])).float()
+
+
+def _instances(cfg: Config, rng, size: int) -> InstanceData:
+    from mmdet.structures.mask import BitmapMasks
+
+    boxes = _boxes(rng, size, BOXES)
+    things = next(_values(cfg.model, 'num_things_classes'), None) or num_classes_of(cfg.model)
+    instances = InstanceData(bboxes=boxes, labels=torch.from_numpy(rng.integers(0, things, BOXES)))
+    pipelines = repr(cfg.get('train_dataloader'))  # box detectors take masks for something else
+    if "'with_mask': True" not in pipelines and 'Panoptic' not in pipelines:
+        return instances
+    masks = np.zeros((BOXES, size, size), dtype=np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+        mask[top:bottom, left:right] = 1
+    instances.masks = BitmapMasks(masks, size, size)
+    return instances
+
+
+def _semantic_classes(model_cfg: dict) -> int:
+    head = model_cfg.get('semantic_head') or (model_cfg.get('roi_head') or {}).get('semantic_head') or {}
+    return head.get('num_classes') or next(_values(model_cfg, 'num_stuff_classes'), 1) or 1
+
+
+def _semi_supervised(cfg: Config, rng, size: int, count: int) -> List[dict]:
+    """Labelled images, and a weakly and a strongly augmented view of unlabelled ones."""
+    items = []
+    for number in range(count):
+        views = {view: _detection_sample(cfg, rng, size, number) for view in ('sup', 'unsup_teacher', 'unsup_student')}
+        inputs, samples = ({view: pair[i] for view, pair in views.items()} for i in range(2))
+        items.append(dict(inputs=inputs, data_samples=samples))
+    return items
+
+
+def _tracking(cfg: Config, rng, size: int) -> List[dict]:
+    """A clip of a key frame and a reference frame."""
+    from mmdet.structures import TrackDataSample
+
+    frames = [_detection_sample(cfg, rng, size, number) for number in range(2)]
+    for _, sample in frames:
+        sample.gt_instances.instances_ids = torch.arange(BOXES)
+        sample.gt_instances.map_instances_to_img_idx = torch.full((BOXES,), sample.img_id)
+    clip = TrackDataSample(metainfo=dict(key_frames_inds=[0], ref_frames_inds=[1]))
+    clip.video_data_samples = [sample for _, sample in frames]
+    return [dict(inputs=torch.stack([image for image, _ in frames]), data_samples=clip)]
+
+
+def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> List[dict]:
+    """Upright images, several of each identity, which the triplet loss needs; they come as one item."""
+    from mmdet.structures import ReIDDataSample
+
+    labels = torch.arange(identities).repeat_interleave(images)
+    pixels = torch.stack([_tensor(random_image(rng, size)[:, : size // 2]) for _ in labels])
+    return [dict(inputs=pixels, data_samples=ReIDDataSample().set_gt_label(labels))]
+
+
+def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) -> List[dict]:
+    """Straight lanes; the priors are made for one size of images."""
+    from mmdet.registry import TRANSFORMS
+
+    to_array = TRANSFORMS.build(dict(type='LinesToArray', img_height=height, img_width=width))
+    pack = TRANSFORMS.build(dict(type='PackLineDetectionInputs'))
+    batch = []
+    for _ in range(count):
+        feet, heads = rng.uniform(0, width, (2, 2))
+        lanes = [np.linspace((foot, height - 1), (head, height / 2), 20) for foot, head in zip(feet, heads)]
+        mask = np.zeros((height, width), dtype=np.uint8)
+        results = dict(img=random_image(rng, width)[:height], lines=lanes, org_lines=lanes, gt_seg_map=mask)
+        batch.append(pack(to_array(dict(results, org_height=height, org_width=width))))
+    return batch
+
+
+def _segmentation(cfg: Config, rng, size: int, count: int) -> List[dict]:
+    from mmseg.structures import SegDataSample
+
+    classes, batch = num_classes_of(cfg.model), []
+    for number in range(count):
+        sample = SegDataSample(metainfo=_metainfo(size, number))
+        labels = np.kron(rng.integers(0, classes, (8, 8)), np.ones((size // 8, size // 8), dtype=np.int64))
+        sample.gt_sem_seg = PixelData(data=torch.from_numpy(labels)[None])
+        sample.gt_edge_map = PixelData(data=torch.from_numpy(labels % 2)[None])
+        sample.gt_depth_map = PixelData(data=torch.from_numpy(rng.random((1, size, size), dtype=np.float32)))
+        batch.append(dict(inputs=_tensor(random_image(rng, size)), data_samples=sample))
+    return batch
+
+
+def _classification(cfg: Config, rng, size: int, count: int) -> List[dict]:
+    from mmpretrain.registry import TRANSFORMS
+
+    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or dict(pipeline=INFERENCE_ONLY)
+    while 'pipeline' not in dataset:
+        dataset = dataset['dataset']
+    steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
+    pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    # what a preprocessor has one mean for comes without a dimension of channels
+    channels = image_channels(get_preprocessor_cfg(cfg))
+    is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
+    batch = []
+    for number in range(count):
+        image, label = random_image(rng, size)[..., :channels].squeeze(), int(rng.integers(num_classes_of(cfg.model)))
+        results = dict(img=image, img_shape=(size, size), ori_shape=(size, size), img_path='', sample_idx=number)
+        batch.append(pipeline(dict(results, gt_label=[label] if is_multi_label else label)))
+    return batch
+
+
+def _types(cfg: dict) -> list:
+    found = [cfg['type']] if 'type' in cfg else []
+    return found + [kind for value in cfg.values() if isinstance(value, dict) for kind in _types(value)]
+
+
+PRETRAINED = ('pretrained', 'detector_checkpoint', 'teacher_ckpt')
+
+
+def without_pretrained(cfg) -> None:
+    """Take pretrained weights out of the config of a model, in place."""
+    if isinstance(cfg, dict):
+        if 'checkpoint' in str(cfg.get('init_cfg')):
+            cfg['init_cfg'] = None
+        cfg.update({key: None for key in PRETRAINED if key in cfg})
+        for value in cfg.values():
+            without_pretrained(value)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            without_pretrained(value)
+
+
+def fit_to(model_cfg: ConfigDict, size: int) -> ConfigDict:
+    """Tell a preprocessor that pads to one size that images have another, in place; the layers stay as they are."""
+    preprocessor = model_cfg.get('data_preprocessor') or {}
+    if 'size' in preprocessor:
+        preprocessor['size'] = (size, size)
+    for augment in preprocessor.get('batch_augments') or ():
+        if 'size' in augment:
+            augment['size'] = (size, size)
+    return model_cfg

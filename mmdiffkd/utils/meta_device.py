@@ -1,0 +1,187 @@
+"""Build and run models whose weights do not matter: on the meta device, or with cheap random weights."""
+
+import copy
+from typing import Callable, Iterable, Optional
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+aten = torch.ops.aten
+ELEMENTWISE = (
+    aten.add.Tensor,
+    aten.addcmul.default,
+    aten.div.Tensor,
+    aten.mul.Scalar,
+    aten.mul.Tensor,
+    aten.sub.Tensor,
+    aten.threshold_backward.default,
+)
+RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
+# a prime number, so that no two filters of a layer hold the same numbers
+BLOCK = 65521
+
+
+def build_for_inspection(model_cfg: dict) -> nn.Module:
+    """Build a model to look at its parts; the random numbers stay where they are.
+
+    It is on the meta device, where it takes no memory, or on the CPU if it reads numbers from tensors to be built.
+
+    Args:
+        model_cfg (dict): Config of the model.
+
+    Returns:
+        nn.Module: The model, without weights that mean anything.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return build_on_meta(model_cfg)
+        except Exception:
+            with QuickInit():
+                return MODELS.build(copy.deepcopy(model_cfg))
+
+
+def build_on_meta(model_cfg: dict) -> nn.Module:
+    """Build a model on the meta device.
+
+    Args:
+        model_cfg (dict): Config of the model.
+
+    Returns:
+        nn.Module: The model.
+
+    Raises:
+        Exception: What the model raises where it reads numbers from tensors, other than the rates of its stochastic
+            depth.
+    """
+    with torch.device('meta'):
+        try:
+            return MODELS.build(copy.deepcopy(model_cfg))
+        except Exception:
+            with _NumbersOfLinspace():
+                return MODELS.build(copy.deepcopy(model_cfg)).to('meta')
+
+
+class _NumbersOfLinspace(TorchFunctionMode):
+    """Upstream's backbones take the rates of stochastic depth from ``torch.linspace``, one ``item()`` a layer."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.linspace:
+            kwargs = dict(kwargs, device=kwargs.get('device') or 'cpu')
+        return function(*args, **kwargs)
+
+
+class QuickInit(TorchDispatchMode):
+    """Fill large tensors on the CPU with the same few random numbers over and over, in a fifth of the time.
+
+    For models whose weights are loaded afterwards, or run once to see whether they do.
+
+    >>> with QuickInit():
+    ...     model = MODELS.build(cfg)
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = args[0] if function in RANDOM_FILLS else None
+        if tensor is None or tensor.numel() <= BLOCK or not tensor.is_cpu or not tensor.is_contiguous():
+            return function(*args, **kwargs)
+        block = function(tensor.new_empty(BLOCK), *args[1:], **kwargs)
+        flat, rest = tensor.view(-1), tensor.numel() % BLOCK
+        flat[: flat.numel() - rest].view(-1, BLOCK).copy_(block)
+        flat[flat.numel() - rest :].copy_(block[:rest])
+        return tensor
+
+
+class QuickMeta(TorchDispatchMode):
+    """Run batch normalization and arithmetic on meta tensors without torch's decompositions into many operators.
+
+    The shapes are the same, in a fraction of the time. What it does not know runs as ever.
+
+    >>> with torch.device('meta'), QuickMeta():
+    ...     model(images)
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = None
+        if not kwargs and isinstance(args[0] if args else None, Tensor) and args[0].is_meta:
+            if function is aten.native_batch_norm.default:
+                output = _batch_norm(*args)
+            elif function is aten.native_batch_norm_backward.default:
+                output = _batch_norm_backward(*args)
+            elif function in ELEMENTWISE:
+                output = _elementwise(args)
+        return function(*args, **kwargs) if output is None else output
+
+
+def _batch_norm(x: Tensor, *others) -> tuple:
+    return torch.empty_like(x), _statistic(x), _statistic(x)
+
+
+def _batch_norm_backward(gradient: Tensor, x: Tensor, *others) -> tuple:
+    of_x, *of_affine = others[-1]  # what is wanted
+    return torch.empty_like(x) if of_x else None, *(_statistic(x) if wanted else None for wanted in of_affine)
+
+
+def _statistic(x: Tensor) -> Tensor:
+    """A number a channel, in float32 at least."""
+    return x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _elementwise(args: tuple) -> Optional[Tensor]:
+    """What comes out of floating-point tensors of one kind and real numbers; None where they are something else."""
+    first, *others = args
+    for other in others:
+        if not isinstance(other, Tensor):
+            fits = isinstance(other, (int, float))
+        else:
+            fits = other.is_meta and other.dtype == first.dtype and other.shape == first.shape
+            fits = fits and other.stride() == first.stride()
+        if not fits:
+            return None
+    return torch.empty_like(first) if first.is_floating_point() else None
+
+
+class MultiplyAddCounter(FlopCounterMode):
+    """Count the multiply-adds of convolutions and matrix products, which OpenMMLab's ``get_flops.py`` calls flops.
+
+    >>> with MultiplyAddCounter() as counter:
+    ...     model(images)
+    >>> counter.total
+    """
+
+    def __init__(self):
+        super().__init__(display=False)
+
+    @property
+    def total(self) -> int:
+        """Their number so far, of the forward and backward passes."""
+        return self.get_total_flops() // 2
+
+
+def saved_activation_bytes(forward: Callable, ignore: Iterable[Tensor] = ()) -> int:
+    """What a forward pass keeps for the backward pass, every storage counted once; meta tensors will do.
+
+    Args:
+        forward (callable): The forward pass.
+        ignore (iterable[Tensor]): Tensors that are there anyway, such as weights and inputs. Defaults to none.
+
+    Returns:
+        int: Bytes.
+    """
+    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}  # meta tensors have no address
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in ignored:
+            kept[storage._cdata] = storage  # alive, or another would take its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())

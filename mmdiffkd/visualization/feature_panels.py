@@ -1,0 +1,224 @@
+"""Panels of one level of a pair: student, noised, denoised and teacher features, and the errors between them."""
+
+from typing import List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mmdiffkd.models.diffusion.feature_diffusion import DiffusionOutput
+
+SIDE, DPI = 2.2, 110  # of a panel, in inches, and dots an inch
+INK, SOFT = '#22303c', '#5c6b78'
+STUDENT, TEACHER = '#d55e00', '#0072b2'  # told apart by the colour-blind, too
+
+
+def draw_comparison(name: str, image: Tensor, output: DiffusionOutput, iteration: int) -> np.ndarray:
+    """Draw the first image of a batch, the features compared for it, and their errors before and after denoising.
+
+    Features are painted in the colours of the teacher's principal components, errors on one scale.
+
+    Args:
+        name (str): Title, such as ``'fpn, level 0'``.
+        image (Tensor): RGB between 0 and 1, (3, H, W).
+        output (DiffusionOutput): What the neck returned for the level, with its samples.
+        iteration (int): Of the training, for the title.
+
+    Returns:
+        ndarray: RGB picture of type uint8, (height, width, 3).
+    """
+    features = output.student_latent, output.denoised, output.teacher_latent
+    student, denoised, target = map(_first, features)
+    has_diffusion = bool(output.trajectory)
+    features = [('student', student)]
+    if has_diffusion:
+        features += [('student, noised', _first(output.trajectory[0])), ('denoised', denoised)]
+    features.append(('teacher', target))
+    before, after = error_maps([student, denoised], target)
+    similar = [cosine_similarity(x, target) for x in (student, denoised)]
+    facts = f'cosine similarity to the teacher {similar[0]:.2f}'
+    if has_diffusion:
+        facts = f'gamma {output.gamma[0].item():.3f}   {facts} → {similar[1]:.2f}'
+    title = f'{name}   iteration {iteration}   {facts}'
+    if target[0].numel() == 1:
+        return _draw_vectors(title, image, features)
+
+    panels = 1 + len(features) + (2 if has_diffusion else 1)
+    ratio = image.size(1) / image.size(2)
+    figure, axes = _figure(panels, ratio, title)
+    _show(axes[0], 'image', image.permute(1, 2, 0))
+    paint = FeatureColors(target)
+    for axis, (label, feature) in zip(axes[1:], features):
+        _show(axis, label, _enlarge(paint(feature), image))
+    errors = [('error before' if has_diffusion else 'error', before)] + (
+        [('error after', after)] if has_diffusion else []
+    )
+    top = max(error.max().item() for _, error in errors) or 1.0
+    for axis, (label, error) in zip(axes[1 + len(features) :], errors):
+        shown = _show(axis, f'{label}: {_rms(error):.3g}', _enlarge(error[..., None], image)[..., 0], top)
+    bar = figure.colorbar(shown, ax=list(axes), fraction=0.008, pad=0.006, aspect=12)
+    bar.ax.tick_params(labelsize=6, color=SOFT, labelcolor=SOFT)
+    bar.outline.set_visible(False)
+    return _pixels(figure)
+
+
+def draw_steps(name: str, output: DiffusionOutput, timesteps: Sequence[int], iteration: int) -> Optional[np.ndarray]:
+    """Draw the denoising steps of the first image of a batch as a strip, from the noised student to the teacher.
+
+    Args:
+        name (str): Title, such as ``'fpn, level 0'``.
+        output (DiffusionOutput): What the neck returned for the level, with its samples.
+        timesteps (list[int]): Timestep of every denoising step.
+        iteration (int): Of the training, for the title.
+
+    Returns:
+        ndarray, optional: RGB picture of type uint8, (height, width, 3); None without denoising, or where features
+        have a single position.
+    """
+    target = _first(output.teacher_latent)
+    if not output.trajectory or target[0].numel() == 1:
+        return None
+    ends = [f't = {timestep}' for timestep in timesteps[1:]] + ['last step']
+    labels = [f'noised, t = {timesteps[0]}', *ends, 'projected', 'teacher']
+    features = [_first(sample) for sample in output.trajectory] + [_first(output.denoised), target]
+    paint = FeatureColors(target)
+    ratio = target.size(1) / target.size(2)
+    figure, axes = _figure(
+        len(features), ratio, f'{name}   iteration {iteration}   what every denoising step makes of it'
+    )
+    for axis, label, feature, error in zip(axes, labels, features, error_maps(features, target)):
+        _show(axis, f'{label}\nerror {_rms(error):.3g}', _enlarge(paint(feature)))
+    return _pixels(figure)
+
+
+def _draw_vectors(title: str, image: Tensor, features: List[Tuple[str, Tensor]]) -> np.ndarray:
+    """Features of a single position, such as logits of a classifier: channels in the order of the teacher's."""
+    figure, (left, right) = _figure(2, image.size(1) / image.size(2), title, widths=(1, 3))
+    _show(left, 'image', image.permute(1, 2, 0))
+    order = features[-1][1].flatten().argsort(descending=True)
+    styles = {
+        'student': dict(color=STUDENT, alpha=0.45, linewidth=1),
+        'student, noised': dict(color=SOFT, alpha=0.45, linewidth=0.8),
+        'denoised': dict(color=STUDENT, linewidth=1.3),
+        'teacher': dict(color=TEACHER, linewidth=1.8),
+    }
+    for label, feature in features:
+        right.plot(feature.flatten()[order].numpy(), label=label, **styles[label])
+    right.set_xlabel("channels, in the order of the teacher's", fontsize=7, color=SOFT)
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.tick_params(labelsize=6, colors=SOFT)
+    right.spines[['top', 'right']].set_visible(False)
+    right.legend(fontsize=7, frameon=False)
+    return _pixels(figure)
+
+
+def _first(feature: Tensor) -> Tensor:
+    return feature[0].detach().float().cpu()
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def _enlarge(picture: Tensor, like: Optional[Tensor] = None) -> Tensor:
+    """Repeat pixels, as an image viewer would, up to the size of an image, whose shape may differ by padding."""
+    if like is None:
+        return picture
+    return F.interpolate(picture.permute(2, 0, 1)[None].float(), like.shape[-2:], mode='nearest-exact')[0].permute(
+        1, 2, 0
+    )
+
+
+def _figure(panels: int, ratio: float, title: str, widths: Optional[Sequence[float]] = None):
+    columns = sum(widths) if widths else panels
+    figure = Figure((columns * SIDE, SIDE * ratio + 0.6), dpi=DPI, layout='constrained')
+    axes = figure.subplots(1, panels, width_ratios=widths)
+    figure.suptitle(title, x=0.005, ha='left', fontsize=9.5, color=INK)
+    return figure, axes
+
+
+def _show(axis: Axes, label: str, picture: Tensor, top: Optional[float] = None):
+    axis.set_title(label, fontsize=8, color=INK, loc='left')
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    options = {} if top is None else dict(cmap='magma', vmin=0, vmax=top)
+    return axis.imshow(picture.numpy(), interpolation='nearest', **options)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)  # not pyplot's, which counts figures and may open windows
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+MAX_POSITIONS = 1024  # enough to find three directions among
+
+
+class FeatureColors:
+    """Colours of feature maps by the principal components of one of them.
+
+    Its mean is grey; its first component goes from dark to bright, the second and third are hues. Features in the same
+    colours point the same way, so two maps that are painted by the same object can be compared.
+
+    Args:
+        reference (Tensor): Feature map that the components are those of, (C, H, W).
+    """
+
+    def __init__(self, reference: Tensor):
+        positions = reference.flatten(1).T.double()  # (H*W, C)
+        positions = positions[:: -(-len(positions) // MAX_POSITIONS)]
+        self.mean = positions.mean(0)
+        _, scales, directions = torch.linalg.svd(positions - self.mean, full_matrices=False)
+        directions, scales = directions[:3], scales[:3] / max(len(positions) - 1, 1) ** 0.5
+        # a component's sign is arbitrary: without this, colours would flip from picture to picture
+        largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+        self.directions = directions * largest.sign()
+        self.scales = scales.clamp_min(scales[0].item() / 100).clamp_min(1e-12)  # weaker ones are rounding errors
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        """Paint a feature map.
+
+        Args:
+            feature (Tensor): (C, H, W).
+
+        Returns:
+            Tensor: RGB between 0 and 1, (H, W, 3); 2.5 standard deviations of the reference and more are the ends.
+        """
+        height, width = feature.shape[1:]
+        parts = (feature.flatten(1).T.double() - self.mean) @ self.directions.T / self.scales / 5
+        light, hues = parts[:, :1], torch.zeros(len(parts), 2, dtype=torch.double)
+        hues[:, : parts.size(1) - 1] = parts[:, 1:]
+        red, blue = hues[:, :1], hues[:, 1:]
+        rgb = 0.5 + torch.cat([light + 0.7 * red, light - 0.35 * (red + blue), light + 0.7 * blue], 1)
+        return rgb.clamp(0, 1).view(height, width, 3)
+
+
+def error_maps(features: Sequence[Tensor], target: Tensor) -> List[Tensor]:
+    """Root mean square over channels of the difference to a target.
+
+    Args:
+        features (list[Tensor]): (C, H, W) each.
+        target (Tensor): (C, H, W).
+
+    Returns:
+        list[Tensor]: (H, W) each.
+    """
+    return [(feature - target).square().mean(0).sqrt() for feature in features]
+
+
+def cosine_similarity(feature: Tensor, target: Tensor) -> float:
+    """Cosine similarity of the channels, mean over positions.
+
+    Args:
+        feature (Tensor): (C, H, W).
+        target (Tensor): (C, H, W).
+
+    Returns:
+        float: Between -1 and 1.
+    """
+    return torch.cosine_similarity(feature, target, dim=0).mean().item()

@@ -1,0 +1,155 @@
+"""What mmengine's local backend wrote in one start of a run: ``WORK_DIR/TIMESTAMP/vis_data/scalars.json``."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+from mmdiffkd.engine.checkpoint import PREFIX
+from mmdiffkd.models.losses.naming import LEVEL_KEY_RE, PAIR_KEY_RE
+
+WEIGHT, SKIPPED = f'{PREFIX}weight', f'{PREFIX}skipped'
+TEACHER = 'teacher/'
+NO_METRICS = {'data_time', 'time', 'step', 'epoch', 'iter', 'memory', 'lr'}
+EPOCH_LENGTH = re.compile(r'Epoch\(train\)\s+\[\s*\d+\]\[\s*\d+/(\d+)\]')
+HEADER = 20_000  # characters of the text log in which mmengine lists the environment
+ENVIRONMENT = {
+    'Python': r'^ +Python: (\S+)',
+    'PyTorch': r'^ +PyTorch: (\S+)',
+    'MMEngine': r'^ +MMEngine: (\S+)',
+    'GPU': r'^ +GPU [\d,]+: (.+)',
+    'seed': r'^ +seed: (\d+)',
+}
+PACKAGES = re.compile(r'- Versions: (mmdiffkd .*)')  # the distiller's, behind the config
+
+
+class DamagedLogError(ValueError):
+    """A log without a single readable record."""
+
+
+@dataclass
+class Log:
+    """One start of a run.
+
+    Args:
+        folder (Path): Its folder, named after the time.
+        train (dict[int, dict]): Training records by iteration.
+        val (dict[int, dict]): Metrics of validations by the iteration after which they took place.
+        teacher (dict[str, float]): The teacher's metrics, where they were measured.
+        versions (dict[str, str]): Of the software, as far as the text log has them.
+        unreadable (int): Damaged lines, but for a last one that is not whole: such are left by runs that are killed.
+    """
+
+    folder: Path
+    train: Dict[int, dict] = field(default_factory=dict)
+    val: Dict[int, dict] = field(default_factory=dict)
+    teacher: Dict[str, float] = field(default_factory=dict)
+    versions: Dict[str, str] = field(default_factory=dict)
+    unreadable: int = 0
+
+
+def read_log(folder: Path) -> Log:
+    """Read what one start of a run wrote.
+
+    Args:
+        folder (Path): ``WORK_DIR/TIMESTAMP``.
+
+    Returns:
+        Log: Its records.
+
+    Raises:
+        DamagedLogError: If the file has no readable record.
+        ValueError: If it has distillation values of an unknown form.
+    """
+    log = Log(folder)
+    file = folder / 'vis_data' / 'scalars.json'
+    records, log.unreadable = _records(file)
+    text = _text(folder)
+    length = EPOCH_LENGTH.search(text)
+    epoch_length = int(length[1]) if length else None
+    iteration = epoch = 0
+    for record in records:
+        if 'iter' in record:
+            iteration, epoch = record['iter'], record.get('epoch')
+            log.train[iteration] = record
+        elif any(key.startswith(TEACHER) for key in record):
+            log.teacher.update(_numbers(record, TEACHER))
+        else:
+            step = record['step']
+            if step == epoch:  # validations of epoch-based loops count epochs
+                after = step * epoch_length if epoch_length else iteration
+            else:  # step 0: iteration-based loops whose LoggerHook was not told so
+                after = step or iteration
+            log.val.setdefault(after, {}).update(_numbers(record))
+    _check_keys(file, {key for record in records for key in record})
+    log.versions = _versions(text)
+    return log
+
+
+def _records(file: Path) -> Tuple[List[dict], int]:
+    """The records of a file, and how many of its lines cannot be read."""
+    lines = [line for line in file.read_text(errors='replace').splitlines() if line.strip()]
+    records = [record for record in map(_parsed, lines) if record is not None]
+    if not records:
+        raise DamagedLogError(
+            f'{file} holds no readable record: it is damaged, or of another program. Remove the folder {file.parent} '
+            'to leave it out.'
+        )
+    last_is_broken = _parsed(lines[-1]) is None
+    return records, len(lines) - len(records) - last_is_broken
+
+
+def _parsed(line: str):
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+        return None
+    if not isinstance(record.get('iter', 0), int):
+        return None
+    # with LogProcessor(log_with_hierarchy=True) keys begin with the phase
+    return {re.sub('^(train|val)/', '', key): value for key, value in record.items()}
+
+
+def _numbers(record: dict, prefix: str = '') -> Dict[str, float]:
+    """The metrics of a record."""
+    return {
+        key[len(prefix) :]: float(value)
+        for key, value in record.items()
+        if key.startswith(prefix)
+        and key not in NO_METRICS
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+    }
+
+
+def _text(folder: Path) -> str:
+    file = folder / f'{folder.name}.log'
+    return file.read_text(errors='replace') if file.is_file() else ''
+
+
+def _versions(text: str) -> Dict[str, str]:
+    found = {name: re.search(pattern, text[:HEADER], re.MULTILINE) for name, pattern in ENVIRONMENT.items()}
+    versions = {name: match[1].strip() for name, match in found.items() if match}
+    packages = PACKAGES.search(text)
+    return {**versions, **dict(re.findall(r'(\w+) ([^\s,]+)', packages[1]))} if packages else versions
+
+
+def _check_keys(file: Path, keys: set) -> None:
+    known = {WEIGHT, SKIPPED}
+    unknown = sorted(
+        key
+        for key in keys
+        if key.startswith(PREFIX)
+        and key not in known
+        and not PAIR_KEY_RE.fullmatch(key)
+        and not LEVEL_KEY_RE.fullmatch(key)
+    )
+    if unknown:
+        more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
+        raise ValueError(
+            f'{file} has distillation values of a form unknown to this version, {", ".join(unknown[:3])}{more}: '
+            f'it reads {PREFIX}<pair>.loss_kd and the like, and {PREFIX}<pair>.kd.<level>.'
+        )

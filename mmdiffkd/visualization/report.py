@@ -1,0 +1,239 @@
+"""The report: one self-contained HTML file on one or several runs."""
+
+import ast
+import re
+import shlex
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import List, Optional, Sequence, Tuple
+
+from jinja2 import Environment, PackageLoader  # comes with torch
+
+import mmdiffkd
+
+from .charts import color, css_style
+from .curves import Section, sections, unit
+from .pictures import data_uri, shown_pictures
+from .runs import Group, Run, best, last, main_metrics, metrics_of, read_groups
+
+MIB_IN_GIB = 1024
+PAGE = 'report.html'
+
+
+def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command: Sequence[str]) -> Path:
+    """Write a page on runs, and its charts as files beside it, in place of an earlier page and its charts.
+
+    Args:
+        named (list[tuple[str | None, Path]]): Names, where there are any, and work dirs. Runs of one name are seeds of
+            one thing; the run of the name ``teacher`` is a line to compare with.
+        out (Path): Folder to write to.
+        command (list[str]): What makes the page again.
+
+    Returns:
+        Path: The page.
+
+    Raises:
+        FileNotFoundError: If a work dir does not exist or has no logs.
+        ValueError: If logs cannot be read.
+        OSError: If the folder cannot be written.
+    """
+    groups = read_groups(named)
+    drawn = sections(groups)
+    page = _environment().get_template('page.html').render(_content(groups, drawn), command=shlex.join(command))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in _charts_of_page(out):
+            file.unlink(missing_ok=True)
+        for section in drawn:
+            for chart in [*section.charts, *chain.from_iterable(section.rows.values())]:
+                (out / f'{chart.name}.png').write_bytes(chart.png)
+        (out / PAGE).write_text(page, encoding='utf-8')
+    except OSError as error:
+        raise OSError(f'{out} cannot be written: {error.strerror}.') from error
+    return out / PAGE
+
+
+def _charts_of_page(out: Path) -> List[Path]:
+    """The charts of an earlier page, as it names them: other pictures in the folder stay."""
+    page = out / PAGE
+    names = re.findall(r'data-file="([\w.-]+\.png)"', page.read_text('utf-8', 'replace')) if page.is_file() else []
+    return [out / name for name in names]
+
+
+def _content(groups: Sequence[Group], drawn: Sequence[Section]) -> dict:
+    """What the template shows."""
+    metrics = main_metrics(groups)
+    rows = [_row(group, metrics) for group in groups]
+    runs = [(group, run) for group in groups for run in group.runs]
+    pictures, missing = shown_pictures(groups)
+    return dict(
+        groups=groups,
+        runs=runs,
+        metrics=metrics,
+        rows=rows,
+        checked=_checked_teachers(groups, metrics),
+        everything=_everything(groups),
+        sections=drawn,
+        pictures=pictures,
+        notes=[*_notes(groups), *missing],
+        versions=list({name: None for _, run in runs for name in run.versions}),
+        version=mmdiffkd.__version__,
+        has_seeds=len(runs) > len(groups),
+        has_test=any(metric in run.test for _, run in runs for metric in metrics),
+        has_memory=any(run.memory for _, run in runs),
+        has_teacher=any(row['teacher'] for row in rows),
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader('mmdiffkd.visualization', '.'), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters['uri'] = data_uri
+    environment.globals.update(color=color, css_style=css_style, unit=unit)
+    return environment
+
+
+def _row(group: Group, metrics: Sequence[str]) -> dict:
+    """A group in the table."""
+    student, teacher = describe_models(group.runs[0].config)
+    return dict(
+        group=group,
+        cells=[_metric_cells(group, metric) for metric in metrics],
+        student=student,
+        teacher=teacher,
+        iterations=_cell(group, lambda run: run.iterations, 0),
+        seconds=_cell(group, lambda run: run.seconds, 3),
+        memory=_cell(group, lambda run: run.memory and run.memory / MIB_IN_GIB, 2),
+    )
+
+
+def _metric_cells(group: Group, metric: str) -> dict:
+    values = dict(
+        last=lambda run: last(run.metric(metric)),
+        best=lambda run: best(metric, run.metric(metric)),
+        test=lambda run: run.test.get(metric),
+    )
+    return {name: _cell(group, value, _digits(metric)) for name, value in values.items()}
+
+
+def _everything(groups: Sequence[Group]) -> List[Tuple[str, List[str]]]:
+    """All metrics of the last validations."""
+    names = {name: None for group in groups for name in metrics_of(group)}
+    return [
+        (name, [_cell(group, lambda run, name=name: last(run.metric(name)), _digits(name)) for group in groups])
+        for name in names
+    ]
+
+
+def _cell(group: Group, value, digits: int) -> str:
+    found = group.spread(value)
+    if found is None:
+        return '–'
+    mean, deviation = found
+    is_count = digits == 0 and not deviation
+    return f'{mean:.{digits}f}' + (f' ± {deviation:.{digits}f}' if deviation is not None and not is_count else '')
+
+
+def _digits(metric: str) -> int:
+    return 2 if unit(metric) == '%' else 3
+
+
+def _checked_teachers(groups: Sequence[Group], metrics: Sequence[str]) -> List[Tuple[str, str]]:
+    """Metrics of teachers that were measured before a distillation, by the name of the run."""
+    found = []
+    for group in groups:
+        run = next((run for run in group.runs if run.teacher), None)
+        values = [f'{m} {run.teacher[m]:.{_digits(m)}f}' for m in metrics if m in run.teacher] if run else []
+        if values:
+            found.append((group.name, ', '.join(values)))
+    return found
+
+
+def _notes(groups: Sequence[Group]) -> List[str]:
+    notes = [note for group in groups for run in group.runs for note in run.notes]
+    validated = [group for group in groups if metrics_of(group)]
+    without = [group.name for group in groups if not metrics_of(group)]
+    if without:
+        notes.append(f'No validation was logged by {", ".join(without)}.')
+    if len(validated) > 1 and not set.intersection(*(set(metrics_of(group)) for group in validated)):
+        listed = '; '.join(f'{group.name} has {", ".join(metrics_of(group)[:4])}' for group in validated)
+        notes.append(f'The runs have no metric in common, so their results cannot be compared: {listed}.')
+    for group in groups:
+        lengths = {run.iterations for run in group.runs}
+        if len(lengths) > 1:
+            notes.append(
+                f'The seeds of {group.name} have {min(lengths)} to {max(lengths)} iterations; means are over those '
+                'that all have, and the table is of the last ones of each.'
+            )
+        if not _share_iterations(group.runs):
+            notes.append(f'The seeds of {group.name} have no logged iteration in common: their curves are not drawn.')
+    return notes
+
+
+def _share_iterations(runs: Sequence[Run]) -> bool:
+    logged = [set(run.train) for run in runs if run.train]
+    return not logged or bool(set.intersection(*logged))
+
+
+def describe_models(config: str) -> Tuple[str, str]:
+    """Describe the models of a config.
+
+    Args:
+        config (str): Text of a config as mmengine dumps it.
+
+    Returns:
+        tuple[str, str]: What is trained, and the teacher; empty where the config does not say.
+    """
+    model = _setting(config, 'model')
+    if not isinstance(model, dict):
+        return '', ''
+    teacher = model.get('teacher')
+    if 'student' not in model or not isinstance(teacher, dict):
+        return _architecture(model), ''
+    source = teacher.get('config')
+    described = PurePosixPath(source).stem if isinstance(source, str) else _architecture(source)
+    return _architecture(model['student']), described
+
+
+def _setting(config: str, name: str):
+    """The value of a setting, as far as it is written in literals and ``dict(...)``."""
+    try:
+        body = ast.parse(config).body
+    except (SyntaxError, ValueError):  # a damaged file
+        return None
+    for node in body:
+        if isinstance(node, ast.Assign) and [getattr(target, 'id', None) for target in node.targets] == [name]:
+            return _value(node.value)
+    return None
+
+
+def _value(node: ast.expr):
+    if isinstance(node, ast.Call) and getattr(node.func, 'id', None) == 'dict':
+        return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values) if key is not None}
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
+
+
+def _architecture(model: Optional[dict]) -> str:
+    """Such as ``RetinaNet, ResNet-18``."""
+    if isinstance(model, dict) and 'type' not in model and isinstance(model.get('model'), dict):
+        model = model['model']  # a teacher's whole config
+    if not isinstance(model, dict):
+        return ''
+    parts = [_type(model)]
+    backbone = model.get('backbone')
+    if isinstance(backbone, dict):
+        size = next((str(backbone[key]) for key in ('depth', 'arch') if isinstance(backbone.get(key), (int, str))), '')
+        parts.append('-'.join(filter(None, [_type(backbone), size])))
+        if isinstance(backbone.get('base_channels'), int):
+            parts.append(f'{backbone["base_channels"]} channels')
+    return ', '.join(filter(None, parts))
+
+
+def _type(cfg: dict) -> str:
+    return str(cfg.get('type') or '').rsplit('.', 1)[-1]

@@ -1,0 +1,16 @@
+import os
+from pathlib import Path
+
+from mmdiffkd.engine.checkpoint import saved_checkpoints
+
+
+def test_newest_first_but_not_by_number(tmp_path):
+    """An older run in the same folder has reached a later epoch."""
+    for index, name in enumerate(('epoch_12.pth', 'epoch_1.pth', 'epoch_2.pth', 'epoch_2.pth.tmp', 'epoch_2_x.pth')):
+        (tmp_path / name).write_text('')
+        os.utime(tmp_path / name, (index, index))
+    found = saved_checkpoints(str(tmp_path), str(tmp_path), 'epoch_{}.pth')
+    assert [Path(file).name for file in found] == ['epoch_2.pth', 'epoch_1.pth', 'epoch_12.pth']
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
+    found = saved_checkpoints(str(tmp_path), str(tmp_path), 'epoch_{}.pth')
+    assert [Path(file).name for file in found] == ['epoch_1.pth', 'epoch_2.pth', 'epoch_12.pth']

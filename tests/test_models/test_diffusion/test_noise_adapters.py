@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from mmdiffkd.models import FeatureDiffusion, FixedGamma, MLPNoiseAdapter, NoiseAdapter, NoiseInputs
+
+
+@pytest.mark.parametrize('kind', [NoiseAdapter, MLPNoiseAdapter])
+@pytest.mark.parametrize('size', [(1, 1), (6, 5)])
+def test_one_gamma_a_sample_on_maps_of_any_size(kind, size):
+    gamma = kind(16)(torch.randn(4, 16, *size))
+    assert gamma.shape == (4,)
+    assert ((gamma > 0) & (gamma < 1)).all()
+
+
+def test_fixed_gamma_leaves_the_student_without_noise():
+    torch.manual_seed(0)
+    part = FeatureDiffusion(8, 8, noise_adapter=dict(type='mmdiffkd.FixedGamma', gamma=1.0))
+    student = torch.randn(4, 8, 6, 5, requires_grad=True)
+    output = part(student, torch.randn(4, 8, 6, 5), return_trajectory=True)
+    assert output.gamma.tolist() == [1] * 4
+    torch.testing.assert_close(output.trajectory[0], output.student_latent)
+    assert not list(part.noise_adapter.parameters())
+    output.losses['loss_kd'].backward()
+    assert student.grad.abs().sum() > 0
+
+
+def test_fixed_gamma_is_a_share():
+    torch.manual_seed(0)
+    part = FeatureDiffusion(8, 8, noise_adapter=dict(type='mmdiffkd.FixedGamma', gamma=0.25))
+    noise = torch.randn(4, 8, 6, 5)
+    output = part(
+        torch.randn(4, 8, 6, 5), torch.randn(4, 8, 6, 5), NoiseInputs(adapter_noise=noise), return_trajectory=True
+    )
+    torch.testing.assert_close(output.trajectory[0], 0.25 * output.student_latent + 0.75 * noise)
+    with pytest.raises(ValueError, match='noise_adapter.gamma=1.5 must lie between 0'):
+        FixedGamma(1.5)

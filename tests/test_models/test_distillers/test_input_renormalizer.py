@@ -1,0 +1,38 @@
+import pytest
+import torch
+from mmdet.models import DetDataPreprocessor
+from mmdet.testing import demo_mm_inputs
+
+from mmdiffkd.models.distillers.teacher import InputRenormalizer
+
+PYTORCH = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True, pad_size_divisor=32)
+CAFFE = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False, pad_size_divisor=32)
+BGR = dict(mean=[103.53, 116.28, 123.675], std=[57.375, 57.12, 58.395], bgr_to_rgb=False, pad_size_divisor=32)
+NONE = dict(pad_size_divisor=32)
+
+
+@pytest.mark.parametrize('student', [PYTORCH, CAFFE, NONE])
+@pytest.mark.parametrize('teacher', [PYTORCH, CAFFE, BGR, NONE])
+def test_teacher_sees_what_its_own_preprocessor_makes(student, teacher):
+    """Images of unequal size, so that some of the batch is padding."""
+
+    def batch(cfg):
+        data = demo_mm_inputs(2, [[3, 48, 64], [3, 60, 40]])
+        return DetDataPreprocessor(**cfg)(data, training=True)
+
+    own, seen = batch(teacher), batch(student)
+    images = InputRenormalizer(student, teacher)(seen['inputs'], seen['data_samples'])
+    torch.testing.assert_close(images, own['inputs'], rtol=1e-4, atol=1e-3)
+
+
+def test_equal_normalisation_costs_nothing():
+    images = torch.randn(1, 3, 4, 4)
+    mmpretrain_style = dict(mean=PYTORCH['mean'], std=PYTORCH['std'], to_rgb=True)
+    assert InputRenormalizer(PYTORCH, mmpretrain_style)(images, None) is images
+
+
+def test_students_images_are_not_touched():
+    images = torch.randn(1, 3, 4, 4)
+    before = images.clone()
+    InputRenormalizer(PYTORCH, CAFFE)(images, None)
+    torch.testing.assert_close(images, before)

@@ -1,0 +1,62 @@
+import pytest
+
+from mmdiffkd.models.distillers.feature_info import FeatureInfo, match_levels
+
+
+def tap(*strides, requires_grad=None):
+    return FeatureInfo([16] * len(strides), list(strides), 1, requires_grad=requires_grad)
+
+
+ONE_STAGE, TWO_STAGE = tap(8.0, 16.0, 32.0, 64.0, 128.0), tap(4.0, 8.0, 16.0, 32.0, 64.0)
+DILATED = tap(4.0, 8.0, 8.0, 8.0)
+WITH_ABSENT = FeatureInfo([0, 16], [None, 32.0], 1)
+
+
+@pytest.mark.parametrize(
+    'student, teacher, levels, expected',
+    [
+        (ONE_STAGE, ONE_STAGE, None, [(i, i) for i in range(5)]),
+        (ONE_STAGE, TWO_STAGE, None, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+        (ONE_STAGE, TWO_STAGE, [1, 4], [(1, 2), (4, 4)]),
+        (ONE_STAGE, TWO_STAGE, [-1], [(4, 4)]),
+        (DILATED, DILATED, [-1, -4], [(3, 3), (0, 0)]),
+        (tap(4.0, 8.0, 16.0, 32.0), DILATED, [-1], [(3, 3)]),
+        (DILATED, tap(4.0, 8.0, 16.0, 32.0), [-1], [(3, 3)]),
+        (tap(None, None), tap(None, None), [-1], [(1, 1)]),
+        (tap(8.0), tap(16.0), None, [(0, 0)]),
+        (tap(None, None), tap(None, None), None, [(0, 0), (1, 1)]),
+        (DILATED, DILATED, None, [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        (tap(4.0, 8.0, 16.0, 32.0), DILATED, None, [(0, 0), (1, 1)]),
+        (DILATED, tap(4.0, 8.0, 16.0, 32.0), None, [(0, 0), (1, 1)]),  # deep levels are not taught by a shallow one
+        (DILATED, tap(4.0, 8.0, 16.0, 32.0), [3], [(3, 1)]),
+        (tap(32.0), tap(None), None, [(0, 0)]),
+        (WITH_ABSENT, WITH_ABSENT, None, [(1, 1)]),  # Inception's auxiliary output is None when it predicts
+        (tap(4.0, 8.0, requires_grad=[False, True]), tap(4.0, 8.0), None, [(1, 1)]),
+        (tap(4.0, 8.0, requires_grad=[False, True]), tap(4.0, 8.0), [0], [(0, 0)]),  # the first step finds it out
+    ],
+)
+def test_matches(student, teacher, levels, expected):
+    assert match_levels('fpn', student, teacher, levels) == expected
+
+
+@pytest.mark.parametrize(
+    'student, teacher, levels, message',
+    [
+        (tap(8.0, 16.0), tap(32.0, 64.0), None, r'distill\.fpn: .*share no level: the strides are 8, 16 and 32, 64'),
+        (tap(8.0, 16.0), tap(32.0, 64.0), [0], r"student's level 0 has stride 8.*strides are 32, 64"),
+        (ONE_STAGE, ONE_STAGE, [7], r'names level 7.*levels 0, 1, 2, 3, 4 with strides 8, 16, 32, 64, 128'),
+        (tap(None), tap(None, None), None, r'return 1 \(student\) and 2 \(teacher\) vectors'),
+        (TWO_STAGE, tap(None), None, r"returns maps of stride 4, .*the teacher's vectors.*teacher='backbone'"),
+        (
+            tap(4.0, requires_grad=[False]),
+            tap(4.0),
+            None,
+            r'no gradient reaches the student through its tap; it is frozen',
+        ),
+        (ONE_STAGE, ONE_STAGE, [], r'distill\.fpn\.levels is empty'),
+        (tap(None), TWO_STAGE, None, r"student's tap returns vectors"),
+    ],
+)
+def test_what_cannot_be_matched(student, teacher, levels, message):
+    with pytest.raises(ValueError, match=message):
+        match_levels('fpn', student, teacher, levels)

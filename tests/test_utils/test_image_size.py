@@ -1,0 +1,67 @@
+import pytest
+from mmengine.config import Config
+
+from mmdiffkd.utils import resolve_config
+from mmdiffkd.utils.config import image_size
+from tests.conftest import ROOT
+
+
+def detection(*steps, **others):
+    return Config(
+        dict(
+            default_scope='mmdet',
+            model=dict(type='RetinaNet', data_preprocessor=dict(pad_size_divisor=32)),
+            train_dataloader=dict(dataset=dict(pipeline=[*steps, dict(type='PackDetInputs')])),
+            **others,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    'step, size',
+    [
+        (dict(type='Resize', scale=(1333, 800), keep_ratio=True), (800, 1344)),
+        (dict(type='Resize', scale=(640, 320)), (320, 640)),
+        (dict(type='RandomChoiceResize', scales=[(640, 1333), (800, 1333)], keep_ratio=True), (800, 1344)),
+        (dict(type='RandomResize', scale=[(320, 320), (608, 608)], keep_ratio=True), (608, 608)),
+        (dict(type='RandomCrop', crop_size=(512, 256)), (256, 512)),
+        (dict(type='RandomCrop', crop_type='relative_range', crop_size=(0.5, 0.5)), (800, 1344)),
+        (dict(type='Resize', scale_factor=1.0), (800, 1344)),
+        (dict(type='Mosaic', img_scale=(640, 320)), (320, 640)),
+        (dict(type='RandomChoice', transforms=[[dict(type='Resize', scale=(96, 64))], []]), (64, 96)),
+    ],
+)
+def test_what_the_training_pipeline_makes_of_images(step, size):
+    assert image_size(detection(step)) == size
+
+
+def test_what_comes_last_counts():
+    steps = dict(type='RandomResize', scale=(1280, 1280)), dict(type='RandomCrop', crop_size=(640, 640))
+    assert image_size(detection(*steps)) == (640, 640)
+    mixed = detection(*steps)
+    mixed.train_dataloader.dataset = dict(
+        type='MultiImageMixDataset', pipeline=[dict(type='Resize', scale=(320, 320))], dataset=dict(pipeline=steps)
+    )
+    assert image_size(mixed) == (320, 320)
+    assert image_size(detection(*steps, image_size=(96, 64))) == (64, 96)
+
+
+@pytest.mark.parametrize(
+    'config, size',
+    [
+        ('shapes/diffkd_retinanet_r18-half_r18-eighth_shapes.py', (128, 128)),
+        ('camvid/diffkd_deeplabv3_r18-half_r18-quarter_camvid.py', (160, 160)),
+        ('shape_classes/diffkd_r18-half_r18-eighth_shape-classes.py', (64, 64)),
+        ('cityscapes/diffkd_deeplabv3_r101_r18.py', (512, 1024)),
+        ('cifar/diffkd_r50_r18_cifar100.py', (32, 32)),
+        ('imagenet/diffkd_swin-l_swin-t.py', (224, 224)),
+        ('diffkd_yolox_l_s.py', (640, 640)),
+    ],
+)
+def test_shipped_configs(config, size):
+    assert image_size(Config.fromfile(ROOT / 'configs' / config)) == size
+
+
+def test_usual_sizes_where_nothing_is_said():
+    assert image_size(resolve_config(dict(type='X'))) == (224, 224)
+    assert image_size(Config(dict(default_scope='mmseg', model=dict(type='X')))) == (512, 1024)
