@@ -103,7 +103,7 @@ def main():
     work = {
         'student, forward and backward': counted(student),
         'teacher, forward to the neck': counted(teach),
-        'convolutions of the diffusion part': counted(convolve),
+        'convolutions of the diffusion module': counted(convolve),
     }
     unavoidable = sum(work.values(), Work(0, 0))
     part = counted(lambda: forward().backward())
@@ -114,13 +114,13 @@ def main():
     others = work['student, forward and backward'] + work['teacher, forward to the neck']
     work.update(
         {
-            'diffusion part, forward and backward': part,
+            'diffusion module, forward and backward': part,
             'the same, memory_efficient=True': lean,
             'sum of the first three': unavoidable,
             'distilled step': others + part,
         }
     )
-    memory = {'diffusion part, forward and backward': kept, 'the same, memory_efficient=True': lean_kept}
+    memory = {'diffusion module, forward and backward': kept, 'the same, memory_efficient=True': lean_kept}
     rows = [
         {
             'what': name,

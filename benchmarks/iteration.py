@@ -1,7 +1,7 @@
 """A whole training iteration of a config, and what it is made of.
 
 Teacher and student have random weights, and the images are random: neither changes the time. What nobody can avoid is
-the student's own step, the teacher's pass to its last tap and the convolutions of the diffusion part; the last row is
+the student's own step, the teacher's pass to its last tap and the convolutions of the diffusion module; the last row is
 the whole iteration against their sum. All run in turn in one process.
 """
 
@@ -103,7 +103,7 @@ def main():
         handle.remove()
     inputs = {
         neck: ([x.detach().requires_grad_() for x in student], [x.detach() for x in teacher])
-        for neck, (student, teacher) in seen.items()
+        for neck, (student, teacher, _) in seen.items()
     }
 
     def teacher():
@@ -127,8 +127,8 @@ def main():
     ways = {
         "student's own step": step(False),
         "teacher's pass to the tap": teacher,
-        'convolutions of the diffusion part': all_convolutions,
-        'diffusion part': necks,
+        'convolutions of the diffusion module': all_convolutions,
+        'diffusion module': necks,
         'distilled step': step(True),
     }
     times = in_turn(ways, args.rounds)
@@ -168,8 +168,8 @@ def draw(figures, path):
     parts = {
         "student's own step": (student, '#4c72b0'),
         "teacher's pass": (teacher, '#dd8452'),
-        "diffusion part's convolutions": (convs, '#55a868'),
-        'rest of the diffusion part': (max(neck - convs, 0), '#a8d5b5'),
+        "diffusion module's convolutions": (convs, '#55a868'),
+        'rest of the diffusion module': (max(neck - convs, 0), '#a8d5b5'),
         'all else': (max(whole - student - teacher - neck, 0), '#bbbbbb'),  # such as copies at the taps
     }
     figure, axes = plt.subplots(figsize=(9, 2.6), layout='constrained')

@@ -1,4 +1,4 @@
-"""Time and memory of the diffusion part against its convolutions alone.
+"""Time and memory of the diffusion module against its convolutions alone.
 
 The convolutions alone are the same layers in the same order, without normalisation, activation, sums, noise and losses:
 what nobody can avoid. A step is a forward and a backward pass; all ways run in turn in one process.
@@ -150,13 +150,13 @@ def main():
             }
         )
     text = (
-        f'One step of the diffusion part: {len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, '
+        f'One step of the diffusion module: {len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, '
         f'{channels} channels, batch {args.batch}, {"bfloat16 autocast" if args.bf16 else "float32"}. Median of '
         f'{args.rounds} rounds, in brackets the quartiles of the ratios inside a round. "plain" is the same neck with '
         'what autograd keeps by itself. Peak is what a step takes beyond weights and features, gradients included.'
     )
     command = ' '.join(['python -m benchmarks.neck', *(a for a in sys.argv[1:])])
-    publish(args.page, 'What the diffusion part costs', text, command, machine(device, args.threads), rows, data)
+    publish(args.page, 'What the diffusion module costs', text, command, machine(device, args.threads), rows, data)
 
 
 if __name__ == '__main__':

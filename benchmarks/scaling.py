@@ -1,4 +1,4 @@
-"""What the cost of the diffusion part depends on: one setting at a time is changed, in one process with the default."""
+"""Time and memory of the diffusion module by setting: one at a time is changed, in one process with the default."""
 
 import argparse
 import gc
@@ -83,7 +83,7 @@ def main():
         del forward, step, ignore
         gc.collect()
     text = (
-        'Time of a step of the diffusion part and what it keeps for the backward pass, against the default: batch 2, '
+        'Time of a step of the diffusion module and what it keeps for the backward pass, against the default: batch 2, '
         f'{len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, 256 channels, five steps, float32. '
         f'Median ratio of {args.rounds} rounds, in brackets the quartiles. Whether a cheaper setting teaches as '
         'much is another table.'
@@ -91,7 +91,7 @@ def main():
     command = ' '.join(['python -m benchmarks.scaling', *sys.argv[1:]])
     publish(
         args.page,
-        'What the cost of the diffusion part depends on',
+        'What the cost of the diffusion module depends on',
         text,
         command,
         machine(device, args.threads),

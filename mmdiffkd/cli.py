@@ -1,4 +1,4 @@
-"""How the tools start and end. Nothing here imports torch: ``--help`` and mistyped arguments are answered at once."""
+"""Start and exit of the tools. This module does not import torch, so ``--help`` and argument errors return at once."""
 
 import atexit
 import gc
@@ -16,7 +16,7 @@ _is_own_process = False
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Import packages and build models without garbage collection, which would take seconds and find next to nothing.
+    """Import packages and build models without garbage collection, which takes seconds and frees almost nothing.
 
     >>> with without_gc():
     ...     from mmdiffkd.apis import preview
@@ -33,9 +33,10 @@ def without_gc() -> Iterator[None]:
 
 
 def own_process() -> None:
-    """Keep what is there after the start of a script out of later collections, the one at the end included.
+    """Exclude objects created at startup from later garbage collections, including the one at exit.
 
-    A script that runs in another's process changes nothing: the garbage of others would be kept, too.
+    Has no effect if a different program runs the script in its own process, because that program's garbage would stay
+    in memory, too.
     """
     global _is_own_process
     if sys.argv[0] in sys.orig_argv[1:]:
@@ -45,7 +46,7 @@ def own_process() -> None:
 
 @contextmanager
 def exit_on_mistake() -> Iterator[None]:
-    """End the process with the sentence of an error on stderr and code 2; what can only be a fault of ours is raised.
+    """On a user error, print its message to stderr and exit with code 2. Internal errors are raised.
 
     >>> with exit_on_mistake():
     ...     config = student_config(read_config('my_config.py'))
@@ -58,7 +59,7 @@ def exit_on_mistake() -> Iterator[None]:
         unknown = UNKNOWN_TYPE.search(str(error))
         if unknown is None:
             raise
-        _exit(f'{unknown[0]}: check how {unknown[1]} is spelt, or import its module by custom_imports.')
+        _exit(f'{unknown[0]}: check the spelling of {unknown[1]}, or import its module with custom_imports.')
 
 
 def _exit(sentence: str) -> None:

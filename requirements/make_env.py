@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make an environment with all that mmdiffkd needs: ``make env`` and ``make env-openmmlab``.
+"""Create a virtual environment with everything that mmdiffkd needs: ``make env`` and ``make env-openmmlab``.
 
-Started by the system's Python, before anything is installed. Interrupted, the same command goes on where it stopped.
+Runs in the system's Python, before anything is installed. To resume after an interruption, run the same command again.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from operators import (
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 10), (3, 12))
-ENVIRONMENT_DISK = 9 * GIB  # 6 for the environment, the rest for pip's downloads
+ENVIRONMENT_DISK = 9 * GIB  # 6 GiB for the environment, the rest for pip's downloads
 FAMILIES = {
     'onedl': dict(
         mmcv='onedl-mmcv',
@@ -51,7 +51,7 @@ FAMILIES = {
 PIP_ACTIVITY = re.compile(
     r'^\s*(Collecting|Downloading|Using cached|Building wheel|Installing collected packages)(.*)$'
 )
-# What is known of a distribution: where packages are, its version, and its summary.
+# Prints site-packages, and the version and summary of a distribution.
 DISTRIBUTION = """
 import importlib.metadata, sys, sysconfig
 found = importlib.metadata.distribution(sys.argv[1])
@@ -60,9 +60,9 @@ print(sysconfig.get_path('purelib'), found.version, found.metadata['Summary'], s
 
 
 class Display:
-    """Steps, and below the last one a line of what happens now.
+    """Progress display: finished lines, and a status line below the last one.
 
-    On a terminal the line is rewritten in place. Elsewhere, as in a log file, a new one is written every minute.
+    On a terminal, the status line is rewritten in place. In a log file, it is written once per minute.
     """
 
     def __init__(self, stream=None, interval=60):
@@ -72,16 +72,16 @@ class Display:
         self.since = time.monotonic()
 
     def step(self, text):
-        """Write a line that stays."""
+        """Write a permanent line."""
         print(f'\r\033[K{text}' if self.live else text, file=self.stream, flush=True)
         self.since = time.monotonic()
 
     def detail(self, text):
-        """Write a line that stays, below a step."""
+        """Write a permanent line below a step."""
         self.step(f'      {text}')
 
     def now(self, text):
-        """Show what happens at the moment."""
+        """Update the status line."""
         if self.live:
             width = shutil.get_terminal_size().columns - 7
             print(f'\r\033[K      {text[:width]}', end='', file=self.stream, flush=True)
@@ -90,7 +90,7 @@ class Display:
 
 
 class Environment:
-    """A virtual environment, and how pip fills it."""
+    """A virtual environment that pip installs packages into."""
 
     def __init__(self, folder, family, display):
         self.folder = folder
@@ -102,7 +102,7 @@ class Environment:
         self.build = None
 
     def create(self):
-        """Make the environment, or again where pip does not run in it."""
+        """Create the environment, or recreate it if pip does not run in it."""
         if self.python.exists() and call([self.python, '-m', 'pip', '--version']):
             return
         done = subprocess.run(
@@ -113,25 +113,25 @@ class Environment:
         )
         if done.returncode:
             raise SetupError(
-                f'{done.stdout.strip()}\n{sys.executable} cannot make a virtual environment. On Debian and Ubuntu, '
+                f'{done.stdout.strip()}\n{sys.executable} cannot create a virtual environment. On Debian and Ubuntu, '
                 'install `python3-venv`; elsewhere set PYTHON to a complete Python.'
             )
 
     def version(self, package):
-        """The version of a package that the constraints name."""
+        """Return the version of a package in the constraints file."""
         match = re.search(rf'^{re.escape(package)}==(\S+)', self.constraints.read_text(), re.MULTILINE)
         if not match:
-            raise SetupError(f'{self.constraints} names no version of {package} (`{package}==...`).')
+            raise SetupError(f'{self.constraints} has no version of {package} (`{package}==...`).')
         return match.group(1)
 
     def requirements(self, *names, without=''):
-        """What files of requirements ask for, without one of the packages."""
+        """Return the requirements in the named files, except those of the package ``without``."""
         lines = [line for name in names for line in (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()]
         found = [line.split('#')[0].strip() for line in lines]
         return [line for line in found if line and re.match(r'[\w.-]+', line).group() != without]
 
     def install(self, *what):
-        """Install with pip, and show meanwhile what it and a running build do."""
+        """Install with pip, and show the progress of pip and of a running build."""
         command = [self.python, '-m', 'pip', '--disable-pip-version-check', 'install', '--progress-bar', 'off']
         command += ['--no-build-isolation', '--constraint', self.constraints, *what]
         began = time.monotonic()
@@ -150,7 +150,7 @@ class Environment:
                     process.wait()
         if process.returncode:
             last = '\n'.join(f'    {line[:200]}' for line in self.output(start).splitlines()[-15:])
-            raise SetupError(f'pip failed:\n{last}\nThe whole log: {self.log}')
+            raise SetupError(f'pip failed:\n{last}\nFull log: {self.log}')
 
     def output(self, start):
         with open(self.log, errors='replace') as log:
@@ -165,7 +165,7 @@ class Environment:
         self.display.now(text)
 
     def wait_for(self, done, activity):
-        """Wait for the build, with its progress on the screen."""
+        """Wait for the build, and show its progress."""
         began = time.monotonic()
         while not done():
             self.show(activity, began)
@@ -173,7 +173,7 @@ class Environment:
 
 
 def pip_activity(output):
-    """What pip does now, in a few words."""
+    """Summarize pip's current activity in a few words."""
     for line in reversed(output.splitlines()):
         match = PIP_ACTIVITY.match(line)
         if match:
@@ -181,17 +181,17 @@ def pip_activity(output):
             if verb == 'Installing collected packages':
                 return f'installing {rest.count(",") + 1} packages'
             return f'{verb.lower()} {" ".join(rest.split()[:4])}'
-    return 'pip looks for packages'
+    return 'pip is resolving packages'
 
 
 def add_alias(python, name, package):
-    """Make a distribution known under a second name, by metadata alone.
+    """Register a distribution under a second name by metadata alone, so that mim finds it.
 
-    onedl-mim takes any installed distribution of the name it is given, and looks for its files in the folder of that
-    name where nothing lists them. pip shows, checks, replaces and uninstalls such a folder as it does others.
+    onedl-mim accepts any installed distribution of the given name. If the metadata lists no files, it looks for them in
+    the folder of that name. pip lists, checks, replaces and uninstalls the alias like any distribution.
 
     Returns:
-        str: Version of the alias; ``None`` where a distribution of this name is there that is no such alias.
+        str: Version of the alias; ``None`` if a real distribution of this name is installed.
     """
     summary = f'Alias of {package}, by which mim finds it'
     there = call([python, '-c', DISTRIBUTION, name])
@@ -200,7 +200,7 @@ def add_alias(python, name, package):
     site_packages, version, _ = call([python, '-c', DISTRIBUTION, package]).splitlines()
     for old in Path(site_packages).glob(f'{name}-*.egg-info'):
         shutil.rmtree(old)
-    # No list of files, and no top_level.txt: pip would uninstall the package itself with the alias.
+    # No list of files and no top_level.txt: otherwise pip would uninstall the package together with the alias.
     partial = Path(site_packages, f'.{name}.part')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -213,16 +213,16 @@ def add_alias(python, name, package):
 
 
 def provide_operators(env, display):
-    """Find mmcv's operators, or start to compile them in ``env.build``.
+    """Find mmcv's operators, or start compiling them in ``env.build``.
 
     Returns:
-        Path: A wheel to install; ``None`` if it is installed already or being built.
+        Path: The wheel to install; ``None`` if it is already installed or being compiled.
     """
     package = env.family['mmcv']
     version = env.version(package)
     facts = read_facts(env.python)
     if installed(env.python, package, 'mmcv', version, facts):
-        display.detail('installed before')
+        display.detail('already installed')
         return None
     wheel = find_wheel(env.python, package, version, facts, display.detail)
     if wheel:
@@ -231,26 +231,26 @@ def provide_operators(env, display):
     check_build(facts, folder)
     env.build = Build(env.python, package, version, folder, facts)
     display.detail(
-        f'no ready wheel fits: compiling {package} {version} for torch {facts["torch"]}, {env.build.jobs} files at a '
-        'time; 8 - 15 minutes on two idle cores'
+        f'no prebuilt wheel fits: compiling {package} {version} for torch {facts["torch"]}, {env.build.jobs} files at '
+        'a time; 8 - 15 minutes on two idle cores'
     )
     display.detail(f'log: {env.build.log}')
     env.build.start(display.detail, display.now)
-    env.wait_for(env.build.compiling, 'waiting for the first file')  # before other packages change it
+    env.wait_for(env.build.compiling, 'waiting for the first file')  # later steps change the environment
     return None
 
 
 def make(env, display):
-    """All steps; those that were finished before are found done."""
+    """Run all steps. Finished steps are detected and take little time."""
     if not env.python.exists():
         check_disk(env.folder, ENVIRONMENT_DISK, 'the environment')
     env.create()
-    display.step('[1/6] torch and torchvision: 1 - 5 minutes, most of it for downloading ...')
+    display.step('[1/6] torch and torchvision: 1 - 5 minutes, mostly downloads ...')
     env.install('torch', 'torchvision')
     display.step('[2/6] build tools and mim: less than a minute ...')
     env.install(*env.requirements('build'))
     env.install(env.family['mim'])
-    display.step("[3/6] mmcv's operators: seconds where a ready wheel is found, else compiled in the background ...")
+    display.step("[3/6] mmcv's operators: a prebuilt wheel takes seconds; otherwise compiled in the background ...")
     wheel = provide_operators(env, display)
     display.step('[4/6] the other OpenMMLab packages and the test tools: 1 - 3 minutes ...')
     env.install(*env.requirements(*env.family['requirements'], without=env.family['mmcv']))
@@ -258,13 +258,13 @@ def make(env, display):
         display.step("[5/6] mmcv's operators: waiting for the compiler ...")
         env.wait_for(lambda: not env.build.running(), 'everything else is installed')
         wheel = env.build.finish()
-        display.detail(f'kept for other environments: {wheel}')
+        display.detail(f'cached for other environments: {wheel}')
     else:
         display.step("[5/6] mmcv's operators: nothing to compile")
-    if wheel:  # the version may be there, with operators that do not fit
+    if wheel:  # the same version may be installed with operators that do not fit
         env.install('--force-reinstall', '--no-deps', wheel)
-    env.install(wheel or env.family['mmcv'])  # and what it needs
-    display.step('[6/6] mmdiffkd itself, and a check that everything can be imported: less than a minute ...')
+    env.install(wheel or env.family['mmcv'])  # with its dependencies
+    display.step('[6/6] mmdiffkd and an import check of all packages: less than a minute ...')
     env.install('--no-deps', '--editable', ROOT)
     for name, package in env.family['aliases'].items():
         add_alias(env.python, name, package)
@@ -276,20 +276,20 @@ def make(env, display):
 
 
 def main():
-    parser = argparse.ArgumentParser(description='Make an environment with all that mmdiffkd needs.')
+    parser = argparse.ArgumentParser(description='Create a virtual environment with everything that mmdiffkd needs.')
     parser.add_argument('folder', type=Path, help='folder of the virtual environment')
     parser.add_argument('--family', choices=FAMILIES, default='onedl', help='maintained or original packages')
     args = parser.parse_args()
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         version = '.'.join(map(str, sys.version_info[:3]))
-        sys.exit(f'Python 3.10 - 3.12 is needed, this is {version}; set PYTHON=python3.11, say.')
+        sys.exit(f'Python 3.10 - 3.12 is needed, but this is {version}. Set PYTHON, for example PYTHON=python3.11.')
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit('Ended. The same command goes on where it stopped.'))
+        signal.signal(number, lambda *_: sys.exit('Terminated. Run the same command again to resume.'))
     display = Display()
     env = Environment(args.folder.absolute(), args.family, display)
     began = time.monotonic()
     display.step(
-        f'Making the environment in {args.folder}, once. On two idle cores this takes 5 minutes at most, or '
+        f'Creating the environment in {args.folder}, once. On two idle cores, this takes up to 5 minutes, or up to '
         "18 if mmcv's operators must be compiled."
     )
     try:
@@ -299,7 +299,7 @@ def main():
         sys.exit(f'{error}')
     except KeyboardInterrupt:
         display.step('')
-        sys.exit('Interrupted. The same command goes on where it stopped.')
+        sys.exit('Interrupted. Run the same command again to resume.')
     finally:
         if env.build is not None:
             with contextlib.suppress(KeyboardInterrupt):

@@ -1,7 +1,7 @@
-"""mmcv's compiled operators: a ready wheel that fits the installed torch, or one that is compiled here and kept.
+"""Find a prebuilt wheel of mmcv whose operators fit the installed torch, or compile one.
 
-Serves ``make_env.py`` and needs the standard library alone. What is compiled and what comes of it lies in
-``~/.cache/mmdiffkd/operators`` (``XDG_CACHE_HOME``), where other clones and environments find it.
+Used by ``make_env.py``; needs only the standard library. Source, compiled files and wheel are cached in
+``~/.cache/mmdiffkd/operators`` (``XDG_CACHE_HOME``) and shared by all clones and environments.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from pathlib import Path
 GIB = 2**30
 JOB_MEMORY = 2 * GIB  # the largest of mmcv's files takes 1.8 GiB
 BUILD_DISK = 1 * GIB  # objects without debugging symbols, library and wheel
-INDEX_SECONDS = 5  # to reach the family's own index of wheels, which many networks do not let through
+INDEX_SECONDS = 5  # timeout to reach mim's index of wheels, which many networks block
 NINJA_STEP = re.compile(rb'^\[(\d+)/(\d+)\]', re.MULTILINE)
 
-# Facts about the environment that the operators depend on, as JSON.
+# Prints as JSON the properties of the environment that the operators depend on.
 FACTS = """
 import json, os, sys, sysconfig, torch
 from torch.utils import cpp_extension
@@ -37,7 +37,7 @@ print(json.dumps(dict(
     python='%d.%d' % sys.version_info[:2], platform=sysconfig.get_platform(), include=sysconfig.get_path('include'))))
 """
 
-# Loads a compiled library alone: mmcv's Python part needs packages that may not be installed yet.
+# Loads only the compiled library: mmcv's Python code needs packages that may not be installed yet.
 LOAD = """
 import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location('_ext', sys.argv[1])
@@ -47,7 +47,7 @@ if sys.argv[2] == 'gpu' and getattr(library, 'get_compiling_cuda_version', str)(
     sys.exit('compiled without CUDA')
 """
 
-# The installed package's library, and the address at which mim looks for wheels.
+# Print the library of the installed package, and the URL of mim's index of wheels.
 FIND_LIBRARY = """
 import glob, importlib.util, os, sys
 spec = importlib.util.find_spec(sys.argv[1])
@@ -63,11 +63,11 @@ REACH = 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout
 
 
 class SetupError(Exception):
-    """What went wrong in the set-up and what to do about it, for the person who waits for it."""
+    """Setup failure, with a message for the user about the problem and the fix."""
 
 
 def call(command, timeout=None):
-    """Output of a command, ``None`` if it failed or took longer than ``timeout`` seconds."""
+    """Return the output of a command; ``None`` if it failed or took longer than ``timeout`` seconds."""
     try:
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -76,7 +76,7 @@ def call(command, timeout=None):
 
 
 def read_facts(python):
-    """Torch, Python and platform of an environment, see ``FACTS``."""
+    """Read torch, Python and platform of an environment, see ``FACTS``."""
     done = subprocess.run([str(python), '-W', 'ignore', '-c', FACTS], capture_output=True, text=True)
     if done.returncode:
         raise SetupError(f'torch cannot be imported in {Path(python).parent.parent}:\n{done.stderr.strip()}')
@@ -84,7 +84,7 @@ def read_facts(python):
 
 
 def cache_folder(package, version, facts):
-    """Folder of the operators for this torch, Python and platform."""
+    """Return the cache folder of the operators for this torch, Python and platform."""
     root = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     device = 'cuda' if facts['gpu'] else 'cpu'
     name = f'{package}-{version}-torch{facts["torch"]}-{device}-python{facts["python"]}-{facts["platform"]}'
@@ -92,12 +92,12 @@ def cache_folder(package, version, facts):
 
 
 def loads(python, library, facts):
-    """Whether a compiled library fits the installed torch, and the GPU where there is one."""
+    """Check whether a compiled library loads with the installed torch, and supports the GPU if there is one."""
     return call([python, '-W', 'ignore', '-c', LOAD, library, 'gpu' if facts['gpu'] else 'cpu']) is not None
 
 
 def fits(python, wheel, facts):
-    """Whether a wheel brings operators, and they fit the installed torch."""
+    """Check whether a wheel contains operators that fit the installed torch."""
     if not zipfile.is_zipfile(wheel):
         return False
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
@@ -106,7 +106,7 @@ def fits(python, wheel, facts):
 
 
 def installed(python, package, module, version, facts):
-    """Whether this version of the package is installed with operators that fit."""
+    """Check whether this version of the package is installed with operators that fit."""
     query = 'import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))'
     if call([python, '-c', query, package]) != version:
         return False
@@ -115,15 +115,15 @@ def installed(python, package, module, version, facts):
 
 
 def find_wheel(python, package, version, facts, say=print):
-    """A ready wheel that fits: of pip's sources or cache, from an earlier build, or from the family's own index.
+    """Find a prebuilt wheel that fits: from an earlier build, from pip, from pip's cache, or from mim's index.
 
     Returns:
-        Path: The wheel in the cache of this module; ``None`` if there is none.
+        Path: The wheel, copied to the cache folder; ``None`` if none fits.
     """
     folder = cache_folder(package, version, facts)
     for wheel in folder.glob('*.whl'):
         if fits(python, wheel, facts):
-            say(f'built before: {wheel}')
+            say(f'wheel from an earlier setup: {wheel}')
             return wheel
         wheel.unlink()
     pip = [python, '-m', 'pip', '--disable-pip-version-check']
@@ -152,20 +152,20 @@ def find_wheel(python, package, version, facts, say=print):
             return download('index', *options, timeout=300)
 
         for where, candidates in (
-            ('a ready wheel that pip knows', known_to_pip),
-            ("a wheel in pip's cache", in_pips_cache),
-            ("a wheel of the packages' own index", in_own_index),
+            ('prebuilt wheel from pip', known_to_pip),
+            ("wheel from pip's cache", in_pips_cache),
+            ("wheel from mim's index", in_own_index),
         ):
             for wheel in candidates():
                 if fits(python, wheel, facts):
                     say(f'{where}: {wheel.name}')
                     return keep(wheel, folder)
-                say(f'{where} does not fit torch {facts["torch"]}, it is passed over: {wheel.name}')
+                say(f'{where} skipped, does not fit torch {facts["torch"]}: {wheel.name}')
     return None
 
 
 def keep(wheel, folder):
-    """Copy a wheel into the cache; a reader never sees half of it."""
+    """Copy a wheel into the cache atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=folder, suffix='.part')
     os.close(handle)
@@ -176,7 +176,7 @@ def keep(wheel, folder):
 
 
 def available_memory():
-    """Bytes that can be used without swapping: the machine's, or the container's where that is less."""
+    """Return the bytes of free memory, limited by the container's memory."""
     with open('/proc/meminfo') as file:
         kib = dict(line.split()[:2] for line in file)
     sizes = [1024 * int(kib['MemAvailable:'])]
@@ -187,7 +187,7 @@ def available_memory():
 
 
 def available_cores():
-    """CPU cores of this process, or what the container allows where that is less."""
+    """Return the number of CPU cores of this process, limited by the container's quota."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
         quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())
@@ -196,21 +196,21 @@ def available_cores():
 
 
 def choose_jobs(cores, memory):
-    """Files compiled at the same time: one a core, as far as the memory goes; at least one."""
+    """Return the number of files to compile at the same time: one per core if memory allows, at least one."""
     return max(1, min(cores, int(memory // JOB_MEMORY)))
 
 
 def check_build(facts, folder):
-    """Refuse a build that cannot succeed before it starts: compiler, headers, CUDA toolkit, memory, disk.
+    """Check compiler, headers, CUDA toolkit, memory and disk before a build starts.
 
     Raises:
-        SetupError: Says what is missing and how to get it.
+        SetupError: If something is missing, with how to get it.
     """
     compiler = shlex.split(os.environ.get('CXX') or 'c++')
-    again = 'Then start the same command again.'
+    again = 'Then run the same command again.'
     if not shutil.which(compiler[0]):
         raise SetupError(
-            f"mmcv's operators must be compiled, and there is no C++ compiler ({compiler[0]!r}). "
+            f"mmcv's operators must be compiled, but there is no C++ compiler ({compiler[0]!r}). "
             f'Install one: `apt install g++` on Debian and Ubuntu, `dnf install gcc-c++` on Fedora. {again}'
         )
     probe = '#include <Python.h>\n#include <optional>\nstd::optional<int> number;\n'
@@ -218,37 +218,38 @@ def check_build(facts, folder):
     done = subprocess.run(command, input=probe, capture_output=True, text=True)
     if 'Python.h' in done.stderr:
         raise SetupError(
-            f"mmcv's operators must be compiled, and the headers of Python {facts['python']} are missing "
+            f"mmcv's operators must be compiled, but the headers of Python {facts['python']} are missing "
             f'({facts["include"]}/Python.h). Install them: `apt install python{facts["python"]}-dev` on Debian and '
             f'Ubuntu, `dnf install python3-devel` on Fedora. {again}'
         )
     if done.returncode:
         raise SetupError(
-            f'{compiler[0]!r} does not compile C++17, which torch needs; g++ 9 and newer do. It says:\n{done.stderr}'
+            f'{compiler[0]!r} does not compile C++17, which torch needs; use g++ 9 or newer. Output:\n{done.stderr}'
         )
     if facts['gpu'] and not facts['toolkit']:
         raise SetupError(
             f"torch {facts['torch']} sees a GPU, and compiling mmcv's operators for it needs the CUDA toolkit (nvcc) "
-            f'of the version that torch was built for. Install it and set CUDA_HOME. To do without the GPU, put '
-            f'CUDA_VISIBLE_DEVICES= before the command.'
+            f'of the version that torch was built for. Install the toolkit and set CUDA_HOME. To build for the CPU '
+            f'only, put CUDA_VISIBLE_DEVICES= before the command.'
         )
     memory = available_memory()
     if memory < JOB_MEMORY and 'MAX_JOBS' not in os.environ:
         raise SetupError(
-            f"Compiling mmcv's operators needs {JOB_MEMORY / GIB:.1f} GiB of free memory, and {memory / GIB:.1f} are "
-            f'there. End other programs or add swap. {again} MAX_JOBS=1 before the command tries it all the same.'
+            f"Compiling mmcv's operators needs {JOB_MEMORY / GIB:.1f} GiB of free memory, but only "
+            f'{memory / GIB:.1f} GiB are free. Close programs or add swap. {again} To try anyway, put MAX_JOBS=1 '
+            'before the command.'
         )
     check_disk(folder, BUILD_DISK, "compiling mmcv's operators")
 
 
 def check_disk(folder, needed, purpose):
-    """Refuse what does not fit on the disk of ``folder``, which need not exist yet."""
+    """Raise a SetupError if the disk of ``folder``, which need not exist yet, has less than ``needed`` bytes free."""
     folder = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SetupError(
-            f'{purpose[0].upper()}{purpose[1:]} needs {needed / GIB:.1f} GiB of disk, and {free / GIB:.1f} are free '
-            f'in {folder}. Make room, then start the same command again.'
+            f'{purpose[0].upper()}{purpose[1:]} needs {needed / GIB:.1f} GiB of disk space, but only '
+            f'{free / GIB:.1f} GiB are free in {folder}. Free some space, then run the same command again.'
         )
 
 
@@ -256,7 +257,7 @@ def fetch_source(python, package, version, folder):
     """Download and unpack the released source once.
 
     Returns:
-        Path: The folder with setup.py. Compiled files stay in it until the build is complete.
+        Path: Folder with setup.py. Compiled files stay in it until the build is complete.
     """
     source = folder / 'source'
     if source.is_dir():
@@ -278,17 +279,17 @@ def fetch_source(python, package, version, folder):
 
 
 class Build:
-    """A build of a wheel in the background.
+    """Background build of a wheel.
 
-    Objects stay in the source folder until the wheel is there, so that an interrupted build goes on with the files
-    that are missing. Two builds of the same folder never run at once: the second waits.
+    Object files stay in the source folder until the wheel is complete, so an interrupted build resumes with the missing
+    files. A lock keeps two builds from using the same folder: the second waits.
 
     Args:
         python (Path): Interpreter of the environment.
-        package (str): Distribution, for messages.
+        package (str): Name of the distribution.
         version (str): Version of the distribution.
         folder (Path): Folder of this build, see :func:`cache_folder`.
-        facts (dict): See :func:`read_facts`.
+        facts (dict): Properties of the environment, see :func:`read_facts`.
     """
 
     def __init__(self, python, package, version, folder, facts):
@@ -303,14 +304,14 @@ class Build:
         self.process = None
         self.lock = None
         self.began = None
-        self.latest = (0, 0.0)  # files compiled in this run, and seconds from its beginning to the last of them
+        self.latest = (0, 0.0)  # files compiled in this run, seconds from its start to the last of them
 
     def start(self, say=print, show=lambda text: None):
-        """Start the compiler; wait first for another set-up that builds the same, and show how far it is."""
+        """Start the compiler. If another setup builds the same operators, wait for it first and show its progress."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / 'lock', 'w')
         if not self.locked():
-            say(f'another set-up compiles the same operators ({self.folder}); waiting for it ...')
+            say(f'another setup is compiling the same operators ({self.folder}); waiting for it ...')
             while not self.locked():
                 show(self.status())
                 time.sleep(0.5)
@@ -319,12 +320,12 @@ class Build:
         fetch_source(self.python, self.package, self.version, self.folder)
         self.began = time.monotonic()
         flags = {name: f'{os.environ.get(name, "")} -g0'.strip() for name in ('CFLAGS', 'CXXFLAGS')}  # half the time
-        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is there
+        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # for ninja
         env = dict(os.environ, MMCV_WITH_OPS='1', PATH=path, PYTHONUNBUFFERED='1', MAX_JOBS=str(self.jobs), **flags)
         shutil.rmtree(self.source / 'dist', ignore_errors=True)
         with open(self.log, 'wb') as log:
-            # Own session: a Ctrl-C reaches it through stop() alone. The lock is inherited, so that it holds as long as
-            # a compiler runs, even if this process is killed.
+            # New session: Ctrl-C ends the build only through stop(). The compiler inherits the lock, so the lock holds
+            # while a compiler runs, even if this process is killed.
             self.process = subprocess.Popen(
                 [str(self.python), '-W', 'ignore', 'setup.py', 'bdist_wheel', '--dist-dir', 'dist'],
                 cwd=self.source,
@@ -344,23 +345,23 @@ class Build:
         return False
 
     def wheel(self):
-        """The wheel that is kept for others, ``None`` before there is one."""
+        """Return the finished wheel in the cache folder, or ``None``."""
         return next(self.folder.glob('*.whl'), None)
 
     def running(self):
         return self.process is not None and self.process.poll() is None
 
     def compiling(self):
-        """Whether setup.py has read what it needs of the environment, and only the compiler still runs."""
+        """Check whether setup.py is done reading the environment, so that only the compiler still runs."""
         return not self.running() or self.step()[1] > 0
 
     def step(self):
-        """Files compiled in this run, and files to compile in it."""
+        """Return the number of files compiled in this run, and the number of files that it compiles in total."""
         steps = NINJA_STEP.findall(self.log.read_bytes()) if self.log.exists() else []
         return tuple(map(int, steps[-1])) if steps else (0, 0)
 
     def status(self):
-        """One line: the file that is compiled, of how many, and the minutes left."""
+        """Describe in one line the current file, the number of files and the time left."""
         done, todo = self.step()
         total = max(todo, count_files(self.source))
         if not todo:
@@ -374,18 +375,18 @@ class Build:
             self.latest = (done, elapsed)
         line = f'operators: file {number + 1} of {total}'
         done, seconds = self.latest
-        if done >= 2 * self.jobs:  # the first ones say little
+        if done >= 2 * self.jobs:  # too few files for an estimate before
             line += f', {minutes_left((seconds * todo / done - elapsed) / 60)}'
         return line
 
     def finish(self):
-        """Wait for the end and keep the wheel.
+        """Wait for the end of the build, and move the wheel to the cache folder.
 
         Returns:
-            Path: The wheel in the cache.
+            Path: The wheel in the cache folder.
 
         Raises:
-            SetupError: With the compiler's last lines and what to do.
+            SetupError: If the build failed, with the compiler's last lines and advice.
         """
         if self.process is not None:
             code = self.process.wait()
@@ -396,8 +397,7 @@ class Build:
             if not fits(self.python, wheels[0], self.facts):
                 self.close()
                 raise SetupError(
-                    f'The operators that were compiled cannot be loaded with torch {self.facts["torch"]}; '
-                    f'the log is {self.log}.'
+                    f'The compiled operators do not load with torch {self.facts["torch"]}; see the log {self.log}.'
                 )
             keep(wheels[0], self.folder)
             shutil.rmtree(self.source)
@@ -405,10 +405,10 @@ class Build:
         return self.wheel()
 
     def stop(self):
-        """End the compiler; what it has finished stays."""
+        """Stop the compiler and keep the compiled files."""
         if self.running():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGTERM)  # ninja removes the files it was writing
+                os.killpg(self.process.pid, signal.SIGTERM)  # ninja removes incomplete files
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
@@ -423,44 +423,44 @@ class Build:
 
 
 def count_files(source):
-    """Files that ninja compiles in all, 0 before it has been told."""
+    """Return the total number of files that ninja compiles; 0 before build.ninja exists."""
     return sum(path.read_text().count('\nbuild ') for path in source.glob('build/temp*/build.ninja'))
 
 
 def minutes_left(minutes):
-    """A rough time for a person who waits."""
+    """Format the remaining time."""
     if minutes < 1:
         return 'less than a minute left'
     return f'about {round(minutes)} minute{"s" if round(minutes) > 1 else ""} left'
 
 
 def explain_failure(log, package, facts, lines=20, width=200):
-    """The compiler's last lines, and what to do."""
+    """Return the compiler's last lines and advice."""
     text = log.read_text(errors='replace') if log.exists() else ''
-    # ninja's own words come before a long traceback of setup.py; compile commands are thousands of characters long
+    # a long traceback of setup.py follows ninja's output; compile commands are thousands of characters long
     errors = text.split('\nFAILED: ')[1].split('\nninja: ')[0] if '\nFAILED: ' in text else text
     last = [line[:width] for line in errors.splitlines() if line.strip() and not re.search(r'\s-c\s.*\s-o\s', line)]
     cures = (
-        (r'Killed signal|out of memory|cannot allocate', 'Too little memory: start again with MAX_JOBS=1 before it.'),
-        (r'No space left on device', f'The disk is full: make room in {log.parent} and in the temporary folder.'),
+        (r'Killed signal|out of memory|cannot allocate', 'Not enough memory: run the command again with MAX_JOBS=1.'),
+        (r'No space left on device', f'The disk is full: free space in {log.parent} and in the temporary folder.'),
         (r'Python\.h: No such file', f'Install the headers of Python: `apt install python{facts["python"]}-dev`.'),
         (
             r'(error|need)[^\n]*C\+\+(17|20|23)|-std=(c|gnu)\+\+2|error[^\n]*(concept|std::(span|numbers|remove_cvref))',
-            f'torch {facts["torch"]} asks for a newer C++ than {package} is compiled with, so the two do not fit: '
-            'install the torch of requirements/constraints*.txt.',
+            f'torch {facts["torch"]} needs a newer C++ standard than {package} uses, so they do not fit: install the '
+            'torch of requirements/constraints*.txt.',
         ),
         (
             r'CUDA version|nvcc',
-            'The CUDA toolkit does not fit torch; CUDA_VISIBLE_DEVICES= before the command builds for the CPU.',
+            'The CUDA toolkit does not fit torch. To build for the CPU, put CUDA_VISIBLE_DEVICES= before the command.',
         ),
     )
     found = [cure for pattern, cure in cures if re.search(pattern, '\n'.join(last), re.IGNORECASE)]
-    advice = found[0] if found else f'Is it a torch that {package} was tested with? See requirements/constraints*.txt.'
+    advice = found[0] if found else f'{package} was tested with the torch in requirements/constraints*.txt; install it.'
     return '\n'.join(
         [
             f"Compiling mmcv's operators failed ({package}, torch {facts['torch']}). The last lines:",
             *(f'    {line}' for line in last[-lines:]),
             advice,
-            f'Files that were compiled are kept. The whole log: {log}',
+            f'Compiled files are kept. Full log: {log}',
         ]
     )

@@ -26,7 +26,8 @@ def test_types_that_are_not_registered(capsys):
     assert ended.value.code == 2
     message = capsys.readouterr().err
     assert (
-        message.startswith('Error: Absent is not in the mmengine::model registry: check how') and 'http' not in message
+        message.startswith('Error: Absent is not in the mmengine::model registry: check the spelling')
+        and 'http' not in message
     )
 
 

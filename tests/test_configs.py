@@ -22,9 +22,13 @@ CONFIGS = Path(__file__).parent.parent / 'configs'
 SHIPPED = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
 ATTENTION = [path for path in SHIPPED if path.stem.startswith('diffkd-attention')]
 # one for each task, and all that are small; the others are slow
-QUICK = {'diffkd_retinanet_r101_r50', 'diffkd_r34_r18', 'diffkd_segformer_b2_b0'}
+QUICK = {
+    'diffkd_retinanet_r101_r50',
+    'diffkd_resnet34_resnet18_100e_in1k',
+    'diffkd_segformer-b2_segformer-b0_160k_ade20k',
+}
 QUICK |= {path.stem for name in ('camvid', 'shapes', 'shape_classes') for path in CONFIGS.glob(f'{name}/*.py')}
-SIZES = {'diffkd_dino_swin-l_r50': 224}  # as many tokens as it has queries
+SIZES = {'diffkd_dino-swin-l_dino-r50_12e_coco': 224}  # as many tokens as it has queries
 
 
 @DATASETS.register_module(force=True)
@@ -170,11 +174,11 @@ def test_teachers_have_weights_in_the_zoo(path):
 
 
 def test_the_shortest_config_is_as_short_as_promised():
-    text = (CONFIGS / 'deeppcb' / 'diffkd_retinanet_r50_r18_deeppcb.py').read_text()
+    text = (CONFIGS / 'deeppcb' / 'diffkd_retinanet-r50_retinanet-r18_24e_deeppcb.py').read_text()
     assert len(text.splitlines()) <= 12
 
 
-@pytest.mark.parametrize('name', ['diffkd_retinanet_r101_r50.py', 'imagenet/diffkd_r34_r18.py'])
+@pytest.mark.parametrize('name', ['diffkd_retinanet_r101_r50.py', 'imagenet/diffkd_resnet34_resnet18_100e_in1k.py'])
 def test_defaults_are_the_papers(name):
     """Without ``distill`` a pair is distilled as the paper's config spells it out, but for the regression term."""
     cfg = Config.fromfile(CONFIGS / name)
@@ -201,7 +205,10 @@ def test_the_papers_schedule_on_cityscapes(path):
 
 def test_reloaded_configs_are_the_same(tmp_path):
     """What a run writes into its folder can be trained from."""
-    for path in (CONFIGS / 'cityscapes' / 'diffkd_deeplabv3_r101_pspnet_r18.py', CONFIGS / 'diffkd_rtmdet_l_s.py'):
+    for path in (
+        CONFIGS / 'cityscapes' / 'diffkd_deeplabv3-r101_pspnet-r18_40k_cityscapes.py',
+        CONFIGS / 'coco/diffkd_rtmdet-l_rtmdet-s_300e_coco.py',
+    ):
         cfg = Config.fromfile(path)
         cfg.dump(tmp_path / 'dumped.py')
         dumped = Config.fromfile(tmp_path / 'dumped.py')

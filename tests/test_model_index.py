@@ -29,6 +29,15 @@ def test_every_distillation_config_is_listed():
     assert sorted(ROOT / model['Config'] for model in MODELS) == sorted(distilled)
 
 
+@pytest.mark.parametrize(
+    'folder', sorted({path.parent for path in CONFIGS.rglob('metafile.yml')}), ids=lambda f: f.name
+)
+def test_every_folder_has_a_readme_that_lists_its_configs(folder):
+    text = (folder / 'README.md').read_text()
+    assert not [path.name for path in folder.glob('*.py') if f'({path.name})' not in text]
+    assert f'({folder.name}/README.md)' in (CONFIGS / 'README.md').read_text()
+
+
 @pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
 def test_entries_agree_with_their_configs(model):
     file = ROOT / model['Config']

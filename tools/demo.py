@@ -26,10 +26,10 @@ TEACHER = 'teacher'  # its row in the table
 CONFIGS = ROOT / 'configs' / 'shapes'
 # rows of the table: the teacher first, DiffKD last
 RUNS = {
-    TEACHER: 'retinanet_r18-half_shapes.py',
-    'student alone': 'retinanet_r18-eighth_shapes.py',
-    'student, plain MSE': 'mse_retinanet_r18-half_r18-eighth_shapes.py',
-    'student, DiffKD': 'diffkd_retinanet_r18-half_r18-eighth_shapes.py',
+    TEACHER: 'retinanet-r18-half_16e_shapes.py',
+    'student alone': 'retinanet-r18-eighth_8e_shapes.py',
+    'student, plain MSE': 'mse_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py',
+    'student, DiffKD': 'diffkd_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py',
 }
 METRIC = 'coco/bbox_mAP'  # its name in the log
 

@@ -104,7 +104,7 @@ GROUPS = dict(
 )
 # what a group is compared with beside the student alone: the best of the others on the validation split, DiffKD as
 # published, or the preset that others are parts of
-RIVALS = dict(
+BASELINES = dict(
     recipes='diffkd',
     parts='diffkd',
     variants='diffkd',
@@ -146,6 +146,6 @@ def seeds_of(group: str, method: str) -> List[int]:
     return [0] if group == 'weights' else list(range(SEEDS.get(group, {}).get(method, 3)))
 
 
-def cells_of(name: str, group: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List[int]]:
+def runs_of(name: str, group: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List[int]]:
     """The methods of a group of a set, with their seeds."""
     return {method: list(seeds or seeds_of(group, method)) for method in methods_of(name, group)}

@@ -1,7 +1,7 @@
 """Train a student by several methods and seeds on a real set, and compare what it learnt.
 
-Every cell of the table, a method with a seed, is a process of its own with one CPU thread. Of one seed all methods see
-the same data in the same order and start from the same student. Cells that have a result are left alone, the others are
+Every run of the table, a method with a seed, is a process of its own with one CPU thread. Of one seed all methods see
+the same data in the same order and start from the same student. Runs that have a result are left alone, the others are
 trained: start the command again after an interruption. The teacher, where there is none yet, is trained first; what an
 iteration of every method costs is measured last, if it is not known from elsewhere. Then the page is written.
 """
@@ -14,9 +14,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.accuracy.groups import CHOICES, base_of, cells_of, groups_of, methods_of
+from benchmarks.accuracy.groups import CHOICES, base_of, groups_of, methods_of, runs_of
 from benchmarks.accuracy.methods import changes_of
-from benchmarks.accuracy.table import cell_file, costs_file, teacher_file, write_page
+from benchmarks.accuracy.table import costs_file, run_file, teacher_file, write_page
 from benchmarks.measure import machine
 from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
 
@@ -35,10 +35,10 @@ def parse_args():
     parser.add_argument('--seeds', type=int, nargs='+', help="in place of each method's own; no page is written")
     parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
-    parser.add_argument('--jobs', type=int, default=2, help='cells that run at a time (default 2)')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at the same time (default 2)')
     parser.add_argument('--rounds', type=int, default=15, help='steps of every method, for its cost (default 15)')
     parser.add_argument('--page-only', action='store_true', help='train nothing, show what is there')
-    parser.add_argument('--cell', nargs=2, metavar=('METHOD', 'SEED'), help=argparse.SUPPRESS)
+    parser.add_argument('--run', nargs=2, metavar=('METHOD', 'SEED'), help=argparse.SUPPRESS)
     parser.add_argument('--teacher', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--costs', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -89,8 +89,8 @@ def check_teacher(args):
 
 
 def result_file(args, method, seed):
-    """Where a cell writes what came of it."""
-    return cell_file(args.results / args.set, method, seed)
+    """Where a run writes what came of it."""
+    return run_file(args.results / args.set, method, seed)
 
 
 def train(cfg, result):
@@ -137,7 +137,7 @@ def measure_costs(args):
     torch.set_num_threads(threads)
     MMLogger.get_instance('mmengine', log_level='ERROR')
     methods = methods_of(args.set, args.group)
-    costs = measure({method: cell_config(args, method, 0) for method in methods}, rounds=args.rounds)
+    costs = measure({method: run_config(args, method, 0) for method in methods}, rounds=args.rounds)
     write(costs_file(args.results / args.set, args.group), dict(machine('cpu', threads), methods=costs))
 
 
@@ -170,8 +170,8 @@ def gamma_curves(scalars, points=24):
     return curves
 
 
-def cell_config(args, method, seed):
-    """The config of a cell."""
+def run_config(args, method, seed):
+    """The config of a run."""
     changes = changes_of(args.set, method)
     work_dir = Path('work_dirs/accuracy') / result_file(args, method, seed).relative_to(args.results).with_suffix('')
     cfg = config_of(args, 'student', work_dir, seed)
@@ -213,9 +213,9 @@ def main():
         cfg.resume = True  # the others are short
         train(cfg, teacher_file(args.results, args.set))
         return
-    if args.cell:
-        method, seed = args.cell[0], int(args.cell[1])
-        train(cell_config(args, method, seed), result_file(args, method, seed))
+    if args.run:
+        method, seed = args.run[0], int(args.run[1])
+        train(run_config(args, method, seed), result_file(args, method, seed))
         return
     if args.page_only:
         write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)
@@ -223,24 +223,25 @@ def main():
     if args.costs:
         measure_costs(args)
         return
-    wanted = [(seed, method) for method, seeds in cells_of(args.set, args.group, args.seeds).items() for seed in seeds]
-    cells = [(seed, method) for seed, method in sorted(wanted) if not result_file(args, method, seed).exists()]
-    print(f'{len(cells)} cells to train.', flush=True)
-    is_taught = any(method != 'alone' for _, method in cells) or not has_costs(args)
+    wanted = [(seed, method) for method, seeds in runs_of(args.set, args.group, args.seeds).items() for seed in seeds]
+    runs = [(seed, method) for seed, method in sorted(wanted) if not result_file(args, method, seed).exists()]
+    print(f'{len(runs)} runs to train.', flush=True)
+    is_taught = any(method != 'alone' for _, method in runs) or not has_costs(args)
     if is_taught and not check_teacher(args):
         print('Training the teacher ...', flush=True)
         if not start(args, '--teacher'):
             sys.exit('The teacher failed.')
 
-    def run(cell):
-        went_well = start(args, '--cell', cell[1], cell[0])
-        print(f'{cell[1]}, seed {cell[0]}: {"done" if went_well else "FAILED"}', flush=True)
+    def train_run(seed_and_method):
+        seed, method = seed_and_method
+        went_well = start(args, '--run', method, seed)
+        print(f'{method}, seed {seed}: {"done" if went_well else "FAILED"}', flush=True)
         return went_well
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        failed = list(pool.map(run, cells)).count(False)
+        failed = list(pool.map(train_run, runs)).count(False)
     if failed:
-        sys.exit(f'{failed} cells failed.')
+        sys.exit(f'{failed} runs failed.')
     if not has_costs(args) and not start(args, '--costs'):
         sys.exit('The costs could not be measured.')
     write_page(args.set, args.group, args.results, SETS[args.set]['metrics'], args.seeds)

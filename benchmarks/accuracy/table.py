@@ -1,4 +1,4 @@
-"""The table of a group of methods, from the JSON files of its cells."""
+"""The table of a group of methods, from the JSON files of its runs."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from scipy.stats import t as student_t
 
 from benchmarks.accuracy.figures import draw_bars, draw_gamma
-from benchmarks.accuracy.groups import CHOICES, RIVALS, base_of, cells_of
+from benchmarks.accuracy.groups import BASELINES, CHOICES, base_of, runs_of
 from benchmarks.measure import markdown
 
 TITLES = {
@@ -23,8 +23,8 @@ NAMES = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
 PERCENT = ('coco/bbox_mAP', 'coco/bbox_mAP_50')  # given between 0 and 1
 
 
-def cell_file(folder: Path, method: str, seed: int) -> Path:
-    """Where a cell writes what came of it."""
+def run_file(folder: Path, method: str, seed: int) -> Path:
+    """Where a run writes what came of it."""
     return folder / f'{"".join(c if c.isalnum() else "_" for c in method)}-{seed}.json'
 
 
@@ -34,8 +34,8 @@ def teacher_file(results: Path, name: str) -> Path:
 
 
 def values(folder: Path, method: str, seeds: Sequence[int], metric: str, split: str = 'test') -> Dict[int, float]:
-    """A metric of a split in percent, by seed; of cells that have a result."""
-    files = {seed: cell_file(folder, method, seed) for seed in seeds}
+    """A metric of a split in percent, by seed; of runs that have a result."""
+    files = {seed: run_file(folder, method, seed) for seed in seeds}
     return {seed: read(file, metric, split) for seed, file in files.items() if file.exists()}
 
 
@@ -64,11 +64,11 @@ def confidence_text(differences: Sequence[float]) -> str:
     return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})' if len(differences) > 1 else f'{mean:+.1f}'
 
 
-def trained(folder: Path, cells: Dict[str, List[int]], metrics: Sequence[str], split: str = 'test'):
+def trained(folder: Path, runs: Dict[str, List[int]], metrics: Sequence[str], split: str = 'test'):
     """The metrics of every method with the seeds that are there, ``{method: {metric: {seed: value}}}``."""
     found = {
         method: {metric: values(folder, method, seeds, metric, split) for metric in metrics}
-        for method, seeds in cells.items()
+        for method, seeds in runs.items()
     }
     return {method: numbers for method, numbers in found.items() if numbers[metrics[0]]}
 
@@ -87,7 +87,7 @@ def rows_of(found: Dict[str, Dict[str, Dict[int, float]]], group: str, costs: Di
     for method, numbers in found.items():
         row = {'method': method, **({'seeds': len(first[method])} if differ else {})}
         row.update({NAMES.get(metric, metric): spread(list(values.values())) for metric, values in numbers.items()})
-        for base in ('alone', RIVALS.get(group)):
+        for base in ('alone', BASELINES.get(group)):
             if base in first:
                 differences = paired(first[method], first[base])
                 row[f'difference to {base}'] = '' if method in ('alone', base) else confidence_text(differences)
@@ -109,8 +109,8 @@ def paired(ours: Dict[int, float], theirs: Dict[int, float]) -> List[float]:
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def _check_teachers(folder: Path, cells: Dict[str, List[int]], of_teacher: Path) -> None:
-    files = [cell_file(folder, method, seed) for method in cells for seed in cells[method] if method != 'alone']
+def _check_teachers(folder: Path, runs: Dict[str, List[int]], of_teacher: Path) -> None:
+    files = [run_file(folder, method, seed) for method in runs for seed in runs[method] if method != 'alone']
     teacher = json.loads(of_teacher.read_text())['teacher']
     others = [file.name for file in files if file.exists() and json.loads(file.read_text())['teacher'] != teacher]
     if others:
@@ -125,13 +125,13 @@ def write_page(
     """Print the table; that of all seeds is written beside the results, with pictures.
 
     Raises:
-        ValueError: If a cell had another teacher than the one whose metric is given.
+        ValueError: If a run had another teacher than the one whose metric is given.
     """
-    folder, cells = results / name, cells_of(name, group, seeds)
+    folder, runs = results / name, runs_of(name, group, seeds)
     of_teacher = teacher_file(results, name)
-    _check_teachers(folder, cells, of_teacher)
+    _check_teachers(folder, runs, of_teacher)
     split = 'val' if group in CHOICES else 'test'
-    found = trained(folder, cells, metrics, split)
+    found = trained(folder, runs, metrics, split)
     if not found:
         return
     file = costs_file(folder, group)
@@ -144,8 +144,8 @@ def write_page(
     label, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
     teacher = ', '.join(f'{NAMES.get(m, m)} {read(of_teacher, m, split):.1f}' for m in metrics)
     found = {method: numbers[metrics[0]] for method, numbers in found.items()}
-    absent = [method for method, own in cells.items() if len(found.get(method, ())) < len(own)]
-    most = max(cells.values(), key=len)
+    absent = [method for method, own in runs.items() if len(found.get(method, ())) < len(own)]
+    most = max(runs.values(), key=len)
     fewer = ' or the first of them' if 'seeds' in rows[0] else ''
     text = [
         f'# {TITLES[name]}: {group}',
@@ -166,7 +166,7 @@ def write_page(
     if len(most) > 1:
         text += _gains_picture(found, label, results, stem)
         if group == 'parts' and 'diffkd' in found:
-            text += _gamma_picture([cell_file(folder, 'diffkd', seed) for seed in found['diffkd']], results, stem)
+            text += _gamma_picture([run_file(folder, 'diffkd', seed) for seed in found['diffkd']], results, stem)
     (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n')
 
 

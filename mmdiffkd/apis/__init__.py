@@ -1,5 +1,3 @@
-from mmdiffkd.utils import read_config
-
 from .build import build_distiller, build_model
 from .distill import distill
 from .export import student_config, student_weights
@@ -19,7 +17,6 @@ __all__ = [
     'load_run_config',
     'make_config',
     'preview',
-    'read_config',
     'run_parallel',
     'student_config',
     'student_weights',

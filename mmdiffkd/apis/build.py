@@ -10,31 +10,31 @@ from mmdiffkd.utils.config import with_preprocessor
 
 
 def build_distiller(config: Union[str, Config], cfg_options: Optional[dict] = None) -> Tuple[Config, nn.Module]:
-    """Build the distiller of a config to look at it; no weights are loaded.
+    """Build the distiller of a config for inspection, without loading weights.
 
     Args:
-        config (str or Config): Path of the config, or a config at hand.
+        config (str or Config): Path of the config, or a loaded config.
         cfg_options (dict, optional): Overrides, as on the command line.
 
     Returns:
-        tuple[Config, Module]: The config and its model.
+        tuple[Config, Module]: The config and the distiller.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: If the config does not exist.
-        ValueError: If it cannot be read, or nothing is distilled.
+        ValueError: If the config cannot be read, has no distiller, or has no teacher that can be built.
     """
     name = 'The config' if isinstance(config, Config) else config
     cfg = read_config(config, cfg_options)
     if 'student' not in cfg.model:
-        raise ValueError(f'{name} distils nothing: its model is a plain {cfg.model.type}.')
+        raise ValueError(f'{name} is not a distillation config: its model is a plain {cfg.model.type}.')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = build_model(cfg, cfg.model)
     if model.diffkd_teacher is None:
-        raise ValueError(f'{name} distils nothing: {model.deferred_error or "it has no teacher"}')
+        raise ValueError(f'{name} cannot be distilled: {model.deferred_error or "it has no teacher"}')
     return cfg, model
 
 
 def build_model(cfg: Config, model_cfg: ConfigDict) -> nn.Module:
-    """Build a model as the Runner does, with the config's top-level preprocessor where it has none of its own."""
-    model_cfg = copy.deepcopy(model_cfg)  # some models change their config while they are built
+    """Build a model as the Runner does: with the top-level preprocessor, unless the model has its own."""
+    model_cfg = copy.deepcopy(model_cfg)  # some models modify their config while they are built
     return MODELS.build(with_preprocessor(model_cfg, cfg.get('data_preprocessor')))

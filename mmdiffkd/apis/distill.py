@@ -1,4 +1,4 @@
-"""A distillation in one call."""
+"""Distill and export a student in one call."""
 
 import copy
 import time
@@ -29,38 +29,41 @@ def distill(
     cfg_options: Optional[dict] = None,
     resume: bool = False,
 ) -> dict:
-    """Train a student with a teacher, and export it.
+    """Distill a teacher into a student, then export the student.
 
-    Data, schedule and optimizer are the student's config's. The log is mmengine's. Where several processes call it,
-    one of them writes what is exported.
+    Data, schedule and optimizer come from the student's config. In distributed training, the main process writes the
+    exported files.
 
     Args:
-        student_config (str, Path or Config): Config of the student: ``pkg::path``, a file, or a config at hand.
+        student_config (str, Path or Config): Config of the student: ``pkg::path``, a file, or a loaded config.
         teacher_config (str, Path or Config): Config of the teacher.
-        teacher_checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for those that the package lists
-            for ``teacher_config``. Defaults to ``'zoo'``.
+        teacher_checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for the weights that the model
+            index of its package lists. Defaults to ``'zoo'``.
         work_dir (str): Folder for logs and checkpoints. Defaults to ``'work_dirs/distill'``.
-        pairs (dict, optional): What is compared, the ``distill`` of configs. Defaults to what suits the task, as the
-            paper has it; ``cfg_options={'model.preset': 'plus'}`` goes beyond it.
-        init_from_teacher (list[str], optional): Modules that the student takes from the teacher before training.
-        custom_hooks (list[dict]): Hooks beside the config's, such as
-            ``dict(type='mmdiffkd.DiffKDVisualizationHook')``. Defaults to none.
-        cfg_options (dict, optional): Other settings, as on the command line: ``{'train_cfg.max_epochs': 12}``.
-        resume (bool): Go on from the newest checkpoint in ``work_dir``. Defaults to False.
+        pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the paper's
+            pairs for the task; ``cfg_options={'model.preset': 'plus'}`` selects the extended preset.
+        init_from_teacher (list[str], optional): Modules that the student copies from the teacher before training.
+        custom_hooks (list[dict]): Hooks to add to the student's config, such as
+            ``dict(type='mmdiffkd.DiffKDVisualizationHook')``. Defaults to ``()``.
+        cfg_options (dict, optional): Overrides, as on the command line: ``{'train_cfg.max_epochs': 12}``.
+        resume (bool): Resume from the latest checkpoint in ``work_dir``. Defaults to False.
 
     Returns:
-        dict: ``config`` and ``checkpoint`` of the run; ``student_config`` and ``student_checkpoint``, which open in
-        the student's own package without this one; ``metrics``, of the last validation, empty without one.
+        dict: Paths and metrics:
+
+        * ``config``, ``checkpoint``: the distillation config and its last checkpoint.
+        * ``student_config``, ``student_checkpoint``: the exported student, which loads without mmdiffkd.
+        * ``metrics``: metrics of the last validation; empty without validation.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError, ValueError: If a config or the weights are not there, or the two cannot
-            be distilled.
+        FileNotFoundError, ModuleNotFoundError, ValueError: If a config or the weights are missing, or the student
+            cannot be distilled from this teacher.
     """
     cfg = _run_config(student_config, teacher_config, teacher_checkpoint, pairs, init_from_teacher)
     cfg.work_dir, cfg.resume = str(work_dir), resume
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *custom_hooks]
     cfg.merge_from_dict(cfg_options or {})
-    # mmengine keeps visualizers by name: a second run in a process would draw into the folder of the first
+    # mmengine caches visualizers by name: a second run in this process would draw into the first run's folder
     cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
     cfg.visualizer.name = f'{work_dir}_{time.time_ns()}'
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
@@ -73,7 +76,7 @@ def _run_config(
 ) -> Config:
     cfg = copy.deepcopy(student) if isinstance(student, Config) else resolve_config(student)
     if 'student' in cfg.model:
-        raise ValueError('student_config is a distillation already; train it with tools/train.py or a Runner.')
+        raise ValueError('student_config is already a distillation config; train it with tools/train.py or a Runner.')
     if isinstance(teacher, Config):
         if checkpoint == 'zoo':
             raise ValueError("teacher_checkpoint='zoo' needs teacher_config='pkg::path'; give a path or URL instead.")
@@ -97,7 +100,7 @@ def _run_config(
 
 
 def _export(runner: Runner, work_dir: Path) -> dict:
-    checkpoint = runner.message_hub.get_info('last_ckpt')  # wherever the hook writes
+    checkpoint = runner.message_hub.get_info('last_ckpt')  # the hook may write outside work_dir
     config, plain_config, plain_checkpoint = (
         str(work_dir / name) for name in ('distill.py', 'student.py', 'student.pth')
     )

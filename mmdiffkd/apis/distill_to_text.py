@@ -8,28 +8,28 @@ from torch import nn
 from mmdiffkd.models import DiffKDDistiller, FeatureDiffusionNeck
 from mmdiffkd.models.diffusion.feature_diffusion import FeatureDiffusion
 
-# what the neck and its levels are given when they are built
+# arguments that the distiller or the neck sets, not the config
 WIDTHS = ('student_channels', 'teacher_channels')
 GIVEN = ('channels', 'num_train_timesteps')
-# what a pair without denoising has
+# settings of a pair without denoising
 PLAIN = ('denoise', 'align', 'loss_kd', 'share_levels')
 
 
 def distill_to_text(model: DiffKDDistiller) -> str:
-    """What a distiller compares, spelt out as a setting to paste.
+    """Write the pairs of a distiller as config text, including default settings.
 
     Args:
         model (DiffKDDistiller): A distiller with a teacher.
 
     Returns:
-        str: ``distill = dict(...)``, with the defaults in it.
+        str: ``distill = dict(...)``.
     """
     pairs = {
         name: dict(
             student=pair.student,
             teacher=pair.teacher,
             levels=[s for s, _ in model.matched_levels[name][0]],
-            neck=_spelt_out(pair.neck, model.diffkd[name]),
+            neck=_with_defaults(pair.neck, model.diffkd[name]),
         )
         for name, pair in model.pairs.items()
     }
@@ -37,8 +37,8 @@ def distill_to_text(model: DiffKDDistiller) -> str:
     return re.sub(r'\[\s+([\d,\s]+?),?\s*\]', lambda match: f'[{" ".join(match[1].split())}]', text)
 
 
-def _spelt_out(cfg: dict, neck: nn.Module) -> dict:
-    """The config of a neck with the defaults of ours and of its parts."""
+def _with_defaults(cfg: dict, neck: nn.Module) -> dict:
+    """Add the default arguments of mmdiffkd's neck and its modules to the config of a neck."""
     if type(neck) is not FeatureDiffusionNeck:
         return cfg
     level = neck.levels[0]

@@ -1,49 +1,54 @@
 from mmengine.config import Config, ConfigDict
 
-from mmdiffkd.engine.checkpoint import read_checkpoint, without_diffusion_part
+from mmdiffkd.engine.checkpoint import read_checkpoint, without_diffusion_module
 from mmdiffkd.utils.config import get_custom_imports
 
 PACKAGE = 'mmdiffkd'
 
 
 def student_weights(checkpoint: str) -> dict:
-    """The student of a training checkpoint, in the format its own package reads.
+    """Extract the student from a training checkpoint, in the format of the student's own package.
 
     Args:
         checkpoint (str): Path or URL of a checkpoint written during training.
 
     Returns:
-        dict: ``state_dict`` without the diffusion part, and of ``meta`` what inference needs (the classes).
+        dict: ``state_dict`` without the diffusion module, and the entries of ``meta`` that inference needs, such as
+        the classes.
 
     Raises:
-        FileNotFoundError, ValueError: See :func:`mmdiffkd.utils.read_checkpoint`.
+        FileNotFoundError, ValueError: See :func:`mmdiffkd.engine.checkpoint.read_checkpoint`.
     """
     content = read_checkpoint(checkpoint)
     meta = content.get('meta', {})
     kept = {key: meta[key] for key in ('dataset_meta', 'epoch', 'iter', 'mmengine_version') if key in meta}
-    return dict(state_dict=without_diffusion_part(content['state_dict']), meta=kept)
+    return dict(state_dict=without_diffusion_module(content['state_dict']), meta=kept)
 
 
 def student_config(cfg: Config) -> Config:
-    """The plain student's config: what the distillation config inherited from, with its later changes.
+    """Convert a distillation config to the config of the plain student.
+
+    Settings other than the distillation, such as data and schedule, are kept.
 
     Args:
         cfg (Config): A config with a ``DiffKDDistiller``.
 
     Returns:
-        Config: A config that needs nothing of this package.
+        Config: A config that does not need mmdiffkd.
 
     Raises:
         ValueError: If the config has no distiller.
     """
     if 'student' not in cfg.model:
-        raise ValueError(f'The config {cfg.filename or ""} distils nothing: its model is a plain {cfg.model.type}.')
+        raise ValueError(
+            f'The config {cfg.filename or ""} is not a distillation config: its model is a plain {cfg.model.type}.'
+        )
     content = ConfigDict(cfg.to_dict())
     model = content.model.student
     if model.get('_scope_') == content.get('default_scope'):
-        model.pop('_scope_', None)  # a plain config relies on default_scope, as upstream's do
+        model.pop('_scope_', None)  # like upstream's configs, a plain config relies on default_scope
     content.model = model
-    if content.get('resume'):  # the config of a resumed run
+    if content.get('resume'):  # dumped by a resumed run
         content.resume = False
     kept, imports = get_custom_imports(cfg), content.pop('custom_imports', None)
     if kept:
@@ -52,7 +57,7 @@ def student_config(cfg: Config) -> Config:
         content.custom_hooks = [hook for hook in content.custom_hooks if not _is_ours(hook)]
     checkpoint = content.get('default_hooks', {}).get('checkpoint')
     if checkpoint is not None and _is_ours(checkpoint):
-        checkpoint.type = 'CheckpointHook'  # mmengine's, which takes the same arguments
+        checkpoint.type = 'CheckpointHook'  # mmengine's hook, which takes the same arguments
     return Config(content)
 
 

@@ -1,4 +1,4 @@
-"""A distillation config from two configs."""
+"""Write a distillation config from the configs of a student and a teacher."""
 
 import os
 from pathlib import Path
@@ -13,10 +13,10 @@ from mmdiffkd.utils.config import get_custom_imports, zoo_checkpoint
 from .build import build_distiller
 from .distill_to_text import distill_to_text
 
-# mmengine knows mmsegmentation by its original name alone, so `mmseg::` is no base with the maintained packages
+# mmengine resolves a base `mmseg::...` only with the original mmsegmentation, not with its maintained fork
 BY_PATH = ('mmseg',)
 TEMPLATE = """\
-# {teacher_name} teaches {student_name}.
+# Distill {teacher_name} into {student_name}.
 _base_ = {base}
 custom_imports = dict(imports={imports}, allow_failed_imports=False)
 model = dict(
@@ -27,50 +27,50 @@ model = dict(
         config={config},
         checkpoint={checkpoint!r},  # a path, a URL, or 'zoo'
     ),
-    # What is distilled by default, to be uncommented and changed: taps, levels, most of all neck.loss_kd.loss_weight.
-    # Cheaper: neck=dict(latent_channels=64), neck=dict(memory_efficient=True).
-    # Beyond the paper: preset='plus' (docs/pairs.md), in configs that spell out no distill.
+    # Default pairs. Uncomment to change taps, levels or settings; tune neck.loss_kd.loss_weight first.
+    # To reduce the cost: neck=dict(latent_channels=64), neck=dict(memory_efficient=True).
+    # Extended preset: preset='plus' (docs/pairs.md), in configs without distill.
 {distill}
 )
-# whole files, and seeds that make a run which was killed resumable to the same weights
+# Atomic checkpoints and a fixed seed: a killed run resumes to the same weights.
 default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
 randomness = dict(seed=0)
-# Pictures of what is compared (in vis_data/vis_image of the run), and a look at the teacher before it teaches:
+# Save images of the compared features (in vis_data/vis_image), and validate the teacher before training:
 # custom_hooks = [
 {hooks}#     dict(type='mmdiffkd.DiffKDVisualizationHook', interval=500),
 #     dict(type='mmdiffkd.TeacherCheckHook'),
 # ]
-# If the loss explodes: optim_wrapper = dict(clip_grad=dict(max_norm=35))
+# If the loss diverges: optim_wrapper = dict(clip_grad=dict(max_norm=35))
 """
 
 
 def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Optional[str] = None) -> str:
-    """Write the config that distils a teacher into a student, and see that it can be built.
+    """Write the config that distills a teacher into a student, and check that it can be built.
 
     Args:
         student (str): Config of the student, ``pkg::path`` or a file.
         teacher (str): Config of the teacher, ``pkg::path`` or a file.
-        checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for those that the package lists for the
-            teacher's config. A path is meant from where the training is started. Defaults to ``'zoo'``.
-        output (str, optional): File to write; paths in it are relative to it. None writes none, paths are absolute
-            then. Defaults to None.
+        checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for the weights that the model index of
+            its package lists. A path is relative to the working directory of the training. Defaults to ``'zoo'``.
+        output (str, optional): File to write, with config paths relative to its folder. With None, no file is written
+            and the paths are absolute. Defaults to None.
 
     Returns:
         str: The text of the config.
 
     Raises:
         FileExistsError: If ``output`` exists.
-        FileNotFoundError: If a config, or a checkpoint that is a path, does not exist.
+        FileNotFoundError: If a config or a local checkpoint does not exist.
         ModuleNotFoundError: If the package of a config is not installed.
-        ValueError: If the package lists no weights for the teacher, one of the configs is a distillation already, or
-            the two cannot be distilled.
+        ValueError: If the model index lists no weights for the teacher, a config is already a distillation config, or
+            the student cannot be distilled from this teacher.
     """
     if output is not None and os.path.exists(output):
-        raise FileExistsError(f"There is a file '{output}' already; choose another name or remove it.")
+        raise FileExistsError(f"The file '{output}' already exists; choose a different name or remove it.")
     student_cfg, teacher_cfg = read_config(student), read_config(teacher)
     for source, cfg in ((student, student_cfg), (teacher, teacher_cfg)):
         if 'student' in cfg.model:
-            raise ValueError(f"'{source}' is a distillation already; give the plain config.")
+            raise ValueError(f"'{source}' is already a distillation config; give the plain config.")
     if checkpoint == 'zoo':
         zoo_checkpoint(teacher)
     elif '://' not in checkpoint and not os.path.isfile(checkpoint):
@@ -100,13 +100,13 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
 
 
 def _defaults(text: str, student: str) -> str:
-    """What a config without ``distill`` distils; its paths are absolute."""
+    """Return the default pairs of a config text as config text. Paths in ``text`` must be absolute."""
     try:
         cfg = Config.fromstring(text, '.py')
-    except RuntimeError as error:  # of mmengine, whose two styles of config do not mix
+    except RuntimeError as error:  # mmengine does not mix its two config styles
         raise ValueError(
-            f"The student's config '{student}' is one in pure Python, which cannot be inherited here; give one in "
-            'which types are strings.'
+            f"The student's config '{student}' is a pure Python config, which cannot be inherited here; give a config "
+            'whose types are strings.'
         ) from error
     _, model = build_distiller(cfg)
     return distill_to_text(model).replace('distill = dict(', 'distill=dict(', 1) + ','
@@ -120,7 +120,7 @@ def _base(student: str, folder: Optional[Path]) -> str:
 
 
 def _file(source: str, folder: Optional[Path], here: str = '') -> str:
-    """The literal that names a config in the file to write."""
+    """Return the literal for a config path in the file to write."""
     if '::' in source:
         return repr(source)
     path = Path(source).resolve()

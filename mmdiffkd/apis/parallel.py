@@ -1,4 +1,4 @@
-"""Trainings side by side."""
+"""Run trainings in parallel."""
 
 import math
 import os
@@ -20,12 +20,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# On a busy machine, OpenMP threads spend ten times as long on waiting for each other as on their work.
+# On a busy machine, OpenMP threads wait for each other ten times longer than they compute.
 ONE_THREAD = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), '1')
-TAIL = 25  # lines of a failed job's log that are shown
+TAIL = 25  # lines to show from the log of a failed job
 POLL, REFRESH = 0.1, 0.5  # seconds
-GRACE = 5.0  # seconds that an interrupted job has after each signal
-# of mmengine's log: 'Epoch(train)  [3][25/75] ... eta: 0:01:20', 'Iter(train) [  50/1500] ...', 'Epoch(val) [3][13/13]'
+GRACE = 5.0  # seconds to wait for jobs to end after each signal
+# mmengine's log: 'Epoch(train)  [3][25/75] ... eta: 0:01:20', 'Iter(train) [  50/1500] ...', 'Epoch(val) [3][13/13]'
 STEP = re.compile(
     r' (?:Epoch|Iter)\((?P<mode>train|val|test)\) *(?:\[ *(?P<epoch>\d+)\])?\[ *(?P<step>\d+)/(?P<steps>\d+)\]'
 )
@@ -34,16 +34,17 @@ ETA = re.compile(r' eta: (?:(\d+) days?, )?(\d+):(\d+):(\d+)')
 
 @dataclass
 class Job:
-    """A command to run beside others, usually a training.
+    """A command to run in parallel with others, usually a training.
 
     Args:
-        name (str): What its lines on the screen begin with.
-        command (list[str] or Callable): The command, or a function without arguments that returns it and is called
-            when the job starts: what a job before it has written is known by then.
-        log (Path): File for what the command prints; overwritten.
-        work_dir (Path, optional): Work dir of a training. Its config tells the number of epochs. Defaults to None.
-        metric (str, optional): Key of the metric to show, as the log names it (``'coco/bbox_mAP'``). Defaults to None.
-        after (list[str]): Names of jobs that must have succeeded before this one starts. Defaults to none.
+        name (str): Name of the job in the progress display.
+        command (list[str] or Callable): The command, or a function without arguments that returns it. The function is
+            called when the job starts, so it can use the results of earlier jobs.
+        log (Path): File for the output of the command; overwritten.
+        work_dir (Path, optional): Work dir of a training, to read the number of epochs from its config. Defaults to
+            None.
+        metric (str, optional): Key of the metric to show, as in the log (``'coco/bbox_mAP'``). Defaults to None.
+        after (list[str]): Names of jobs that must succeed before this job starts. Defaults to ``()``.
     """
 
     name: str
@@ -56,14 +57,14 @@ class Job:
 
 @dataclass
 class JobResult:
-    """What became of a job.
+    """Result of a job.
 
     Attributes:
-        name (str): The job's name.
-        returncode (int, optional): Exit code of its process; negative if a signal ended it, None if it never started
-            because a job that it needs has failed.
-        seconds (float): Wall time from its start to its end.
-        log (Path): File with its output.
+        name (str): Name of the job.
+        returncode (int, optional): Exit code of the process: negative if a signal ended it, None if the job was not
+            started because a required job failed.
+        seconds (float): Wall time from start to end.
+        log (Path): File with the output.
     """
 
     name: str
@@ -77,7 +78,7 @@ class JobResult:
 
 
 def available_cores() -> int:
-    """Number of cores that this process may use: those of its affinity mask, within the quota of its cgroup."""
+    """Return the number of cores that this process may use: its affinity mask, limited by its cgroup's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     try:
         quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
@@ -93,27 +94,27 @@ def run_parallel(
     file: Optional[TextIO] = None,
     interval: float = 20.0,
 ) -> List[JobResult]:
-    """Run commands side by side, with one CPU thread each, and show how far they are.
+    """Run commands in parallel, with one CPU thread each, and show their progress.
 
-    On a terminal every job has a line with a bar. Elsewhere, as in a file or a pipe, plain lines say from time to time
-    how far each running job is, and each new metric at once. A job that fails does not stop the others; the end of its
-    log is shown. Ctrl-C, SIGTERM and a closed terminal end all running jobs with their subprocesses before this
-    function raises.
+    On a terminal, each job has a line with a progress bar. In a file or a pipe, each running job prints a plain line
+    every ``interval`` seconds and for every new metric. A failed job does not stop the others; the end of its log is
+    shown. Ctrl-C, SIGTERM and a closed terminal end all running jobs and their subprocesses before this function
+    raises.
 
     Args:
-        jobs (list[Job]): In the order in which they start as workers become free. Put the longest first.
-        workers (int, optional): How many run at once. Defaults to :func:`available_cores`.
-        on_done (Callable, optional): Called with the :class:`JobResult` of each job as soon as it ends.
-        file (TextIO, optional): Where progress is shown. Defaults to ``sys.stdout``.
+        jobs (list[Job]): Jobs, started in this order as workers become free. Put the longest first.
+        workers (int, optional): Number of jobs to run at once. Defaults to :func:`available_cores`.
+        on_done (Callable, optional): Called with the :class:`JobResult` of each job as soon as the job ends.
+        file (TextIO, optional): Stream for the progress display. Defaults to ``sys.stdout``.
         interval (float): Seconds between two plain lines of a job. Defaults to 20.
 
     Returns:
-        list[JobResult]: In the order of ``jobs``.
+        list[JobResult]: Results in the order of ``jobs``.
 
     Raises:
-        ValueError: If two jobs have the same name, or a job comes after one that is not listed before it.
-        KeyboardInterrupt: On Ctrl-C, when all jobs have ended.
-        SystemExit: On SIGTERM or SIGHUP, likewise.
+        ValueError: If two jobs have the same name, or ``after`` names a job that is not listed earlier.
+        KeyboardInterrupt: On Ctrl-C, after all jobs have ended.
+        SystemExit: On SIGTERM or SIGHUP, after all jobs have ended.
     """
     names = [job.name for job in jobs]
     for index, job in enumerate(jobs):
@@ -150,7 +151,7 @@ def run_parallel(
 
 
 class _Process:
-    """A running job, and what its log says."""
+    """A running job and its progress, read from its log."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -161,7 +162,7 @@ class _Process:
         command = [str(part) for part in (job.command() if callable(job.command) else job.command)]
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open('wb') as log:
-            # a session of its own: the terminal's Ctrl-C reaches this process alone, which then ends the others
+            # new session: the terminal's Ctrl-C reaches only this process, which then ends the jobs
             self.popen = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -172,10 +173,10 @@ class _Process:
             )
         self.start = time.monotonic()
         self._log = job.log.open(encoding='utf-8', errors='replace')
-        self._rest = ''  # the beginning of a line whose end is not written yet
+        self._rest = ''  # last line, still incomplete
 
     def follow(self) -> None:
-        """Read what the log has that is new."""
+        """Read the new lines of the log."""
         *lines, self._rest = (self._rest + self._log.read()).split('\n')
         for line in lines:
             step = STEP.search(line)
@@ -212,7 +213,7 @@ class _Process:
         return self._max_epochs
 
     def describe(self) -> str:
-        """How far the job is, in a few words."""
+        """Describe the progress of the job in a few words."""
         parts = [self.status]
         if self._ends_at is not None:
             left = max(0.0, self._ends_at - time.monotonic())
@@ -225,12 +226,12 @@ class _Process:
 
 
 class _Lines:
-    """Progress as plain lines."""
+    """Progress display with plain lines."""
 
     def __init__(self, console: Console, interval: float):
         self._console, self._interval = console, interval
         self._start = time.monotonic()
-        self._printed: Dict[str, float] = {}  # when a job had its last line
+        self._printed: Dict[str, float] = {}  # time of the last line per job
         self._metrics: Dict[str, Optional[str]] = {}
 
     def started(self, process: _Process) -> None:
@@ -258,7 +259,7 @@ class _Lines:
 
 
 class _Bars:
-    """Progress as a line with a bar for each job."""
+    """Progress display with one bar per job."""
 
     def __init__(self, jobs: Sequence[Job], live: Live):
         self._live = live
@@ -302,16 +303,16 @@ def _display(jobs: Sequence[Job], file: TextIO, interval: float) -> Iterator[Uni
 
 
 def _end(result: JobResult, process: Optional[_Process], display: Union[_Lines, _Bars], on_done) -> None:
-    """Say how a job ended, and show the end of its log if it failed."""
+    """Report how a job ended, and show the end of its log if it failed."""
     minutes = f'{result.seconds:.0f} s' if result.seconds < 60 else f'{result.seconds / 60:.1f} min'
     if result.ok:
         metric = f', {process.metric}' if process.metric else ''
         display.ended(result.name, f'done after {minutes}{metric}')
     elif result.returncode is None:
-        display.ended(result.name, 'not started: a job that it needs has failed')
+        display.ended(result.name, 'not started: a required job failed')
     else:
         code = result.returncode
-        why = f'with exit code {code}' if code > 0 else f'by {_signal_name(-code)}'
+        why = f'with exit code {code}' if code > 0 else f'with signal {_signal_name(-code)}'
         display.ended(result.name, f'failed {why} after {minutes}')
         lines = result.log.read_text(encoding='utf-8', errors='replace').splitlines()[-TAIL:]
         display.show('\n'.join([f'The end of {result.log}:', *(f'    {line}' for line in lines)]))
@@ -321,13 +322,13 @@ def _end(result: JobResult, process: Optional[_Process], display: Union[_Lines, 
 
 def _signal_name(number: int) -> str:
     name = signal.Signals(number).name
-    return f'{name} (perhaps out of memory)' if name == 'SIGKILL' else name
+    return f'{name} (possibly out of memory)' if name == 'SIGKILL' else name
 
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind the stack as Ctrl-C does; their default ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    """Make SIGTERM and SIGHUP unwind the stack like Ctrl-C; by default, they end the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
 
@@ -343,7 +344,7 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    """End processes and what they have started: as Ctrl-C does, then less gently."""
+    """End processes and their subprocesses with SIGINT, then SIGTERM, then SIGKILL."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             for process in processes:
@@ -359,6 +360,6 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
 
 def _signal_group(process: subprocess.Popen, number: int) -> None:
     try:
-        os.killpg(process.pid, number)  # also where the process itself has ended and left others behind
+        os.killpg(process.pid, number)  # also ends subprocesses that outlive the process
     except ProcessLookupError:
         pass

@@ -1,4 +1,4 @@
-"""Inspect a distillation config before training; no weights and no data are loaded."""
+"""Inspect a distillation config before training, without loading weights or data."""
 
 import copy
 from contextlib import contextmanager, nullcontext
@@ -35,14 +35,14 @@ from mmdiffkd.utils.meta_device import (
 from .build import build_distiller
 from .distill_to_text import distill_to_text
 
-# of a parameter in float32: its weight alone, and with gradient and momentum of SGD
-WEIGHT_BYTES = dict(teacher=4, diffusion_part=12)
-UNTRIED = 'The student does not run on random images here, so its taps were not tried in a training pass.'
+# bytes per float32 parameter: the weight, for the diffusion module also the gradient and the momentum of SGD
+WEIGHT_BYTES = dict(teacher=4, diffusion_module=12)
+UNTRIED = 'The student does not run on random images here, so its taps were not checked in a training pass.'
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """On small images several threads wait for each other longer than they compute, and spin all the while."""
+    """Use one thread: on small images, several threads busy-wait longer than they compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -53,26 +53,33 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
-    """Tell what a config distils, and what that takes.
+    """Report the features that a config distills and the cost of the distillation.
 
     Args:
-        config (str or Config): Path of the config, or a config at hand.
+        config (str or Config): Path of the config, or a loaded config.
         cfg_options (dict, optional): Overrides, as on the command line.
-        size (tuple[int, int], optional): Height and width of the images. None takes what the student trains on:
-            what its preprocessor, ``image_size`` of the config or the training pipeline says, else what is usual for
-            the package. Defaults to None.
+        size (tuple[int, int], optional): Height and width of the images. None uses the training size: the first that
+            is set of the student's preprocessor, ``image_size`` of the config and the training pipeline, or else the
+            usual size of the package. Defaults to None.
 
     Returns:
-        dict: ``size``; ``pairs``, a dict for every pair and level; ``parameters`` of ``student``, ``teacher`` and
-        ``diffusion_part``; their ``gmacs``, 1e9 multiply-adds for one image: of the student's forward
-        pass, of the teacher's as far as its last tap, of the diffusion part forward and backward, None where they
-        cannot be counted; ``kept_mib`` of the diffusion part for the backward pass of one image; ``weights_mb``, of
-        the teacher's weights, and of the diffusion part's with gradients and momentum of SGD; ``overhead``, operations
-        of teacher and diffusion part over those of the student's step; ``distill``, what the defaults stand for, as
-        text to paste; ``warnings``.
+        dict: The report:
+
+        * ``size``: height and width of the images.
+        * ``pairs``: one dict per pair, tap and level.
+        * ``parameters``: number of parameters of ``student``, ``teacher`` and ``diffusion_module``.
+        * ``gmacs``: 1e9 multiply-adds per image: student forward, teacher forward up to its last tap, diffusion module
+          forward and backward; None if they cannot be counted.
+        * ``kept_mib``: MiB that the diffusion module saves for the backward pass per image; None if unknown.
+        * ``weights_mb``: MB of the teacher's weights, and of the diffusion module's weights, gradients and momentum of
+          SGD.
+        * ``overhead``: multiply-adds of teacher and diffusion module, divided by those of the student's training step;
+          None if unknown.
+        * ``distill``: the pairs as config text, including default settings.
+        * ``warnings``: list of messages.
 
     Raises:
-        ValueError: If the config distils nothing, or a tap gives nothing to distil while the student trains.
+        ValueError: If the config is not a distillation config, or a tap cannot be distilled in training.
     """
     with torch.random.fork_rng(devices=[]):
         cfg, model = build_distiller(config, cfg_options)
@@ -80,20 +87,20 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
     teacher = model.diffkd_teacher
     size = size or image_size(cfg)
     rows = _rows(model, size)
-    part_gmacs, kept = _count_part(model, rows)
+    part_gmacs, kept = _count_diffusion_module(model, rows)
     student_net, teacher_net = _build_for_inspection(cfg.model.student, cfg), build_for_inspection(teacher.model_cfg)
     gmacs = dict(
         student=_count_pass(student_net, size),
         teacher=_count_pass(teacher_net, size, {path: info.calls for path, info in teacher.taps.items()}),
-        diffusion_part=part_gmacs,
+        diffusion_module=part_gmacs,
     )
     student_parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(PREFIX))
     parameters = dict(
         student=student_parameters,
         teacher=sum(p.numel() for p in teacher_net.parameters()),
-        diffusion_part=sum(p.numel() for p in model.diffkd.parameters()),
+        diffusion_module=sum(p.numel() for p in model.diffkd.parameters()),
     )
-    step = gmacs['student'] and 3 * gmacs['student']  # the backward pass takes twice the forward pass
+    step = gmacs['student'] and 3 * gmacs['student']  # the backward pass costs two forward passes
     known = None not in gmacs.values()
     return dict(
         size=list(size),
@@ -102,7 +109,7 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         gmacs=gmacs,
         kept_mib=kept and kept / 2**20,
         weights_mb={part: number * parameters[part] / 1e6 for part, number in WEIGHT_BYTES.items()},
-        overhead=(gmacs['teacher'] + gmacs['diffusion_part']) / step if known else None,
+        overhead=(gmacs['teacher'] + gmacs['diffusion_module']) / step if known else None,
         distill=distill_to_text(model),
         warnings=_warnings(model, cfg, parameters) + ([] if tried else [UNTRIED]),
     )
@@ -115,28 +122,26 @@ def list_taps(
     size: Optional[Size] = None,
     cfg_options: Optional[dict] = None,
 ) -> Dict[str, List[List[int]]]:
-    """The modules of a model that can be tapped, with the shapes of what they return for one image.
+    """List the modules of a model that can be tapped, with their output shapes for one image.
 
     Args:
-        config (str or Config): A config of a distillation, or of a plain model (``owner`` has no meaning then).
+        config (str or Config): Config of a distillation or of a plain model. A plain model ignores ``owner``.
         owner (str): ``'student'`` or ``'teacher'``. Defaults to ``'student'``.
-        size (tuple[int, int], optional): Height and width of the images. Defaults to None, as for :func:`preview`.
+        size (tuple[int, int], optional): Height and width of the images, as in :func:`preview`. Defaults to None.
         cfg_options (dict, optional): Overrides, as on the command line.
 
     Returns:
-        dict[str, list[list[int]]]: Shapes by path.
+        dict[str, list[list[int]]]: Output shapes by module path.
 
     Raises:
-        ValueError: If there is no teacher.
-        RuntimeError: If the model runs neither without memory nor on the CPU at that size.
+        ValueError: If ``owner`` is ``'teacher'`` and the config has no teacher.
+        RuntimeError: If the model does not run at that size.
     """
     cfg = read_config(config, cfg_options)
     size = size or image_size(cfg)
     if 'student' in cfg.model and owner == 'teacher':
         if not cfg.model.get('teacher'):
-            raise ValueError(
-                "The config has no teacher whose taps could be listed; list the student's, or set teacher."
-            )
+            raise ValueError("The config has no teacher; set model.teacher, or list the student's taps.")
         cfg = resolve_config(cfg.model.teacher.config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
@@ -147,7 +152,7 @@ def list_taps(
         def hook(module, inputs, output):
             try:
                 tensors = flatten(output, path)
-            except ValueError:  # it returns something else
+            except ValueError:  # not an output of tensors
                 return
             maps = [list(tensor.shape) for tensor in tensors if tensor is not None and tensor.dim() in (2, 3, 4)]
             if maps:
@@ -167,7 +172,7 @@ def _build_for_inspection(model_cfg: dict, cfg: Config) -> nn.Module:
 
 
 def _rows(model: nn.Module, size: Size) -> List[dict]:
-    """A row for every pair, tap and level: taps, shapes, and how the neck describes itself."""
+    """Return one row per pair, tap and level: taps, shapes and the settings of the neck."""
     rows = []
     for name, pair in model.pairs.items():
         settings = model.diffkd[name].describe()
@@ -195,8 +200,8 @@ def _grid(stride: Optional[float], size: Size) -> List[int]:
 
 
 def _count_pass(net: nn.Module, size: Size, stop_after: Optional[Dict[str, int]] = None) -> Optional[float]:
-    """1e9 multiply-adds of a forward pass on one image; None if the model does not run on the meta device."""
-    net.to('meta')  # what is not there yet was built from numbers
+    """Count 1e9 multiply-adds of a forward pass on one image; None if the model does not run on the meta device."""
+    net.to('meta')  # some models can only be built on the CPU
     with MultiplyAddCounter() as counter, QuickMeta():
         try:
             with ModuleOutputsRecorder(net, stop_after or (), 'teacher', stop_after=stop_after or None):
@@ -208,7 +213,7 @@ def _count_pass(net: nn.Module, size: Size, stop_after: Optional[Dict[str, int]]
 
 @torch.no_grad()
 def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
-    """Run a model on a blank image by the longest, or the shortest, way that works."""
+    """Run a model on a blank image with the longest, or the shortest, forward function that works."""
     device = next(net.parameters()).device
     images, samples = torch.zeros(1, 3, *size, device=device), [blank_sample(*size)]
     functions = list(forward_fns(net.eval()).values())
@@ -222,8 +227,8 @@ def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
     raise RuntimeError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
 
 
-def _count_part(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:
-    """1e9 multiply-adds of the diffusion module, forward and backward, and the bytes it keeps, for one image."""
+def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:
+    """Count 1e9 multiply-adds of the diffusion module, forward and backward, and its saved bytes, per image."""
     necks = copy.deepcopy(model.diffkd).to('meta').train()
 
     losses: List[Tensor] = []
@@ -250,12 +255,12 @@ def _count_part(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Op
             kept = saved_activation_bytes(forward, there)
             sum(losses).backward()
         return counter.total / 2e9, kept // 2
-    except Exception:  # a distance that looks at numbers, say
+    except Exception:  # for example a distance that reads tensor values
         return None, None
 
 
 def _tensors(value) -> Iterator[Tensor]:
-    """The tensors in nested dicts and lists."""
+    """Yield the tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
         yield value
     else:
@@ -268,24 +273,24 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
     teacher = model.diffkd_teacher
     if parameters['teacher'] <= parameters['student']:
         found.append(
-            f'The teacher has {parameters["teacher"] / 1e6:.1f} M parameters, no more than the student with '
-            f'{parameters["student"] / 1e6:.1f} M.'
+            f'The teacher has {parameters["teacher"] / 1e6:.1f} M parameters, no more than the student '
+            f'({parameters["student"] / 1e6:.1f} M).'
         )
     if teacher.renormalize.student != teacher.renormalize.teacher:
-        found.append("The teacher's normalisation is another: it sees the student's images converted to its own.")
+        found.append("The teacher normalizes images differently: the student's images are converted for it.")
     classes = [_num_classes(model_cfg) for model_cfg in (cfg.model.student, teacher.model_cfg)]
-    for name in _comparing_classes(model, *classes):
+    for name in _pairs_with_class_mismatch(model, *classes):
         found.append(
-            f'distill.{name} compares class scores, but the student knows {classes[0]} classes, the teacher '
-            f'{classes[1]}: distil features, not logits.'
+            f'distill.{name} compares class scores, but the student has {classes[0]} classes and the teacher '
+            f'{classes[1]}: distill features, not logits.'
         )
     if not teacher.checkpoint:
-        found.append('teacher.checkpoint is missing: training would stop at once.')
+        found.append('teacher.checkpoint is missing: training would stop before the first iteration.')
     return found
 
 
-def _comparing_classes(model: nn.Module, ours: Optional[int], theirs: Optional[int]) -> List[str]:
-    """The pairs that compare scores of other classes: layers of heads whose widths go with the numbers of classes."""
+def _pairs_with_class_mismatch(model: nn.Module, ours: Optional[int], theirs: Optional[int]) -> List[str]:
+    """Find pairs that compare scores of different classes: head layers with multiples of ``num_classes`` channels."""
     if ours is None or theirs is None or ours == theirs:
         return []
     found = {}
@@ -301,38 +306,38 @@ def _comparing_classes(model: nn.Module, ours: Optional[int], theirs: Optional[i
 def _num_classes(model_cfg: dict) -> Optional[int]:
     roi_head = model_cfg.get('roi_head') or {}
     for head in (*(model_cfg.get(name) for name in ('bbox_head', 'decode_head', 'head')), roi_head.get('bbox_head')):
-        last = head[-1] if isinstance(head, (list, tuple)) else head  # of a cascade
+        last = head[-1] if isinstance(head, (list, tuple)) else head  # a cascade of heads
         if isinstance(last, dict) and 'num_classes' in last:
             return last['num_classes']
     return None
 
 
-SIZES = (128, 224)  # of images, tried in turn: some models take no small ones
+SIZES = (128, 224)  # image sizes, tried in turn: some models do not accept small images
 
 
 def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
-    """Run the student's training pass on random images, and see that its taps give there what is distilled.
+    """Run the student's training pass on random images, and check that its taps can be distilled.
 
     Args:
         cfg (Config): Config of the distillation.
-        model (DiffKDDistiller): Built from it.
+        model (DiffKDDistiller): Distiller built from the config.
 
     Returns:
-        bool: Whether the student runs on random images here; the taps are fine then.
+        bool: True if the check passed, False if the student does not run on random images.
 
     Raises:
-        TapError: If a tap is not called in training, gives something else there, or no gradient.
+        TapError: If, in training, a tap is not called, returns different outputs, or gets no gradient.
     """
     plain = Config(dict(cfg.to_dict(), model=copy.deepcopy(cfg.model.student.to_dict())))
     without_pretrained(plain.model)
     for size in SIZES:
         try:
             with torch.random.fork_rng(devices=[]), _first_iteration():
-                recorder, images = _run(plain, model, size)
+                recorder, images = _record_training_pass(plain, model, size)
         except TapError:
             raise
         except Exception:
-            continue  # too small an image, an operator that needs a GPU, no way to initialise: training tells
+            continue  # small image, operator that needs a GPU, failed initialization: training will show
         for name, pair in model.pairs.items():
             for tap, matches in zip(pair.student_taps, model.matched_levels[name]):
                 info = model.student_info[tap]
@@ -343,19 +348,19 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
     return False
 
 
-def _run(plain: Config, model: DiffKDDistiller, size: int):
-    """What the taps of the student record, and the images that its encoder sees."""
+def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int):
+    """Return the recorder of the student's taps and the input images of its encoder."""
     torch.default_generator.manual_seed(0)
-    with QuickInit(), _silent_log():  # it would list every parameter
+    with QuickInit(), _silent_log():  # init_weights() logs every parameter
         student = revert_sync_batchnorm(MODELS.build(fit_to(get_model_cfg(plain), size)))
-        student.init_weights()  # until then some hold what happened to be in memory
+        student.init_weights()  # some parameters are uninitialized memory until then
     student.train()
     recorder = ModuleOutputsRecorder(student, model.student_info, 'student')
     data = student.data_preprocessor(random_batch(plain, size), True)
     inputs = data['inputs']
     is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # not views or clips
     if not is_images:
-        model.record_encoder_inputs()  # raises where the encoder is not found
+        model.record_encoder_inputs()  # raises if the encoder is not found
     with recorder, nullcontext() if is_images else ModuleInputsRecorder(student, model.encoder_path) as views:
         student(**data, mode='loss')
     return recorder, inputs if is_images else views.images[0]
@@ -373,7 +378,7 @@ def _silent_log():
 
 @contextmanager
 def _first_iteration():
-    """Some preprocessors ask the current message hub where they are."""
+    """Set iteration and epoch to 0 in the message hub, where some preprocessors read them."""
     info = MessageHub.get_current_instance().runtime_info
     before = dict(info)
     info.update(iter=0, epoch=0)

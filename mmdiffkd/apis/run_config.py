@@ -8,13 +8,13 @@ from mmengine.device import get_device
 
 
 def load_run_config(args: argparse.Namespace) -> Config:
-    """The config of a run from the arguments that all tools share, and its processes set up.
+    """Load the config of a run from the tools' common arguments, and set up distributed training on CPUs.
 
     Args:
         args (Namespace): ``config``, ``cfg_options``, ``work_dir``, ``launcher`` and ``local_rank``.
 
     Returns:
-        Config: With ``work_dir`` from the command line, else from the config, else named after it.
+        Config: The config, with ``work_dir`` from the command line, from the config, or named after the config file.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
@@ -31,8 +31,8 @@ def load_run_config(args: argparse.Namespace) -> Config:
 
 
 def _use_cpu_processes(cfg: Config) -> None:
-    """Distributed runs without a GPU: mmengine's defaults would ask for one."""
-    torch.distributed.init_process_group('gloo')  # mmengine takes a group that exists as it is
+    """Set up distributed training without GPUs, which mmengine's defaults require."""
+    torch.distributed.init_process_group('gloo')  # mmengine reuses an existing process group
     find_unused = cfg.get('find_unused_parameters', False)
     wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False, find_unused_parameters=find_unused)
     cfg.setdefault('model_wrapper_cfg', wrapper)

@@ -1,4 +1,4 @@
-"""Checkpoints: find the one to load, read it without executing code, and write files atomically."""
+"""Find the checkpoint to load, read it without executing code, and write checkpoints atomically."""
 
 import codecs
 import errno
@@ -30,30 +30,30 @@ from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
 STATE = 'state_dict'
-PREFIX = 'diffkd.'  # of the diffusion part's keys
+PREFIX = 'diffkd.'  # prefix of the diffusion module's keys
 OTHER_SCHEME = re.compile(r'(?!https?:)[\w-]+://')
 URL_HASH = re.compile(r'-([a-f0-9]{8,})\.pth$')
 
 
 class DamagedFileError(ValueError):
-    """A file that is no whole checkpoint."""
+    """A file that is not a complete checkpoint."""
 
 
 def read_checkpoint(source: str) -> dict:
     """Read a checkpoint from a path or URL onto the CPU, with torch's ``weights_only`` reader.
 
-    Beyond tensors it admits what mmengine stores beside them (history buffers, NumPy scalars and arrays). A download
-    is checked against the hash in the file's name and is put in place only when complete.
+    Besides tensors, it accepts the objects that mmengine stores in checkpoints (history buffers, NumPy scalars and
+    arrays). Downloads are verified against the hash in the file name and cached only when complete.
 
     Args:
         source (str): Path or http(s) URL.
 
     Returns:
-        dict: The checkpoint; its weights stand under ``state_dict``.
+        dict: The checkpoint, with the weights under ``state_dict``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be downloaded, is no checkpoint, or holds more than data.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be downloaded, is not a checkpoint, or contains more than plain data.
     """
     content = _read_data(source)
     checkpoint = content if isinstance(content, dict) and STATE in content else {STATE: content}
@@ -62,9 +62,9 @@ def read_checkpoint(source: str) -> dict:
 
 
 def check_is_data(source: str) -> None:
-    """Read a checkpoint that mmengine is about to load, since mmengine's loader may run code in it.
+    """Check that a checkpoint contains only plain data, because mmengine's loader may execute code in it.
 
-    Folders (sharded checkpoints) and other schemes, such as ``torchvision://`` and ``s3://``, are not looked into.
+    Folders (sharded checkpoints) and other URL schemes, such as ``torchvision://`` and ``s3://``, are not checked.
 
     Args:
         source (str): Path or URL.
@@ -76,13 +76,13 @@ def check_is_data(source: str) -> None:
         _read_data(source)
 
 
-def without_diffusion_part(state_dict: dict) -> OrderedDict:
-    """The weights of the student alone."""
+def without_diffusion_module(state_dict: dict) -> OrderedDict:
+    """Return the student's weights, without the diffusion module."""
     return OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(PREFIX))
 
 
 def fingerprint(state_dict: dict) -> str:
-    """A hash of weights that does not depend on the file they come in."""
+    """Return a hash of weights that does not depend on the file format."""
     digest = hashlib.sha256()
     for key, value in sorted(state_dict.items()):
         digest.update(key.encode())
@@ -91,22 +91,22 @@ def fingerprint(state_dict: dict) -> str:
 
 
 def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str) -> None:
-    """Load weights that must fit the model key by key.
+    """Load weights into a model; all keys and shapes must match.
 
-    The diffusion part of a distilled checkpoint (``diffkd.*``) is left out, so that a distilled student can teach.
+    The diffusion module of a distilled checkpoint (``diffkd.*``) is ignored, so a distilled student can be a teacher.
 
     Args:
-        model (nn.Module): Receives the weights.
+        model (nn.Module): Model to load the weights into.
         state_dict (dict): The weights.
-        model_name (str): What the model is, for the error message.
-        source (str): Where the weights are from, for the error message.
+        model_name (str): Description of the model for the error message.
+        source (str): Path or URL of the weights for the error message.
 
     Raises:
-        ValueError: If keys are missing, unexpected or misshapen; it names them.
+        ValueError: If keys are missing or unexpected, or shapes differ; the message lists the keys.
     """
     state = OrderedDict((re.sub(r'^module\.', '', key), value) for key, value in state_dict.items())
-    state = without_diffusion_part(state)
-    # upstream's key conversions look at the versions that stand in the metadata
+    state = without_diffusion_module(state)
+    # upstream's hooks convert old keys according to the versions in the metadata
     state._metadata = getattr(state_dict, '_metadata', None)
     own = model.state_dict()
     misshapen = [
@@ -117,7 +117,7 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
     if misshapen:
         raise ValueError(f'The weights of {source} do not fit {model_name}: {_some(misshapen)}.')
     result = model.load_state_dict(state, strict=False)
-    # what the file has and a hook of upstream's leaves out is no weight, but computed when the model is built
+    # keys that an upstream hook removed from the file are not missing: the model computes their values itself
     missing = [key for key in result.missing_keys if key not in state and not key.endswith('num_batches_tracked')]
     problems = [
         f'{kind} {_some(keys)}' for kind, keys in (('missing', missing), ('unexpected', result.unexpected_keys)) if keys
@@ -127,36 +127,36 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
 
 
 def _read_data(source: str):
-    """Whatever a file or address holds, if it is nothing but data."""
+    """Read a file or URL, and refuse anything but plain data."""
     is_url = source.startswith(('http://', 'https://'))
     path = _download(source) if is_url else osp.expanduser(source)
     if osp.isdir(path):
-        raise ValueError(f"The checkpoint '{source}' is a folder, of a sharded run it seems; a single file is needed.")
+        raise ValueError(f"The checkpoint '{source}' is a folder, probably a sharded checkpoint; use a single file.")
     if not osp.isfile(path):
         raise FileNotFoundError(f"The checkpoint '{source}' does not exist (looked from {osp.abspath('.')}).")
-    name = f'{source} (kept as {path})' if is_url else source
+    name = f'{source} (cached as {path})' if is_url else source
     if executable := executable_format(path):
         raise ValueError(
-            f"The checkpoint '{name}' was refused because it is {executable}, which can run code when read; save its "
-            "'state_dict' alone with torch.save and use that file."
+            f"The checkpoint '{name}' was refused because it is {executable}, which can run code when read; save "
+            "only its 'state_dict' with torch.save and use that file."
         )
     try:
         return load_data(path)
-    except Exception as error:  # the reader meets damage in many ways, one of them a seek before the file's start
+    except Exception as error:  # damaged files raise many errors, such as EINVAL for a seek to a negative offset
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         refused = re.search(r'GLOBAL ([\w.]+)', str(error))
         if isinstance(error, UnpicklingError) and refused:
             raise ValueError(
                 f"The checkpoint '{name}' was refused because it holds the object {refused.group(1)}, which could run "
-                "code when read; save its 'state_dict' alone with torch.save and use that file."
+                "code when read; save only its 'state_dict' with torch.save and use that file."
             ) from None
         problem = _not_a_checkpoint(name, path)
         if is_url and not URL_HASH.search(path):
-            # a connection that broke off can have left half a file, which must not be taken next time
+            # an interrupted download may have left a partial file, which the next run must not use
             with suppress(FileNotFoundError):
                 os.remove(path)
-            problem += ' It has been removed; the next run downloads it anew.'
+            problem += ' It was removed; the next run downloads it again.'
         raise DamagedFileError(problem) from None
 
 
@@ -164,19 +164,19 @@ def _download(url: str) -> str:
     folder = osp.join(torch.hub.get_dir(), 'checkpoints')
     name = osp.basename(urlparse(url).path)
     if name in ('', '.', '..'):
-        raise ValueError(f'The address {url} names no file.')
+        raise ValueError(f'The URL {url} has no file name.')
     path = osp.join(folder, name)
     digest = URL_HASH.search(path)
     problem = None
-    for my_turn in (is_main_process(), True):  # the first rank fetches it for all that share its cache
+    for my_turn in (is_main_process(), True):  # rank 0 downloads first, for all ranks that share its cache
         if my_turn and not osp.isfile(path):
             os.makedirs(folder, exist_ok=True)
             try:
-                # writes to a temporary name, compares the hash, then renames
+                # writes to a temporary file, verifies the hash, then renames
                 torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
             except (OSError, RuntimeError) as error:
                 problem = error
-        barrier()  # also where it failed: the others wait
+        barrier()  # also after an error: the other ranks wait
     if not osp.isfile(path):
         raise ValueError(f'The checkpoint {url} could not be downloaded: {problem}.') from problem
     return path
@@ -184,11 +184,11 @@ def _download(url: str) -> str:
 
 def _check_state_dict(state_dict, name: str) -> None:
     if not isinstance(state_dict, dict):
-        raise ValueError(f"The checkpoint '{name}' holds a {type(state_dict).__name__} instead of a state_dict.")
+        raise ValueError(f"The checkpoint '{name}' contains a {type(state_dict).__name__} instead of a state dict.")
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"The checkpoint '{name}' holds no state_dict: '{key}' is a {type(value).__name__}, not a tensor."
+                f"The checkpoint '{name}' has no valid state dict: '{key}' is a {type(value).__name__}, not a tensor."
             )
 
 
@@ -198,8 +198,8 @@ def _not_a_checkpoint(source: str, path: str) -> str:
     if start.startswith((b'<!doctype', b'<html', b'<?xml')):
         what = 'is a web page saved under that name; download it again'
     else:
-        what = f'is damaged, perhaps cut short when it was saved or copied ({osp.getsize(path)} bytes)'
-    return f"'{source}' is no PyTorch checkpoint, it {what}."
+        what = f'is damaged, possibly truncated when it was saved or copied ({osp.getsize(path)} bytes)'
+    return f"'{source}' is not a PyTorch checkpoint: it {what}."
 
 
 def _shape(tensor) -> str:
@@ -216,9 +216,9 @@ ANNEALING = ('_annealing_cos', '_annealing_linear')
 
 
 def executable_format(path: str) -> Optional[str]:
-    """Name the format of a file if torch below 2.6 would run code in it in spite of ``weights_only``."""
+    """Return the format of a file that may run code despite ``weights_only`` before torch 2.6, or else None."""
     if tarfile.is_tarfile(path):
-        return "in torch's format of before 2018 (tar)"  # CVE-2025-32434
+        return "in torch's tar format from before 2018"  # CVE-2025-32434
     if zipfile.is_zipfile(path):
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             if any(osp.basename(name) == 'constants.pkl' for name in archive.namelist()):
@@ -227,7 +227,7 @@ def executable_format(path: str) -> Optional[str]:
 
 
 def load_data(path: str):
-    """Read a file with torch's ``weights_only`` reader, or before torch 2.4 with one that admits the same."""
+    """Read a file with torch's ``weights_only`` reader, or before torch 2.4, with one that accepts the same objects."""
     admitted = _admitted_globals()
     if hasattr(torch.serialization, 'safe_globals'):
         with torch.serialization.safe_globals(admitted):
@@ -239,7 +239,7 @@ def load_data(path: str):
 
 
 def _admitted_globals() -> list:
-    """What mmengine writes into a checkpoint beside tensors, and nothing more."""
+    """Return the classes and functions, besides tensors, that mmengine's checkpoints refer to."""
     multiarray = (np.core if np.__version__.startswith('1.') else np._core).multiarray
     admitted = [
         HistoryBuffer,
@@ -248,18 +248,18 @@ def _admitted_globals() -> list:
         np.dtype,
         _under_name(_known_method, 'builtins', 'getattr'),
     ]
-    admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # how bytes are pickled
+    admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # for pickled bytes
     admitted += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # NumPy 1 and 2 wrote different names
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # names in NumPy 1 and 2
         admitted += [_under_name(getattr(multiarray, name), module, name) for name in ('_reconstruct', 'scalar')]
     return admitted
 
 
 def restricted_pickle(admitted: list) -> SimpleNamespace:
-    """A ``pickle_module`` that finds what torch's own reader allows and what is admitted beside it.
+    """Create a ``pickle_module`` that accepts only the globals of torch's ``weights_only`` reader and ``admitted``.
 
     Args:
-        admitted (list): Functions and classes.
+        admitted (list): Functions and classes to accept in addition.
     """
     from torch._weights_only_unpickler import _get_allowed_globals
 
@@ -279,14 +279,14 @@ def restricted_pickle(admitted: list) -> SimpleNamespace:
 
 
 def _known_method(owner: type, name: str):
-    """Stands in for ``getattr``, which history buffers and one scheduler are pickled with: it gives their methods."""
+    """Replace ``getattr``, with which history buffers and one scheduler are pickled; return only their methods."""
     if name not in {HistoryBuffer: BUFFER_METHODS, OneCycleParamScheduler: ANNEALING}.get(owner, ()):
         raise UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r})')
     return getattr(owner, name)
 
 
 def _under_name(function, module: str, name: str):
-    """A function that the reader finds under the name that stands in the file."""
+    """Wrap a function so that the reader finds it under the name that checkpoints use."""
 
     def stand_in(*args):
         return function(*args)
@@ -295,31 +295,31 @@ def _under_name(function, module: str, name: str):
     return stand_in
 
 
-OF_A_RUN = ('meta', 'message_hub')  # what a checkpoint that can be resumed has beside the weights
+OF_A_RUN = ('meta', 'message_hub')  # keys of a resumable checkpoint besides the weights
 
 
 def file_to_load(
     load_from: Optional[str], resume: Union[bool, str, None], work_dir: str, folder: str, filename_tmpl: str
 ) -> Optional[str]:
-    """The file that a run loads or resumes; called on all ranks, it is the same on all.
+    """Choose the file that a run loads or resumes. All ranks must call it and get the same file.
 
     Args:
-        load_from (str, optional): As in the config.
-        resume (bool or str): As in the config; True without ``load_from`` is the newest checkpoint that can be read.
-        work_dir (str): Folder of the run.
-        folder (str): Folder of its checkpoints.
-        filename_tmpl (str): Their names, such as ``'epoch_{}.pth'``.
+        load_from (str, optional): Path or URL, as in the config.
+        resume (bool or str): As in the config. True without ``load_from`` selects the newest readable checkpoint.
+        work_dir (str): Work dir of the run.
+        folder (str): Folder of the checkpoints.
+        filename_tmpl (str): Template of the checkpoint names, such as ``'epoch_{}.pth'``.
 
     Returns:
-        str or None: Path or URL; None if the run begins anew.
+        str or None: Path or URL; None if the run starts from scratch.
 
     Raises:
-        ValueError: If the file is not there, is damaged, or holds more than data, on any rank; on all ranks.
+        ValueError: On all ranks, if on any rank the file does not exist, is damaged, or contains more than plain data.
     """
     named = resume if isinstance(resume, str) else load_from
     problem = None
     try:
-        if named is not None:  # every rank reads it, from its own machine
+        if named is not None:  # every rank reads the file, which may differ between machines
             check_is_data(named)
         elif resume and is_main_process():
             named = newest_checkpoint(work_dir, folder, filename_tmpl)
@@ -334,18 +334,18 @@ def file_to_load(
 
 
 def newest_checkpoint(work_dir: str, folder: str, filename_tmpl: str) -> Optional[str]:
-    """The newest checkpoint of a run that can be read; a message says what was passed over.
+    """Find the newest readable checkpoint of a run, and log a warning for each damaged checkpoint.
 
     Args:
-        work_dir (str): Folder of the run.
-        folder (str): Folder of its checkpoints.
-        filename_tmpl (str): Their names.
+        work_dir (str): Work dir of the run.
+        folder (str): Folder of the checkpoints.
+        filename_tmpl (str): Template of the checkpoint names.
 
     Returns:
-        str or None: Its path; None if there are no checkpoints.
+        str or None: Path of the checkpoint; None if the run has no checkpoints.
 
     Raises:
-        ValueError: If none can be read, or the newest holds more than data.
+        ValueError: If no checkpoint can be read, or a newer one contains more than plain data.
     """
     files = saved_checkpoints(work_dir, folder, filename_tmpl)
     for file in files:
@@ -353,21 +353,25 @@ def newest_checkpoint(work_dir: str, folder: str, filename_tmpl: str) -> Optiona
             if not osp.isdir(file):  # sharded checkpoints are folders
                 missing = [key for key in OF_A_RUN if key not in read_checkpoint(file)]
                 if missing:
-                    raise DamagedFileError(f"'{file}' was not saved by a run, it has no {missing[0]}.")
+                    raise DamagedFileError(f"'{file}' cannot be resumed: it has no '{missing[0]}'.")
             return file
         except (OSError, DamagedFileError) as error:
-            print_log(f'{error} The checkpoint before it is tried.', logger='current', level=WARNING)
+            print_log(f'{error} Trying the previous checkpoint.', logger='current', level=WARNING)
     if files:
         raise ValueError(
-            f"None of the {len(files)} checkpoints of '{work_dir}' can be read: start anew without --resume, in "
-            'another work_dir.'
+            f"None of the {len(files)} checkpoints in '{work_dir}' can be read: start a new run without --resume, in "
+            'a different work_dir.'
         )
-    print_log(f"There is no checkpoint in '{work_dir}' to resume; the run begins.", logger='current')
+    print_log(f"No checkpoint to resume in '{work_dir}'; starting a new run.", logger='current')
     return None
 
 
 def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str) -> List[str]:
-    """Newest first: what ``last_checkpoint`` names, then by time, since an older run may have left others."""
+    """List the checkpoints of a run, newest first.
+
+    The file named in ``last_checkpoint`` comes first. The rest are sorted by time, since an older run may have left
+    checkpoints with higher numbers.
+    """
     before, after = re.split(r'\{.*?\}', filename_tmpl, maxsplit=1)
     pattern = re.compile(re.escape(before) + r'\d+' + re.escape(after))
     files = [file for file in glob(osp.join(escape(folder), '*')) if pattern.fullmatch(osp.basename(file))]
@@ -383,17 +387,17 @@ NAME = 'mmdiffkd.atomic'
 
 @register_backend(NAME)
 class AtomicBackend(LocalBackend):
-    """Local files that exist complete or not at all: written under a temporary name, then renamed."""
+    """Local backend with atomic writes: files are written under a temporary name, then renamed."""
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
         """Write a file.
 
         Args:
-            obj (bytes): What to write.
-            filepath (str or Path): Where; a file that is there is replaced.
+            obj (bytes): Content of the file.
+            filepath (str or Path): Path of the file. An existing file is replaced.
 
         Raises:
-            OSError: If the disk does not take it. The file that was there before is untouched then.
+            OSError: If the file cannot be written. An existing file is unchanged.
         """
         path = str(filepath)
         folder = osp.dirname(path) or '.'
@@ -411,13 +415,13 @@ class AtomicBackend(LocalBackend):
                 os.remove(temporary)
             raise OSError(
                 f"'{path}' could not be written: {error.strerror or error} ({len(obj) / 1e6:.1f} MB needed, "
-                f'{shutil.disk_usage(folder).free / 1e6:.1f} MB free). Files saved before are whole: make room and '
-                'start again with --resume.'
+                f'{shutil.disk_usage(folder).free / 1e6:.1f} MB free). Earlier files are intact: free disk space '
+                'and restart with --resume.'
             ) from error
 
 
 def _sync_folder(folder: str) -> None:
-    """Make the rename itself survive a power failure, where the file system can."""
+    """Make the rename itself survive a power failure, if the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

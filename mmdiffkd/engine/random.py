@@ -1,4 +1,4 @@
-"""Random numbers as a function of seed, process and iteration: a resumed run draws what it would have drawn."""
+"""Seeding by run, rank and iteration: a resumed run draws the same random numbers as an uninterrupted run."""
 
 import random
 from typing import Iterator
@@ -9,18 +9,18 @@ from mmengine.dist import get_rank
 
 
 def seed_iteration(seed: int, iteration: int, purpose: str) -> None:
-    """Seed the generators of Python, NumPy and torch (all devices).
+    """Seed the random generators of Python, NumPy and torch (all devices).
 
-    Every rank draws numbers of its own, also where mmengine gave all ranks one seed.
+    Every rank draws different numbers, even if mmengine gave all ranks the same seed.
 
     Args:
         seed (int): Seed of the run.
-        iteration (int): The iteration that begins, from 0.
-        purpose (str): ``'train'`` for the step itself, ``'load'`` for loading its batch.
+        iteration (int): Current iteration, counted from 0.
+        purpose (str): ``'train'`` for the training step, ``'load'`` for loading its batch.
     """
     purposes = ('train', 'load')
     entropy = np.random.SeedSequence([seed, get_rank(), iteration, purposes.index(purpose)])
-    # 63 bits: torch takes no more without a sign
+    # 63 bits, as torch takes a signed 64-bit seed
     number = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
@@ -28,9 +28,9 @@ def seed_iteration(seed: int, iteration: int, purpose: str) -> None:
 
 
 class SeededBatches:
-    """The batches of an iteration-based loop, each loaded with random numbers of its own.
+    """Batches of an iteration-based loop, with the random generators seeded before each batch.
 
-    Between the skipping of what was seen before and the first batch that is new, such a loop calls no hook.
+    A hook cannot do this: a resumed loop calls no hook between skipping the old batches and loading the first new one.
 
     Args:
         batches (Iterator): ``dataloader_iterator`` of the loop.
@@ -51,6 +51,6 @@ class SeededBatches:
         return next(self._batches)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Pass over batches; newer releases of mmengine call it, older ones take them one by one."""
+        """Skip batches. Recent releases of mmengine call this method; older ones draw the batches one by one."""
         self._count += num_iters
         self._batches.skip_iter(num_iters)

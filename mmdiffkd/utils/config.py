@@ -1,4 +1,4 @@
-"""Find and read configs: in an installed package, in a file, or given as a dict."""
+"""Find and read configs from installed packages, files and dicts."""
 
 import copy
 import difflib
@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
 
 ConfigSource = Union[str, Path, dict]
-# names of earlier versions
+# old key: new key
 RENAMED_KEYS = dict(
     backprop_steps='num_grad_steps',
     distance='loss_kd',
@@ -25,20 +25,20 @@ RENAMED_KEYS = dict(
 def resolve_config(source: ConfigSource) -> Config:
     """Read a config by name, from a file, or from a dict.
 
-    ``pkg::path`` is looked up through the import name, which works for both families of packages.
+    ``pkg::path`` is resolved by import name, which works for the original and the maintained packages.
 
     Args:
-        source (str, Path or dict): ``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``, a local file, or a dict that
-            is a whole config or a model alone.
+        source (str, Path or dict): ``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``, a local file, or a dict with
+            a whole config or only a model.
 
     Returns:
         Config: A config with the key ``model``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ModuleNotFoundError: If the package is not installed.
-        ValueError: If the config describes no model.
-        TypeError: If ``source`` is none of the above.
+        ValueError: If the config has no model.
+        TypeError: If ``source`` is not a str, Path or dict.
     """
     if isinstance(source, dict):
         cfg = Config(dict(source) if 'model' in source else dict(model=dict(source)))
@@ -47,65 +47,65 @@ def resolve_config(source: ConfigSource) -> Config:
     else:
         raise TypeError(f'A config must be a path, pkg::path or a dict, not {type(source).__name__}.')
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
-        raise ValueError(f"The config {_name(source)} describes no model: there is no 'model' with a 'type' in it.")
+        raise ValueError(f"The config ({_name(source)}) has no model: it needs a 'model' dict with a 'type'.")
     return cfg
 
 
 def read_config(config: Union[str, Path, Config], cfg_options: Optional[dict] = None) -> Config:
-    """Read a config as tools do.
+    """Read a config and apply overrides, as the tools do.
 
     Args:
-        config (str or Config): Path of the config, ``pkg::path``, or a config at hand, which stays as it is.
+        config (str, Path or Config): Path of the config, ``pkg::path``, or a loaded config, which is not modified.
         cfg_options (dict, optional): Overrides, as on the command line.
 
     Returns:
         Config: A config with the key ``model``.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: If it does not exist.
-        ValueError: If it is no Python, or describes no model.
+        FileNotFoundError, ModuleNotFoundError: If the config does not exist.
+        ValueError: If the config is not valid Python or has no model.
     """
     try:
         cfg = copy.deepcopy(config) if isinstance(config, Config) else resolve_config(config)
     except SyntaxError as error:
-        raise ValueError(f"The config '{config}', or one that it inherits, is no Python: {error}.") from error
+        raise ValueError(f"The config '{config}', or one that it inherits, is not valid Python: {error}.") from error
     cfg.merge_from_dict(cfg_options or {})
     return cfg
 
 
 def get_model_cfg(cfg: Config) -> ConfigDict:
-    """The model of a config, with the config's scope, so that it builds under any default scope, and preprocessor."""
-    model = copy.deepcopy(ConfigDict(cfg.model))  # some models change their config while they are built
+    """Return the model of a config with its preprocessor and scope, so that it builds under any default scope."""
+    model = copy.deepcopy(ConfigDict(cfg.model))  # some models modify their config while they are built
     if model.get('_scope_') is None and cfg.get('default_scope') is not None:
         model['_scope_'] = cfg.default_scope
     return with_preprocessor(model, cfg.get('data_preprocessor'))
 
 
 def with_preprocessor(model: ConfigDict, preprocessor: Optional[dict]) -> ConfigDict:
-    """Give a model the top-level preprocessor, which the Runner hands over, where it has none of its own."""
+    """Add the top-level preprocessor to a model without its own, as the Runner does. Modifies ``model``."""
     if model.get('data_preprocessor') is None and preprocessor is not None:
         model['data_preprocessor'] = copy.deepcopy(preprocessor)
     return model
 
 
 def get_preprocessor_cfg(cfg: Config) -> Optional[dict]:
-    """The data preprocessor of a config: the model's own, or the top-level one (mmpretrain's way)."""
+    """Return the data preprocessor of a config: the model's own, or the top-level one, as in mmpretrain."""
     return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
 
 
 def get_custom_imports(cfg: Config) -> List[str]:
-    """The modules that a config imports (``custom_imports``), but for this package's."""
+    """Return the ``custom_imports`` of a config, except mmdiffkd's."""
     names = (cfg.get('custom_imports') or {}).get('imports') or []
     return [name for name in ([names] if isinstance(names, str) else names) if name.split('.')[0] != 'mmdiffkd']
 
 
 def image_channels(preprocessor: Optional[dict]) -> int:
-    """Channels of the images that a data preprocessor takes: as many as it has means for, usually three."""
+    """Return the number of image channels that a data preprocessor expects: the length of its mean, usually 3."""
     return len((preprocessor or {}).get('mean') or 'RGB')
 
 
 def zoo_checkpoint(source: ConfigSource) -> str:
-    """The weights that a package's model index lists for one of its configs.
+    """Look up the weights of a config in the model index of its package.
 
     Args:
         source (str): ``pkg::path`` of the config.
@@ -114,7 +114,7 @@ def zoo_checkpoint(source: ConfigSource) -> str:
         str: URL of the weights.
 
     Raises:
-        ValueError: If ``source`` is no ``pkg::path`` or the model index lists no weights for it.
+        ValueError: If ``source`` is not ``pkg::path``, or the model index lists no weights for it.
     """
     if not isinstance(source, str) or '::' not in source:
         raise ValueError(
@@ -166,19 +166,19 @@ def _split(source: str) -> Tuple[Path, str]:
 
 
 def _name(source: ConfigSource) -> str:
-    return 'given in place' if isinstance(source, dict) else f"'{source}'"
+    return 'a dict' if isinstance(source, dict) else f"'{source}'"
 
 
 Size = Tuple[int, int]
 USUAL_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
-SIZE_KEYS = ('crop_size', 'scale', 'scales', 'img_scale')  # of transforms, as (width, height)
+SIZE_KEYS = ('crop_size', 'scale', 'scales', 'img_scale')  # arguments of transforms, as (width, height)
 
 
 def image_size(cfg: Config) -> Size:
-    """Height and width of the images that a config trains on.
+    """Return the height and width of the images that a config trains on.
 
-    They are what the preprocessor of the student cuts to, else ``image_size`` of the config (width, height), else what
-    the training pipeline resizes or crops to, else what is usual for the package.
+    The size is the first of these that is set: ``size`` of the student's preprocessor, ``image_size`` of the config
+    (width, height), the last resize or crop of the training pipeline, the usual size of the package.
 
     Args:
         cfg (Config): Config of a distillation or of a plain model.
@@ -189,7 +189,7 @@ def image_size(cfg: Config) -> Size:
     preprocessor = cfg.model.get('student', cfg.model).get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     if preprocessor.get('size'):
         return tuple(preprocessor['size'])
-    size = cfg.get('image_size') or _of_pipelines((cfg.get('train_dataloader') or {}).get('dataset'))
+    size = cfg.get('image_size') or _dataset_size((cfg.get('train_dataloader') or {}).get('dataset'))
     if size is None:
         return USUAL_SIZES.get(cfg.get('default_scope'), (224, 224))
     width, height = size
@@ -197,54 +197,54 @@ def image_size(cfg: Config) -> Size:
     return ceil(height / divisor) * divisor, ceil(width / divisor) * divisor
 
 
-def _of_pipelines(dataset: Optional[dict]) -> Optional[Size]:
-    """Width and height that the last transform gives images; one data set may work on what another gives."""
+def _dataset_size(dataset: Optional[dict]) -> Optional[Size]:
+    """Return the width and height that the pipeline of a dataset, or else of its inner dataset, gives images."""
     if isinstance(dataset, (list, tuple)):
         dataset = dataset[0]
     if dataset is None:
         return None
     inner = dataset.get('dataset') or dataset.get('datasets')
-    return _of_pipeline(dataset.get('pipeline') or ()) or _of_pipelines(inner)
+    return _pipeline_size(dataset.get('pipeline') or ()) or _dataset_size(inner)
 
 
-def _of_pipeline(steps: Sequence[dict]) -> Optional[Size]:
+def _pipeline_size(steps: Sequence[dict]) -> Optional[Size]:
     for step in reversed(steps):
         branches = step.get('transforms')
-        size = _of_pipeline(branches[0]) if branches and isinstance(branches[0], (list, tuple)) else _of_step(step)
+        size = _pipeline_size(branches[0]) if branches and isinstance(branches[0], (list, tuple)) else _step_size(step)
         if size is not None:
             return size
     return None
 
 
-def _of_step(step: dict) -> Optional[Size]:
+def _step_size(step: dict) -> Optional[Size]:
     size = next((step[key] for key in SIZE_KEYS if step.get(key)), None)
     if isinstance(size, (list, tuple)) and isinstance(size[0], (list, tuple)):
-        size = size[-1]  # of several, the largest
+        size = size[-1]  # several scales, the last is the largest
     if isinstance(size, int):
         size = (size, size)
     if not isinstance(size, (list, tuple)) or not all(
         isinstance(side, int) for side in size
     ):  # such as a relative crop
         return None
-    return (max(size), min(size)) if step.get('keep_ratio') else tuple(size)  # most images are wide
+    return (max(size), min(size)) if step.get('keep_ratio') else tuple(size)  # most images are landscape
 
 
 def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """The candidates most like ``name``, quoted and joined for the end of an error message."""
+    """Return the candidates closest to ``name``, quoted and joined for an error message."""
     candidates = list(candidates)
     found = difflib.get_close_matches(name, candidates, n=count, cutoff=0.4) or candidates[:count]
     return ', '.join(f"'{candidate}'" for candidate in found)
 
 
 def refuse_old_keys(keys: Iterable[str], where: str) -> None:
-    """Refuse keys that have another name now.
+    """Reject renamed config keys.
 
     Args:
         keys (iterable[str]): Keys of a config.
-        where (str): What they configure, for the error message.
+        where (str): Object that the keys configure, for the error message.
 
     Raises:
-        ValueError: If one of them has been renamed; it says the new name.
+        ValueError: If a key has been renamed; the message gives the new name.
     """
     for key in keys:
         if key in RENAMED_KEYS:

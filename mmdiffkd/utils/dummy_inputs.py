@@ -1,4 +1,4 @@
-"""Random training batches for models of mmdet, mmseg and mmpretrain, as their dataloaders would give them."""
+"""Random training batches for models of mmdet, mmseg and mmpretrain, in the format of their dataloaders."""
 
 from typing import Iterator, List
 
@@ -12,51 +12,51 @@ from mmengine.structures import InstanceData, PixelData
 from .config import get_preprocessor_cfg, image_channels
 
 BOXES = 3
-# of configs that have no training set
+# pipeline for configs without a training set
 INFERENCE_ONLY = (dict(type='Resize', scale=224), dict(type='PackInputs'))
 
 
 def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[dict]:
-    """Items of a training set, as the dataset of a config would give them.
+    """Create random items in the format of a config's training set.
 
     Args:
-        cfg (Config): A config of mmdet, mmseg or mmpretrain.
-        size (int): Height and width of the images. mmpretrain's come from the config's own training pipeline, which
-            decides on their size (and on their views, masks and labels).
+        cfg (Config): Config of mmdet, mmseg or mmpretrain.
+        size (int): Height and width of the images. For mmpretrain, the config's training pipeline processes the images
+            and sets their final size, views, masks and labels.
         count (int): Number of images. Defaults to 2.
-        seed (int): Of everything random but the pipeline's augmentation. Defaults to 0.
+        seed (int): Random seed; does not affect the pipeline's augmentation. Defaults to 0.
 
     Returns:
-        list[dict]: Each with ``inputs`` and ``data_samples``. Where several images make one item, as the identities of
-        re-identification do, there are fewer than ``count``.
+        list[dict]: Items with ``inputs`` and ``data_samples``. There are fewer than ``count`` if one item holds several
+        images, as in re-identification and tracking.
 
     Raises:
-        ValueError: If the config is of another package.
+        ValueError: If the config belongs to a different package.
     """
     rng = np.random.default_rng(seed)
     scope = cfg.get('default_scope') or DefaultScope.get_current_instance().scope_name
     makers = dict(mmdet=_detection, mmseg=_segmentation, mmpretrain=_classification)
     if scope not in makers:
-        raise ValueError(f"There are no batches for default_scope='{scope}', only for {', '.join(makers)}.")
+        raise ValueError(f"Random batches need default_scope to be one of {', '.join(makers)}, not '{scope}'.")
     with DefaultScope.overwrite_default_scope(scope):
         return makers[scope](cfg, rng, size, count)
 
 
 def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0) -> dict:
-    """:func:`random_items` put together as the config's dataloader does: what ``train_step`` takes."""
+    """Collate :func:`random_items` as the config's dataloader does, for ``train_step``."""
     items = random_items(cfg, size, count, seed)
     collate = ((cfg.get('train_dataloader') or {}).get('collate_fn') or {}).get('type')
     return default_collate(items) if collate == 'default_collate' else pseudo_collate(items)
 
 
 def random_image(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Smooth random colours, (size, size, 3) of type uint8: noise alone would vanish in the first pooling."""
+    """Create a smooth random image (size, size, 3) of dtype uint8; pure noise would vanish in the first pooling."""
     coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return np.kron(coarse, np.ones((-(-size // 8), -(-size // 8), 1), dtype=np.uint8))[:size, :size]
 
 
 def num_classes_of(model_cfg: dict) -> int:
-    """The smallest number of classes that a part of a model knows; labels below it suit every part."""
+    """Return the smallest ``num_classes`` in the config of a model; labels below it are valid in all its heads."""
     return min(_values(model_cfg, 'num_classes'), default=1)
 
 
@@ -97,7 +97,7 @@ def _detection_sample(cfg: Config, rng, size: int, number: int):
     sample.gt_instances = _instances(cfg, rng, size)
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     sample.proposals = InstanceData(bboxes=_boxes(rng, size, 20), scores=torch.rand(20))
-    # HTC's semantic branch is trained at an eighth of the image's size
+    # HTC's semantic branch trains at 1/8 of the image size
     stride = 8 if (cfg.model.get('roi_head') or {}).get('semantic_head') else 1
     seg = rng.integers(0, _semantic_classes(cfg.model), (1, size // stride, size // stride))
     sample.gt_sem_seg = PixelData(sem_seg=torch.from_numpy(seg))
@@ -115,13 +115,13 @@ def _metainfo(size: int, number: int) -> dict:
         scale_factor=(1.0, 1.0),
         flip=False,
         flip_direction=None,
-        border=[0, size, 0, size],  # CenterNet's
+        border=[0, size, 0, size],  # for CenterNet
         homography_matrix=np.eye(3, dtype=np.float32),
     )
 
 
 def _boxes(rng, size: int, count: int) -> torch.Tensor:
-    """Boxes (count, 4) of a quarter of the image's size or more."""
+    """Create boxes (count, 4) whose sides are at least a quarter of the image size."""
     corners = rng.uniform(0, size / 2, (count, 2))
     extents = rng.uniform(size / 4, size / 2, (count, 2))
     return torch.from_numpy(np.hstack([corners, corners + extents])).float()
@@ -133,7 +133,7 @@ def _instances(cfg: Config, rng, size: int) -> InstanceData:
     boxes = _boxes(rng, size, BOXES)
     things = next(_values(cfg.model, 'num_things_classes'), None) or num_classes_of(cfg.model)
     instances = InstanceData(bboxes=boxes, labels=torch.from_numpy(rng.integers(0, things, BOXES)))
-    pipelines = repr(cfg.get('train_dataloader'))  # box detectors take masks for something else
+    pipelines = repr(cfg.get('train_dataloader'))  # some box detectors misread masks
     if "'with_mask': True" not in pipelines and 'Panoptic' not in pipelines:
         return instances
     masks = np.zeros((BOXES, size, size), dtype=np.uint8)
@@ -149,7 +149,7 @@ def _semantic_classes(model_cfg: dict) -> int:
 
 
 def _semi_supervised(cfg: Config, rng, size: int, count: int) -> List[dict]:
-    """Labelled images, and a weakly and a strongly augmented view of unlabelled ones."""
+    """Create labeled images, and a weakly and a strongly augmented view of unlabeled images."""
     items = []
     for number in range(count):
         views = {view: _detection_sample(cfg, rng, size, number) for view in ('sup', 'unsup_teacher', 'unsup_student')}
@@ -159,7 +159,7 @@ def _semi_supervised(cfg: Config, rng, size: int, count: int) -> List[dict]:
 
 
 def _tracking(cfg: Config, rng, size: int) -> List[dict]:
-    """A clip of a key frame and a reference frame."""
+    """Create a clip with a key frame and a reference frame."""
     from mmdet.structures import TrackDataSample
 
     frames = [_detection_sample(cfg, rng, size, number) for number in range(2)]
@@ -172,7 +172,7 @@ def _tracking(cfg: Config, rng, size: int) -> List[dict]:
 
 
 def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> List[dict]:
-    """Upright images, several of each identity, which the triplet loss needs; they come as one item."""
+    """Create one item of upright images, several per identity for the triplet loss."""
     from mmdet.structures import ReIDDataSample
 
     labels = torch.arange(identities).repeat_interleave(images)
@@ -181,7 +181,7 @@ def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> List[di
 
 
 def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) -> List[dict]:
-    """Straight lanes; the priors are made for one size of images."""
+    """Create images with straight lanes, in the fixed size that the lane priors assume."""
     from mmdet.registry import TRANSFORMS
 
     to_array = TRANSFORMS.build(dict(type='LinesToArray', img_height=height, img_width=width))
@@ -218,7 +218,7 @@ def _classification(cfg: Config, rng, size: int, count: int) -> List[dict]:
         dataset = dataset['dataset']
     steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
-    # what a preprocessor has one mean for comes without a dimension of channels
+    # grayscale images have no channel dimension
     channels = image_channels(get_preprocessor_cfg(cfg))
     is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
     batch = []
@@ -238,7 +238,7 @@ PRETRAINED = ('pretrained', 'detector_checkpoint', 'teacher_ckpt')
 
 
 def without_pretrained(cfg) -> None:
-    """Take pretrained weights out of the config of a model, in place."""
+    """Remove pretrained weights from the config of a model, in place."""
     if isinstance(cfg, dict):
         if 'checkpoint' in str(cfg.get('init_cfg')):
             cfg['init_cfg'] = None
@@ -251,7 +251,7 @@ def without_pretrained(cfg) -> None:
 
 
 def fit_to(model_cfg: ConfigDict, size: int) -> ConfigDict:
-    """Tell a preprocessor that pads to one size that images have another, in place; the layers stay as they are."""
+    """Set the image size of a preprocessor that pads to a fixed size, in place. Layers are not changed."""
     preprocessor = model_cfg.get('data_preprocessor') or {}
     if 'size' in preprocessor:
         preprocessor['size'] = (size, size)

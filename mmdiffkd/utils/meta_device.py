@@ -1,4 +1,4 @@
-"""Build and run models whose weights do not matter: on the meta device, or with cheap random weights."""
+"""Build and run models without their real weights, on the meta device or with cheap random weights."""
 
 import copy
 from typing import Callable, Iterable, Optional
@@ -21,20 +21,20 @@ ELEMENTWISE = (
     aten.threshold_backward.default,
 )
 RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
-# a prime number, so that no two filters of a layer hold the same numbers
+# prime, so that no two filters of a layer get the same values
 BLOCK = 65521
 
 
 def build_for_inspection(model_cfg: dict) -> nn.Module:
-    """Build a model to look at its parts; the random numbers stay where they are.
+    """Build a model for inspection, without changing the random state.
 
-    It is on the meta device, where it takes no memory, or on the CPU if it reads numbers from tensors to be built.
+    The model is on the meta device, where it takes no memory, or on the CPU if its constructor reads tensor values.
 
     Args:
         model_cfg (dict): Config of the model.
 
     Returns:
-        nn.Module: The model, without weights that mean anything.
+        nn.Module: The model, with meaningless weights.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -54,19 +54,18 @@ def build_on_meta(model_cfg: dict) -> nn.Module:
         nn.Module: The model.
 
     Raises:
-        Exception: What the model raises where it reads numbers from tensors, other than the rates of its stochastic
-            depth.
+        Exception: If the constructor reads tensor values other than stochastic depth rates from ``torch.linspace``.
     """
     with torch.device('meta'):
         try:
             return MODELS.build(copy.deepcopy(model_cfg))
         except Exception:
-            with _NumbersOfLinspace():
+            with _LinspaceOnCPU():
                 return MODELS.build(copy.deepcopy(model_cfg)).to('meta')
 
 
-class _NumbersOfLinspace(TorchFunctionMode):
-    """Upstream's backbones take the rates of stochastic depth from ``torch.linspace``, one ``item()`` a layer."""
+class _LinspaceOnCPU(TorchFunctionMode):
+    """Run ``torch.linspace`` on the CPU: upstream's backbones read stochastic depth rates from it with ``item()``."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -76,9 +75,9 @@ class _NumbersOfLinspace(TorchFunctionMode):
 
 
 class QuickInit(TorchDispatchMode):
-    """Fill large tensors on the CPU with the same few random numbers over and over, in a fifth of the time.
+    """Fill large CPU tensors by repeating one block of random numbers, in a fifth of the time.
 
-    For models whose weights are loaded afterwards, or run once to see whether they do.
+    Use it for models whose weights are loaded afterwards or that only run in a check.
 
     >>> with QuickInit():
     ...     model = MODELS.build(cfg)
@@ -97,9 +96,9 @@ class QuickInit(TorchDispatchMode):
 
 
 class QuickMeta(TorchDispatchMode):
-    """Run batch normalization and arithmetic on meta tensors without torch's decompositions into many operators.
+    """Run batch normalization and elementwise arithmetic on meta tensors without torch's slow decompositions.
 
-    The shapes are the same, in a fraction of the time. What it does not know runs as ever.
+    Output shapes are the same. Operators not listed here run as usual.
 
     >>> with torch.device('meta'), QuickMeta():
     ...     model(images)
@@ -123,17 +122,17 @@ def _batch_norm(x: Tensor, *others) -> tuple:
 
 
 def _batch_norm_backward(gradient: Tensor, x: Tensor, *others) -> tuple:
-    of_x, *of_affine = others[-1]  # what is wanted
+    of_x, *of_affine = others[-1]  # output_mask
     return torch.empty_like(x) if of_x else None, *(_statistic(x) if wanted else None for wanted in of_affine)
 
 
 def _statistic(x: Tensor) -> Tensor:
-    """A number a channel, in float32 at least."""
+    """Return one value per channel, in float32 or wider."""
     return x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _elementwise(args: tuple) -> Optional[Tensor]:
-    """What comes out of floating-point tensors of one kind and real numbers; None where they are something else."""
+    """Return the output for floating-point tensors of equal shape, dtype and strides and for numbers, else None."""
     first, *others = args
     for other in others:
         if not isinstance(other, Tensor):
@@ -147,7 +146,7 @@ def _elementwise(args: tuple) -> Optional[Tensor]:
 
 
 class MultiplyAddCounter(FlopCounterMode):
-    """Count the multiply-adds of convolutions and matrix products, which OpenMMLab's ``get_flops.py`` calls flops.
+    """Count multiply-adds of convolutions and matrix products, which OpenMMLab's ``get_flops.py`` reports as FLOPs.
 
     >>> with MultiplyAddCounter() as counter:
     ...     model(images)
@@ -159,27 +158,27 @@ class MultiplyAddCounter(FlopCounterMode):
 
     @property
     def total(self) -> int:
-        """Their number so far, of the forward and backward passes."""
+        """Multiply-adds so far, of forward and backward passes."""
         return self.get_total_flops() // 2
 
 
 def saved_activation_bytes(forward: Callable, ignore: Iterable[Tensor] = ()) -> int:
-    """What a forward pass keeps for the backward pass, every storage counted once; meta tensors will do.
+    """Return the bytes that a forward pass saves for the backward pass. Works with meta tensors.
 
     Args:
         forward (callable): The forward pass.
-        ignore (iterable[Tensor]): Tensors that are there anyway, such as weights and inputs. Defaults to none.
+        ignore (iterable[Tensor]): Tensors not to count, such as weights and inputs. Defaults to ``()``.
 
     Returns:
-        int: Bytes.
+        int: Bytes; each storage is counted once.
     """
-    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}  # meta tensors have no address
+    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}  # meta tensors have no data pointer
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in ignored:
-            kept[storage._cdata] = storage  # alive, or another would take its place
+            kept[storage._cdata] = storage  # keep it alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

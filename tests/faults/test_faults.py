@@ -132,7 +132,7 @@ def test_truncated_checkpoint(run, undisturbed):
     row(
         'newest checkpoint truncated or damaged',
         'the one before it is resumed, to the same weights bit for bit',
-        message(done, "'.*is no PyTorch checkpoint"),
+        message(done, "'.*is not a PyTorch checkpoint"),
     )
 
 
@@ -256,7 +256,7 @@ def test_interrupted_download(run, has_hash):
         done = run.start(*options, TORCH_HOME=str(cache), NO_PROXY='127.0.0.1')
         server.shutdown()
     assert done.code == 1 and not list(cache.rglob('teacher*'))
-    said = message(done, 'The checkpoint .*could not be' if has_hash else "'http.*is no PyTorch checkpoint")
+    said = message(done, 'The checkpoint .*could not be' if has_hash else "'http.*is not a PyTorch checkpoint")
     row(
         f"download of the teacher's weights breaks off, {'a' if has_hash else 'no'} hash in the file's name",
         'stops before training; no half file is left that the next run would take',

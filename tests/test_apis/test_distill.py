@@ -105,6 +105,6 @@ def test_mistakes(student, teacher, tmp_path):
     with pytest.raises(FileNotFoundError, match='nearest'):
         distill(student, 'mmdet::retina/x.py', teacher[1], work_dir=tmp_path / 'run')
     nested = Config(dict(student.to_dict(), model=tiny.distiller_cfg(tmp_path)))
-    with pytest.raises(ValueError, match='is a distillation already'):
+    with pytest.raises(ValueError, match='is already a distillation config'):
         distill(nested, *teacher, work_dir=tmp_path / 'run')
     assert MODELS.build(student.model)  # the config is still a plain one

@@ -41,7 +41,7 @@ def test_config_of_a_resumed_run():
 
 
 def test_plain_config_is_an_error():
-    with pytest.raises(ValueError, match='distils nothing: its model is a plain RetinaNet'):
+    with pytest.raises(ValueError, match='is not a distillation config: its model is a plain RetinaNet'):
         student_config(resolve_config(tiny.RETINANET))
 
 

@@ -74,7 +74,7 @@ def test_hooks_and_imports_of_the_student_stay(tmp_path):
 def test_local_files_are_found_from_everywhere(tmp_path, monkeypatch):
     (tmp_path / 'teacher.pth').touch()
     folder = ROOT / 'configs' / 'deeppcb'
-    local = [str(folder / name) for name in ('retinanet_r18_deeppcb.py', 'retinanet_r50_deeppcb.py')]
+    local = [str(folder / name) for name in ('retinanet-r18_24e_deeppcb.py', 'retinanet-r50_24e_deeppcb.py')]
     make_config(*local, checkpoint=str(tmp_path / 'teacher.pth'), output=str(tmp_path / 'small.py'))
     monkeypatch.chdir(tmp_path)
     assert pairs_of('small.py')['fpn'][:2] == ('neck', 'neck')
@@ -90,25 +90,25 @@ def test_mistakes(tmp_path):
         message = str(caught.value).replace(str(tmp_path), '').replace(str(ROOT), '')
         assert tempfile.gettempdir() not in message  # files that nobody but the function knows
 
-    local = str(ROOT / 'configs' / 'deeppcb' / 'retinanet_r50_deeppcb.py')
+    local = str(ROOT / 'configs' / 'deeppcb' / 'retinanet-r50_24e_deeppcb.py')
     distillation = str(ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py')
     error(FileNotFoundError, 'the nearest are.*retinanet_r50_fpn_1x_coco', STUDENT.replace('1x', '9x'), TEACHER)
     error(ModuleNotFoundError, "'mmnot'", 'mmnot::x.py', TEACHER)
-    error(ValueError, 'is a distillation already', distillation, TEACHER)
+    error(ValueError, 'is already a distillation config', distillation, TEACHER)
     error(ValueError, "checkpoint='zoo' needs", STUDENT, local)
     error(FileNotFoundError, "checkpoint 'gone.pth' does not exist", STUDENT, TEACHER, checkpoint='gone.pth')
     error(ValueError, 'There is no default tap.*name one', STUDENT, 'mmpretrain::resnet/resnet34_8xb32_in1k.py')
     broken = tmp_path / 'broken.py'
     broken.write_text(f"_base_ = '{STUDENT}'\nmodel = dict(backbone=dict(type='ResNett'))\n")
-    error(ValueError, '^The config distils nothing.*ResNett', STUDENT, str(broken), checkpoint='https://x/teacher.pth')
+    error(ValueError, '^The config cannot be distilled.*ResNett', STUDENT, str(broken), checkpoint='https://x/a.pth')
     broken.write_text('model = dict(')
-    error(ValueError, 'broken.py.*is no Python', str(broken), TEACHER)
+    error(ValueError, 'broken.py.*is not valid Python', str(broken), TEACHER)
 
 
 def test_configs_in_pure_python_are_refused(tmp_path):
     student = tmp_path / 'lazy.py'
     student.write_text('from mmdet.models import RetinaNet\nmodel = dict(type=RetinaNet)\n')
-    with pytest.raises(ValueError, match=f"'{student}' is one in pure Python"):
+    with pytest.raises(ValueError, match=f"'{student}' is a pure Python config"):
         make_config(str(student), TEACHER)
 
 

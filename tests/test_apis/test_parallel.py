@@ -78,9 +78,10 @@ def test_a_failure_is_shown_and_stops_nothing_but_what_needs_it(tmp_path):
     assert (bad.returncode, needs_bad.returncode, killed.returncode) == (1, None, -signal.SIGKILL)
     assert good.ok and needs_good.ok and not needs_bad.log.exists()
     text = out.getvalue()
-    assert 'bad: failed with exit code 1' in text and 'killed: failed by SIGKILL (perhaps out of memory)' in text
+    assert 'bad: failed with exit code 1' in text
+    assert 'killed: failed with signal SIGKILL (possibly out of memory)' in text
     assert f'The end of {bad.log}:' in text and '    RuntimeError: no [red] space' in text
-    assert 'needs bad: not started: a job that it needs has failed' in text
+    assert 'needs bad: not started: a required job failed' in text
 
 
 def test_a_command_may_be_known_only_when_the_job_starts(tmp_path):

@@ -101,14 +101,14 @@ def test_costs(retinanet):
     products = 6 * denoiser + block(32) + 2 * 256**2  # adapter, align, proj
     forward = pixels * products / 1e9
     # the backward pass takes twice as much, less what leads to the teacher, and computes a few again
-    assert 2.9 * forward < retinanet['gmacs']['diffusion_part'] < 3.3 * forward
+    assert 2.9 * forward < retinanet['gmacs']['diffusion_module'] < 3.3 * forward
     assert retinanet['overhead'] == pytest.approx(
-        (retinanet['gmacs']['teacher'] + retinanet['gmacs']['diffusion_part']) / retinanet['gmacs']['student'] / 3
+        (retinanet['gmacs']['teacher'] + retinanet['gmacs']['diffusion_module']) / retinanet['gmacs']['student'] / 3
     )
     assert 25 < retinanet['kept_mib'] * 2**20 / (pixels * 256 * 4) < 27
-    # four bytes a parameter; of the diffusion part its gradient and the optimizer's momentum, too
+    # four bytes a parameter; of the diffusion module its gradient and the optimizer's momentum, too
     assert retinanet['weights_mb'] == pytest.approx(
-        dict(teacher=4 * 56.96, diffusion_part=12 * retinanet['parameters']['diffusion_part'] / 1e6), rel=1e-3
+        dict(teacher=4 * 56.96, diffusion_module=12 * retinanet['parameters']['diffusion_module'] / 1e6), rel=1e-3
     )
 
 
@@ -116,8 +116,8 @@ def test_costs(retinanet):
     'config',
     [
         'diffkd_retinanet_r101_r50.py',
-        'imagenet/diffkd_r34_r18.py',
-        'camvid/diffkd_deeplabv3_r18-half_r18-quarter_camvid.py',
+        'imagenet/diffkd_resnet34_resnet18_100e_in1k.py',
+        'camvid/diffkd_deeplabv3-r18-half_deeplabv3-r18-quarter_1500i_camvid.py',
     ],
 )
 def test_defaults_spelt_out_build_the_same(config, tmp_path):
@@ -143,13 +143,13 @@ def test_defaults_spelt_out_build_the_same(config, tmp_path):
 # a detector, a segmentor and classifiers; with an autoencoder, MLPs, attention, stochastic depth, plain distances
 COUNTED = (
     'diffkd_retinanet_r101_r50.py',
-    'diffkd_gfl_r101_r50.py',
-    'diffkd_mask-rcnn_swin-s_swin-t.py',
-    'cityscapes/diffkd_deeplabv3_r101_r18.py',
-    'ade20k/diffkd_segformer_b2_b0.py',
-    'cifar/diffkd_r50_r18_cifar10.py',
-    'imagenet/diffkd-dist_r34_r18.py',
-    'imagenet/diffkd_r50_efficientnet-b0.py',
+    'coco/diffkd_gfl-r101_gfl-r50_2x_coco.py',
+    'coco/diffkd_mask-rcnn-swin-s_mask-rcnn-swin-t_3x_coco.py',
+    'cityscapes/diffkd_deeplabv3-r101_deeplabv3-r18_40k_cityscapes.py',
+    'ade20k/diffkd_segformer-b2_segformer-b0_160k_ade20k.py',
+    'cifar/diffkd_resnet50_resnet18_200e_cifar10.py',
+    'imagenet/diffkd-dist_resnet34_resnet18_100e_in1k.py',
+    'imagenet/diffkd_resnet50_efficientnet-b0_100e_in1k.py',
 )
 
 
@@ -192,7 +192,7 @@ def test_warnings(tmp_path):
         ')\n'
     )
     found = preview(str(config), size=(320, 320))['warnings']
-    for text in ('no more than the student', 'normalisation is another', 'is missing'):
+    for text in ('no more than the student', 'normalizes images differently', 'is missing'):
         assert sum(text in warning for warning in found) == 1, text
     assert len(found) == 3  # what is compared are features, so other classes are no matter
 
@@ -202,7 +202,7 @@ def test_other_classes(small):
     assert not preview(cfg, size=(128, 128))['warnings']
     head = dict(student='bbox_head.retina_cls', teacher='bbox_head.retina_cls')
     (warning,) = preview(cfg, {'model.distill': dict(x=head)}, (128, 128))['warnings']
-    assert 'distill.x' in warning and '6 classes, the teacher 80' in warning
+    assert 'distill.x' in warning and '6 classes and the teacher 80' in warning
     head = dict(student='bbox_head.retina_reg', teacher='bbox_head.retina_reg')
     assert not preview(cfg, {'model.distill': dict(x=head)}, (128, 128))['warnings']
 
@@ -214,7 +214,7 @@ def test_other_classes_of_a_cascade_of_heads():
         x=dict(student='decode_head.1.conv_seg', teacher='decode_head.1.conv_seg'),
     )
     warnings = preview(cfg, size=(128, 128))['warnings']
-    assert any('19 classes, the teacher 150' in warning for warning in warnings)
+    assert any('19 classes and the teacher 150' in warning for warning in warnings)
 
 
 def test_taps_around_and_inside_of_checkpointed_parts(small):
@@ -285,7 +285,7 @@ def test_no_teacher_to_tap(small):
 
 def test_taps_that_give_nothing_while_the_student_trains():
     """Known before training: one that is no module call then, and one that is frozen."""
-    camvid = ROOT / 'configs' / 'camvid' / 'diffkd_deeplabv3_r18-half_r18-quarter_camvid.py'
+    camvid = ROOT / 'configs' / 'camvid' / 'diffkd_deeplabv3-r18-half_deeplabv3-r18-quarter_1500i_camvid.py'
     head = dict(student='decode_head', teacher='decode_head')
     with pytest.raises(ValueError, match="distill.x: the student's 'decode_head' is not called as a module while it"):
         preview(str(camvid), {'model.distill': dict(x=head)})
@@ -336,7 +336,7 @@ model = dict(
 @pytest.mark.parametrize(
     'config, args, message',
     [
-        ('configs/shapes/retinanet_r18-half_shapes.py', [], 'distils nothing: its model is a plain RetinaNet'),
+        ('configs/shapes/retinanet-r18-half_16e_shapes.py', [], 'is not a distillation config: its model is a plain'),
         ('configs/absent.py', [], 'absent.py'),
         (
             CONFIG,
@@ -344,9 +344,9 @@ model = dict(
             "no module 'nick' to tap; the nearest are 'neck'",
         ),
         (CONFIG, ['--list-taps', 'teacher', '--cfg-options', 'model.teacher=None'], 'has no teacher'),
-        ('x = 1', [], 'describes no model'),
-        ('model = dict(', [], "mistaken.py', or one that it inherits, is no Python"),
-        (TYPO, [], 'RetinaNett is not in the mmdet::model registry: check how RetinaNett is spelt'),
+        ('x = 1', [], 'has no model'),
+        ('model = dict(', [], "mistaken.py', or one that it inherits, is not valid Python"),
+        (TYPO, [], 'RetinaNett is not in the mmdet::model registry: check the spelling of RetinaNett'),
     ],
 )
 def test_mistakes(config, args, message, tmp_path):
@@ -373,7 +373,7 @@ def test_every_shipped_config(path, memory_full_of_nan):
     assert torch.empty(1).isnan()
     found = preview(str(path))
     assert found['pairs'] and all(min(row['student_shape']) > 0 for row in found['pairs'])
-    assert found['gmacs']['diffusion_part'] is not None
-    assert not any('not tried in a training pass' in warning for warning in found['warnings'])
+    assert found['gmacs']['diffusion_module'] is not None
+    assert not any('not checked in a training pass' in warning for warning in found['warnings'])
     # deformable convolutions do not run without numbers
-    assert (found['gmacs']['teacher'] is None) is ('reppoints_x101' in path.stem)
+    assert (found['gmacs']['teacher'] is None) is ('reppoints-x101' in path.stem)

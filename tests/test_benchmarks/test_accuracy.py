@@ -15,9 +15,9 @@ from mmengine.runner import Runner
 
 from benchmarks.accuracy import run, table
 from benchmarks.accuracy.costs import measure
-from benchmarks.accuracy.groups import GROUPS, RIVALS, WEIGHTS, base_of, cells_of, groups_of, methods_of
+from benchmarks.accuracy.groups import BASELINES, GROUPS, WEIGHTS, base_of, groups_of, methods_of, runs_of
 from benchmarks.accuracy.methods import HEAD, METHODS, changes_of
-from mmdiffkd.engine.checkpoint import PREFIX, fingerprint, without_diffusion_part
+from mmdiffkd.engine.checkpoint import PREFIX, fingerprint, without_diffusion_module
 from mmdiffkd.utils import get_model_cfg, resolve_config
 from tests.conftest import ROOT
 from tests.test_tools.test_camvid import DATA as CAMVID
@@ -25,7 +25,7 @@ from tests.test_tools.test_camvid import needs_data as needs_camvid
 from tests.test_tools.test_deeppcb import DATA as DEEPPCB
 from tests.test_tools.test_deeppcb import needs_data as needs_deeppcb
 
-CELLS = dict.fromkeys(
+RUNS = dict.fromkeys(
     (name, method)
     for name in GROUPS
     for group in groups_of(name)
@@ -39,14 +39,14 @@ RESULTS = ROOT / 'docs' / 'accuracy'
 
 def result(folder, method, seed, ap, teacher='its teacher'):
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / 'teacher.json' if method == 'teacher' else table.cell_file(folder, method, seed)
+    file = folder / 'teacher.json' if method == 'teacher' else table.run_file(folder, method, seed)
     metrics = {'coco/bbox_mAP': ap, 'coco/bbox_mAP_50': ap}
     record = dict(test=metrics, val=metrics, gamma={'diffkd.fpn.gamma.0': [0.6, 0.9], 'diffkd.fpn.gamma': [0.6, 0.9]})
     file.write_text(json.dumps(record if method == 'alone' else dict(record, teacher=teacher)))
 
 
 def rows_of(folder, group, seeds=None, costs=None):
-    return table.rows_of(table.trained(folder, cells_of('deeppcb', group, seeds), METRICS), group, costs or {})
+    return table.rows_of(table.trained(folder, runs_of('deeppcb', group, seeds), METRICS), group, costs or {})
 
 
 def test_rows(tmp_path):
@@ -71,7 +71,7 @@ def test_rows(tmp_path):
 def test_a_rival_stands_in_every_group():
     for name in GROUPS:
         for group, methods in GROUPS[name].items():
-            assert RIVALS[group] in methods and cells_of(name, group)[RIVALS[group]][:3] == [0, 1, 2]
+            assert BASELINES[group] in methods and runs_of(name, group)[BASELINES[group]][:3] == [0, 1, 2]
 
 
 def test_cells_of_two_teachers_are_no_table(tmp_path):
@@ -90,7 +90,7 @@ def test_methods_of_more_seeds_and_of_fewer(tmp_path):
         result(folder, 'diffkd', seed, ap + 0.03)
     result(folder, 'teacher', 0, 0.5)
     result(folder, 'GroupNorm', 0, 0.21)
-    assert cells_of('deeppcb', 'variants')['GroupNorm'] == cells_of('deeppcb', 'weights')['diffkd'] == [0]
+    assert runs_of('deeppcb', 'variants')['GroupNorm'] == runs_of('deeppcb', 'weights')['diffkd'] == [0]
     table.write_page('deeppcb', 'variants', tmp_path, METRICS)
     page = (tmp_path / 'deeppcb-variants.md').read_text()
     assert 'Validation split, seeds 0, 1, 2 or the first of them' in page
@@ -116,14 +116,14 @@ def test_a_table_of_some_seeds_is_printed_only(tmp_path, capsys):
 
 @pytest.mark.parametrize('name', GROUPS)
 def test_shipped_results_are_those_of_the_pages(name, tmp_path):
-    cells = {
-        table.cell_file(Path(), method, seed).name
+    runs = {
+        table.run_file(Path(), method, seed).name
         for group in groups_of(name)
-        for method, seeds in cells_of(name, group).items()
+        for method, seeds in runs_of(name, group).items()
         for seed in seeds
     }
     costs = {table.costs_file(Path(), group).name for group in groups_of(name)}
-    assert {file.name for file in (RESULTS / name).iterdir()} - costs - {'teacher.json'} == cells
+    assert {file.name for file in (RESULTS / name).iterdir()} - costs - {'teacher.json'} == runs
     for folder in {name, base_of(name)}:
         shutil.copytree(RESULTS / folder, tmp_path / folder)
     for group in groups_of(name):
@@ -161,7 +161,7 @@ def command(tmp_path, monkeypatch):
             started.append(' '.join(map(str, options)))
             if options[0] == '--teacher':
                 teach(weights)
-            elif options[0] == '--cell':
+            elif options[0] == '--run':
                 result(folder.with_name(name), options[1], options[2], 0.2, fingerprint(dict(weight=weights)))
             else:
                 costs = dict.fromkeys(['alone', 'diffkd'], dict(time=1, peak_mib=1))
@@ -178,8 +178,8 @@ def command(tmp_path, monkeypatch):
 
 
 def test_a_table_from_nothing(command):
-    cells = [f'--cell {method} {seed}' for seed in range(3) for method in ('alone', 'diffkd')]
-    assert command() == ['--teacher', *cells, '--costs']
+    runs = [f'--run {method} {seed}' for seed in range(3) for method in ('alone', 'diffkd')]
+    assert command() == ['--teacher', *runs, '--costs']
     assert (
         '| diffkd | 20.0 ± 0.0 | 20.0 ± 0.0 | +0.0 (+0.0 ... +0.0) |  | 1.00 | 1 |'
         in (command.folder.parent / 'deeppcb-recipes.md').read_text()
@@ -188,11 +188,11 @@ def test_a_table_from_nothing(command):
 
 def test_what_is_longer_has_the_same_teacher_and_costs(command):
     longer = 'deeppcb-longer', 'preset'
-    cells = [f'--cell {method} {seed}' for seed in range(3) for method in sorted(methods_of(*longer))]
-    assert command(*longer) == ['--teacher', *cells]
+    runs = [f'--run {method} {seed}' for seed in range(3) for method in sorted(methods_of(*longer))]
+    assert command(*longer) == ['--teacher', *runs]
     page = (command.folder.parent / 'deeppcb-longer-preset.md').read_text()
     assert page.startswith('# DeepPCB, three times as long: preset') and 'The teacher: AP 50.0' in page
-    assert command()[0] == '--cell alone 0'
+    assert command()[0] == '--run alone 0'
 
 
 def test_a_table_that_is_there_takes_no_teacher(command, tmp_path):
@@ -205,15 +205,15 @@ def test_a_table_that_is_there_takes_no_teacher(command, tmp_path):
 
 def test_a_result_that_was_removed_is_made_again(command):
     command()
-    table.cell_file(command.folder, 'diffkd', 1).unlink()
-    assert command() == ['--cell diffkd 1']
+    table.run_file(command.folder, 'diffkd', 1).unlink()
+    assert command() == ['--run diffkd 1']
 
 
 def test_the_student_alone_takes_no_teacher(command, tmp_path):
     command()
     (tmp_path / 'work_dirs/accuracy/deeppcb_teacher/last_checkpoint').unlink()
-    table.cell_file(command.folder, 'alone', 1).unlink()
-    assert command() == ['--cell alone 1']
+    table.run_file(command.folder, 'alone', 1).unlink()
+    assert command() == ['--run alone 1']
 
 
 def test_an_interrupted_teacher_goes_on(command):
@@ -223,11 +223,11 @@ def test_an_interrupted_teacher_goes_on(command):
 
 def test_results_of_another_teacher_are_not_added_to(command):
     command()
-    table.cell_file(command.folder, 'diffkd', 1).unlink()
+    table.run_file(command.folder, 'diffkd', 1).unlink()
     command.teach(torch.zeros(1), finished=False)
     with pytest.raises(SystemExit, match='^The teacher of .*deeppcb is not in .*--results FOLDER'):
         command()
-    assert not table.cell_file(command.folder, 'diffkd', 1).exists()
+    assert not table.run_file(command.folder, 'diffkd', 1).exists()
 
 
 @pytest.fixture(scope='module')
@@ -262,7 +262,7 @@ def arguments(tmp_path, monkeypatch, teacher_of):
 
 
 def test_data_elsewhere(arguments):
-    cfg = run.cell_config(arguments('deeppcb', 'elsewhere'), 'diffkd', 0)
+    cfg = run.run_config(arguments('deeppcb', 'elsewhere'), 'diffkd', 0)
     assert cfg.train_dataloader.dataset.data_root == 'elsewhere/'
     assert cfg.test_evaluator.ann_file == 'elsewhere/annotations/test.json'
 
@@ -279,7 +279,7 @@ class Seen(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if not self.images:
-            self.weights = fingerprint(without_diffusion_part(runner.model.state_dict()))
+            self.weights = fingerprint(without_diffusion_module(runner.model.state_dict()))
         self.images += data_batch['inputs']
         if batch_idx == 3:
             raise Enough
@@ -293,7 +293,7 @@ def test_methods_see_the_same(name, arguments):
     seen = []
     args = arguments(name, dict(deeppcb=DEEPPCB, camvid=CAMVID)[name].resolve())
     for method in ('alone', 'plus'):
-        cfg = run.cell_config(args, method, 1)
+        cfg = run.run_config(args, method, 1)
         cfg.custom_hooks, cfg.val_cfg, cfg.val_dataloader, cfg.val_evaluator = [], None, None, None
         runner = Runner.from_cfg(cfg)
         seen.append(Seen())
@@ -309,17 +309,17 @@ def test_methods_see_the_same(name, arguments):
 @pytest.mark.slow
 def test_costs(arguments):
     args = arguments('deeppcb')
-    costs = measure({method: run.cell_config(args, method, 0) for method in ('alone', 'diffkd')}, rounds=2)
+    costs = measure({method: run.run_config(args, method, 0) for method in ('alone', 'diffkd')}, rounds=2)
     assert costs['alone']['time'] == 1 and costs['diffkd']['time'] > 1
     assert costs['diffkd']['peak_mib'] > costs['alone']['peak_mib'] > 1
 
 
 @pytest.mark.parametrize(
-    'name, method', [pytest.param(*cell, marks=[] if cell in QUICK else pytest.mark.slow) for cell in CELLS]
+    'name, method', [pytest.param(*names, marks=[] if names in QUICK else pytest.mark.slow) for names in RUNS]
 )
 def test_every_cell_can_be_built(name, method, arguments):
     args = arguments(name)
-    cfg = run.cell_config(args, method, 3)
+    cfg = run.run_config(args, method, 3)
     assert not cfg.get('resume')  # a result that was removed is made again, not tested again
     assert cfg.randomness == dict(seed=3) and cfg.train_cfg.val_interval == cfg.train_cfg.get(
         'max_epochs', cfg.train_cfg.get('max_iters')
@@ -358,7 +358,7 @@ def test_longer_is_but_longer(name, arguments, tmp_path):
     assert table.teacher_file(tmp_path, longer.set) == table.teacher_file(tmp_path, name)
     assert run.has_costs(Namespace(**dict(vars(longer), group='preset')))  # an iteration costs the same
     for method in methods_of(longer.set, 'preset'):
-        cfgs = [run.cell_config(args, method, 3).to_dict() for args in (short, longer)]
+        cfgs = [run.run_config(args, method, 3).to_dict() for args in (short, longer)]
         lengths = [
             train_cfg.get('max_epochs') or train_cfg['max_iters'] for train_cfg in (c['train_cfg'] for c in cfgs)
         ]
@@ -373,8 +373,8 @@ def test_longer_is_but_longer(name, arguments, tmp_path):
 
 def test_every_cell_has_a_file_of_its_own(tmp_path):
     for name in WEIGHTS:
-        cells = {*METHODS, *methods_of(name, 'weights')}
-        assert len({table.cell_file(tmp_path, method, 0) for method in cells}) == len(cells)
+        runs = {*METHODS, *methods_of(name, 'weights')}
+        assert len({table.run_file(tmp_path, method, 0) for method in runs}) == len(runs)
 
 
 def test_a_preset_has_no_one_weight():
@@ -409,7 +409,7 @@ def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
     monkeypatch.setitem(WEIGHTS, 'deeppcb', {'pkd': (2,)})
     for method, ap in (('pkd', 0.3), ('pkd, weight 2', 0.4), ('teacher', 0.5)):
         result(tmp_path / 'deeppcb', method, 0, ap)
-        file = tmp_path / 'deeppcb' / ('teacher.json' if method == 'teacher' else table.cell_file(Path(), method, 0))
+        file = tmp_path / 'deeppcb' / ('teacher.json' if method == 'teacher' else table.run_file(Path(), method, 0))
         file.write_text(json.dumps(dict(json.loads(file.read_text()), test={'coco/bbox_mAP': 0.1})))
     table.write_page('deeppcb', 'weights', tmp_path, METRICS)
     page = (tmp_path / 'deeppcb-weights.md').read_text()
@@ -418,8 +418,8 @@ def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
 
 
 def test_metrics_of_numpy_are_written(tmp_path):
-    run.write(tmp_path / 'set' / 'cell.json', dict(test={'mIoU': np.float32(37.5)}))
-    assert json.loads((tmp_path / 'set' / 'cell.json').read_text()) == dict(test={'mIoU': 37.5})
+    run.write(tmp_path / 'set' / 'run.json', dict(test={'mIoU': np.float32(37.5)}))
+    assert json.loads((tmp_path / 'set' / 'run.json').read_text()) == dict(test={'mIoU': 37.5})
 
 
 def test_gamma_curves():

@@ -12,9 +12,9 @@ from tests.conftest import ROOT
 SMALL = {
     'neck': ['--levels', 'tiny', '--channels', '8', '--rounds', '2'],
     'scaling': ['--levels', 'tiny', '--rounds', '2'],
-    'analytic': ['configs/deeppcb/diffkd_retinanet_r50_r18_deeppcb.py', '--size', '128', '128'],
+    'analytic': ['configs/deeppcb/diffkd_retinanet-r50_retinanet-r18_24e_deeppcb.py', '--size', '128', '128'],
     'iteration': [
-        'configs/deeppcb/diffkd_retinanet_r50_r18_deeppcb.py',
+        'configs/deeppcb/diffkd_retinanet-r50_retinanet-r18_24e_deeppcb.py',
         *('--size', '128', '160', '--batch', '2', '--rounds', '2'),
     ],
 }

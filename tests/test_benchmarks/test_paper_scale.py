@@ -20,10 +20,10 @@ def test_every_config_is_there_and_measured():
 @pytest.mark.parametrize(
     'config, images, gpus',
     [
-        ('diffkd_retinanet_r101_r50', 24 * 117266, 8),
-        ('cityscapes/diffkd_deeplabv3_r101_r18', 40000 * 16, 4),
-        ('imagenet/diffkd_r34_r18', 100 * 1281167, 8),
-        ('imagenet/diffkd_swin-l_swin-t', 300 * 1281167, 16),
+        ('coco/diffkd_retinanet-r101_retinanet-r50_2x_coco', 24 * 117266, 8),
+        ('cityscapes/diffkd_deeplabv3-r101_deeplabv3-r18_40k_cityscapes', 40000 * 16, 4),
+        ('imagenet/diffkd_resnet34_resnet18_100e_in1k', 100 * 1281167, 8),
+        ('imagenet/diffkd_swin-l_swin-t_300e_in1k', 300 * 1281167, 16),
     ],
 )
 def test_schedules(config, images, gpus):
@@ -32,7 +32,13 @@ def test_schedules(config, images, gpus):
     assert schedule_of(cfg, pair.data) == dict(images=images, gpus=gpus)
 
 
-@pytest.mark.parametrize('config', ['diffkd_retinanet_r101_r50', 'cityscapes/diffkd_deeplabv3_r101_r18'])
+@pytest.mark.parametrize(
+    'config',
+    [
+        'coco/diffkd_retinanet-r101_retinanet-r50_2x_coco',
+        'cityscapes/diffkd_deeplabv3-r101_deeplabv3-r18_40k_cityscapes',
+    ],
+)
 def test_batches_have_the_size(config):
     (pair,) = (pair for pair in PAIRS if pair.config == config)
     cfg = Config.fromfile(ROOT / 'configs' / f'{config}.py')
@@ -45,7 +51,9 @@ def test_batches_have_the_size(config):
 
 
 def test_page(tmp_path):
-    results = {'diffkd_retinanet_r101_r50': dict(seconds_an_image=2.0, ratio=1.5, images=86400, gpus=8)}
+    results = {
+        'coco/diffkd_retinanet-r101_retinanet-r50_2x_coco': dict(seconds_an_image=2.0, ratio=1.5, images=86400, gpus=8)
+    }
     page = Path(tmp_path) / 'page.md'
     write_page(page, dict(machine='a CPU', versions='versions'), results)
     lines = [line for line in page.read_text().splitlines() if 'dist_train' in line]

@@ -32,7 +32,7 @@ def test_without_changes_it_is_the_papers():
 
 
 @pytest.mark.parametrize('name', VARIANTS)
-def test_student_and_diffusion_part_learn(name):
+def test_student_and_diffusion_module_learn(name):
     torch.manual_seed(0)
     neck = VariantNeck([8], [16], **VARIANTS[name])
     student, teacher = features()

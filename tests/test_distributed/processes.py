@@ -90,7 +90,7 @@ def dist_train(config, **env):
 
 
 def build(cfg, ranks):
-    """A distiller whose BatchNorms, those of the diffusion part too, take their running statistics.
+    """A distiller whose BatchNorms, those of the diffusion module too, take their running statistics.
 
     Args:
         cfg (dict): Config of the distiller.
@@ -112,7 +112,7 @@ def feed_draws(neck, ranks):
     generators = [torch.Generator().manual_seed(1000 + rank) for rank in ranks]
     forward, high = neck.forward, neck.levels[0].scheduler.num_train_timesteps
 
-    def fed(student, teacher):
+    def fed(student, teacher, context):
         draws = []
         for level in teacher:
             share = (level.size(0) // len(ranks), LATENT, *level.shape[2:])
@@ -125,7 +125,7 @@ def feed_draws(neck, ranks):
                 for generator in generators
             ]
             draws.append(NoiseInputs(*map(torch.cat, zip(*parts))))
-        return forward(student, teacher, draws)
+        return forward(student, teacher, context, draws)
 
     neck.forward = fed
 
@@ -148,7 +148,7 @@ def images(model, ranks, same_boxes=False, size=tiny.SIZE):
 
 
 def trainable(model, part=None):
-    """Number of trainable parameters; of the diffusion part (True), of the student (False), or of both."""
+    """Number of trainable parameters; of the diffusion module (True), of the student (False), or of both."""
     return sum(
         param.numel()
         for name, param in model.named_parameters()

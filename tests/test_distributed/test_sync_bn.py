@@ -1,4 +1,4 @@
-"""SyncBatchNorm takes in student and diffusion part, and leaves the teacher alone."""
+"""SyncBatchNorm takes in student and diffusion module, and leaves the teacher alone."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def distiller(tmp_path):
     return tiny.build(tiny.distiller_cfg(tmp_path, distill=PAIRS))
 
 
-def test_student_and_diffusion_part_are_converted(distiller):
+def test_student_and_diffusion_module_are_converted(distiller):
     keys, before, teacher = list(distiller.state_dict()), norms(distiller), norms(distiller.diffkd_teacher.model)
     model = convert_sync_batchnorm(distiller, 'torch')
     assert model is distiller and list(model.state_dict()) == keys

@@ -49,7 +49,7 @@ class TestRead:
         (tmp_path / 'storages').write_bytes(pickle.dumps(Attack(trace)))
         with tarfile.open(tmp_path / 'w.pth', 'w') as file:
             file.add(tmp_path / 'storages', 'storages')
-        with pytest.raises(ValueError, match='was refused because it is in torch.s format of before 2018'):
+        with pytest.raises(ValueError, match='was refused because it is in torch.s tar format from before 2018'):
             read_checkpoint(str(tmp_path / 'w.pth'))
         assert not os.path.exists(trace)
 
@@ -81,13 +81,13 @@ class TestRead:
             read_checkpoint('gone.pth')
 
     def test_folder(self, tmp_path):
-        with pytest.raises(ValueError, match='is a folder, of a sharded run it seems'):
+        with pytest.raises(ValueError, match='is a folder, probably a sharded checkpoint'):
             read_checkpoint(str(tmp_path))
 
     def test_web_page(self, tmp_path):
         (tmp_path / 'page.pth').write_text('<!DOCTYPE html><html>404</html>')
         with pytest.raises(
-            ValueError, match=r'page.pth. is no PyTorch checkpoint, it is a web page.*download it again'
+            ValueError, match=r'page.pth. is not a PyTorch checkpoint: it is a web page.*download it again'
         ):
             read_checkpoint(str(tmp_path / 'page.pth'))
 
@@ -97,22 +97,22 @@ class TestRead:
         path = save(tmp_path, dict(w=torch.ones(size)))
         with open(path, 'r+b') as file:
             file.truncate(int(os.path.getsize(path) * share))
-        with pytest.raises(ValueError, match='no PyTorch checkpoint, it is damaged'):
+        with pytest.raises(ValueError, match='not a PyTorch checkpoint: it is damaged'):
             read_checkpoint(path)
 
     @pytest.mark.parametrize('content', [b'hello', b'Repository not found', b'a: 1', b'', bytes(range(256)) * 9])
     def test_other_files(self, tmp_path, content):
         (tmp_path / 'other.pth').write_bytes(content)
-        with pytest.raises(ValueError, match='other.pth. is no PyTorch checkpoint, it is damaged'):
+        with pytest.raises(ValueError, match='other.pth. is not a PyTorch checkpoint: it is damaged'):
             read_checkpoint(str(tmp_path / 'other.pth'))
 
     @pytest.mark.parametrize(
         'content, message',
         [
-            (torch.ones(2), 'holds a Tensor instead of a state_dict'),
-            (dict(state_dict=[1]), 'holds a list instead of a state_dict'),
-            (dict(model=dict(w=torch.ones(2))), "holds no state_dict: 'model' is a dict, not a tensor"),
-            ({3: torch.ones(2)}, "holds no state_dict: '3' is a Tensor"),
+            (torch.ones(2), 'contains a Tensor instead of a state dict'),
+            (dict(state_dict=[1]), 'contains a list instead of a state dict'),
+            (dict(model=dict(w=torch.ones(2))), "has no valid state dict: 'model' is a dict, not a tensor"),
+            ({3: torch.ones(2)}, "has no valid state dict: '3' is a Tensor"),
         ],
     )
     def test_no_weights(self, tmp_path, content, message):
@@ -200,7 +200,7 @@ class TestLoadStrict:
         self.load(self.weights())
         self.load({f'module.{key}': value for key, value in self.weights().items()})
 
-    def test_counter_and_diffusion_part_do_not_matter(self):
+    def test_counter_and_diffusion_module_do_not_matter(self):
         weights = {k: v for k, v in self.weights().items() if 'num_batches' not in k}
         self.load({**weights, 'diffkd.fpn.x': torch.ones(1)})
 

@@ -48,7 +48,7 @@ def test_a_terminal_gets_one_line_in_place(monkeypatch):
 
 
 def test_what_pip_does():
-    assert pip_activity('') == 'pip looks for packages'
+    assert pip_activity('') == 'pip is resolving packages'
     output = (
         'Collecting scipy (from mmdet)\n  Downloading scipy-1.17.whl (35.1 MB)\nRequirement already satisfied: six\n'
     )

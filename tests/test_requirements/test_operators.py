@@ -74,14 +74,14 @@ def test_old_compiler(tmp_path, monkeypatch):
     compiler.write_text('#!/bin/sh\necho "unrecognized option -std=c++17" >&2\nexit 1\n')
     compiler.chmod(0o755)
     monkeypatch.setenv('CXX', str(compiler))
-    with pytest.raises(SetupError, match=r'g\+\+ 9 and newer(.|\n)*unrecognized option'):
+    with pytest.raises(SetupError, match=r'g\+\+ 9 or newer(.|\n)*unrecognized option'):
         operators.check_build(with_headers(tmp_path), tmp_path)
 
 
 def test_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(operators, 'available_memory', lambda: 0.5 * GIB)
     monkeypatch.delenv('MAX_JOBS', raising=False)
-    with pytest.raises(SetupError, match='free memory, and 0.5 are there'):
+    with pytest.raises(SetupError, match='free memory, but only 0.5 GiB are free'):
         operators.check_build(with_headers(tmp_path), tmp_path)
     monkeypatch.setenv('MAX_JOBS', '1')
     operators.check_build(with_headers(tmp_path), tmp_path)
@@ -244,13 +244,13 @@ def test_interrupted_build_goes_on(tiny_build, monkeypatch):
     find = (sys.executable, 'tiny-ops', '1.0', tiny_build.facts)
     said = []
     assert operators.find_wheel(*find, say=said.append) == wheel
-    assert said == [f'built before: {wheel}']
+    assert said == [f'wheel from an earlier setup: {wheel}']
     sources = shutil.copytree(tiny_build.folder, tiny_build.compiler.parent / 'wheels')
     shutil.rmtree(tiny_build.folder)
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('PIP_FIND_LINKS', str(sources))
     assert operators.find_wheel(*find, say=said.append) == wheel
-    assert said[1:] == [f'a ready wheel that pip knows: {wheel.name}']
+    assert said[1:] == [f'prebuilt wheel from pip: {wheel.name}']
     shutil.rmtree(tiny_build.folder)
     monkeypatch.delenv('PIP_FIND_LINKS')
     monkeypatch.setenv('PIP_CONFIG_FILE', '/dev/null')
@@ -260,7 +260,7 @@ def test_interrupted_build_goes_on(tiny_build, monkeypatch):
     index.parent.mkdir(parents=True)
     index.write_text(f'<a href="{(sources / wheel.name).as_uri()}">{wheel.name}</a>')
     assert operators.find_wheel(*find, say=said.append) == wheel
-    assert said[2:] == [f"a wheel of the packages' own index: {wheel.name}"]
+    assert said[2:] == [f"wheel from mim's index: {wheel.name}"]
 
 
 @pytest.mark.slow

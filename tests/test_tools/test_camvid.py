@@ -100,7 +100,7 @@ def test_converter_reproduces_the_set(tmp_path):
 @pytest.mark.slow
 def test_short_run_on_real_images(tmp_path):
     """The shipped config, with the path of the data overridden, for two iterations and a validation."""
-    config = ROOT / 'configs' / 'camvid' / 'diffkd_deeplabv3_r18-half_r18-quarter_camvid.py'
+    config = ROOT / 'configs' / 'camvid' / 'diffkd_deeplabv3-r18-half_deeplabv3-r18-quarter_1500i_camvid.py'
     from mmdiffkd.utils import get_model_cfg, resolve_config
 
     teacher = resolve_config(Config.fromfile(config).model.teacher.config)

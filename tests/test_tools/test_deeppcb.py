@@ -90,7 +90,7 @@ def test_converter_reproduces_the_set(tmp_path):
 @pytest.mark.slow
 def test_short_run_on_real_images(tmp_path):
     """The shipped config, with the path of the data overridden, for two iterations and a validation."""
-    config = ROOT / 'configs' / 'deeppcb' / 'diffkd_retinanet_r50_r18_deeppcb.py'
+    config = ROOT / 'configs' / 'deeppcb' / 'diffkd_retinanet-r50_retinanet-r18_24e_deeppcb.py'
     from mmdiffkd.utils import get_model_cfg, resolve_config
 
     teacher = resolve_config(Config.fromfile(config).model.teacher.config)

@@ -29,7 +29,7 @@ def test_order_of_the_trainings(monkeypatch, tmp_path, option):
     assert list(jobs) == (['teacher', *students] if option else [*students, 'teacher'])
     needs = ['teacher'] if option else []
     assert [list(jobs[name].after) for name in students] == [needs, needs, []]
-    shipped = ROOT / 'configs' / 'shapes' / 'retinanet_r18-half_shapes.pth'
+    shipped = ROOT / 'configs' / 'shapes' / 'retinanet-r18-half_16e_shapes.pth'
     assert demo.teacher_weights == (None if option else shipped) and shipped.is_file()
     if not option:
         assert f'model.teacher.checkpoint={shipped}' in jobs['student, DiffKD'].command()
@@ -63,7 +63,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
     # two trainings are running when Ctrl-C is pressed: both end
     command = [sys.executable, ROOT / 'tools' / 'demo.py', *map(str, options)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    logs = [work_dir / 'logs' / f'retinanet_r18-{width}_shapes.log' for width in ('half', 'eighth')]
+    logs = [work_dir / 'logs' / f'retinanet-r18-{model}_shapes.log' for model in ('half_16e', 'eighth_8e')]
     end = time.monotonic() + 300
     while not any(log.exists() and 'mmengine' in log.read_text() for log in logs) and time.monotonic() < end:
         time.sleep(0.1)
@@ -73,7 +73,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
     assert str(work_dir) not in subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout
 
     # one training fails: the end of its log is shown, the others finish
-    broken = work_dir / 'mse_retinanet_r18-half_r18-eighth_shapes'
+    broken = work_dir / 'mse_retinanet-r18-half_retinanet-r18-eighth_8e_shapes'
     broken.write_text('a file where a folder should be')
     done = run_tool('demo.py', *options, check=False)
     assert done.returncode == 1 and 'student, plain MSE: failed with exit code 1' in done.stdout
@@ -83,7 +83,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
 
     # the rest is done; one that lacks its validation is tested
     broken.unlink()
-    student = work_dir / 'retinanet_r18-eighth_shapes'
+    student = work_dir / 'retinanet-r18-eighth_8e_shapes'
     (student / 'result.json').unlink()
     for log in student.glob('*/vis_data/scalars.json'):
         lines = log.read_text().splitlines(keepends=True)

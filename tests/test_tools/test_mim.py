@@ -109,7 +109,7 @@ def test_segmentation(tmp_path):
             write_image(tmp_path / 'data' / 'ann_dir' / split / f'{index}.png', 11, (180, 240))
     records = mim_train(
         'mmsegmentation',
-        'configs/camvid/diffkd_deeplabv3_r18-half_r18-quarter_camvid.py',
+        'configs/camvid/diffkd_deeplabv3-r18-half_deeplabv3-r18-quarter_1500i_camvid.py',
         tmp_path,
         *(f'{loader}.dataset.data_root={tmp_path}/data/' for loader in LOADERS),
         'train_cfg.max_iters=2',
@@ -121,7 +121,7 @@ def test_segmentation(tmp_path):
 
 @pytest.mark.slow
 def test_classification(tmp_path):
-    config = 'configs/shape_classes/diffkd_r18-half_r18-eighth_shape-classes.py'
+    config = 'configs/shape_classes/diffkd_resnet18-half_resnet18-eighth_12e_shape-classes.py'
     for split in ('train', 'val'):
         for name in Config.fromfile(ROOT / config).metainfo.classes:
             write_image(tmp_path / 'data' / split / name / '0.jpg', 256, (64, 64, 3))

@@ -44,7 +44,7 @@ _base_ = 'config.py'
 custom_imports = dict(imports=['mmpretrain.models', 'mmdiffkd', 'by_position'], allow_failed_imports=False)
 optim_wrapper = dict(constructor='LastParameterConstructor')
 """
-# the distilled model ends with the diffusion part
+# the distilled model ends with the diffusion module
 LAST_PARAMETER = """
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -130,7 +130,10 @@ def test_what_differs_is_named(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ("_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'", 'distils nothing: its model is a plain RetinaNet'),
+        (
+            "_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'",
+            'is not a distillation config: its model is a plain RetinaNet',
+        ),
         (
             CONVNEXT.replace('retinanet_r101_fpn_2x', 'retinanet_r102'),
             "There is no config 'mmdet::retinanet/retinanet_r102",

@@ -1,4 +1,4 @@
-"""Averages of the weights: of the student and its diffusion part, by upstream's formulas, without the teacher."""
+"""Averages of the weights: of the student and its diffusion module, by upstream's formulas, without the teacher."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from mmdiffkd.engine.checkpoint import without_diffusion_part
+from mmdiffkd.engine.checkpoint import without_diffusion_module
 from tests import tiny
 
 MOMENTUM, GAMMA = 0.2, 3
@@ -85,7 +85,7 @@ def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, 
     # no teacher in it
     assert ema.module.diffkd_teacher is model.diffkd_teacher
     plain = MODELS.build(tiny.detector())
-    student = without_diffusion_part(ema.module.state_dict())
+    student = without_diffusion_module(ema.module.state_dict())
     assert list(student) == list(plain.state_dict())
     assert len(ema.state_dict()) == len(model.state_dict()) + 1  # the count of its updates
     content = torch.load(tmp_path / 'run' / 'iter_4.pth', weights_only=False)
@@ -101,7 +101,7 @@ def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, 
         torch.testing.assert_close(content['state_dict'][key], expected[key])
         torch.testing.assert_close(content['ema_state_dict'][f'module.{key}'], history[-1][key])
     assert content['ema_state_dict']['steps'] == (3 if 'begin_iter' in hook else 4)
-    plain.load_state_dict(without_diffusion_part(content['state_dict']))
+    plain.load_state_dict(without_diffusion_module(content['state_dict']))
 
 
 def test_average_goes_on_after_resuming(runner, distiller_cfg, tmp_path):

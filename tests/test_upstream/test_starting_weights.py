@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmdiffkd.engine.checkpoint import PREFIX, without_diffusion_part
+from mmdiffkd.engine.checkpoint import PREFIX, without_diffusion_module
 from tests import tiny
 
 FRESH = 'The checkpoint has no diffusion module (diffkd.*); its weights are initialized.'
@@ -22,7 +22,7 @@ def start(runner, tmp_path):
     return train
 
 
-def diffusion_part(state_dict):
+def diffusion_module(state_dict):
     return {key: value for key, value in state_dict.items() if key.startswith(PREFIX)}
 
 
@@ -34,8 +34,8 @@ def assert_equal(found, expected):
 def test_one_seed_gives_one_student(start, tmp_path):
     distilled, log = start(tiny.distiller_cfg(tmp_path), 'distilled')
     alone, _ = start(tiny.detector(), 'alone')
-    assert_equal(without_diffusion_part(distilled), alone)
-    assert diffusion_part(distilled)
+    assert_equal(without_diffusion_module(distilled), alone)
+    assert diffusion_module(distilled)
     assert FRESH not in log
 
 
@@ -48,9 +48,9 @@ def test_initialisation_of_every_layer_of_the_student(start, tmp_path):
     alone, _ = start(student, 'alone')
     cfg.student = tiny.detector()
     default, _ = start(cfg, 'default')
-    assert_equal(without_diffusion_part(initialised), alone)
+    assert_equal(without_diffusion_module(initialised), alone)
     assert not torch.equal(alone['bbox_head.retina_cls.weight'], default['bbox_head.retina_cls.weight'])
-    assert_equal(diffusion_part(initialised), diffusion_part(default))
+    assert_equal(diffusion_module(initialised), diffusion_module(default))
 
 
 def test_checkpoint_of_the_plain_student(runner, start, tmp_path):
@@ -63,9 +63,9 @@ def test_checkpoint_of_the_plain_student(runner, start, tmp_path):
     cfg = tiny.distiller_cfg(tmp_path)
     fresh, _ = start(cfg, 'fresh')
     loaded, log = start(cfg, 'loaded', load_from=str(file))
-    assert_equal(without_diffusion_part(loaded), content['state_dict'])
+    assert_equal(without_diffusion_module(loaded), content['state_dict'])
     assert any(not torch.equal(loaded[key], fresh[key]) for key in content['state_dict'])
-    assert_equal(diffusion_part(loaded), diffusion_part(fresh))
+    assert_equal(diffusion_module(loaded), diffusion_module(fresh))
     assert log.count(FRESH) == 1
     assert 'missing keys' not in log and 'unexpected key' not in log
     assert f'Load checkpoint from {file}' in log
@@ -80,8 +80,8 @@ def test_checkpoint_of_the_distilled_student(runner, start, tmp_path):
     assert_equal(second, content)
     assert FRESH not in log
     alone, log = start(tiny.detector(), 'alone', load_from=str(file))
-    assert_equal(alone, without_diffusion_part(content))
-    assert 'missing keys' not in log  # upstream names the diffusion part's keys as unexpected
+    assert_equal(alone, without_diffusion_module(content))
+    assert 'missing keys' not in log  # upstream names the diffusion module's keys as unexpected
 
 
 def test_pretrained_backbone(start, tmp_path):
@@ -99,10 +99,10 @@ def test_pretrained_backbone(start, tmp_path):
     cfg.student = tiny.detector()
     fresh, _ = start(cfg, 'fresh')
 
-    assert_equal(without_diffusion_part(pretrained), alone)
+    assert_equal(without_diffusion_module(pretrained), alone)
     for key, value in backbone.items():
         torch.testing.assert_close(pretrained[f'backbone.{key}'], value, rtol=0, atol=0)
     moved = [key for key in pretrained if key.startswith('neck.') and key.endswith('.weight')]
     assert moved and not any(torch.equal(pretrained[key], donor['state_dict'][key]) for key in moved)
-    assert_equal(diffusion_part(pretrained), diffusion_part(fresh))
+    assert_equal(diffusion_module(pretrained), diffusion_module(fresh))
     assert 'missing keys' not in log and 'unexpected key' not in log

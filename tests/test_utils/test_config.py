@@ -45,7 +45,7 @@ def test_scope_of_the_config_itself_is_kept():
         ('mmdet::retinanet/retinanet_r101_fpn_2x_coc.py', FileNotFoundError, "nearest are '?retinanet/retinanet_r101"),
         ('mmgone::a/b.py', ModuleNotFoundError, "package 'mmgone' of the config 'mmgone::a/b.py' is not installed"),
         ('torch::a/b.py', FileNotFoundError, "package 'torch' ships no configs"),
-        (dict(backbone=dict()), ValueError, "describes no model: there is no 'model' with a 'type'"),
+        (dict(backbone=dict()), ValueError, "a dict.* has no model: it needs a 'model' dict with a 'type'"),
         (3, TypeError, 'must be a path, pkg::path or a dict, not int'),
     ],
 )
@@ -62,7 +62,7 @@ def test_weights_of_the_zoo():
     'source, message',
     [
         ('retinanet.py', "needs a config of an installed package.*not 'retinanet.py'"),
-        (dict(), 'not given in place'),
+        (dict(), 'not a dict;'),
         ('mmdet::retinanet/mine.py', 'model index lists no weights for mmdet::retinanet/mine.py'),
     ],
 )

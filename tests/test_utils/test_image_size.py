@@ -49,13 +49,13 @@ def test_what_comes_last_counts():
 @pytest.mark.parametrize(
     'config, size',
     [
-        ('shapes/diffkd_retinanet_r18-half_r18-eighth_shapes.py', (128, 128)),
-        ('camvid/diffkd_deeplabv3_r18-half_r18-quarter_camvid.py', (160, 160)),
-        ('shape_classes/diffkd_r18-half_r18-eighth_shape-classes.py', (64, 64)),
-        ('cityscapes/diffkd_deeplabv3_r101_r18.py', (512, 1024)),
-        ('cifar/diffkd_r50_r18_cifar100.py', (32, 32)),
-        ('imagenet/diffkd_swin-l_swin-t.py', (224, 224)),
-        ('diffkd_yolox_l_s.py', (640, 640)),
+        ('shapes/diffkd_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py', (128, 128)),
+        ('camvid/diffkd_deeplabv3-r18-half_deeplabv3-r18-quarter_1500i_camvid.py', (160, 160)),
+        ('shape_classes/diffkd_resnet18-half_resnet18-eighth_12e_shape-classes.py', (64, 64)),
+        ('cityscapes/diffkd_deeplabv3-r101_deeplabv3-r18_40k_cityscapes.py', (512, 1024)),
+        ('cifar/diffkd_resnet50_resnet18_200e_cifar100.py', (32, 32)),
+        ('imagenet/diffkd_swin-l_swin-t_300e_in1k.py', (224, 224)),
+        ('diffkd_yolox-l_yolox-s_300e_coco.py', (640, 640)),
     ],
 )
 def test_shipped_configs(config, size):

@@ -77,7 +77,7 @@ def param_settings(model: nn.Module, optim_wrapper_cfg: dict) -> Dict[str, Optio
 
 
 def print_table(alone: nn.Module, before: dict, distilled: nn.Module, after: dict) -> None:
-    """Parameters and their elements by learning rate and weight decay: the student's, then the diffusion part's."""
+    """Parameters and their elements by learning rate and weight decay: the student's, then the diffusion module's."""
     tables = [_count(alone, before), _count(distilled, after)]
     print(f'{"":<29} {"without distillation":>25} {"with distillation":>25}')
     print(ROW.format('', 'lr', 'decay', *['parameters', 'elements'] * 2))

@@ -103,20 +103,20 @@ def show(result) -> None:
     labels = dict(
         student='student, forward',
         teacher='teacher, whole; multiply-adds as far as its last tap',
-        diffusion_part='diffusion part, forward and backward',
+        diffusion_module='diffusion module, forward and backward',
     )
     for key, label in labels.items():
         gmacs = result['gmacs'][key]
         table.add_row(label, f'{result["parameters"][key] / 1e6:.2f}', '?' if gmacs is None else f'{gmacs:.1f}')
     console.print(table)
     if result['overhead'] is not None:
-        print(f"Teacher and diffusion part: {result['overhead']:.2f} times the operations of the student's own step.")
+        print(f"Teacher and diffusion module: {result['overhead']:.2f} times the operations of the student's own step.")
     print('Multiply-adds of convolutions and matrix products are counted; no time is measured.')
-    teacher, part = (f'{result["weights_mb"][name]:.0f} MB' for name in ('teacher', 'diffusion_part'))
+    teacher, part = (f'{result["weights_mb"][name]:.0f} MB' for name in ('teacher', 'diffusion_module'))
     print(f'Memory for weights in float32: teacher {teacher}.')
-    print(f'Memory for weights, gradients and momentum of SGD of the diffusion part: {part} (with AdamW a third more).')
+    print(f'Memory for the diffusion module: weights, gradients and momentum of SGD {part}, with AdamW a third more.')
     if result['kept_mib'] is not None:
-        print(f'Memory for the backward pass of the diffusion part: {result["kept_mib"]:.0f} MiB an image in float32.')
+        print(f'Memory that it saves for the backward pass: {result["kept_mib"]:.0f} MiB per image in float32.')
     print(f'\nWhat is distilled, to paste and change:\n\n{result["distill"]}')
     for warning in result['warnings']:
         print(f'\nWarning: {warning}')

@@ -20,8 +20,8 @@ def main():
     with exit_on_mistake(), without_gc():
         import torch
 
-        from mmdiffkd.apis import read_config
-        from mmdiffkd.apis.export import student_config, student_weights
+        from mmdiffkd.apis import student_config, student_weights
+        from mmdiffkd.utils import read_config
 
         config = student_config(read_config(args.config))
         weights = student_weights(args.checkpoint)

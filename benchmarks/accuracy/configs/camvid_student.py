@@ -1,5 +1,5 @@
 # A short schedule: what a student learns from its teacher shows soonest there.
-_base_ = '../../../configs/camvid/deeplabv3_r18-quarter_camvid.py'
+_base_ = '../../../configs/camvid/deeplabv3-r18-quarter_camvid.py'
 max_iters = 1000
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = _base_.param_scheduler

@@ -1,5 +1,5 @@
 # Twice the batch and four times the schedule of the student.
-_base_ = '../../../configs/camvid/deeplabv3_r18-half_camvid.py'
+_base_ = '../../../configs/camvid/deeplabv3-r18-half_camvid.py'
 train_dataloader = dict(batch_size=8)
 max_iters = 4000
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)

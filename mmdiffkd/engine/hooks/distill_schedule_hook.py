@@ -12,28 +12,29 @@ from .utils import require_distiller, require_optimizer
 
 @HOOKS.register_module()
 class DistillScheduleHook(Hook):
-    """Warm up, decay, start and stop the distillation.
+    """Schedule of the distillation: start, end, warmup, decay and interval.
 
-    Within ``[begin, end)`` the weight of every ``loss_kd`` rises linearly from 0 to 1 over ``warmup`` and falls to 0
-    over the last ``decay``. The diffusion part learns at full weight all the while, warm-up included. Outside, neither
-    the teacher nor the diffusion part is run, and the latter's weights stay as they are. The weight depends on the
-    iteration alone, so a resumed run goes on where it was. It is logged as ``diffkd.weight``.
+    Within ``[begin, end)``, the weight of every ``loss_kd`` rises linearly from 0 to 1 over ``warmup`` and falls to 0
+    over the last ``decay``. The diffusion module trains at full weight, also during warmup and decay. Outside, neither
+    the teacher nor the diffusion module runs, and the weights of the diffusion module do not change. The weight depends
+    only on the iteration, so a resumed run continues the schedule. It is logged as ``diffkd.weight``.
 
-    Under DDP the idle diffusion part still takes part in the exchange of gradients, as zeros: its share of the
-    parameters is what that costs. Without a teacher the hook does nothing.
+    Under DDP, the idle diffusion module contributes zero gradients to the all-reduce, which costs communication in
+    proportion to its parameters. Without a teacher, the hook does nothing.
 
     Args:
-        begin (int): First epoch or iteration with distillation, from 0. Defaults to 0.
-        end (int, optional): First one without it again. None never stops. Defaults to None.
-        warmup (float): Length of the rise. Defaults to 0.
-        decay (float): Length of the fall before ``end``, or before the end of the training. Defaults to 0.
-        interval (int): Distil every so many iterations only, from ``begin`` on. In between neither the teacher nor the
-            diffusion part is run, and the log repeats the last values. Defaults to 1.
-        by_epoch (bool): Whether these, but for ``interval``, are epochs (only in epoch-based loops) or iterations.
-            Defaults to True.
+        begin (int): First epoch or iteration with distillation, counted from 0. Defaults to 0.
+        end (int, optional): First epoch or iteration without distillation. None distills until the end of the training.
+            Defaults to None.
+        warmup (float): Length of the warmup. Defaults to 0.
+        decay (float): Length of the decay before ``end``, or before the end of the training. Defaults to 0.
+        interval (int): Distill only every ``interval`` iterations, counted from ``begin``. In between, neither the
+            teacher nor the diffusion module runs, and the log repeats the last values. Defaults to 1.
+        by_epoch (bool): Whether ``begin``, ``end``, ``warmup`` and ``decay`` are in epochs (epoch-based loops only) or
+            in iterations. ``interval`` is always in iterations. Defaults to True.
 
     Raises:
-        ValueError: If the numbers leave no distillation.
+        ValueError: If a number is negative, ``interval`` is below 1, or warmup and decay exceed ``[begin, end)``.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class DistillScheduleHook(Hook):
         by_epoch: bool = True,
     ):
         if interval < 1:
-            raise ValueError(f'DistillScheduleHook(interval={interval}) must be 1, every iteration, or more.')
+            raise ValueError(f'DistillScheduleHook(interval={interval}) must be 1 (every iteration) or more.')
         if min(begin, warmup, decay) < 0 or (end is not None and not begin + max(warmup + decay, 1) <= end):
             raise ValueError(
-                f'DistillScheduleHook(begin={begin}, end={end}, warmup={warmup}, decay={decay}): none may be negative, '
-                'and warmup and decay must fit between begin and end.'
+                f'DistillScheduleHook(begin={begin}, end={end}, warmup={warmup}, decay={decay}): no value may be '
+                'negative, and warmup and decay must fit between begin and end.'
             )
         self.begin = begin
         self.end = end
@@ -58,23 +59,24 @@ class DistillScheduleHook(Hook):
         self.decay = decay
         self.interval = interval
         self.by_epoch = by_epoch
-        self._has_learnt = False  # since the last step of the optimizer
+        self._has_learnt = False  # since the last optimizer step
         self._handle = None
 
     def before_train(self, runner: Runner) -> None:
-        """Convert epochs to iterations and take hold of the optimizers.
+        """Convert epochs to iterations, and register a hook on the optimizer.
 
         Raises:
-            TypeError: If the model is no distiller, or the optimizer none of torch's.
-            ValueError: If epochs are given in an iteration-based loop, or the schedule does not fit into the training.
+            TypeError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
+            ValueError: If epochs are given in an iteration-based loop, the schedule exceeds the training, or the
+                diffusion module has no parameters.
         """
         model = require_distiller(runner, self)
         unit = 1
         if self.by_epoch:
             if not isinstance(runner.train_loop, EpochBasedTrainLoop):
                 raise ValueError(
-                    f'DistillScheduleHook counts epochs, but the {type(runner.train_loop).__name__} has none; give '
-                    'iterations and by_epoch=False.'
+                    f'DistillScheduleHook counts epochs, but the {type(runner.train_loop).__name__} has none; set '
+                    'by_epoch=False and give iterations.'
                 )
             unit = len(runner.train_dataloader)
         self._begin, self._warmup, self._decay = self.begin * unit, self.warmup * unit, self.decay * unit
@@ -91,21 +93,20 @@ class DistillScheduleHook(Hook):
         part = list(model.diffkd.parameters())
         if not part:
             raise ValueError(
-                'DistillScheduleHook finds no parameters of the diffusion part: under FSDP it needs '
-                'use_orig_params=True.'
+                'DistillScheduleHook found no parameters in the diffusion module; with FSDP, set use_orig_params=True.'
             )
         optimizer = require_optimizer(runner, self)
-        self.after_train(runner)  # the hook of an earlier run
-        self._handle = optimizer.register_step_pre_hook(lambda *args: self._hold_still(part))
+        self.after_train(runner)  # removes the hook of an earlier run
+        self._handle = optimizer.register_step_pre_hook(lambda *args: self._clear_unused_gradients(part))
 
     def after_train(self, runner: Runner) -> None:
-        """Let go of the optimizer."""
+        """Remove the hook from the optimizer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def weight(self, iteration: int) -> Optional[float]:
-        """The weight of ``loss_kd`` in an iteration, counted from 0; None where nothing is distilled."""
+        """Return the weight of ``loss_kd`` in an iteration, counted from 0; None without distillation."""
         if not self._begin <= iteration < self._end or (iteration - self._begin) % self.interval:
             return None
         rise = (iteration + 1 - self._begin) / self._warmup if self._warmup else 1.0
@@ -113,7 +114,7 @@ class DistillScheduleHook(Hook):
         return min(1.0, rise, fall)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Set the weight of this iteration."""
+        """Set the distillation weight of this iteration."""
         model = require_distiller(runner, self)
         if model.diffkd_teacher is None:
             return
@@ -121,14 +122,14 @@ class DistillScheduleHook(Hook):
         state = model.distill_state
         state.enabled, state.weight = weight is not None, 1.0 if weight is None else weight
         self._has_learnt |= state.enabled
-        if not self._begin <= runner.iter < self._end:  # the log would go on showing the last values
+        if not self._begin <= runner.iter < self._end:  # else the log would repeat the last values
             scalars, pairs = runner.message_hub.log_scalars, tuple(f'train/{PREFIX}{pair}.' for pair in model.pairs)
             for key in [key for key in scalars if key.startswith(pairs)]:
                 del scalars[key]
         runner.message_hub.update_scalar('train/diffkd.weight', weight or 0.0)
 
-    def _hold_still(self, part: list) -> None:
-        """Without a gradient neither momentum nor weight decay moves the part where it was idle since the last step."""
+    def _clear_unused_gradients(self, part: list) -> None:
+        """Clear gradients of an idle diffusion module, so that momentum and weight decay do not change its weights."""
         if not self._has_learnt:
             for parameter in part:
                 parameter.grad = None

@@ -14,71 +14,71 @@ from mmdiffkd.registry import HOOKS
 from .utils import get_distiller, require_distiller, require_optimizer
 
 POLICIES = ('raise', 'skip')
-SCALAR = 'diffkd.skipped'  # its name in the log and in the message hub
+SCALAR = 'diffkd.skipped'  # name in the log and in the message hub
 
 
 @HOOKS.register_module()
 class NonFiniteHook(Hook):
-    """Say where a loss or gradient stops being finite, and stop there or leave the step out.
+    """Detect losses and gradients that are not finite, and stop the run or skip the step.
 
-    The distiller itself stops at a loss that is not finite. This hook also looks at the gradients, just before the
-    optimizer uses them, and can skip instead. All ranks decide alike. A skipped step moves no weight, neither by
-    momentum nor by weight decay, and its batch leaves no trace in the running statistics of BatchNorm. With gradient
-    accumulation the whole step is left out. Under fp16 the loss scaler skips gradients that overflow by itself, which
-    is normal and not counted here.
+    Without this hook, the distiller stops at a loss that is not finite. The hook also checks the gradients just before
+    the optimizer step, and can skip the step on all ranks instead of stopping. A skipped step changes neither the
+    weights, not even by momentum or weight decay, nor the running statistics of BatchNorm. With gradient accumulation,
+    the whole step is skipped. With fp16, the loss scaler itself skips gradients that overflow; this is normal and not
+    counted here.
 
     Args:
-        policy (str): ``'raise'`` or ``'skip'``. Defaults to ``'raise'``.
-        max_consecutive_skips (int): Stop when more steps than this are skipped in a row. Defaults to 20.
+        policy (str): ``'raise'`` stops the run, ``'skip'`` skips the step. Defaults to ``'raise'``.
+        max_consecutive_skips (int): Stop after more than this number of skipped steps in a row. Defaults to 20.
 
     Raises:
-        ValueError: If there is no such policy.
+        ValueError: If ``policy`` is unknown.
     """
 
     priority = 'ABOVE_NORMAL'  # before EMAHook copies the buffers
 
     def __init__(self, policy: str = 'raise', max_consecutive_skips: int = 20):
         if policy not in POLICIES:
-            raise ValueError(f"NonFiniteHook has no policy '{policy}', only {' and '.join(map(repr, POLICIES))}.")
+            raise ValueError(f"NonFiniteHook(policy='{policy}') must be one of {', '.join(map(repr, POLICIES))}.")
         self.policy = policy
         self.max_consecutive_skips = max_consecutive_skips
         self._handle = None
         self._consecutive = 0
         self._causes: List[str] = []  # since the last step
-        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # with their values before the iteration
+        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # each with its value before the iteration
 
     def before_train(self, runner: Runner) -> None:
-        """Watch the model and its optimizer.
+        """Enable the checks of the distiller, and register a hook on the optimizer.
 
         Raises:
-            TypeError: If the model is no distiller, or the optimizer none of torch's.
+            TypeError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
         """
         model = require_distiller(runner, self)
         model.distill_state.skip_non_finite = self.policy == 'skip'
         model.distill_state.record_tap_gradients = True
         names = {parameter: name for name, parameter in model.named_parameters()}
         optimizer = require_optimizer(runner, self)
-        self.after_train(runner)  # the hook of an earlier run
+        self.after_train(runner)  # removes the hook of an earlier run
         self._handle = optimizer.register_step_pre_hook(lambda *args: self._check(runner, model, optimizer, names))
         if self.policy == 'skip':
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def after_train(self, runner: Runner) -> None:
-        """Let go of the optimizer."""
+        """Remove the hook from the optimizer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Keep the buffers, to bring them back if the iteration is skipped."""
+        """Save the buffers, to restore them if the iteration is skipped."""
         if self._buffers:
             live, kept = zip(*self._buffers)
             torch._foreach_copy_(list(kept), list(live))
 
     def _check(self, runner: Runner, model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> None:
-        """Before a step: raise, or take the gradients away; optimizers pass over parameters without one."""
+        """Before a step, raise an error, or clear all gradients so that the optimizer skips the parameters."""
         if getattr(optimizer, 'found_inf', None) is not None and optimizer.found_inf:
-            return  # the loss scaler's, which leaves the step to fused optimizers to skip
+            return  # set by the loss scaler; fused optimizers skip the step themselves
         if not (self._causes or model.distill_state.non_finite_losses):
             gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
             is_finite = _all_finite(gradients)
@@ -89,15 +89,15 @@ class NonFiniteHook(Hook):
             if self.policy == 'raise':
                 raise FloatingPointError(
                     f'The gradient is not finite in iteration {runner.iter}: {", ".join(self._causes)}. Lower the '
-                    "learning rate, or leave such steps out: dict(type='mmdiffkd.NonFiniteHook', policy='skip')."
+                    "learning rate, or skip such steps with dict(type='mmdiffkd.NonFiniteHook', policy='skip')."
                 )
         optimizer.zero_grad(set_to_none=True)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Report and count what was skipped.
+        """Log and count skipped steps, and restore the buffers.
 
         Raises:
-            FloatingPointError: If too many steps in a row were skipped.
+            FloatingPointError: If more than ``max_consecutive_skips`` steps in a row were skipped.
         """
         losses = get_distiller(runner).distill_state.non_finite_losses
         made_a_step = runner.optim_wrapper.should_update()
@@ -116,19 +116,20 @@ class NonFiniteHook(Hook):
         runner.message_hub.update_info(SCALAR, count)
         runner.message_hub.update_scalar(f'train/{SCALAR}', count)
         print_log(
-            f'Iteration {runner.iter} was skipped: not finite were {causes} ({count} skipped so far).',
+            f'Iteration {runner.iter} was skipped because of non-finite values in {causes} ({count} skipped so far).',
             logger='current',
             level=WARNING,
         )
         if self._consecutive > self.max_consecutive_skips:
             raise FloatingPointError(
                 f'{self._consecutive} steps in a row were not finite, the last one in iteration {runner.iter}: '
-                f'{causes}. The run cannot recover from this; resume an earlier checkpoint with a lower learning rate.'
+                f'{causes}. The run cannot recover from this; resume from an earlier checkpoint with a lower '
+                'learning rate.'
             )
 
 
 def _all_finite(gradients: List[torch.Tensor]) -> torch.Tensor:
-    """Whether all are, as 1.0 or 0.0. The norms are quick, but can overflow where no gradient is infinite."""
+    """Return 1.0 if all gradients are finite, else 0.0. Norms are fast, but can overflow for finite gradients."""
     if not gradients:
         return torch.ones(())
     is_finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
@@ -138,13 +139,13 @@ def _all_finite(gradients: List[torch.Tensor]) -> torch.Tensor:
 
 
 def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:
-    """Where the gradient broke, on any rank: pairs and levels if it came through taps, else parameters."""
+    """Name the non-finite gradients of all ranks: pairs and levels of taps, or else parameters."""
     sums = model.distill_state.tap_gradients.items()
     found = [f'diffkd.{pair}, level {level}' for (pair, level), total in sums if not total.isfinite()]
     if not found:
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         found = [names.get(p, 'a parameter outside the model') for p in parameters if not p.grad.isfinite().all()]
-        if found and len(found) == len(parameters):  # clipping by the total norm has spread it
+        if found and len(found) == len(parameters):  # clipping by the total norm affects all gradients
             found = ['all parameters']
         elif len(found) > 4:
             found = [*found[:4], f'{len(found) - 4} more parameters']

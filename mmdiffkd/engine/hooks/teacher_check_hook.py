@@ -16,13 +16,14 @@ from .utils import require_distiller
 class TeacherCheckHook(Hook):
     """Evaluate the teacher on the validation set once, before the first iteration.
 
-    Its metrics are written to the log under ``teacher/``. A teacher that is no good wastes the whole run. It must
+    This finds a wrong checkpoint before the training. The metrics are logged under ``teacher/``. The teacher must
     predict the classes of the validation set. A resumed run does not repeat the check.
 
     Args:
-        min_score (float, optional): Lowest value of the metric to go on with. Defaults to None, which only logs.
-        metric (str, optional): Its name, such as ``'coco/bbox_mAP'``; higher must be better. Defaults to the first
-            one that the evaluator returns.
+        min_score (float, optional): Lowest accepted value of the metric; below it, the run stops. None only logs the
+            metrics. Defaults to None.
+        metric (str, optional): Name of the metric, such as ``'coco/bbox_mAP'``; higher must be better. Defaults to the
+            first metric that the evaluator returns.
     """
 
     def __init__(self, min_score: Optional[float] = None, metric: Optional[str] = None, **old_keys):
@@ -33,11 +34,11 @@ class TeacherCheckHook(Hook):
         self.metric = metric
 
     def before_train(self, runner: Runner) -> None:
-        """Evaluate it, on all ranks.
+        """Evaluate the teacher, on all ranks.
 
         Raises:
-            TypeError: If the model is no distiller.
-            ValueError: If there is no validation set, or the teacher cannot be evaluated on it or is below
+            TypeError: If the model is not a distiller.
+            ValueError: If there is no validation set, or the teacher cannot be evaluated on it or scores below
                 ``min_score``.
         """
         model = require_distiller(runner, self)
@@ -54,14 +55,14 @@ class TeacherCheckHook(Hook):
         if self.min_score is not None and not metrics[name] >= self.min_score:
             raise ValueError(
                 f'The teacher ({model.diffkd_teacher.name}) reaches {name} {metrics[name]:.4f} on the validation set, '
-                f'below min_score={self.min_score}: look at its checkpoint, its classes and its image normalisation.'
+                f'below min_score={self.min_score}: check its checkpoint, classes and image normalization.'
             )
 
     @torch.no_grad()
     def _evaluate(self, runner: Runner, teacher: torch.nn.Module) -> Dict[str, float]:
         loader, evaluator = runner.val_dataloader, runner.val_loop.evaluator
         teacher.to(next(runner.model.parameters()).device)
-        with torch.random.fork_rng(devices=[]):  # the run draws what it draws without the check
+        with torch.random.fork_rng(devices=[]):  # the check does not change the random numbers of the run
             for batch in loader:
                 outputs = teacher.val_step(batch)
                 with _other_classes():
@@ -72,11 +73,11 @@ class TeacherCheckHook(Hook):
 
 @contextmanager
 def _other_classes() -> Iterator[None]:
-    """Evaluators look labels up in the classes of the data set."""
+    """Explain lookup errors of evaluators, which occur if the data set does not have the classes of the teacher."""
     try:
         yield
     except (IndexError, KeyError) as error:
         raise ValueError(
-            'The teacher cannot be evaluated on the validation set, perhaps because it predicts other classes '
-            f'({type(error).__name__}: {error}); leave TeacherCheckHook out then.'
+            'The teacher cannot be evaluated on the validation set, perhaps because it predicts different classes '
+            f'({type(error).__name__}: {error}); in that case, remove TeacherCheckHook.'
         ) from error

@@ -1,4 +1,4 @@
-"""What the hooks take from a runner."""
+"""Access to the distiller and the optimizer of a runner."""
 
 from typing import Optional
 
@@ -11,16 +11,16 @@ from mmdiffkd.models import DiffKDDistiller
 
 
 def get_distiller(runner: Runner) -> Optional[DiffKDDistiller]:
-    """The distiller that a runner trains, taken out of DDP and the like; None if its model is none."""
+    """Return the distiller of a runner, without wrappers such as DDP; None if the model is not a distiller."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     return model if isinstance(model, DiffKDDistiller) else None
 
 
 def require_distiller(runner: Runner, hook: Hook) -> DiffKDDistiller:
-    """The distiller that a hook cannot do without.
+    """Return the distiller of a runner.
 
     Raises:
-        TypeError: If the model is none.
+        TypeError: If the model is not a distiller.
     """
     model = get_distiller(runner)
     if model is None:
@@ -31,15 +31,15 @@ def require_distiller(runner: Runner, hook: Hook) -> DiffKDDistiller:
 
 
 def require_optimizer(runner: Runner, hook: Hook) -> Optimizer:
-    """The torch optimizer whose steps a hook watches.
+    """Return the torch optimizer of a runner.
 
     Raises:
-        TypeError: If there are several, or it is none of torch's, as with DeepSpeed.
+        TypeError: If there are several optimizers, or the optimizer is not a torch optimizer, as with DeepSpeed.
     """
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f'{type(hook).__name__} needs one optimizer of torch, but {type(runner.optim_wrapper).__name__} has '
-            f'{"several or none" if optimizer is None else "a " + type(optimizer).__name__}; leave the hook out.'
+            f'{type(hook).__name__} needs a single torch optimizer, but {type(runner.optim_wrapper).__name__} has '
+            f'{"several or none" if optimizer is None else "a " + type(optimizer).__name__}; remove the hook.'
         )
     return optimizer

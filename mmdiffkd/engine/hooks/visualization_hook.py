@@ -18,19 +18,20 @@ from .utils import require_distiller
 
 @HOOKS.register_module()
 class DiffKDVisualizationHook(Hook):
-    """Draw what is compared: student, noised, denoised and teacher features, and the errors before and after.
+    """Draw student, noised, denoised and teacher features, and the errors before and after denoising.
 
-    Of the first image of a batch, a picture for every pair and level, and a strip of its denoising steps, in the first
-    iteration and then every ``interval`` of them. They go to all backends of the visualizer, named
-    ``diffkd.<pair>.<level>`` and ``diffkd.<pair>.<level>.steps``. Only mmengine's ``LocalVisBackend``, which every
-    OpenMMLab config has, writes them as files, to ``vis_data/vis_image`` of the run, where the report finds them. What
-    is drawn is what the iteration computed: nothing is run again, and the training is the same with and without the
-    hook. Pairs whose neck returns no ``DiffusionOutput`` are left out. Without a teacher it does nothing.
+    The hook draws the first image of a batch in the first iteration and then every ``interval`` iterations. For each
+    pair and level, it sends a picture named ``diffkd.<pair>.<level>`` and a strip of the denoising steps named
+    ``diffkd.<pair>.<level>.steps`` to all backends of the visualizer. Only mmengine's ``LocalVisBackend``, which every
+    OpenMMLab config has, writes them as files, to ``vis_data/vis_image`` of the run, where the report finds them.
+
+    The features are those that the iteration computed: nothing is run again, and the training does not change. Pairs
+    whose neck does not return a ``DiffusionOutput`` are skipped. Without a teacher, the hook does nothing.
 
     Args:
-        interval (int): Iterations from picture to picture. Where one of them distils nothing, see
-            ``DistillScheduleHook``, or its features are not finite, see ``NonFiniteHook``, the next one is drawn.
-            Defaults to 500.
+        interval (int): Number of iterations between pictures. An iteration without distillation (see
+            ``DistillScheduleHook``) or with features that are not finite (see ``NonFiniteHook``) is replaced by the
+            next one. Defaults to 500.
 
     Raises:
         ValueError: If ``interval`` is below 1.
@@ -40,20 +41,20 @@ class DiffKDVisualizationHook(Hook):
 
     def __init__(self, interval: int = 500):
         if interval < 1:
-            raise ValueError(f'DiffKDVisualizationHook(interval={interval}) must be 1, every iteration, or more.')
+            raise ValueError(f'DiffKDVisualizationHook(interval={interval}) must be 1 (every iteration) or more.')
         self.interval = interval
         self._is_due = False
 
     def before_train(self, runner: Runner) -> None:
-        """Check the model.
+        """Check that the model is a distiller.
 
         Raises:
-            TypeError: If it is no distiller.
+            TypeError: If the model is not a distiller.
         """
         require_distiller(runner, self)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
-        """Ask the distiller to keep what it compares."""
+        """Make the distiller record its features if a picture is due."""
         if is_main_process() and (runner.iter == 0 or self.every_n_train_iters(runner, self.interval)):
             self._is_due = True
         if self._is_due:
@@ -62,7 +63,7 @@ class DiffKDVisualizationHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None, outputs: Optional[dict] = None
     ) -> None:
-        """Draw it."""
+        """Draw the recorded features."""
         model = require_distiller(runner, self)
         state = model.distill_state
         record, state.last_record, state.capture = state.last_record, None, False
@@ -81,19 +82,19 @@ class DiffKDVisualizationHook(Hook):
 
 
 def _is_finite(record: DistillRecord) -> bool:
-    """Whether what is drawn is: features that are not have no colours."""
+    """Whether the features to draw are finite, since other values have no colors."""
     outputs = [output for levels in record.outputs.values() for output in levels.values()]
     drawn = [feature[0] for o in outputs for feature in (o.student_latent, o.denoised, o.teacher_latent, *o.trajectory)]
     return all(feature.isfinite().all() for feature in drawn)
 
 
 def _timesteps(neck: nn.Module, output: DiffusionOutput) -> Sequence[int]:
-    """Timesteps of the denoising steps, as the neck describes them, or else their numbers."""
+    """Return the timesteps of the denoising steps from ``neck.describe()``, or else the step numbers."""
     return neck.describe()[0].get('steps') or range(len(output.trajectory) - 1)
 
 
 def _add_image(visualizer: Visualizer, name: str, picture: np.ndarray, step: int) -> None:
-    """``Visualizer.add_image``, but for MLflow, which takes the name for a file's and asks for its extension."""
+    """Add an image to all backends. MLflow uses the name as a file name, which needs an extension."""
     for backend in visualizer._vis_backends.values():
         is_mlflow = isinstance(backend, MLflowVisBackend)
         backend.add_image(f'{name}_{step}.png' if is_mlflow else name, picture, step)

@@ -4,11 +4,11 @@ from torch import Tensor, nn
 
 
 class LinearAutoencoder(nn.Module):
-    """Compress teacher features so that diffusion is cheap (paper, section 3).
+    """Linear autoencoder that compresses teacher features to make diffusion cheaper (paper, section 3).
 
     Args:
         in_channels (int): Teacher channels, C_t.
-        latent_channels (int): Width of the latent, C.
+        latent_channels (int): Latent channels, C.
     """
 
     def __init__(self, in_channels: int, latent_channels: int):
@@ -17,10 +17,10 @@ class LinearAutoencoder(nn.Module):
         self.decoder = nn.Conv2d(latent_channels, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Encode and decode.
+        """Encode and reconstruct teacher features.
 
         Args:
-            x (Tensor): Teacher feature, (N, C_t, H, W).
+            x (Tensor): Teacher features, (N, C_t, H, W).
 
         Returns:
             tuple[Tensor, Tensor]: The latent (N, C, H, W) and the reconstruction (N, C_t, H, W).

@@ -6,13 +6,13 @@ from .recompute import ConvChain, Residual
 
 
 class Bottleneck(Residual):
-    """Residual bottleneck of the denoiser and the noise adapter: 1x1, 3x3, 1x1 convolutions.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, used by the denoiser and the noise adapter.
 
-    Unlike a ResNet's, it keeps the convolutions' bias and has no activation after the sum.
+    Unlike a ResNet bottleneck, its convolutions have a bias, and no activation follows the residual sum.
 
     Args:
-        channels (int): Width of input and output, C.
-        reduction (int): The inner width is ``max(1, C // reduction)``.
+        channels (int): Input and output channels, C.
+        reduction (int): Channel reduction. The inner convolutions have ``max(1, C // reduction)`` channels.
     """
 
     def __init__(self, channels: int, reduction: int):
@@ -30,7 +30,7 @@ class Bottleneck(Residual):
 
 
 class _Denoiser(nn.Module):
-    """Predict the noise in a feature: a learned embedding of the timestep is added, ``layers`` do the rest."""
+    """Base class of denoisers: add a learned timestep embedding to the input, then apply ``layers``."""
 
     def __init__(self, channels: int, num_train_timesteps: int, layers: nn.Module):
         super().__init__()
@@ -38,27 +38,29 @@ class _Denoiser(nn.Module):
         self.layers = layers
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Predict eps.
+        """Predict the training target of the scheduler, by default the noise.
 
         Args:
-            x (Tensor): Noisy feature, (N, C, H, W).
-            timesteps (Tensor): Integers of shape (N, ) or (1, ).
+            x (Tensor): Noisy features, (N, C, H, W).
+            timesteps (Tensor): Integer timesteps, (N, ), or (1, ) for the whole batch.
 
         Returns:
-            Tensor: Predicted noise, (N, C, H, W).
+            Tensor: Prediction, (N, C, H, W).
         """
         return self.layers(x + self.time_embedding(timesteps)[..., None, None])
 
 
 @MODELS.register_module()
 class BottleneckDenoiser(_Denoiser):
-    """The paper's light-weight denoiser for feature maps (section 3): 0.21 M parameters at 256 channels.
+    """The paper's lightweight denoiser for feature maps (section 3).
+
+    At 256 channels, it has 0.21 M parameters besides the timestep embedding.
 
     Args:
-        channels (int): Width of the latent features, C.
-        num_train_timesteps (int): Number of rows of the time embedding. Defaults to 1000.
+        channels (int): Latent channels, C.
+        num_train_timesteps (int): Number of timestep embeddings. Defaults to 1000.
         num_blocks (int): Number of bottleneck blocks. Defaults to 2.
-        reduction (int): Reduction of their inner width. Defaults to 4.
+        reduction (int): Channel reduction of the blocks. Defaults to 4.
     """
 
     def __init__(self, channels: int, num_train_timesteps: int = 1000, num_blocks: int = 2, reduction: int = 4):
@@ -69,12 +71,12 @@ class BottleneckDenoiser(_Denoiser):
 
 @MODELS.register_module()
 class MLPDenoiser(_Denoiser):
-    """The released code's denoiser for logits: 1x1 convolutions C -> 4C -> C -> 4C -> C.
+    """Denoiser for logits from the released code: 1x1 convolutions C -> 4C -> C -> 4C -> C.
 
     Args:
         channels (int): Number of classes, C.
-        num_train_timesteps (int): Number of rows of the time embedding. Defaults to 1000.
-        expansion (int): Width of the hidden layers over C. Defaults to 4.
+        num_train_timesteps (int): Number of timestep embeddings. Defaults to 1000.
+        expansion (int): Hidden channels as a multiple of C. Defaults to 4.
     """
 
     def __init__(self, channels: int, num_train_timesteps: int = 1000, expansion: int = 4):

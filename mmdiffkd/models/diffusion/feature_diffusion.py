@@ -11,12 +11,12 @@ from .recompute import ConvChain
 
 
 class NoiseInputs(NamedTuple):
-    """The random noise_inputs of one pass; what is None is drawn anew.
+    """Noise and timesteps of one forward pass; fields that are None are sampled.
 
     Attributes:
         adapter_noise (Tensor, optional): Noise blended into the student latent, (N, C, H, W).
         diffusion_noise (Tensor, optional): Noise of the diffusion loss, (N, C, H, W).
-        diffusion_timesteps (Tensor, optional): Its timesteps, integers (N, ).
+        diffusion_timesteps (Tensor, optional): Timesteps of the diffusion loss, integers, (N, ).
     """
 
     adapter_noise: Optional[Tensor] = None
@@ -25,17 +25,17 @@ class NoiseInputs(NamedTuple):
 
 
 class DiffusionOutput(NamedTuple):
-    """What one pass gives.
+    """Losses and features of one forward pass.
 
     Attributes:
-        losses (dict[str, Tensor]): Weighted scalars ``loss_kd``, and where they apply ``loss_diffusion`` and
-            ``loss_reconstruction``.
+        losses (dict[str, Tensor]): Weighted scalars: ``loss_kd``, with denoising ``loss_diffusion``, and with an
+            autoencoder ``loss_reconstruction``.
         gamma (Tensor, optional): Share of the student latent that is kept, (N, ); None without denoising.
-        denoised (Tensor): The denoised student feature that is compared, (N, C, H, W).
-        teacher_latent (Tensor): The detached teacher latent it is compared with, (N, C, H, W).
-        student_latent (Tensor): The aligned student feature before noise and denoising, (N, C, H, W).
-        trajectory (list[Tensor]): If asked for, the noised latent and the result of every denoising step, (N, C, H, W)
-            each; empty without denoising.
+        denoised (Tensor): Denoised student latent, the input of ``loss_kd``, (N, C, H, W).
+        teacher_latent (Tensor): Detached teacher latent, the target of ``loss_kd``, (N, C, H, W).
+        student_latent (Tensor): Aligned student features before noise and denoising, (N, C, H, W).
+        trajectory (list[Tensor]): With ``return_trajectory``, the noised latent and the result of every denoising
+            step, (N, C, H, W) each; empty without denoising.
     """
 
     losses: Dict[str, Tensor]
@@ -47,38 +47,39 @@ class DiffusionOutput(NamedTuple):
 
     @property
     def logs(self) -> Dict[str, Tensor]:
-        """Values to log: gamma where there is denoising."""
+        """Values to log: gamma, if denoising is enabled."""
         return {} if self.gamma is None else dict(gamma=self.gamma)
 
 
 class FeatureDiffusion(nn.Module):
-    """DiffKD for one pair of feature maps (paper, section 3).
+    """DiffKD for one pair of student and teacher feature maps (paper, section 3).
 
     Args:
-        student_channels (int): C_s.
-        teacher_channels (int): C_t.
-        latent_channels (int, optional): Width C of a linear autoencoder on the teacher feature. None leaves the
-            autoencoder out, C is C_t then. Defaults to None.
-        denoise (bool): False leaves the diffusion out: a plain adapter and distance. Defaults to True.
-        align (bool): Whether a 1x1 convolution maps the student to C; only without denoising can it be left out.
-            Defaults to True.
-        denoiser (dict, optional): Config of the denoiser, which is given channels-last features. Defaults to
+        student_channels (int): Student channels, C_s.
+        teacher_channels (int): Teacher channels, C_t.
+        latent_channels (int, optional): Latent channels C of a linear autoencoder on the teacher features. None
+            disables the autoencoder, and C equals C_t. Defaults to None.
+        denoise (bool): Whether to denoise the student features. False compares the aligned features directly. Defaults
+            to True.
+        align (bool): Whether a 1x1 convolution maps the student features to C channels. False requires
+            ``denoise=False``. Defaults to True.
+        denoiser (dict, optional): Config of the denoiser, which receives channels-last features. Defaults to
             ``BottleneckDenoiser``.
         noise_adapter (dict, optional): Config of the noise adapter. Defaults to ``NoiseAdapter``.
         scheduler (dict, optional): Config of the noise scheduler. Defaults to ``DDIMScheduler``.
-        loss_kd (dict, optional): Config of the distance, called as ``loss_kd(student, teacher)``. Defaults to
+        loss_kd (dict, optional): Config of the distillation loss, called as ``loss_kd(student, teacher)``. Defaults to
             ``MSELoss``.
         loss_diffusion_weight (float): Weight of the diffusion loss. Defaults to 1.
         loss_reconstruction_weight (float): Weight of the autoencoder's loss. Defaults to 1.
-        num_grad_steps (int, optional): Through the denoiser of how many of the last denoising steps the distance sends
-            gradient. In the steps before them it reaches the student past the denoiser, scaled as the step scales the
-            sample. None is the paper's, through all. Defaults to None.
-        memory_efficient (bool): Keep no more than the input of every denoising step for the backward pass, which
-            computes the steps again. Results and gradients are the same. Defaults to False.
+        num_grad_steps (int, optional): Number of final denoising steps whose denoiser backpropagates ``loss_kd``. In
+            earlier steps, the gradient bypasses the denoiser and is only scaled like the sample. None backpropagates
+            through the denoiser in all steps, as in the paper. Defaults to None.
+        memory_efficient (bool): Save only the inputs of the convolution chains for the backward pass, which recomputes
+            the rest. Results and gradients are unchanged. Defaults to False.
 
     Raises:
-        ValueError: If ``align``, ``latent_channels``, ``num_grad_steps`` or ``memory_efficient`` do not go with the
-            other arguments, or a distance between classes is given different numbers of them.
+        ValueError: If ``align``, ``latent_channels``, ``num_grad_steps`` or ``memory_efficient`` conflict with the
+            other arguments, or ``loss_kd`` compares classes and their numbers differ or are 1.
     """
 
     def __init__(
@@ -103,9 +104,9 @@ class FeatureDiffusion(nn.Module):
         )
         for name, value in of_denoising.items():
             if not denoise and value is not None:
-                raise ValueError(f'{name}={value} has no effect with denoise=False; leave it out.')
+                raise ValueError(f'{name}={value} has no effect with denoise=False; remove it.')
         if denoise and not align:
-            raise ValueError('align=False needs denoise=False: the diffusion works on the aligned student feature.')
+            raise ValueError('align=False needs denoise=False: the denoiser needs aligned student features.')
         if not align and student_channels != teacher_channels:
             raise ValueError(
                 f'align=False compares features as they are, but the student has {student_channels} channels and '
@@ -126,7 +127,7 @@ class FeatureDiffusion(nn.Module):
         self.num_grad_steps = num_steps if num_grad_steps is None else num_grad_steps
         if not 1 <= self.num_grad_steps <= num_steps:
             raise ValueError(
-                f'num_grad_steps={num_grad_steps} must lie between 1 and scheduler.num_inference_steps={num_steps}.'
+                f'num_grad_steps={num_grad_steps} must be between 1 and scheduler.num_inference_steps={num_steps}.'
             )
         self.autoencoder = None if latent_channels is None else LinearAutoencoder(teacher_channels, channels)
         self.noise_adapter = MODELS.build(
@@ -141,14 +142,14 @@ class FeatureDiffusion(nn.Module):
             chains = [module for module in getattr(self, name).modules() if isinstance(module, ConvChain)]
             if not chains and any(True for _ in getattr(self, name).parameters()):
                 raise ValueError(
-                    f'memory_efficient=True has no effect on the {name} {type(getattr(self, name)).__name__}: put its '
-                    'layers into a mmdiffkd.models.ConvChain, or set memory_efficient=False.'
+                    f'memory_efficient=True has no effect on the {name} {type(getattr(self, name)).__name__}: wrap '
+                    'its layers in mmdiffkd.models.ConvChain, or set memory_efficient=False.'
                 )
             for chain in chains:
                 chain.memory_efficient = True
 
     def describe(self) -> dict:
-        """Settings of this level; see :meth:`.DistillNeck.describe`."""
+        """Return the settings of this level; see :meth:`.DistillNeck.describe`."""
         settings = dict(
             adapter=None,
             latent_channels=None,
@@ -182,8 +183,8 @@ class FeatureDiffusion(nn.Module):
             )
         if student == 1:
             raise ValueError(
-                f'{name} compares distributions over classes, but there is one channel; take a distance of features, '
-                "such as dict(type='mmdiffkd.MSELoss')."
+                f'{name} compares distributions over classes, but there is only one channel; use a loss for '
+                "features, such as dict(type='mmdiffkd.MSELoss')."
             )
 
     def forward(
@@ -194,39 +195,40 @@ class FeatureDiffusion(nn.Module):
         mask: Optional[Tensor] = None,
         return_trajectory: bool = False,
     ) -> DiffusionOutput:
-        """Compare a student feature with its teacher's.
+        """Compare student features with teacher features.
 
         Args:
-            student (Tensor): (N, C_s, H, W).
-            teacher (Tensor): (N, C_t, H', W'); the student is resized to it where the sizes differ, but for a pooled
-                student (1x1), which is compared with the pooled teacher.
-            noise_inputs (NoiseInputs, optional): Noise and timesteps given from outside.
-            mask (Tensor, optional): Pixels that count, (N, 1, h, w) of type bool, resized to the teacher; for
-                distances that take one, ``loss_kd(student, teacher, mask)``. None counts all.
-            return_trajectory (bool): Whether the output has the trajectory. Defaults to False.
+            student (Tensor): Student features, (N, C_s, H, W), resized to the teacher features.
+            teacher (Tensor): Teacher features, (N, C_t, H', W'). If the student features are pooled (1x1), the teacher
+                features are pooled, too.
+            noise_inputs (NoiseInputs, optional): Noise and timesteps to use instead of random ones. Defaults to None.
+            mask (Tensor, optional): Valid pixels, (N, 1, h, w) of type bool, resized to the teacher features. Only used
+                by losses that accept it, as ``loss_kd(student, teacher, mask)``. None uses all pixels. Defaults to
+                None.
+            return_trajectory (bool): Whether to return the trajectory. Defaults to False.
 
         Returns:
-            DiffusionOutput: Losses, gamma, denoised feature and target.
+            DiffusionOutput: Losses, gamma and features.
 
         Raises:
-            ValueError: If the two are not of one batch.
+            ValueError: If the batch sizes differ.
         """
         if student.size(0) != teacher.size(0):
             raise ValueError(
-                f'Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must come from the same batch.'
+                f'Student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same batch size.'
             )
         if student.shape[-2:] == (1, 1):
             teacher = teacher.mean(dim=(2, 3), keepdim=True)
         if self.training and teacher[:, 0].numel() == 1:
-            # one pixel of one image is nothing to normalise over: BatchNorm takes its running statistics
+            # batch statistics need more than one value per channel: use the running statistics
             in_training = [module for module in self.modules() if module.training]
             self.eval()
             try:
                 return self.forward(student, teacher, noise_inputs, mask, return_trajectory)
             finally:
-                for module in in_training:  # not those that were frozen
+                for module in in_training:  # frozen modules stay in eval mode
                     module.training = True
-        if self.denoise:  # convolutions and BatchNorm are quickest so
+        if self.denoise:  # the fastest layout for convolutions and BatchNorm
             student = student.contiguous(memory_format=torch.channels_last)
             teacher = teacher.contiguous(memory_format=torch.channels_last)
         noise_inputs = noise_inputs or NoiseInputs()
@@ -252,12 +254,12 @@ class FeatureDiffusion(nn.Module):
         latent = self.align(student)
         if latent.shape[-2:] == size:
             return latent
-        if size == (1, 1):  # interpolation would take the pixels in the middle
+        if size == (1, 1):  # interpolation would use the center pixels only
             return latent.mean(dim=(2, 3), keepdim=True)
         return F.interpolate(latent, size, mode='bilinear', align_corners=False)
 
     def _distance(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor]) -> Tensor:
-        student, teacher = student.float().contiguous(), teacher.float().contiguous()  # some ask for a view
+        student, teacher = student.float().contiguous(), teacher.float().contiguous()  # some losses call view()
         if mask is None or not getattr(self.loss_kd, 'takes_mask', False):
             return self.loss_kd(student, teacher)
         mask = F.interpolate(mask.float(), teacher.shape[-2:], mode='nearest-exact')[:, 0] > 0
@@ -266,7 +268,7 @@ class FeatureDiffusion(nn.Module):
     def _denoise(
         self, latent: Tensor, noise: Optional[Tensor], samples: Optional[List[Tensor]]
     ) -> Tuple[Tensor, Tensor]:
-        """Blend noise into the student latent (equation 8) and denoise it step by step, noting the samples."""
+        """Blend noise into the student latent (equation 8) and denoise it; collect the steps in ``samples``."""
         gamma = self.noise_adapter(latent)
         if noise is None:
             noise = _randn_like(latent)
@@ -274,18 +276,18 @@ class FeatureDiffusion(nn.Module):
         if samples is not None:
             samples.append(sample)
         for index, timestep in enumerate(self.scheduler.timesteps):
-            # one row of the embedding serves the whole batch
+            # one timestep embedding for the whole batch
             timesteps = torch.full((1,), timestep, dtype=torch.long, device=latent.device)
             predicted = self.denoiser(sample, timesteps)
             if index < len(self.scheduler.timesteps) - self.num_grad_steps:
-                predicted = predicted.detach()  # under no_grad, autocast would keep weights that get no gradient
+                predicted = predicted.detach()  # with no_grad, autocast would cache weights without gradient
             sample = self.scheduler.step(predicted, timestep, sample)
             if samples is not None:
                 samples.append(sample)
         return sample, gamma
 
     def _diffusion_loss(self, target: Tensor, noise_inputs: NoiseInputs) -> Tensor:
-        """Train the denoiser on the teacher's latent."""
+        """Compute the loss that trains the denoiser on the teacher latent."""
         noise, timesteps = noise_inputs.diffusion_noise, noise_inputs.diffusion_timesteps
         if noise is None:
             noise = _randn_like(target)
@@ -297,6 +299,6 @@ class FeatureDiffusion(nn.Module):
 
 
 def _randn_like(x: Tensor) -> Tensor:
-    """Float32 noise for a channels-last tensor, drawn in the order of its memory, which is many times quicker."""
+    """Draw float32 noise in the memory order of a channels-last tensor, which is much faster than NCHW order."""
     n, c, h, w = x.shape
     return torch.randn(n, h, w, c, device=x.device).permute(0, 3, 1, 2)

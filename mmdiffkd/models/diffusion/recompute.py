@@ -1,4 +1,4 @@
-"""Convolution chains that recompute activations in the backward pass instead of keeping them."""
+"""Convolution chains that recompute activations in the backward pass instead of saving them."""
 
 from contextlib import contextmanager, nullcontext
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -16,12 +16,12 @@ except ImportError:  # torch before 2.3
 
 
 class Layer(NamedTuple):
-    """A convolution with what follows it."""
+    """A convolution, its BatchNorm and ReLU, and whether it starts or ends a residual block."""
 
     conv: nn.Conv2d
     norm: Optional[nn.BatchNorm2d] = None
     relu: bool = False
-    block_start: bool = False  # a residual block
+    block_start: bool = False
     block_end: bool = False
 
     @property
@@ -31,13 +31,13 @@ class Layer(NamedTuple):
 
     @property
     def is_kept(self) -> bool:
-        """Whether the output is worth its memory: an element of it costs as many products as a filter has weights."""
+        """Whether to save the output, because recomputing it costs ``out_channels`` or more products per element."""
         return self.norm is not None and self.conv.weight[0].numel() >= self.conv.out_channels
 
 
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """Before torch 2.6 plain layers would find the weights there that were cast here, without a gradient."""
+    """Disable the autocast cache: before torch 2.6, plain layers would reuse weights cast here without gradient."""
     was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -47,9 +47,10 @@ def _without_autocast_cache() -> Iterator[None]:
 
 
 class RecomputeFunction(Function):
-    """The two passes of a chain of layers, of which autograd keeps little.
+    """Forward and backward pass of a chain of layers that saves few activations.
 
-    Beside a layer's kept output lie its mean and, in training, 1 / std, else the variance: what the normalisation took.
+    Per layer, it saves the output if ``Layer.is_kept``, and the statistics of the normalization: the mean, and 1 / std
+    in training mode or the variance in eval mode.
     """
 
     @staticmethod
@@ -76,7 +77,7 @@ class RecomputeFunction(Function):
             kept += [output if layer.is_kept and not memory_efficient else None, mean, invstd_or_var]
         ctx.layers = layers
         ctx.trained = [layer.norm is not None and layer.norm.training for layer in layers]
-        ctx.dtype = output.dtype  # what the convolutions ran in: under autocast not that of x
+        ctx.dtype = output.dtype  # dtype of the convolutions; differs from that of x under autocast
         ctx.save_for_backward(x, *parameters, *kept)
         return value
 
@@ -87,7 +88,7 @@ class RecomputeFunction(Function):
         count = len(layers)
         parameters, kept = _in_fours(saved[: 4 * count]), saved[4 * count :]
         wanted, *wanted_of = ctx.needs_input_grad[0], *_in_fours(ctx.needs_input_grad[3:])
-        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):  # meta knows no autocast
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):  # no autocast on meta
             inputs, outputs = _compute_again(ctx, x, parameters, kept)
             gradients: List[Optional[Tensor]] = []
             activation = skip = None
@@ -131,7 +132,7 @@ class RecomputeFunction(Function):
 
 
 def _compute_again(ctx, x: Tensor, parameters, kept) -> Tuple[List[Tensor], List[Optional[Tensor]]]:
-    """The inputs and outputs of all convolutions of a chain; outputs that no gradient depends on are None."""
+    """Recompute the inputs and outputs of all convolutions; outputs that no gradient depends on are None."""
     inputs, outputs = [], []
     value = skip = x
     for index, (layer, (weight, bias, scale, shift)) in enumerate(zip(ctx.layers, parameters)):
@@ -168,10 +169,10 @@ def _in_fours(values: Sequence) -> List[Sequence]:
 
 
 class Residual(nn.Module):
-    """Add layers' output to their input.
+    """Residual block that adds the output of its layers to their input.
 
     Args:
-        *layers (nn.Module): They map (N, C, H, W) to (N, C, H, W).
+        *layers (nn.Module): Layers that map (N, C, H, W) to (N, C, H, W).
     """
 
     def __init__(self, *layers: nn.Module):
@@ -184,17 +185,19 @@ class Residual(nn.Module):
 
 
 class ConvChain(nn.Sequential):
-    """A ``Sequential`` that keeps little for the backward pass.
+    """A ``Sequential`` that saves few activations for the backward pass.
 
-    Autograd keeps the input of every convolution, BatchNorm and ReLU. This keeps the input of the chain, and the
-    outputs of those convolutions that are costly to compute again; normalisation, activation, sums, and convolutions
-    that read little for what they write are done again in the backward pass. Results and gradients are those of the
-    plain ``Sequential``, which also runs where the chain has something else in it (SyncBatchNorm, hooks, FSDP around
-    single layers), where no gradient is wanted, and under ``torch.compile``, which decides itself what to keep.
-    There are no second derivatives.
+    Autograd saves the input of every convolution, BatchNorm and ReLU. ``ConvChain`` saves its input and the outputs of
+    convolutions that are expensive to recompute. The backward pass recomputes normalization, activations, residual sums
+    and cheap convolutions. Results and gradients equal those of a plain ``Sequential``. Second derivatives are not
+    supported.
+
+    The chain runs as a plain ``Sequential`` if it contains unsupported modules (SyncBatchNorm, modules with hooks,
+    layers wrapped by FSDP), if no gradient is needed, and under ``torch.compile``, which chooses the activations to
+    save itself.
 
     Attributes:
-        memory_efficient (bool): Keep the input alone and compute all else again. Defaults to False.
+        memory_efficient (bool): Save only the input of the chain and recompute everything else. Defaults to False.
     """
 
     memory_efficient = False
@@ -214,7 +217,7 @@ class ConvChain(nn.Sequential):
 
 
 def _read(chain: nn.Sequential) -> Optional[List[Layer]]:
-    """The layers of a chain; None if it holds what :class:`RecomputeFunction` does not know."""
+    """Return the layers of a chain; None if it contains modules that :class:`RecomputeFunction` does not support."""
     layers: List[Layer] = []
     for module in chain:
         last = layers[-1] if layers else None
@@ -242,6 +245,6 @@ def _read(chain: nn.Sequential) -> Optional[List[Layer]]:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether anything is to happen when the module is called."""
+    """Whether the module has hooks or a patched ``forward``."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or 'forward' in module.__dict__

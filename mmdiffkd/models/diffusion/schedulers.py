@@ -1,20 +1,20 @@
-"""Noise schedulers, which turn noisy features into clean ones.
+"""Noise schedulers, which add noise to features and remove it step by step.
 
-A scheduler of your own is a registered module with these members:
+A custom scheduler is a registered module with these members:
 
-- ``num_train_timesteps`` (int): number of noise levels that the denoiser learns.
-- ``timesteps`` (list[int]): timesteps of the denoising steps, in their order.
-- ``sample_timesteps(num_samples, device)``: timesteps of the diffusion loss, (N, ).
-- ``add_noise(clean, noise, timesteps)``: the noisy feature x_t, (N, C, H, W).
-- ``target(clean, noise, timesteps)``: what the denoiser learns to predict, (N, C, H, W).
+- ``num_train_timesteps`` (int): number of timesteps that the denoiser is trained on.
+- ``timesteps`` (list[int]): timesteps of the denoising steps, in order.
+- ``sample_timesteps(num_samples, device)``: random timesteps for the diffusion loss, (N, ).
+- ``add_noise(clean, noise, timesteps)``: the noisy features x_t, (N, C, H, W).
+- ``target(clean, noise, timesteps)``: the training target of the denoiser, (N, C, H, W).
 - ``step(model_output, timestep, sample)``: the sample after the denoising step at ``timestep``, (N, C, H, W).
 
-Notation, as in DDPM and DDIM, beside the paper's:
+Notation, as in DDPM and DDIM:
 
 - ``betas``: variance added by each of the T training timesteps, linear from 1e-4 to 0.02
 - ``alphas_cumprod``: a_t, the product of (1 - beta) up to t
-- ``sample``: x_t (the paper's Z_t), a feature with the noise of timestep t
-- ``noise``: eps, normally distributed
+- ``sample``: x_t (Z_t in the paper), features with the noise of timestep t
+- ``noise``: eps, standard normal
 - x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                                (forward diffusion)
 - x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps, with x_0 solved from x_t      (DDIM step, eta = 0)
 """
@@ -31,23 +31,23 @@ PREDICTION_TYPES = ('epsilon', 'sample', 'v_prediction')
 
 @MODELS.register_module()
 class DDIMScheduler(nn.Module):
-    """Deterministic DDIM with a linear beta schedule (paper, section 3; the released code).
+    """Deterministic DDIM scheduler with a linear beta schedule (paper, section 3; the released code).
 
-    All arithmetic is done in float32, also under autocast.
+    It computes in float32, also under autocast.
 
     Args:
-        num_train_timesteps (int): T, the number of noise levels the denoiser learns. Defaults to 1000.
-        num_inference_steps (int): How often the denoiser is called on a student feature. Defaults to 5.
-        start_timestep (int, optional): Timestep of the first call; the others follow evenly spaced down to 0.
-            ``None`` is the released code's choice, the lower half of ``2 * num_inference_steps`` evenly spaced
+        num_train_timesteps (int): Number of timesteps that the denoiser is trained on, T. Defaults to 1000.
+        num_inference_steps (int): Number of denoising steps for student features. Defaults to 5.
+        start_timestep (int, optional): Timestep of the first denoising step; the others are evenly spaced down to 0.
+            ``None`` follows the released code and takes the lower half of ``2 * num_inference_steps`` evenly spaced
             timesteps: 400, 300, 200, 100, 0 for five steps. Defaults to None.
-        beta_start (float): First beta. Defaults to 1e-4.
-        beta_end (float): Last beta. Defaults to 0.02.
-        prediction_type (str): What the denoiser predicts: ``'epsilon'`` (the noise), ``'sample'`` (x_0) or
-            ``'v_prediction'`` (sqrt(a_t) eps - sqrt(1 - a_t) x_0). Defaults to ``'epsilon'``, the paper's.
+        beta_start (float): Beta of the first timestep. Defaults to 1e-4.
+        beta_end (float): Beta of the last timestep. Defaults to 0.02.
+        prediction_type (str): Prediction of the denoiser: ``'epsilon'`` (the noise), ``'sample'`` (x_0) or
+            ``'v_prediction'`` (sqrt(a_t) eps - sqrt(1 - a_t) x_0). Defaults to ``'epsilon'``, as in the paper.
 
     Raises:
-        ValueError: If the steps do not fit into the training timesteps, or there is no such prediction type.
+        ValueError: If the steps exceed the training timesteps, or ``prediction_type`` is unknown.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class DDIMScheduler(nn.Module):
             raise ValueError(f"scheduler.prediction_type='{prediction_type}' must be one of {known}.")
         if not 1 <= num_inference_steps <= num_train_timesteps // 2:
             raise ValueError(
-                f'scheduler.num_inference_steps={num_inference_steps} must lie between 1 and half of '
+                f'scheduler.num_inference_steps={num_inference_steps} must be between 1 and half of '
                 f'num_train_timesteps={num_train_timesteps}.'
             )
         if start_timestep is not None and not num_inference_steps - 1 <= start_timestep < num_train_timesteps:
             raise ValueError(
-                f'scheduler.start_timestep={start_timestep} must lie between num_inference_steps - 1 = '
+                f'scheduler.start_timestep={start_timestep} must be between num_inference_steps - 1 = '
                 f'{num_inference_steps - 1} and num_train_timesteps - 1 = {num_train_timesteps - 1}.'
             )
         self.num_train_timesteps = num_train_timesteps
         self.prediction_type = prediction_type
         self.timesteps = self._inference_timesteps(num_inference_steps, start_timestep)
         alphas_cumprod = self._make_alphas_cumprod(beta_start, beta_end)
-        # Python numbers: the steps are the same for every sample, so no device is touched for them.
+        # step() reads single values as Python floats, which avoids synchronizing the GPU
         self._alphas_cumprod = alphas_cumprod.tolist()
         self.register_buffer('alphas_cumprod', alphas_cumprod, persistent=False)
 
@@ -90,16 +90,16 @@ class DDIMScheduler(nn.Module):
         return [start * i // (num_steps - 1) for i in reversed(range(num_steps))]
 
     def _make_alphas_cumprod(self, beta_start: float, beta_end: float) -> Tensor:
-        """a_t of all timesteps, (T, ); override it for another noise schedule."""
+        """Compute a_t of all timesteps, (T, ). Override it for a different noise schedule."""
         betas = torch.linspace(beta_start, beta_end, self.num_train_timesteps, dtype=torch.float32, device='cpu')
         return torch.cumprod(1 - betas, dim=0)
 
     def sample_timesteps(self, num_samples: int, device: Union[str, torch.device]) -> Tensor:
-        """Draw a timestep for each sample, uniformly.
+        """Draw one timestep per sample from a uniform distribution.
 
         Args:
-            num_samples (int): N.
-            device (str or device): Where the timesteps are needed.
+            num_samples (int): Number of samples, N.
+            device (str or torch.device): Device of the timesteps.
 
         Returns:
             Tensor: Integers, (N, ).
@@ -107,12 +107,12 @@ class DDIMScheduler(nn.Module):
         return torch.randint(self.num_train_timesteps, (num_samples,), device=device)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noise clean features (forward diffusion).
+        """Add noise to clean features (forward diffusion).
 
         Args:
-            clean (Tensor): x_0 of shape (N, C, H, W).
+            clean (Tensor): x_0, (N, C, H, W).
             noise (Tensor): eps, same shape.
-            timesteps (Tensor): One integer timestep a sample, (N, ).
+            timesteps (Tensor): One integer timestep per sample, (N, ).
 
         Returns:
             Tensor: x_t in float32, (N, C, H, W).
@@ -121,15 +121,15 @@ class DDIMScheduler(nn.Module):
         return alphas.sqrt() * clean.float() + (1 - alphas).sqrt() * noise.float()
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser learns to predict.
+        """Compute the training target of the denoiser.
 
         Args:
-            clean (Tensor): x_0 of shape (N, C, H, W).
+            clean (Tensor): x_0, (N, C, H, W).
             noise (Tensor): eps, same shape.
-            timesteps (Tensor): One integer timestep a sample, (N, ).
+            timesteps (Tensor): One integer timestep per sample, (N, ).
 
         Returns:
-            Tensor: (N, C, H, W).
+            Tensor: Target, (N, C, H, W).
         """
         if self.prediction_type == 'epsilon':
             return noise
@@ -139,15 +139,15 @@ class DDIMScheduler(nn.Module):
         return alphas.sqrt() * noise.float() - (1 - alphas).sqrt() * clean.float()
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor) -> Tensor:
-        """One denoising step; the last one ends at the predicted x_0.
+        """Apply one denoising step; the last step returns the predicted x_0.
 
         Args:
-            model_output (Tensor): The denoiser's prediction, (N, C, H, W).
-            timestep (int): One of ``timesteps``.
+            model_output (Tensor): Prediction of the denoiser, (N, C, H, W).
+            timestep (int): Timestep of ``sample``, one of ``timesteps``.
             sample (Tensor): x_t, same shape.
 
         Returns:
-            Tensor: x at the next timestep in float32, (N, C, H, W).
+            Tensor: Sample at the next timestep in float32, (N, C, H, W).
         """
         alpha = self._alphas_cumprod[timestep]
         index = self.timesteps.index(timestep)
@@ -155,7 +155,7 @@ class DDIMScheduler(nn.Module):
         alpha_next = 1.0 if is_last else self._alphas_cumprod[self.timesteps[index + 1]]
         sample, model_output = sample.float(), model_output.float()
         if self.prediction_type == 'epsilon':
-            # x_0 is not formed: x_next = sqrt(a_next / a) x + (sqrt(1 - a_next) - sqrt(a_next (1 - a) / a)) eps
+            # without computing x_0: x_next = sqrt(a_next / a) x + (sqrt(1 - a_next) - sqrt(a_next (1 - a) / a)) eps
             scale_sample = (alpha_next / alpha) ** 0.5
             scale_noise = (1 - alpha_next) ** 0.5 - (alpha_next * (1 - alpha) / alpha) ** 0.5
             return (scale_sample * sample).add_(model_output, alpha=scale_noise)

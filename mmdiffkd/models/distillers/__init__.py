@@ -1,3 +1,3 @@
-from .diffkd_distiller import DiffKDDistiller, convert_to_distiller, export
+from .diffkd_distiller import DiffKDDistiller, DistillRecord, DistillState, convert_to_distiller, export
 
-__all__ = ['DiffKDDistiller', 'convert_to_distiller', 'export']
+__all__ = ['DiffKDDistiller', 'DistillRecord', 'DistillState', 'convert_to_distiller', 'export']

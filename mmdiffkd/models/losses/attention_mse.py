@@ -5,13 +5,13 @@ from mmdiffkd.registry import MODELS
 
 @MODELS.register_module()
 class AttentionMSELoss(nn.Module):
-    """Mean squared error weighted by the teacher's spatial attention, the paper's variant for detection.
+    """Mean squared error weighted by the teacher's spatial attention: the paper's variant for detection.
 
-    The weight of a position is ``V = H W softmax(mean_c |F_t| / tau)``, whose mean over the map is 1. The paper gives
-    this map but not how it enters the loss; here each position's squared error is multiplied by it.
+    The weight of a position is ``V = H W softmax(mean_c |F_t| / tau)``, with a mean of 1 over the map. The paper gives
+    V but not how the loss uses it; here, V multiplies the squared error of each position.
 
     Args:
-        loss_weight (float): Factor of the loss. Defaults to 1.
+        loss_weight (float): Weight of the loss. Defaults to 1.
         tau (float): Temperature of the softmax. Defaults to 0.5.
     """
 
@@ -21,7 +21,7 @@ class AttentionMSELoss(nn.Module):
         self.tau = tau
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compare features of shape (N, C, H, W); returns a scalar."""
+        """Compare features of shape (N, C, H, W) and return a scalar."""
         saliency = teacher.abs().mean(dim=1).flatten(1) / self.tau
         attention = saliency.softmax(dim=1) * saliency.size(1)
         error = (student - teacher).square().mean(dim=1).flatten(1)

@@ -12,11 +12,11 @@ LOWEST = -1e30
 
 @MODELS.register_module()
 class ChannelWiseDivergence(nn.Module):
-    """CWD: KL divergence of every channel's spatial softmax, averaged over channels (Shu et al., ICCV 2021).
+    """CWD loss: KL divergence between spatial softmaxes, averaged over channels (Shu et al., ICCV 2021).
 
     Args:
         tau (float): Temperature. Defaults to 1.
-        loss_weight (float): Factor of the loss. Defaults to 1.
+        loss_weight (float): Weight of the loss. Defaults to 1.
     """
 
     takes_mask = True
@@ -31,15 +31,15 @@ class ChannelWiseDivergence(nn.Module):
 
         Args:
             student (Tensor): (N, C, H, W).
-            teacher (Tensor): The same shape.
-            mask (Tensor, optional): Pixels that count, (N, H, W) of type bool. None counts all.
+            teacher (Tensor): Same shape.
+            mask (Tensor, optional): Valid pixels, (N, H, W) of type bool. None uses all pixels.
 
         Returns:
-            Tensor: A scalar; 0 where no pixel counts.
+            Tensor: A scalar; 0 if no pixel is valid.
         """
         student, teacher = student / self.tau, teacher / self.tau
         if mask is not None:
-            # out of the softmax; a finite number, since an image may have no pixel that counts
+            # finite, because -inf gives NaN for images without valid pixels
             ignored = ~mask.unsqueeze(1)
             student, teacher = student.masked_fill(ignored, LOWEST), teacher.masked_fill(ignored, LOWEST)
         log_student = student.flatten(2).log_softmax(dim=2)

@@ -10,16 +10,16 @@ from .utils import flatten_logits, masked_mean
 
 @MODELS.register_module()
 class DISTLoss(nn.Module):
-    """DIST: match relations between classes and between samples by correlation (Huang et al., NeurIPS 2022).
+    """DIST loss: match relations between classes and between samples by correlation (Huang et al., NeurIPS 2022).
 
-    With y = softmax(z / tau), the inter-class term is 1 - the mean correlation of the rows of y, the intra-class term
-    the same for its columns. On maps every pixel is a row.
+    With y = softmax(z / tau), the inter-class term is 1 minus the mean correlation between the rows of student and
+    teacher. The intra-class term uses the columns. In logit maps, each pixel is a row.
 
     Args:
         beta (float): Weight of the inter-class term. Defaults to 1.
         gamma (float): Weight of the intra-class term. Defaults to 1.
         tau (float): Temperature. Defaults to 1.
-        loss_weight (float): Factor of the loss. Defaults to 1.
+        loss_weight (float): Weight of the loss. Defaults to 1.
     """
 
     compares_classes = True
@@ -37,11 +37,11 @@ class DISTLoss(nn.Module):
 
         Args:
             student (Tensor): (N, K) or (N, K, H, W).
-            teacher (Tensor): The same shape.
-            mask (Tensor, optional): Pixels that count, (N, H, W) of type bool. None counts all.
+            teacher (Tensor): Same shape.
+            mask (Tensor, optional): Valid pixels, (N, H, W) of type bool. None uses all pixels.
 
         Returns:
-            Tensor: A scalar; 0 where no pixel counts.
+            Tensor: A scalar; 0 if no pixel is valid.
         """
         student = (flatten_logits(student) / self.tau).softmax(dim=1)
         teacher = (flatten_logits(teacher) / self.tau).softmax(dim=1)
@@ -55,7 +55,7 @@ class DISTLoss(nn.Module):
 
 
 def _correlation(a: Tensor, b: Tensor, counts: Optional[Tensor] = None) -> Tensor:
-    """Pearson correlation of corresponding rows, over the columns that count (1) and not over the others (0)."""
+    """Compute the Pearson correlation of corresponding rows over the valid columns, which have 1 in ``counts``."""
     return F.cosine_similarity(_centered(a, counts), _centered(b, counts), dim=1, eps=1e-8)
 
 

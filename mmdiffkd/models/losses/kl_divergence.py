@@ -10,11 +10,13 @@ from .utils import flatten_logits, masked_mean
 
 @MODELS.register_module()
 class KLDivergence(nn.Module):
-    """KL divergence of the softened classes, averaged over rows and multiplied by tau squared (Hinton et al.).
+    """KL divergence between softened class distributions, averaged over samples or pixels.
+
+    It is multiplied by tau squared (Hinton et al., 2015).
 
     Args:
         tau (float): Temperature. Defaults to 1.
-        loss_weight (float): Factor of the loss. Defaults to 1.
+        loss_weight (float): Weight of the loss. Defaults to 1.
     """
 
     compares_classes = True
@@ -30,11 +32,11 @@ class KLDivergence(nn.Module):
 
         Args:
             student (Tensor): (N, K) or (N, K, H, W).
-            teacher (Tensor): The same shape.
-            mask (Tensor, optional): Pixels that count, (N, H, W) of type bool. None counts all.
+            teacher (Tensor): Same shape.
+            mask (Tensor, optional): Valid pixels, (N, H, W) of type bool. None uses all pixels.
 
         Returns:
-            Tensor: A scalar; 0 where no pixel counts.
+            Tensor: A scalar; 0 if no pixel is valid.
         """
         log_student = (flatten_logits(student) / self.tau).log_softmax(dim=1)
         log_teacher = (flatten_logits(teacher) / self.tau).log_softmax(dim=1)

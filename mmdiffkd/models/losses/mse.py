@@ -5,10 +5,10 @@ from mmdiffkd.registry import MODELS
 
 @MODELS.register_module()
 class MSELoss(nn.Module):
-    """Mean squared error over all elements, the paper's distance for features (and FitNet's).
+    """Mean squared error over all elements: the feature loss of the paper and of FitNets.
 
     Args:
-        loss_weight (float): Factor of the loss. Defaults to 1.
+        loss_weight (float): Weight of the loss. Defaults to 1.
     """
 
     def __init__(self, loss_weight: float = 1.0):
@@ -16,6 +16,6 @@ class MSELoss(nn.Module):
         self.loss_weight = loss_weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compare tensors of one shape; returns a scalar."""
-        # of F.mse_loss, autograd would keep both; of this, their difference
+        """Compare tensors of the same shape and return a scalar."""
+        # F.mse_loss would save both tensors for the backward pass; this saves only their difference
         return self.loss_weight * (student - teacher).square().mean()

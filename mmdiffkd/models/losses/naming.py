@@ -1,4 +1,4 @@
-"""The names of losses in the log: ``diffkd.<pair>.<term>``, and ``diffkd.<pair>.<term>.<level>`` for one level."""
+"""Names of losses in the log: ``diffkd.<pair>.<term>``, and ``diffkd.<pair>.<term>.<level>`` for one level."""
 
 import re
 from typing import Dict, List, Sequence
@@ -17,21 +17,22 @@ def name_losses(
 ) -> Dict[str, Tensor]:
     """Name the losses and logged values of a neck.
 
-    mmengine sums the values that have ``loss`` in their names, so the values of single levels have none.
+    The names of per-level values do not contain ``loss``, because mmengine adds values with ``loss`` in their names to
+    the total loss.
 
     Args:
         pair (str): Name of the pair.
-        outputs (list[DistillOutput]): One for each level, with ``losses`` and ``logs``.
-        levels (list[int]): Their numbers.
-        weight (float): Factor of the losses that train the student. Defaults to 1.
-        auxiliary (list[str]): The other losses, which train the neck alone. Defaults to none.
+        outputs (list[DistillOutput]): One per level, with ``losses`` and ``logs``.
+        levels (list[int]): Level numbers of ``outputs``.
+        weight (float): Factor for the losses that train the student. Defaults to 1.
+        auxiliary (list[str]): Losses that train only the neck, which ``weight`` does not scale. Defaults to ``()``.
 
     Returns:
-        dict[str, Tensor]: Losses summed over levels, logged values averaged over levels, and if there are several
-        levels, both for each level, detached.
+        dict[str, Tensor]: Losses summed over levels and logged values averaged over levels. With several levels, also
+        the detached values of each level.
 
     Raises:
-        ValueError: If a loss has no ``loss_`` in front of its name, or a logged value has ``loss`` in its name.
+        ValueError: If a loss has a name without the prefix ``loss_``, or a logged value has a name with ``loss`` in it.
     """
     losses, logs = [], []
     for output in outputs:
@@ -57,12 +58,12 @@ def name_losses(
 def _check_names(pair: str, output) -> None:
     for name in output.losses:
         if not name.startswith(LOSS):
-            raise ValueError(f"The neck of distill.{pair} returns the loss '{name}': call it '{LOSS}{name}'.")
+            raise ValueError(f"The neck of distill.{pair} returns the loss '{name}': rename it to '{LOSS}{name}'.")
     for name in output.logs:
         if 'loss' in name:
             raise ValueError(
                 f"The neck of distill.{pair} logs '{name}': a value with 'loss' in its name would be optimized; return "
-                'it in losses, or give it another name.'
+                'it in losses, or rename it.'
             )
 
 
@@ -71,10 +72,10 @@ def _union(dicts: Sequence[dict]) -> List[str]:
 
 
 def non_finite_names(log_vars: Dict[str, Tensor]) -> List[str]:
-    """The losses that are not finite, those of a pair with their levels.
+    """List the losses that are not finite, with the affected levels.
 
     Args:
-        log_vars (dict[str, Tensor]): What is logged.
+        log_vars (dict[str, Tensor]): Values to log.
 
     Returns:
         list[str]: For example ``['loss_cls', 'diffkd.fpn.loss_kd (levels 0, 2)']``.

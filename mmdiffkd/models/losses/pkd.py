@@ -6,10 +6,10 @@ from mmdiffkd.registry import MODELS
 
 @MODELS.register_module()
 class PKDLoss(nn.Module):
-    """PKD: squared error of features standardised per channel, that is 1 - Pearson correlation (Cao et al., 2022).
+    """PKD loss: half the MSE of features standardized per channel, or 1 - Pearson correlation (Cao et al., 2022).
 
     Args:
-        loss_weight (float): Factor of the loss. Defaults to 1.
+        loss_weight (float): Weight of the loss. Defaults to 1.
     """
 
     def __init__(self, loss_weight: float = 1.0):
@@ -17,12 +17,12 @@ class PKDLoss(nn.Module):
         self.loss_weight = loss_weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compare features of shape (N, C, H, W); returns a scalar."""
+        """Compare features of shape (N, C, H, W) and return a scalar."""
         return self.loss_weight * F.mse_loss(_standardize(student), _standardize(teacher)) / 2
 
 
 def _standardize(feature: Tensor) -> Tensor:
-    """Zero mean and unit variance of each channel over batch and positions."""
+    """Scale each channel to zero mean and unit variance over batch and positions."""
     channels = feature.transpose(0, 1).flatten(1)
     channels = channels - channels.mean(dim=1, keepdim=True)
     return channels / (channels.std(dim=1, unbiased=False, keepdim=True) + 1e-6)

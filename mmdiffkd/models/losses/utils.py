@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def flatten_logits(logits: Tensor) -> Tensor:
-    """View logits as (rows, classes): a row for every sample, or for every pixel of a map.
+    """Reshape logits to (rows, classes), with one row per sample, or per pixel of a map.
 
     Args:
         logits (Tensor): (N, K) or (N, K, H, W).
@@ -16,17 +16,17 @@ def flatten_logits(logits: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """The mean over the rows that count.
+    """Compute the mean over the valid rows.
 
     Args:
-        values (Tensor): A value for every row, (rows, ).
-        mask (Tensor, optional): Which rows count, (rows, ) or (N, H, W) of type bool. None counts all.
+        values (Tensor): One value per row, (rows, ).
+        mask (Tensor, optional): Valid rows, (rows, ) or (N, H, W) of type bool. None uses all rows.
 
     Returns:
-        Tensor: A scalar; 0 where no row counts.
+        Tensor: A scalar; 0 if no row is valid.
     """
     if mask is None:
         return values.mean()
-    # multiplied, not selected: the GPU need not tell how many there are
+    # multiply instead of indexing with the mask, which would synchronize the GPU
     mask = mask.flatten().to(values.dtype)
     return (values * mask).sum() / mask.sum().clamp(min=1)

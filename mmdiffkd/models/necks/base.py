@@ -1,4 +1,4 @@
-"""The protocol of necks: what the distiller gives them and what they return."""
+"""Interface of necks: their base class, inputs and outputs."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -11,19 +11,19 @@ Features = Union[Sequence[Tensor], Sequence[Sequence[Tensor]]]
 
 @dataclass
 class DistillContext:
-    """What a neck can look at besides the features.
+    """Inputs of a neck in addition to the features.
 
     Attributes:
         images (Tensor, optional): Preprocessed images of the student, (N, 3, H, W).
-        data_samples (list, optional): Their data samples, with the ground truth. None for models that take views or
-            clips.
-        input_size (tuple[int, int], optional): Height and width of the images in pixels, padding included.
-        progress (float): Share of the training that is done, from 0 to 1.
-        student (Module, optional): The student, for its heads.
-        teacher (Module, optional): The frozen teacher, for its heads.
+        data_samples (list, optional): Data samples of the images, with ground truth. None for models that take views
+            or clips.
+        input_size (tuple[int, int], optional): Height and width of the images in pixels, including padding.
+        progress (float): Completed fraction of the training, from 0 to 1.
+        student (Module, optional): The student, to access its heads.
+        teacher (Module, optional): The frozen teacher, to access its heads.
         mask (Tensor, optional): Pixels whose label the student's head does not ignore, (N, 1, H, W) of type bool. None
-            where all pixels count.
-        capture (bool): Whether outputs should include the features that are drawn. Defaults to False.
+            if all pixels are valid.
+        capture (bool): Whether outputs should include features for visualization. Defaults to False.
     """
 
     images: Optional[Tensor] = None
@@ -38,11 +38,11 @@ class DistillContext:
 
 @dataclass
 class DistillOutput:
-    """The losses of one level of a pair.
+    """Losses of one level of a pair.
 
     Attributes:
-        losses (dict[str, Tensor]): Weighted scalars; their names start with ``loss_``.
-        logs (dict[str, Tensor]): Values that are logged and not optimized, scalars or (N, ).
+        losses (dict[str, Tensor]): Weighted scalars with names that start with ``loss_``.
+        logs (dict[str, Tensor]): Values to log, scalars or (N, ). Their names must not contain ``loss``.
     """
 
     losses: Dict[str, Tensor]
@@ -50,15 +50,14 @@ class DistillOutput:
 
 
 class DistillNeck(nn.Module):
-    """Base class of necks, which compare the features of student and teacher.
+    """Base class of necks, which compare student and teacher features.
 
-    A pair builds its neck with ``student_channels`` and ``teacher_channels``: a list with the channels of each level,
-    or where the pair has several taps, one such list for each tap. A neck need not be a subclass, but it needs the
-    methods of this class.
+    A neck is built with ``student_channels`` and ``teacher_channels``: a list of the channels of each level, or if the
+    pair has several taps, one such list per tap. Subclassing is optional, but a neck needs the methods of this class.
 
     Attributes:
-        auxiliary_losses (tuple[str]): Losses that train the neck and not the student. ``DistillScheduleHook`` does not
-            scale them.
+        auxiliary_losses (tuple[str]): Names of losses that train only the neck. ``DistillScheduleHook`` does not scale
+            them.
     """
 
     auxiliary_losses: Tuple[str, ...] = ()
@@ -67,29 +66,31 @@ class DistillNeck(nn.Module):
         """Compare the features of one iteration.
 
         Args:
-            student (list[Tensor] or list[list[Tensor]]): The student's features, (N, C_s, H, W) for each level. With
-                several taps, one such list for each tap.
-            teacher (list[Tensor] or list[list[Tensor]]): The teacher's features, (N, C_t, H', W'), likewise.
+            student (list[Tensor] or list[list[Tensor]]): Student features, (N, C_s, H, W) per level. With several
+                taps, one such list per tap.
+            teacher (list[Tensor] or list[list[Tensor]]): Teacher features, (N, C_t, H', W') per level, in the same
+                structure.
             context (DistillContext): Images, data samples, progress and both models.
 
         Returns:
-            list[DistillOutput]: One for each level, or a single one for all.
+            list[DistillOutput]: One output per level, or a single output for all levels.
         """
         raise NotImplementedError
 
     def describe(self) -> List[dict]:
-        """Settings to print before training, a dict for each level, or one for all.
+        """Return settings to print before training: one dict per level, or a single dict for all levels.
 
-        ``loss_kd`` (str), ``loss_weight`` (float), ``adapter`` (str) and the like have a column in the preview.
+        The preview has columns for the keys of ``FeatureDiffusion.describe``, such as ``loss_kd`` (str),
+        ``loss_weight`` (float) and ``adapter`` (str).
         """
         return [dict(neck=type(self).__name__)]
 
 
 def check_neck(neck: nn.Module) -> None:
-    """Check that a neck has what the distiller calls.
+    """Check that a neck has the methods that the distiller calls.
 
     Raises:
-        TypeError: If a part is missing; it names the part.
+        TypeError: If a method is missing or has a different signature.
     """
     name = type(neck).__name__
     if not callable(getattr(neck, 'describe', None)):

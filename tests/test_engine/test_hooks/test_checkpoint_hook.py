@@ -179,7 +179,7 @@ class TestFiles:
         newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
         runner = train(cfg, tmp_path / 'run', resume=True)
         text = ''.join(file.read_text() for file in (tmp_path / 'run').glob('*/*.log'))
-        assert 'epoch_2.pth' in text and 'damaged' in text and 'The checkpoint before it is tried.' in text
+        assert 'epoch_2.pth' in text and 'damaged' in text and 'Trying the previous checkpoint.' in text
         assert 'resumed epoch: 1, iter: 4' in text
         assert runner.epoch == 3
 
@@ -187,7 +187,7 @@ class TestFiles:
         cfg = config(EPOCHS)
         (tmp_path / 'run').mkdir()
         (tmp_path / 'run' / 'epoch_1.pth').write_bytes(b'PK')
-        with pytest.raises(ValueError, match='None of the 1 checkpoints .* start anew without --resume'):
+        with pytest.raises(ValueError, match='None of the 1 checkpoints .* start a new run without --resume'):
             train(cfg, tmp_path / 'run', resume=True)
         assert train(config(EPOCHS, train_cfg__max_epochs=2), tmp_path / 'other', resume=True).epoch == 2
 
@@ -256,7 +256,7 @@ class TestSafety:
         cfg = config(EPOCHS)
         train(cfg, tmp_path / 'run', 6)
         tiny.write_checkpoint(cfg.model.teacher.config, tmp_path / 'teacher.pth', seed=5)
-        with pytest.raises(ValueError, match='weights of the teacher are not those .* load_from instead of resume'):
+        with pytest.raises(ValueError, match='weights of the teacher differ from those .* load_from instead of resume'):
             train(cfg, tmp_path / 'run', resume=True)
 
     @pytest.mark.parametrize('kind', ['other file', 'run folder', 'sub-folder', 'bytes', 'through a link'])

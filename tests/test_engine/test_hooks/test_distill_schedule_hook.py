@@ -71,7 +71,7 @@ def test_weight_scales_the_distance_alone(tmp_path):
     torch.testing.assert_close(quarter['diffkd.fpn.loss_diffusion'], one['diffkd.fpn.loss_diffusion'])
 
 
-def test_idle_runs_neither_teacher_nor_diffusion_part_and_moves_nothing(runner):
+def test_idle_runs_neither_teacher_nor_diffusion_module_and_moves_nothing(runner):
     run = runner(end=3)
     calls, parts = [], []
     teacher, neck = run.model.diffkd_teacher.model, run.model.diffkd['fpn']
@@ -130,8 +130,8 @@ def test_a_second_training_of_the_same_runner_learns_as_the_first(runner):
     'hook, message',
     [
         (dict(begin=5, end=5), 'must fit between begin and end'),
-        (dict(interval=0), 'must be 1, every iteration, or more'),
-        (dict(warmup=-1), 'none may be negative'),
+        (dict(interval=0), r'must be 1 \(every iteration\) or more'),
+        (dict(warmup=-1), 'no value may be negative'),
         (dict(begin=2, end=4, warmup=2, decay=1), 'must fit between begin and end'),
         (dict(end=9), 'do not fit into the 8 iterations'),
         (dict(by_epoch=True), 'counts epochs, but the IterBasedTrainLoop has none'),

@@ -78,7 +78,7 @@ def test_not_repeated_on_resume(runner, monkeypatch, tmp_path):
 
 def test_other_classes(runner, tmp_path):
     teacher = tiny.detector(base_channels=16, **{'bbox_head.num_classes': 200})
-    with pytest.raises(ValueError, match='perhaps because it predicts other classes'):
+    with pytest.raises(ValueError, match='perhaps because it predicts different classes'):
         runner(tiny.distiller_cfg(tmp_path, teacher=teacher)).train()
 
 

@@ -2,6 +2,7 @@ import weakref
 
 import pytest
 import torch
+from mmengine.registry import MODELS
 from torch import nn
 
 from mmdiffkd.models import FeatureDiffusion, NoiseInputs
@@ -122,6 +123,32 @@ def gradients(level, *inputs):
     return losses, student.grad, {name: p.grad for name, p in level.named_parameters()}
 
 
+@MODELS.register_module()
+class PlainDenoiser(nn.Module):
+    """A denoiser of a user's own, of plain modules."""
+
+    def __init__(self, channels, num_train_timesteps=1000):
+        super().__init__()
+        self.layer = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, timesteps):
+        return self.layer(x)
+
+
+def test_memory_efficient_needs_layers_that_can_be_computed_again():
+    options = dict(denoiser=dict(type='PlainDenoiser'))
+    assert FeatureDiffusion(6, 8, **options)(*features()).losses['loss_kd'] > 0
+    with pytest.raises(ValueError, match='memory_efficient=True has no effect on the denoiser PlainDenoiser'):
+        FeatureDiffusion(6, 8, memory_efficient=True, **options)
+
+
+@pytest.mark.parametrize('prediction_type', ['sample', 'v_prediction'])
+def test_prediction_types_train_all_parts(prediction_type):
+    level = FeatureDiffusion(6, 8, scheduler=dict(prediction_type=prediction_type))
+    sum(level(*features()).losses.values()).backward()
+    assert all(p.grad is not None for p in level.parameters())
+
+
 def test_memory_efficient_changes_nothing():
     inputs, results = features(), []
     for memory_efficient in (False, True):
@@ -211,7 +238,7 @@ def test_gradient_past_the_denoiser_is_that_of_the_schedule():
 
 
 def test_different_batches():
-    with pytest.raises(ValueError, match=r'\(1, 6, 5, 7\) and teacher \(2, 8, 5, 7\) must come from the same batch'):
+    with pytest.raises(ValueError, match=r'\(1, 6, 5, 7\) and teacher \(2, 8, 5, 7\) must have the same batch size'):
         FeatureDiffusion(6, 8)(torch.randn(1, 6, 5, 7), torch.randn(2, 8, 5, 7))
 
 
@@ -222,8 +249,8 @@ def test_different_batches():
         (dict(align=False), 'align=False needs denoise=False'),
         (dict(denoise=False, num_grad_steps=1), 'num_grad_steps=1 has no effect with denoise=False'),
         (dict(denoise=False, memory_efficient=True), 'memory_efficient=True has no effect with denoise=False'),
-        (dict(num_grad_steps=0), 'num_grad_steps=0 must lie between 1 and scheduler.num_inference_steps=5'),
-        (dict(num_grad_steps=6), 'num_grad_steps=6 must lie between 1 and'),
+        (dict(num_grad_steps=0), 'num_grad_steps=0 must be between 1 and scheduler.num_inference_steps=5'),
+        (dict(num_grad_steps=6), 'num_grad_steps=6 must be between 1 and'),
         (dict(denoise=False, align=False), 'the student has 6 channels and the teacher 8'),
     ],
 )
@@ -239,7 +266,7 @@ def test_classes_must_agree_where_classes_are_compared():
 
 
 def test_one_channel_is_no_distribution():
-    with pytest.raises(ValueError, match='compares distributions over classes, but there is one channel'):
+    with pytest.raises(ValueError, match='compares distributions over classes, but there is only one channel'):
         FeatureDiffusion(1, 1, loss_kd=dict(type='mmdiffkd.DISTLoss'))
 
 

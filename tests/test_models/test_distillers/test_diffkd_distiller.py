@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmdet.models import RetinaNet
 from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
@@ -115,7 +116,10 @@ class TestTeacherIsAGuest:
     def test_predicting_needs_neither_its_config_nor_its_weights(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.teacher = dict(config='gone.py', checkpoint='gone.pth')
+        logger = MMLogger.get_instance('missing', log_file=str(tmp_path / 'log'))
         model = MODELS.build(cfg).eval()
+        logger.handlers[-1].flush()
+        assert "its teacher is missing: The config file 'gone.py' does not exist" in (tmp_path / 'log').read_text()
         data = tiny.batch(model)
         assert len(model.predict(*data)) == 2
         with pytest.raises(FileNotFoundError, match=r"config file 'gone.py' does not exist"):
@@ -129,6 +133,14 @@ class TestTeacherIsAGuest:
         with pytest.raises(KeyError, match='NoSuchDetector'):
             model.init_weights()
 
+    def test_other_errors_are_raised_at_once(self, tmp_path):
+        class Broken(DiffKDDistiller):
+            def read_pairs(self, *args):
+                return {}['a mistake']
+
+        with pytest.raises(KeyError, match='a mistake'):
+            MODELS.build(dict(tiny.distiller_cfg(tmp_path), type=Broken))
+
     def test_without_a_teacher_the_student_trains_alone(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.teacher = None
@@ -137,7 +149,7 @@ class TestTeacherIsAGuest:
 
 
 class TestLosses:
-    def test_gradients_reach_student_and_diffusion_part(self, tmp_path):
+    def test_gradients_reach_student_and_diffusion_module(self, tmp_path):
         model = tiny.build(tiny.distiller_cfg(tmp_path, distill=dict(fpn=tiny.FPN, reg=REG)))
         model.parse_losses(model.loss(*tiny.batch(model)))[0].backward()
         missing = [name for name, p in model.named_parameters() if p.grad is None]

@@ -40,7 +40,7 @@ def runner(tmp_path, shapes):
 
 
 def trained(run):
-    """The logs of every iteration, and a weight of student and diffusion part before each and after all."""
+    """The logs of every iteration, and a weight of student and diffusion module before each and after all."""
     logs, weights = [], []
     student, part = run.model.bbox_head.retina_cls.weight, run.model.diffkd['fpn'].levels[0].align.weight
     run.model.backbone.register_forward_pre_hook(lambda *_: weights.append((student.clone(), part.clone())))
@@ -104,7 +104,7 @@ def test_accumulated_gradients(runner):
             assert torch.equal(before, after) is not moves
 
 
-def test_clipping_covers_the_diffusion_part(runner):
+def test_clipping_covers_the_diffusion_module(runner):
     run = runner(clip_grad=dict(max_norm=1e-3))
     norms = []
     run_step = run.model.parameters

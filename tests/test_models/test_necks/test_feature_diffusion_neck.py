@@ -110,7 +110,7 @@ def test_levels_may_share_one_part():
     assert all(feature.grad.any() for feature in student)
     with pytest.raises(ValueError, match=r'needs the same channels on all levels, but student_channels=\[4, 6\]'):
         FeatureDiffusionNeck([4, 6], [8, 8], share_levels=True)
-    with pytest.raises(ValueError, match='has 2 levels, but was given 1'):
+    with pytest.raises(ValueError, match='has 2 levels, but got 1'):
         neck(student[:1], teacher[:1])
 
 
@@ -130,7 +130,7 @@ def test_compiled_neck_under_autocast_copies_and_saves():
     twin = copy.deepcopy(neck)
     assert list(twin.state_dict()) == list(FeatureDiffusionNeck([6, 6], [8, 8]).state_dict())
     draws = [NoiseInputs(torch.randn_like(t), torch.randn_like(t), torch.tensor([3, 900])) for t in teacher]
-    ours, theirs = (one.eval()(student, teacher, draws) for one in (neck, twin))
+    ours, theirs = (one.eval()(student, teacher, noise_inputs=draws) for one in (neck, twin))
     for one, two in zip(ours, theirs):
         torch.testing.assert_close(one.losses, two.losses, rtol=1e-4, atol=1e-5)
 
@@ -154,8 +154,8 @@ def test_what_cannot_be_compiled(option):
 
 
 def test_uneven_levels():
-    with pytest.raises(ValueError, match='one entry for every level'):
+    with pytest.raises(ValueError, match='one entry per level'):
         FeatureDiffusionNeck([4, 4], [8])
     neck = FeatureDiffusionNeck([4, 4], [8, 8])
-    with pytest.raises(ValueError, match='has 2 levels, but was given 1 of the student and 2 of the teacher'):
+    with pytest.raises(ValueError, match='has 2 levels, but got 1 from the student and 2 from the teacher'):
         neck([torch.randn(2, 4, 3, 3)], [torch.randn(2, 8, 3, 3)] * 2)

@@ -205,7 +205,7 @@ def test_missing_parts_are_named_when_the_model_is_built(tmp_path, neck, message
 @pytest.mark.parametrize(
     'names, message',
     [
-        (dict(loss='kd'), "distill.fpn returns the loss 'kd': call it 'loss_kd'"),
+        (dict(loss='kd'), "distill.fpn returns the loss 'kd': rename it to 'loss_kd'"),
         (dict(log='my_loss'), "logs 'my_loss': a value with 'loss' in its name would be optimized"),
     ],
 )
@@ -225,7 +225,7 @@ def test_names_that_mmengine_would_misread(tmp_path, names, message):
         ),
         (
             dict(student=['neck', 'backbone'], teacher=['neck', 'backbone']),
-            'FeatureDiffusionNeck compares one tap of the student with one of the teacher; make a pair for each',
+            'FeatureDiffusionNeck compares one student tap with one teacher tap; define one pair per tap',
         ),
     ],
 )

@@ -1,0 +1,117 @@
+"""A distilled iteration with recomputing chains, with plain modules, and with torch's checkpoint.
+
+The third kind runs each chain under ``torch.utils.checkpoint(use_reentrant=False)``, which computes the whole chain
+again in the backward pass; BatchNorm's running statistics are updated in the first pass alone. All run in turn in one
+process. Gradients are the same.
+"""
+
+import argparse
+import sys
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from mmengine.logging import MMLogger
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.iteration import build, random_batch_of
+from benchmarks.measure import in_turn, machine, peak_mib, publish, ratios
+from mmdiffkd.models import ConvChain
+
+KINDS = ('recomputing chains', 'recomputing chains, memory_efficient', 'plain modules', 'checkpoint')
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of a distillation')
+    parser.add_argument('--size', type=int, nargs='+', default=[320], help='height and width (default 320)')
+    parser.add_argument('--batch', type=int, default=4, help='images (default 4)')
+    parser.add_argument('--rounds', type=int, default=15, help='iterations of each kind (default 15)')
+    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
+    parser.add_argument('--page', type=Path, help='write the table to this .md and the figures beside it')
+    return parser.parse_args()
+
+
+@contextmanager
+def without_statistics(chain: nn.Module):
+    """Leave BatchNorm's running statistics alone while a chain is computed again."""
+    norms = [module for module in chain.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def checkpointed(chain: ConvChain, x: torch.Tensor) -> torch.Tensor:
+    """Run a chain and keep its input alone."""
+
+    def contexts():
+        return nullcontext(), without_statistics(chain)
+
+    return checkpoint(partial(nn.Sequential.forward, chain), x, use_reentrant=False, context_fn=contexts)
+
+
+def use(chains, kind: str) -> None:
+    """Choose how the chains run."""
+    forward = {'plain modules': nn.Sequential.forward, 'checkpoint': checkpointed}.get(kind)
+    for chain in chains:
+        vars(chain).pop('forward', None)
+        chain.memory_efficient = kind.endswith('memory_efficient')
+        if forward is not None:
+            chain.forward = partial(forward, chain)
+
+
+def main():
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    cfg, model = build(args.config, device)
+    height, width = (args.size * 2)[:2]
+    data = model.data_preprocessor(random_batch_of(cfg, height, width, args.batch), True)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
+    modules = [module for module in model.diffkd.modules() if isinstance(module, ConvChain)]
+    inner = {child for module in modules for child in module.modules() if child is not module}
+    outer = [module for module in modules if module not in inner]
+
+    def step(kind):
+        def run():
+            use(outer if kind == 'checkpoint' else modules, kind)
+            optimizer.zero_grad(set_to_none=True)
+            model.parse_losses(model(**data, mode='loss'))[0].backward()
+            optimizer.step()
+            use(modules, KINDS[0])
+
+        return run
+
+    ways = {kind: step(kind) for kind in KINDS}
+    times = in_turn(ways, args.rounds)
+    peaks = {kind: peak_mib(way) for kind, way in ways.items()}
+    figures = {kind: dict(ratios(seconds, times[KINDS[0]]), peak_mib=peaks[kind]) for kind, seconds in times.items()}
+    rows = [
+        {
+            'distilled iteration with': kind,
+            'ms': f'{one["ms"]:.0f}',
+            'time': f'{one["ratio"]:.2f} ({one["low"]:.2f} - {one["high"]:.2f})',
+            'peak memory, MiB': f'{one["peak_mib"]:.0f}',
+            'memory': f'{one["peak_mib"] / peaks[KINDS[0]]:.2f}',
+        }
+        for kind, one in figures.items()
+    ]
+    text = (
+        f'`{args.config}`, {height}x{width}, batch {args.batch}, float32, SGD. Median of {args.rounds} rounds, in '
+        'brackets the quartiles of the ratios inside a round. Time and memory of the whole iteration are relative to '
+        'the first row.'
+    )
+    command = ' '.join(['python -m benchmarks.recompute', *sys.argv[1:]])
+    publish(args.page, 'Recomputing chains', text, command, machine(device, args.threads), rows, figures)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,3 @@
+# The student.
+_base_ = './retinanet-r50_24e_deeppcb.py'
+model = dict(backbone=dict(depth=18), neck=dict(in_channels=[64, 128, 256, 512]))

@@ -1,3 +1,0 @@
-# The student.
-_base_ = './retinanet_r50_deeppcb.py'
-model = dict(backbone=dict(depth=18), neck=dict(in_channels=[64, 128, 256, 512]))

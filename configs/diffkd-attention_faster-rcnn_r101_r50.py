@@ -1,3 +1,0 @@
-# Faster R-CNN R101 -> R50 with the attention-weighted distance. The paper: distilled 40.7 AP.
-_base_ = './diffkd_faster-rcnn_r101_r50.py'
-model = dict(distill=dict(fpn=dict(neck=dict(loss_kd=dict(type='mmdiffkd.AttentionMSELoss')))))

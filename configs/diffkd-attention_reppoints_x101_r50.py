@@ -1,3 +1,0 @@
-# RepPoints X101 -> R50 with the attention-weighted distance. The paper: distilled 41.9 AP.
-_base_ = './diffkd_reppoints_x101_r50.py'
-model = dict(distill=dict(fpn=dict(neck=dict(loss_kd=dict(type='mmdiffkd.AttentionMSELoss')))))

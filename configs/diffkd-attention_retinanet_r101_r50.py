@@ -1,3 +1,0 @@
-# RetinaNet R101 -> R50 with the attention-weighted distance. The paper: distilled 39.8 AP.
-_base_ = './diffkd_retinanet_r101_r50.py'
-model = dict(distill=dict(fpn=dict(neck=dict(loss_kd=dict(type='mmdiffkd.AttentionMSELoss')))))

@@ -1,5 +1,0 @@
-# The same distillation without denoising: mean squared error of the feature map (FitNet), KL divergence of the logits.
-_base_ = './diffkd_r18-half_r18-eighth_shape-classes.py'
-model = dict(
-    distill=dict(feat=dict(neck=dict(denoise=False)), logits=dict(neck=dict(denoise=False, align=False))),
-)
