@@ -199,7 +199,7 @@ def test_the_papers_schedule_on_cityscapes(path):
     assert cfg.train_dataloader.batch_size * 4 == cfg.auto_scale_lr.base_batch_size == 16
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.momentum) == ('SGD', 0.02, 0.9)
-    assert optimizer.weight_decay == (2e-4 if 'mobilenetv2' in path.stem else 5e-4)
+    assert optimizer.weight_decay == (2e-4 if 'mobilenet-v2' in path.stem else 5e-4)
     assert cfg.model.student.data_preprocessor['size'] == (512, 1024)
 
 

@@ -13,7 +13,7 @@ def test_every_config_is_there_and_measured():
     for pair in PAIRS:
         assert (ROOT / 'configs' / f'{pair.config}.py').exists()
         assert pair.same_as is None or pair.same_as in measured
-    of_the_paper = {path.stem for path in (ROOT / 'configs').glob('diffkd-attention_*.py')}
+    of_the_paper = {f'coco/{path.stem}' for path in (ROOT / 'configs' / 'coco').glob('diffkd-attention_*.py')}
     assert of_the_paper == {pair.config for pair in PAIRS if 'attention' in pair.config}
 
 

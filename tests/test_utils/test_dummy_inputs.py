@@ -63,5 +63,5 @@ def test_images_are_no_noise():
 
 def test_other_packages_are_refused():
     with DefaultScope.overwrite_default_scope('mmengine'):
-        with pytest.raises(ValueError, match="no batches for default_scope='mmpose', only for mmdet, mmseg, mmpretrai"):
+        with pytest.raises(ValueError, match="need default_scope to be one of mmdet, mmseg, mmpretrain, not 'mmpose'"):
             random_batch(Config(dict(default_scope='mmpose', model=dict(type='X'))), 64)

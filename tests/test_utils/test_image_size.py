@@ -55,7 +55,7 @@ def test_what_comes_last_counts():
         ('cityscapes/diffkd_deeplabv3-r101_deeplabv3-r18_40k_cityscapes.py', (512, 1024)),
         ('cifar/diffkd_resnet50_resnet18_200e_cifar100.py', (32, 32)),
         ('imagenet/diffkd_swin-l_swin-t_300e_in1k.py', (224, 224)),
-        ('diffkd_yolox-l_yolox-s_300e_coco.py', (640, 640)),
+        ('coco/diffkd_yolox-l_yolox-s_300e_coco.py', (640, 640)),
     ],
 )
 def test_shipped_configs(config, size):

@@ -511,7 +511,7 @@ def _progress() -> float:
 
 
 def _allow_missing_diffusion_keys(model: nn.Module, incompatible_keys) -> None:
-    """A checkpoint of the plain student starts the student, not the diffusion part: nothing is missing then."""
+    """A checkpoint of the plain student starts the student, not the diffusion module: nothing is missing then."""
     missing = incompatible_keys.missing_keys
     part = [name for name, _ in model.named_parameters() if name.startswith(PREFIX)]
     if part and set(part) <= set(missing):

@@ -169,7 +169,7 @@ def _check_pair(name: str, cfg: dict) -> None:
         if part in name:
             raise ValueError(
                 f"The pair name '{name}' contains '{part}': optimizer settings for that part of a model (custom_keys) "
-                "would take the diffusion part for it; take another word such as 'feat' or 'logits'."
+                "would take the diffusion module for it; take another word such as 'feat' or 'logits'."
             )
     if not isinstance(cfg, dict):
         raise ValueError(f"distill.{name}={cfg!r} must be a dict such as dict(student='neck', teacher='neck').")
