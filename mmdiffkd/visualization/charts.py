@@ -11,13 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from .palette import COLORS, GRID, INK, REFERENCE, SOFT, STYLES
 from .runs import Group, Run, Series, deviation
 
-# Okabe and Ito's, told apart by the colour-blind, too; without their yellow, which is too light for lines
-COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
-STYLES = ('-', (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
-TEACHER = '#4a4a4a'
-INK, SOFT, GRID = '#22303c', '#5c6b78', '#e3e8ec'
 DPI = 200
 LARGE, SMALL = (3.9, 2.4), (2.3, 1.65)  # inches; the large ones without their legends
 LEGEND_ROW = 0.19
@@ -54,7 +50,7 @@ class Line:
 
 def color(group: Group) -> str:
     """The colour of a run, the same everywhere."""
-    return TEACHER if group.is_teacher else COLORS[group.index % len(COLORS)]
+    return REFERENCE if group.is_teacher else COLORS[group.index % len(COLORS)]
 
 
 def style(group: Group):
@@ -116,7 +112,7 @@ def draw(
     for above, line in zip(reversed(range(len(lines))), lines):
         _draw_line(axes, line, small, above)
     for text, value in (levels or {}).items():
-        axes.axhline(value, color=TEACHER, linewidth=1.1, linestyle=(0, (4, 2)))
+        axes.axhline(value, color=REFERENCE, linewidth=1.1, linestyle=(0, (4, 2)))
         _note(axes, f'{text} {value:.4g}', (1, value), ('axes fraction', 'data'), (-2, 3), ha='right')
     logarithmic = wants_logarithm(lines) if logarithmic is None else logarithmic
     if logarithmic:
@@ -153,7 +149,7 @@ def draw_ends(
         deviation = line.deviation[-1] if line.deviation else None
         axes.errorbar(line.mean[-1], row, xerr=deviation, fmt='o', color=color(line.group), markersize=6, capsize=3)
     for text, value in (levels or {}).items():
-        axes.axvline(value, color=TEACHER, linewidth=1.1, linestyle=(0, (4, 2)))
+        axes.axvline(value, color=REFERENCE, linewidth=1.1, linestyle=(0, (4, 2)))
         _note(axes, f'{text} {value:.4g}', (value, 0), ('data', 'axes fraction'), (-3, 3), ha='right')
     axes.set_yticks(range(len(lines)), [_label(line) for line in lines], color=INK)
     axes.set_ylim(len(lines) - 0.3, -0.6)
@@ -226,7 +222,7 @@ def _note(axes: Axes, text: str, at: tuple, coordinates: tuple, shift: tuple, ha
         textcoords='offset points',
         ha=ha,
         fontsize=FONT,
-        color=TEACHER,
+        color=REFERENCE,
     )
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mmdiffkd.models.diffusion.feature_diffusion import DiffusionOutput
 
+from .palette import COLORS, INK, SOFT
+
 SIDE, DPI = 2.2, 110  # of a panel, in inches, and dots an inch
-INK, SOFT = '#22303c', '#5c6b78'
-STUDENT, TEACHER = '#d55e00', '#0072b2'  # told apart by the colour-blind, too
+TEACHER, STUDENT = COLORS[:2]
 
 
 def draw_comparison(name: str, image: Tensor, output: DiffusionOutput, iteration: int) -> np.ndarray:
