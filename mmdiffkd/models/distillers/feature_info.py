@@ -25,17 +25,16 @@ IMAGES = 2
 
 
 class FeatureInfo(NamedTuple):
-    """What a tap gives.
+    """Features of a tap (the idea of timm's ``FeatureInfo``).
 
     Attributes:
-        channels (list[int]): Channels of each level; 0 where a level is None.
+        channels (list[int]): Channels of each level; 0 if a level is None.
         strides (list[float or None]): Image pixels per feature pixel of each level; None for vectors.
-        calls (int): How often the module is called in a forward pass.
-        way (str): The shortest of a model's :func:`forward_fns` that reaches it.
-        learns (list[bool], optional): Whether a gradient reaches the model through each level; only the student's
-            are looked at.
-        tokens (list[Tokens or None], optional): How the tokens of each level are laid out; None where it has none.
-        members (int): Number of tensors that a call returns.
+        calls (int): Number of calls of the module in a forward pass.
+        forward_fn (str): Name of the cheapest of :func:`forward_fns` that calls the module.
+        requires_grad (list[bool], optional): Whether gradients reach the model through each level; None for teachers.
+        tokens (list[Tokens or None], optional): Token layout of each level; None for levels without tokens.
+        num_outputs (int): Number of tensors that a call returns.
     """
 
     channels: List[int]
@@ -48,10 +47,10 @@ class FeatureInfo(NamedTuple):
 
 
 def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, FeatureInfo]:
-    """Find out what the taps of a model return.
+    """Run a model to find channels, strides and gradients of its taps.
 
-    The model is built and run on the meta device, which costs neither memory nor arithmetic; where an operator does
-    not know that device, on the CPU with a small image.
+    The model is built and run on the meta device, without memory and arithmetic. If an operator does not support that
+    device, it runs on the CPU with a small image.
 
     Args:
         model_cfg (dict): Config of the model.
@@ -59,11 +58,11 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
         owner (str): ``'student'`` or ``'teacher'``, for error messages.
 
     Returns:
-        dict[str, FeatureInfo]: One entry a path.
+        dict[str, FeatureInfo]: Features by path.
 
     Raises:
-        TapError: If a path does not exist, or is not reached in a forward pass.
-        RuntimeError: If the model runs on none of the images tried.
+        TapError: If a path does not exist, or a forward pass does not call it.
+        RuntimeError: If the model fails for all image sizes.
     """
     paths, problems = list(paths), []
     channels = image_channels(model_cfg.get('data_preprocessor'))
@@ -87,16 +86,16 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
 
 
 def check_training_outputs(pair: str, path: str, outputs: List[list], tap: FeatureInfo) -> None:
-    """Check that a tap returns in training what the dry run saw it return in prediction.
+    """Check that a tap returns the same outputs in training as in the dry run.
 
     Args:
         pair (str): Name of the pair, for the error message.
         path (str): The tap.
-        outputs (list[list[Tensor or None]]): What it returned, an entry a call.
+        outputs (list[list[Tensor or None]]): Outputs in training, one list per call.
         tap (FeatureInfo): What the dry run saw.
 
     Raises:
-        TapError: If it was not called, or returned other outputs.
+        TapError: If the tap was not called, or returned different outputs.
     """
     if len(outputs) < tap.calls:
         raise TapError(
@@ -117,16 +116,16 @@ def check_training_outputs(pair: str, path: str, outputs: List[list], tap: Featu
 
 
 def check_gradient(pair: str, path: str, features: Sequence[Tensor], levels: Sequence[int]) -> None:
-    """Check that a tap sends gradient to the student: distilling what does not learn would go unnoticed.
+    """Check that gradients reach the student through a tap; otherwise distillation would have no effect.
 
     Args:
         pair (str): Name of the pair, for the error message.
         path (str): The tap.
-        features (list[Tensor]): What it returned, one a level.
-        levels (list[int]): Those that are distilled.
+        features (list[Tensor]): Features, one per level.
+        levels (list[int]): Distilled levels.
 
     Raises:
-        TapError: If no gradient reaches the student through one of them.
+        TapError: If a distilled level requires no gradient.
     """
     lost = [level for level in levels if not features[level].requires_grad]
     if lost and torch.is_grad_enabled():
@@ -145,7 +144,7 @@ def _widths(channels: Iterable[Optional[int]]) -> str:
 
 
 def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
-    """Attempts at the image size that a backbone is made for, if it names a square one."""
+    """Attempts at the square image size of the backbone's config, if there is one."""
     size = (model_cfg.get('backbone') or {}).get('img_size')
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
@@ -216,7 +215,7 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
 
 
 def blank_sample(*shape: int) -> BaseDataElement:
-    """A data sample of an image of that height and width, without labels."""
+    """Create a data sample without labels for an image of this height and width."""
     return BaseDataElement(
         metainfo=dict(
             img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)
@@ -227,25 +226,24 @@ def blank_sample(*shape: int) -> BaseDataElement:
 def match_levels(
     pair: str, student: FeatureInfo, teacher: FeatureInfo, levels: Optional[Sequence[int]] = None
 ) -> List[Tuple[int, int]]:
-    """Match the levels of a student's tap with those of its teacher's.
+    """Match the levels of a student tap with those of a teacher tap.
 
-    Levels belong together when their strides are equal; several of one stride, as dilated backbones have them, by
-    their order. A single feature on both sides is matched whatever its stride, vectors by their order. Levels of frozen
-    stages are left out. Levels asked for by number take the teacher's nearest stride, up to a factor of two, and are
-    resized.
+    Levels match if their strides are equal. Several levels of one stride, as in dilated backbones, match by their
+    order, and so do vectors. A single feature on both sides always matches. Frozen levels are left out. Levels that are
+    given by number match the nearest stride of the teacher, up to a factor of two, and are resized.
 
     Args:
         pair (str): Name of the pair, for error messages.
         student (FeatureInfo): The student's levels.
         teacher (FeatureInfo): The teacher's levels.
-        levels (list[int], optional): Student levels to distil. Those below 0 count from the end, of both: -1 joins the
-            last with the last, whatever their strides. None takes all that the two share. Defaults to None.
+        levels (list[int], optional): Student levels to distill. Negative numbers count from the end on both sides: -1
+            matches the last levels, whatever their strides. None takes all common levels. Defaults to None.
 
     Returns:
-        list[tuple[int, int]]: Positions of the student's and the teacher's level.
+        list[tuple[int, int]]: Indices of student and teacher levels.
 
     Raises:
-        ValueError: If nothing matches; it names the strides of both.
+        ValueError: If no levels match; the message has the strides of both.
     """
     ours, theirs = _present(student), _present(teacher)
     requires_grad = [level for level in ours if student.requires_grad is None or student.requires_grad[level]]
@@ -313,7 +311,7 @@ def match_levels(
 
 
 def _present(tap: FeatureInfo) -> List[int]:
-    """Levels that are there when a model predicts."""
+    """Indices of the levels that are not None in prediction."""
     return [level for level, channels in enumerate(tap.channels) if channels]
 
 
@@ -333,16 +331,16 @@ WRAPPED = ('detector', 'student')
 
 
 def encoder_path(model: nn.Module) -> Optional[str]:
-    """Path of the module that sees a model's images first, None if it is not where upstream keeps it."""
+    """Path of the module that encodes the images; None if it has none of upstream's names."""
     modules = dict(model.named_modules())
     paths = [prefix + name for prefix in ('', *(f'{part}.' for part in WRAPPED)) for name in ENCODERS]
     return next((path for path in paths if path in modules), None)
 
 
 def forward_fns(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]], object]]:
-    """Ways to run a model on images (N, 3, H, W) and their samples, by name; the shortest first.
+    """Functions that run a model on images (N, 3, H, W) and data samples, by name, the cheapest first.
 
-    Most taps lie in backbone and neck, which run where proposals and post-processing do not.
+    Most taps are in the backbone or neck, which run without proposals and post-processing.
     """
     functions = {}
     for name, part in [('features', model)] + [(f'{name} features', getattr(model, name, None)) for name in WRAPPED]:
@@ -358,7 +356,7 @@ def forward_fns(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]]
 
 
 def _run_segmentation_heads(model: nn.Module, images: Tensor) -> None:
-    """Decode head and auxiliary heads; a segmentor runs the latter only to compute its losses."""
+    """Run decode head and auxiliary heads. A segmentor runs auxiliary heads only in training."""
     features = model.extract_feat(images)
     if isinstance(model.decode_head, nn.ModuleList):
         output = model.decode_head[0](features)

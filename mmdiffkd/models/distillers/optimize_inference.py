@@ -1,4 +1,4 @@
-"""A teacher that gives the same features in less time."""
+"""Conv-BN fusion, channels-last and compilation for the frozen teacher."""
 
 import copy
 from typing import Callable, Dict, Iterable, List, Optional
@@ -8,23 +8,23 @@ from mmcv.cnn import fuse_conv_bn
 from torch import Tensor, nn
 
 Features = Dict[str, List[Optional[Tensor]]]
-# of the mean size of a level; what was seen is 1e-6 in float32, TF32 rounds a thousand times coarser
+# Relative to the mean absolute value of a level. Differences are about 1e-6 in float32, and larger with TF32.
 TOLERANCE = 1e-2
 
 
 def optimize_for_inference(model: nn.Module, channels_last: bool) -> nn.Module:
-    """A copy that shares the weights of a model in eval mode, with BatchNorm folded into the convolutions.
+    """Copy a model in eval mode and fuse BatchNorm into its convolutions. Other weights are shared.
 
     Args:
-        model (nn.Module): The model; of it nothing changes but the memory format of its convolutions' weights.
-        channels_last (bool): Whether convolutions work on that memory format.
+        model (nn.Module): The model. Only the memory format of its convolution weights changes.
+        channels_last (bool): Whether convolutions use the channels-last memory format.
 
     Returns:
-        nn.Module: The copy. Its features are the model's, but where a BatchNorm that is no neighbour of a convolution
-        was taken for one: compare them (:func:`find_mismatch`).
+        nn.Module: The copy. Compare its features with :func:`find_mismatch`: fusion goes wrong if a BatchNorm that is
+        registered after a convolution does not follow it in the forward pass.
 
     Raises:
-        Exception: Whatever copying or folding meets in layers that are not what they seem.
+        Exception: If copying or fusing fails, for example for custom layers.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     model = fuse_conv_bn(copy.deepcopy(model, shared)).requires_grad_(False).eval()
@@ -33,24 +33,24 @@ def optimize_for_inference(model: nn.Module, channels_last: bool) -> nn.Module:
 
 
 def set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Set what the convolutions of a model work on."""
+    """Set the memory format of the convolution weights of a model."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=memory_format)
 
 
 def find_mismatch(expected: Features, found: Features) -> Optional[str]:
-    """The first tap whose features differ by more than rounding does, None if there is none.
+    """Find the first tap whose features differ by more than rounding errors; None if there is none.
 
     Args:
-        expected (dict[str, list[Tensor or None]]): The levels of every tap.
-        found (dict[str, list[Tensor or None]]): The same of another model.
+        expected (dict[str, list[Tensor or None]]): Features by tap and level.
+        found (dict[str, list[Tensor or None]]): Features of the other model.
     """
     for path, levels in expected.items():
         if [_shape(level) for level in levels] != [_shape(level) for level in found[path]]:
             return path
         for ours, theirs in zip(levels, found[path]):
-            if ours is None or not ours.numel():  # no RoIs, say
+            if ours is None or not ours.numel():  # for example without RoIs
                 continue
             if not (ours - theirs).abs().mean() <= TOLERANCE * ours.abs().mean():
                 return path
@@ -58,13 +58,13 @@ def find_mismatch(expected: Features, found: Features) -> Optional[str]:
 
 
 def compile_parts(model: nn.Module, taps: Iterable[str], compiler: Callable = torch.compile, prefix: str = '') -> None:
-    """Compile the largest parts of a model that have no tap inside; taps are hooks, which run between the parts.
+    """Compile the largest submodules that contain no tap, in place. Hooks of taps run outside the compiled code.
 
     Args:
-        model (nn.Module): The model; its parts are changed in place.
+        model (nn.Module): The model.
         taps (iterable[str]): Paths of the tapped modules.
-        compiler (callable): What makes a function quicker. Defaults to ``torch.compile``.
-        prefix (str): Path of the model within the one that the taps count from. Defaults to ''.
+        compiler (callable): Compiles a function. Defaults to ``torch.compile``.
+        prefix (str): Path of ``model`` inside the teacher, with a final dot. Defaults to ''.
     """
     for name, child in model.named_children():
         path = f'{prefix}{name}'

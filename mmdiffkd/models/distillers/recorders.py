@@ -15,11 +15,11 @@ MAX_EXTRA_TOKENS = 5
 
 
 class Tokens(NamedTuple):
-    """How a tap lays out its tokens.
+    """Token layout of a tap.
 
     Attributes:
         stride (float): Image pixels per token.
-        extra (int): Number of class tokens and the like before the grid.
+        extra (int): Number of tokens before the grid, such as class tokens.
     """
 
     stride: float
@@ -27,27 +27,27 @@ class Tokens(NamedTuple):
 
 
 class TapError(ValueError):
-    """A tap that does not exist, is not reached, or returns what cannot be distilled."""
+    """A tap does not exist, is not called, or returns something that cannot be distilled."""
 
 
 def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
-    """The module at a path of ``named_modules()``.
+    """Find the module at a path of ``named_modules()``.
 
     Args:
-        model (nn.Module): Where to look.
-        path (str): For example ``'neck'`` or ``'bbox_head.retina_reg'``; FSDP, activation checkpointing and
-            torch.compile, which wrap modules, do not change it.
+        model (nn.Module): The model.
+        path (str): For example ``'neck'`` or ``'bbox_head.retina_reg'``. Wrappers of FSDP, activation checkpointing and
+            torch.compile are not part of the path.
         owner (str): ``'student'`` or ``'teacher'``, for the error message.
 
     Raises:
-        TapError: If there is none; it lists the nearest paths.
+        TapError: If there is no such module; the message lists similar paths.
     """
-    with suppress(AttributeError):  # the way without a search, since this is done in every iteration
+    with suppress(AttributeError):  # fast path: called in every iteration
         if path:
             return model.get_submodule(path)
     modules: Dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        # the wrapper comes first, and is what gets called
+        # the wrapper comes first, and hooks must be on it
         modules.setdefault(WRAPPERS.sub('', name).lstrip('.'), module)
     modules.pop('', None)
     if path not in modules:
@@ -59,23 +59,23 @@ def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
 
 
 class _LastTapReached(BaseException):
-    """Ends a forward pass; no ``except Exception`` on the way may catch it."""
+    """Ends a forward pass. Not an ``Exception``, so that models do not catch it."""
 
 
 class ModuleOutputsRecorder(AbstractContextManager):
-    """Record what modules return during a forward pass.
+    """Record the outputs of modules during a forward pass.
 
-    Hooks are in place only inside the ``with`` block, so nothing is left on a model that predicts, is copied or saved.
+    Forward hooks are registered only inside the ``with`` block.
 
     Args:
-        model (nn.Module): The model that runs.
+        model (nn.Module): The model to run.
         paths (iterable[str]): Modules to tap.
         owner (str): ``'student'`` or ``'teacher'``, for error messages.
-        stop_after (dict[str, int], optional): Number of calls a path; when all are reached, the forward pass ends
-            there and then. None lets it run. Defaults to None.
+        stop_after (dict[str, int], optional): Number of calls per path after which the forward pass ends. None does not
+            stop it. Defaults to None.
 
     Attributes:
-        outputs (dict[str, list[list[Tensor or None]]]): The tensors that every path returned, an entry a call.
+        outputs (dict[str, list[list[Tensor or None]]]): Output tensors by path, one list per call.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], owner: str, stop_after: Optional[Dict[str, int]] = None):
@@ -98,7 +98,7 @@ class ModuleOutputsRecorder(AbstractContextManager):
 
     def _hook(self, path: str):
         def record(module, inputs, output):
-            # a copy: what follows may work in place, as ReLUs behind a normalisation do
+            # a copy, because later modules may work in place, such as ReLU
             self.outputs[path].append(
                 [tensor if tensor is None else tensor.clone() for tensor in flatten(output, path)]
             )
@@ -108,21 +108,21 @@ class ModuleOutputsRecorder(AbstractContextManager):
         return record
 
     def features(self, path: str, input_size, tokens: Optional[Sequence[Optional[Tokens]]] = None):
-        """The levels of a path as feature maps, one a call and one a member of a returned tuple or list.
+        """Return the levels of a tap as feature maps: one per call and per returned tensor.
 
-        A member that is None, such as the auxiliary output of a network that predicts, stays None.
+        Outputs that are None, such as auxiliary outputs in prediction, stay None.
 
         Args:
             path (str): A tapped path.
-            input_size (tuple[int, int]): Height and width of the images, which tell the grid of tokens.
-            tokens (list[Tokens or None], optional): How the tokens of each level are laid out where it is known; what
-                is returned beyond these levels, by calls that a dry run does not make, is left out.
+            input_size (tuple[int, int]): Height and width of the images, which determine the token grid.
+            tokens (list[Tokens or None], optional): Token layout of each level, from the dry run. Further outputs, of
+                calls that the dry run did not make, are dropped.
 
         Returns:
             list[Tensor or None]: The levels.
 
         Raises:
-            TapError: If they are no feature maps.
+            TapError: If an output is not a feature map.
         """
         tensors = [tensor for call in self.outputs[path] for tensor in call]
         tokens = [None] * len(tensors) if tokens is None else tokens
@@ -133,9 +133,9 @@ class ModuleOutputsRecorder(AbstractContextManager):
 
 
 class ModuleInputsRecorder(AbstractContextManager):
-    """Record the images that the encoder of a model is first called with in a ``with`` block.
+    """Record the input images of the first call of a model's encoder in a ``with`` block.
 
-    Self-supervised models and trackers take views or clips and decide themselves which of them they encode.
+    For self-supervised models and trackers, which select the views or frames that they encode.
 
     Attributes:
         images (list[Tensor]): The images of the first call, (N, 3, H, W); empty before it.
@@ -158,13 +158,13 @@ class ModuleInputsRecorder(AbstractContextManager):
 
 
 def is_roi_tap(path: str) -> bool:
-    """Whether a tap lies in the box branch of a RoI head."""
+    """Whether a tap is in the box branch of a RoI head."""
     return path.split('.')[:2] == ['roi_head', 'bbox_head']
 
 
 @contextmanager
 def record_rois(model: nn.Module) -> Iterator[List[Tensor]]:
-    """Record the RoIs, (R, 5), that a detector's box branch is called with."""
+    """Record the RoIs, (R, 5), of the calls of a detector's box branch."""
     rois: List[Tensor] = []
     extractor = model.roi_head.bbox_roi_extractor
     handle = extractor.register_forward_pre_hook(lambda module, args: rois.append(args[1]))
@@ -175,20 +175,19 @@ def record_rois(model: nn.Module) -> Iterator[List[Tensor]]:
 
 
 def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = None) -> Tensor:
-    """View a tapped tensor as a feature map.
+    """View the output of a tap as a feature map.
 
     Args:
-        tensor (Tensor): (N, C, H, W), tokens (N, L, C) with or without class tokens and the like before them, or
-            vectors (N, C).
+        tensor (Tensor): (N, C, H, W), tokens (N, L, C), possibly with class tokens in front, or vectors (N, C).
         input_size (tuple[int, int]): Height and width of the images.
         path (str): The tap, for the error message.
-        tokens (Tokens, optional): How they are laid out where it is known.
+        tokens (Tokens, optional): Token layout, if known.
 
     Returns:
-        Tensor: (N, C, H, W); vectors become 1x1 maps.
+        Tensor: (N, C, H, W); vectors become maps of 1x1.
 
     Raises:
-        TapError: If it is none of these.
+        TapError: If the tensor has a different shape.
     """
     if tensor.dim() == 4:
         return tensor
@@ -216,17 +215,17 @@ def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = Non
 
 
 def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[int, int]]:
-    """Height and width of the grid of tokens on an image; what is left over are class tokens and the like."""
-    if tokens is not None:  # patches may be cut off at the border, or padded
+    """Height and width of the token grid on an image. Tokens in front of the grid are class tokens and the like."""
+    if tokens is not None:  # border patches may be dropped or padded
         sides = [(floor(size / tokens.stride), ceil(size / tokens.stride)) for size in input_size]
         return next((grid for grid in product(*sides) if grid[0] * grid[1] == length - tokens.extra), None)
     ratio = input_size[1] / input_size[0]
     for extra in range(MAX_EXTRA_TOKENS + 1):
         count = length - extra
-        if count < 4 * extra:  # chance, not class tokens
+        if count < 4 * extra:  # too few tokens for a grid with class tokens
             return None
         height = round((count / ratio) ** 0.5)
-        if not height or count % height or input_size[0] % height:  # queries, say
+        if not height or count % height or input_size[0] % height:  # for example queries
             continue
         if abs(count / height - height * ratio) < 1:
             return height, count // height
@@ -234,7 +233,7 @@ def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[i
 
 
 def flatten(output, path: str, is_member: bool = False) -> List[Optional[Tensor]]:
-    """The tensors in nested tuples and lists, in order, and the Nones among them."""
+    """Return the tensors and Nones in nested tuples and lists, in order."""
     if isinstance(output, Tensor) or (output is None and is_member):
         return [output]
     if isinstance(output, (tuple, list)):

@@ -20,19 +20,19 @@ DTYPES = ('bfloat16', 'float16')
 
 
 class Teacher:
-    """A frozen guest: it is no module of the distiller, so nothing trains, saves, copies, wraps or counts it.
+    """Frozen teacher. Not a submodule of the distiller, so the optimizer, checkpoints, EMA and DDP ignore it.
 
     Args:
         config (str, Path or dict): See :func:`mmdiffkd.utils.resolve_config`.
         checkpoint (str): Path or URL of its weights, or ``'zoo'``.
-        dtype (str, optional): ``'bfloat16'`` or ``'float16'`` runs it under autocast. Its features are float32 all the
-            same. Defaults to None, the precision that the student runs in.
-        channels_last (bool): Whether its convolutions work on that memory format, which is the quicker one on CPUs and
+        dtype (str, optional): ``'bfloat16'`` or ``'float16'`` runs the teacher under autocast; its features are
+            converted to float32. Defaults to None, the student's precision.
+        channels_last (bool): Whether convolutions use the channels-last memory format, which is faster on CPUs and
             tensor cores. Defaults to True.
-        compile (bool): Whether ``torch.compile`` is applied to its parts between taps. Defaults to False.
+        compile (bool): Whether to apply ``torch.compile`` to the modules between taps. Defaults to False.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError, ValueError: If the config cannot be resolved, or is a distiller's.
+        FileNotFoundError, ModuleNotFoundError, ValueError: If the config cannot be found, or is a distillation config.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class Teacher:
         self.dtype: Optional[torch.dtype] = dtype and getattr(torch, dtype)
         self.channels_last = channels_last
         self.compile = compile
-        self.fingerprint: Optional[str] = None  # of its weights, once they are loaded
+        self.fingerprint: Optional[str] = None  # hash of the weights, after loading
         self.source = config
         self.checkpoint = checkpoint
         self.cfg: Config = resolve_config(config)
         if 'student' in self.cfg.model and 'teacher' in self.cfg.model:
             raise ValueError(
-                f"The teacher's config ({self.name}) is a distillation config itself; name the config of the plain "
-                'model, for a distilled student the one that tools/model_converters/export_student.py writes.'
+                f"The teacher's config ({self.name}) is a distillation config. Use the config of the plain model; "
+                'tools/model_converters/export_student.py writes that of a distilled student.'
             )
         self.taps: Dict[str, FeatureInfo] = {}
         self._model: Optional[nn.Module] = None
         self.renormalize: Optional[InputRenormalizer] = None
-        self._optimized: Optional[nn.Module] = None  # a copy that gives the features, made with the first batch
-        self._forward_fn: Optional[Callable] = None  # how it runs as far as the last tap
+        self._optimized: Optional[nn.Module] = None  # optimized copy, made with the first batch
+        self._forward_fn: Optional[Callable] = None  # runs the model up to the last tap
 
     def __deepcopy__(self, memo):
         return self  # copies of the student (EMA) share it
@@ -72,22 +72,22 @@ class Teacher:
 
     @property
     def running_model(self) -> nn.Module:
-        """The model that gives the features: an optimized copy after the first batch."""
+        """The model that computes the features: after the first batch, an optimized copy."""
         return self.model if self._optimized is None else self._optimized
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
-        return self.source if isinstance(self.source, str) else f'{self.cfg.model.type} given in place'
+        """Name in messages."""
+        return self.source if isinstance(self.source, str) else f'{self.cfg.model.type}, given as a dict'
 
     @property
     def model_cfg(self):
-        """Config of the model, with its own scope."""
+        """Config of the model, including its registry scope."""
         return get_model_cfg(self.cfg)
 
     @property
     def model(self) -> nn.Module:
-        """The model with its weights; built on first use, and let go when a quicker one takes its place."""
+        """The model with its weights. Built on first use; released when an optimized copy replaces it."""
         if self._model is None:
             self._model = self._build()
         return self._model
@@ -96,7 +96,7 @@ class Teacher:
         if not self.checkpoint:
             raise ValueError(
                 f"The teacher ({self.name}) has no weights: set teacher.checkpoint to a path, a URL, or 'zoo' for the "
-                'weights that its package lists.'
+                'weights in the model index of its package.'
             )
         source = zoo_checkpoint(self.source) if self.checkpoint == 'zoo' else str(self.checkpoint)
         weights = read_checkpoint(source)['state_dict']
@@ -107,11 +107,11 @@ class Teacher:
         return model.eval().requires_grad_(False)
 
     def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, FeatureInfo]) -> None:
-        """Tell it what it will be asked for.
+        """Set the taps and the preprocessing of the inputs.
 
         Args:
-            student_preprocessor (dict, optional): Config of the preprocessor whose output it will see.
-            taps (dict[str, FeatureInfo]): Its taps, from the dry run.
+            student_preprocessor (dict, optional): Config of the student's data preprocessor.
+            taps (dict[str, FeatureInfo]): The teacher's taps, from the dry run.
         """
         self.renormalize = InputRenormalizer(student_preprocessor, get_preprocessor_cfg(self.cfg))
         self.taps = taps
@@ -120,7 +120,7 @@ class Teacher:
     def features(
         self, inputs: Tensor, data_samples: Optional[Sequence] = None, rois: Optional[Tensor] = None
     ) -> Dict[str, List[Tensor]]:
-        """Run as far as the last tap.
+        """Compute the features of all taps; the forward pass ends at the last tap.
 
         Args:
             inputs (Tensor): The student's images, (N, 3, H, W).
@@ -147,7 +147,7 @@ class Teacher:
         return features
 
     def _optimize(self, images: Tensor, data_samples: Optional[Sequence], rois: Optional[Tensor]) -> nn.Module:
-        """The quickest model whose features on a batch are the teacher's."""
+        """Return an optimized copy if it computes the same features on this batch, else the model itself."""
         model = self.model.to(images.device)
         images = images.float()
         devices = [images.device] if images.is_cuda else []
@@ -157,14 +157,14 @@ class Teacher:
                 quick = optimize_for_inference(model, self.channels_last)
                 found = self._run(quick, self._forward_fn_of(quick), images, data_samples, rois)
                 tap = find_mismatch(expected, found)
-                obstacle = tap and f"the features of '{tap}' would be others"
-            except Exception as error:  # whatever it is, the teacher does without
-                obstacle = f'it would stop ({error})'
+                obstacle = tap and f"it would change the features of '{tap}'"
+            except Exception as error:  # optimization is optional, whatever fails
+                obstacle = f'it fails ({error})'
         if obstacle is None:
-            model, self._model = quick, None  # what was folded away is not kept
+            model, self._model = quick, None  # release the original weights
         else:
-            set_memory_format(model, torch.contiguous_format)  # of weights that are shared
-            print_log(f'The teacher runs as it is: quickened, {obstacle}.', logger='current')
+            set_memory_format(model, torch.contiguous_format)  # the copy shares its weights
+            print_log(f'Teacher optimization is off: {obstacle}. Using the original, slower model.', logger='current')
         if self.compile:
             if model is self._model:
                 model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
@@ -172,7 +172,7 @@ class Teacher:
         return model
 
     def _forward_fn_of(self, model: nn.Module) -> Callable:
-        """How a model runs on images, their samples and RoIs, at least as far as the last tap."""
+        """Return a function of images, data samples and RoIs that runs a model at least up to the last tap."""
         if any(map(is_roi_tap, self.taps)):
             return lambda images, samples, rois: run_box_branch(model, images, rois)
         (forward_fn,) = {info.forward_fn for info in self.taps.values()}
@@ -187,7 +187,7 @@ class Teacher:
 
 
 class InputRenormalizer:
-    """Show the teacher the student's images in the teacher's own normalisation and channel order.
+    """Convert the student's preprocessed images to the teacher's normalization and channel order.
 
     Args:
         student (dict, optional): Config of the student's data preprocessor.
@@ -200,13 +200,13 @@ class InputRenormalizer:
         self.pad_value = float((teacher or {}).get('pad_value', 0) or 0)
 
     def __call__(self, inputs: Tensor, data_samples: Optional[Sequence]) -> Tensor:
-        """Convert a batch; where both normalise alike it is returned as it is.
+        """Convert a batch. If both use the same normalization, return it unchanged.
 
-        Padding is the teacher's pad value again afterwards, as if the teacher had padded the batch itself.
+        The padded area is filled with the teacher's pad value.
 
         Args:
             inputs (Tensor): The student's preprocessed images, (N, C, H, W).
-            data_samples (list, optional): Their samples; ``img_shape`` tells where padding begins.
+            data_samples (list, optional): Their data samples; ``img_shape`` marks the start of the padding.
 
         Returns:
             Tensor: The teacher's images, (N, C, H, W).
@@ -226,10 +226,10 @@ class InputRenormalizer:
         return images
 
     def displayed(self, inputs: Tensor) -> Tensor:
-        """The student's images as they are shown.
+        """Convert the student's preprocessed images to RGB for display.
 
         Args:
-            inputs (Tensor): Its preprocessed images, (N, 3, H, W) or (N, 1, H, W).
+            inputs (Tensor): Preprocessed images, (N, 3, H, W) or (N, 1, H, W).
 
         Returns:
             Tensor: RGB between 0 and 1, (N, 3, H, W).
@@ -240,7 +240,7 @@ class InputRenormalizer:
 
 
 def _statistics(preprocessor: Optional[dict]):
-    """Mean, standard deviation and whether images are RGB; mmpretrain calls the flag ``to_rgb``."""
+    """Return mean, standard deviation and whether images are RGB. mmpretrain calls the flag ``to_rgb``."""
     cfg = preprocessor or {}
     mean, std = cfg.get('mean'), cfg.get('std')
     is_rgb = bool(cfg.get('bgr_to_rgb') or cfg.get('to_rgb'))

@@ -84,10 +84,10 @@ def test_features_stay_and_batch_norms_go(tmp_path, channels_last):
 @pytest.mark.parametrize(
     'kind, reason',
     [
-        ('order', "the features of 'backbone' would be others"),
-        ('view', 'it would stop'),
-        ('width', 'it would stop (shape'),
-        ('lock', "it would stop (cannot pickle '_thread.lock'"),
+        ('order', "it would change the features of 'backbone'"),
+        ('view', 'it fails'),
+        ('width', 'it fails (shape'),
+        ('lock', "it fails (cannot pickle '_thread.lock'"),
     ],
 )
 def test_teacher_that_cannot_be_quickened_runs_as_it_is(tmp_path, monkeypatch, kind, reason):

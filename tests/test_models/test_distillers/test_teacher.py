@@ -55,7 +55,7 @@ def test_sees_images_in_its_own_normalisation(tmp_path):
 
 def test_another_architecture_is_refused(tmp_path):
     path = tiny.write_checkpoint(tiny.detector(base_channels=4), tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=r'do not fit the teacher \(RetinaNet given in place\): backbone.conv1.weight'):
+    with pytest.raises(ValueError, match=r'fit the teacher \(RetinaNet, given as a dict\): backbone.conv1.weight'):
         Teacher(tiny.detector(), path).model  # noqa: B018
 
 
