@@ -500,7 +500,7 @@ def _teacher_taps(pair: Pair) -> List[str]:
 
 
 def _per_tap(pair: Pair, values: list):
-    """What a neck is given: one entry for each tap if the pair names several, else the entry itself."""
+    """Values for a neck: a list with one entry per tap, or the entry itself if the pair has a single tap."""
     return values[0] if isinstance(pair.student, str) else values
 
 
@@ -511,7 +511,7 @@ def _progress() -> float:
 
 
 def _allow_missing_diffusion_keys(model: nn.Module, incompatible_keys) -> None:
-    """A checkpoint of the plain student starts the student, not the diffusion module: nothing is missing then."""
+    """Accept checkpoints of the plain student, which have no diffusion module."""
     missing = incompatible_keys.missing_keys
     part = [name for name, _ in model.named_parameters() if name.startswith(PREFIX)]
     if part and set(part) <= set(missing):
@@ -524,14 +524,14 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         raise ValueError("student must be the config of a model, such as student=_base_.model: a dict with a 'type'.")
     if 'student' in student:
         raise ValueError(
-            f"The student's config is a {student['type']} itself; use its student: student=_base_.model.student."
+            f"The student's config is already a {student['type']}; use its student: student=_base_.model.student."
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     return with_preprocessor(cfg, data_preprocessor)
 
 
 def _versions() -> List[str]:
-    """This package's, and those of the packages that models come from, for the log."""
+    """Versions of this package and of the imported OpenMMLab packages, for the log."""
     upstream = [name for name in ('mmdet', 'mmseg', 'mmpretrain') if name in sys.modules]
     return [f'mmdiffkd {__version__}', *(f'{name} {sys.modules[name].__version__}' for name in upstream)]
 
@@ -548,7 +548,7 @@ def _check_teacher_keys(teacher: dict) -> None:
 
 
 def _pretrained_files(model: nn.Module) -> List[str]:
-    """The files that ``init_cfg`` of a model's parts names."""
+    """The checkpoint files in the ``init_cfg`` of a model and its submodules."""
 
     def named_in(cfg) -> List[str]:
         if isinstance(cfg, (list, tuple)):
@@ -561,7 +561,7 @@ def _pretrained_files(model: nn.Module) -> List[str]:
 
 
 class _AttachUnused(torch.autograd.Function):
-    """A zero that depends on parameters whose gradient is nothing: no arithmetic is done in either direction."""
+    """Identity whose graph includes parameters; their gradients are None, so there is no arithmetic."""
 
     @staticmethod
     def forward(ctx, loss, *parameters):
@@ -574,22 +574,22 @@ class _AttachUnused(torch.autograd.Function):
 
 
 def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The same loss, with parameters that it does not use in its graph.
+    """Add unused parameters to the graph of a loss, with gradients of None.
 
-    DDP waits for every registered parameter in every iteration; this reports those that are idle, without a value.
+    DDP waits for the gradient of every registered parameter in every iteration.
 
     Args:
         loss (Tensor): Scalar.
-        parameters (iterable[Parameter]): Those that have had no part in it.
+        parameters (iterable[Parameter]): Parameters that the loss does not depend on.
 
     Returns:
-        Tensor: The loss.
+        Tensor: The same loss.
     """
     return _AttachUnused.apply(loss, *parameters)
 
 
 def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:
-    """The label that the head around a tap ignores, None for taps outside such a head.
+    """Find the ignored label of the head that contains a tap; None for taps outside such heads.
 
     Args:
         model (nn.Module): The student.
@@ -604,14 +604,14 @@ def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:
 
 
 def valid_pixel_mask(data_samples: Optional[Sequence], ignore_index: Optional[int]) -> Optional[Tensor]:
-    """Where the label is not the one that is ignored; padding carries it, too.
+    """Mask the pixels whose label is ignored, which includes padding.
 
     Args:
         data_samples (list, optional): Samples with ``gt_sem_seg``, (1, H, W) each.
         ignore_index (int, optional): The label, from :func:`find_ignore_index`.
 
     Returns:
-        Tensor: (N, 1, H, W) of type bool; None where there are no such labels, and every pixel counts.
+        Tensor: (N, 1, H, W) of type bool, True for valid pixels; None if all pixels are valid.
     """
     if ignore_index is None or not data_samples:
         return None

@@ -8,9 +8,9 @@ from mmdiffkd.utils.config import closest_names, refuse_old_keys
 from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
 from .recorders import is_roi_tap
 
-# What makes the box regression of two heads comparable
+# two box heads are comparable if they agree in these settings
 COMPARABLE = ('bbox_coder', 'reg_class_agnostic', 'num_classes')
-# parts of models that optimizer settings name; upstream looks for the words anywhere in a parameter's name
+# names in optimizer settings (custom_keys), which match anywhere in a parameter's name
 PARTS = ('backbone', 'neck', 'head')
 FIELDS = ('student', 'teacher', 'levels', 'neck')
 PRESET_MEMBERS = ('neck_defaults', 'default_pairs', 'known_pairs', 'default_distance')
@@ -18,13 +18,13 @@ RENAMED_PRESETS = dict(paper='diffkd')
 
 
 class Pair(NamedTuple):
-    """A tap of the student, its counterpart in the teacher, and how they are compared.
+    """Taps of student and teacher, and the neck that compares them.
 
     Attributes:
         student (str or list[str]): Path of the student's module, or several paths for a neck that takes several taps.
-        teacher (str or list[str]): Path of the teacher's module, or as many.
-        levels (list[int], optional): Student levels; None for all that both have.
-        neck (dict): Config of the neck, without its widths.
+        teacher (str or list[str]): Path of the teacher's module, or the same number of paths.
+        levels (list[int], optional): Student levels; None for all common levels.
+        neck (dict): Config of the neck, without channels.
     """
 
     student: Union[str, List[str]]
@@ -48,15 +48,14 @@ def read_pairs(
 ) -> Dict[str, Pair]:
     """Complete the ``distill`` of a config.
 
-    Without it, the preset decides. A pair of one of its names that leaves out taps takes the default ones,
-    and those parts of the neck that it does not name: ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``.
-    Where there is one default pair, a pair of another name takes its taps, too: the paper's of detectors are from neck
-    to neck.
+    Without ``distill``, the preset gives the pairs. A pair with the name of a default pair gets the taps and the neck
+    settings that it does not set: ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``. If the preset has one
+    default pair, pairs with different names get its taps as well.
 
     Args:
         distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
         student (nn.Module): The student.
-        student_cfg (dict): Its config.
+        student_cfg (dict): Config of the student.
         teacher_cfg (dict): Config of the teacher.
         preset (str): Name of a registered preset, such as ``'diffkd'`` or ``'plus'``. Defaults to ``'diffkd'``.
 
@@ -64,7 +63,7 @@ def read_pairs(
         dict[str, Pair]: The pairs by name.
 
     Raises:
-        ValueError: If it is empty, a pair is misspelt or incomplete, or there is no such preset.
+        ValueError: If ``distill`` is empty, a pair is misspelled or incomplete, or the preset is unknown or incomplete.
     """
     chosen = _get_preset(preset)
     models = student, student_cfg, teacher_cfg
@@ -84,11 +83,7 @@ def read_pairs(
 
 
 def _get_preset(name: str):
-    """The preset of a name.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Build the preset with this name."""
     PRESETS.import_from_location()
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if name in RENAMED_PRESETS:
@@ -102,7 +97,7 @@ def _get_preset(name: str):
 
 
 def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict) -> None:
-    """Check that what is compared in RoI heads can be compared.
+    """Check that pairs with taps in RoI heads are comparable.
 
     Args:
         pairs (dict[str, Pair]): All pairs.
@@ -110,7 +105,7 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
         teacher_cfg (dict): Config of the teacher.
 
     Raises:
-        ValueError: If it cannot; it names the pair and the reason.
+        ValueError: If a pair is not comparable; the message has the pair and the reason.
     """
     roi_pairs = {
         name: pair for name, pair in pairs.items() if any(map(_in_roi_head, pair.student_taps + pair.teacher_taps))
@@ -119,8 +114,8 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
         for path in pair.student_taps + pair.teacher_taps:
             if not is_roi_tap(path):
                 raise ValueError(
-                    f"distill.{name} taps '{path}', but RoI heads are compared inside 'roi_head.bbox_head' on both "
-                    'sides, where they run on the same regions.'
+                    f"distill.{name} taps '{path}', but RoI heads can only be compared inside 'roi_head.bbox_head', "
+                    'which runs on the same regions in both models.'
                 )
         heads = [_box_head(name, owner, cfg) for owner, cfg in (('student', student_cfg), ('teacher', teacher_cfg))]
         for key in COMPARABLE:
@@ -141,20 +136,20 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
 
 
 def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str, dict]) -> dict:
-    """A pair with the default taps where it names none, and the default neck where it has a default pair's name."""
+    """Complete the taps of a pair, and the neck of a pair that has the name of a default pair."""
     if cfg.get('student') and cfg.get('teacher'):
         return cfg
     default = known.get(name)
     if default is None:
         if len(defaults) > 1:
             raise ValueError(
-                f'distill.{name} names no tap and is no default pair: those are {", ".join(defaults)}. Name its taps: '
+                f'distill.{name} names no tap and is not a default pair ({", ".join(defaults)}). Name its taps: '
                 f"distill=dict({name}=dict(student='backbone', teacher='backbone'))."
             )
         (default,) = defaults.values()
         default = dict(default, neck={})
     neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
-    if default_neck.get('denoise', True) and not neck.get('denoise', True):  # what is left: an adapter and a distance
+    if default_neck.get('denoise', True) and not neck.get('denoise', True):  # only adapter and distance remain
         default_neck = {key: value for key, value in default_neck.items() if key == 'loss_kd'}
     return {**default, **cfg, 'neck': {**default_neck, **neck}}
 
@@ -162,14 +157,14 @@ def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str,
 def _check_pair(name: str, cfg: dict) -> None:
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or 'loss' in name:
         raise ValueError(
-            f"The pair name '{name}' cannot be used: it becomes part of checkpoint keys and of log keys, where 'loss' "
-            "marks what is summed up; take a plain word such as 'fpn'."
+            f"The pair name '{name}' cannot be used: it becomes part of checkpoint keys and log keys, and mmengine "
+            "sums log keys with 'loss'. Use a plain word such as 'fpn'."
         )
     for part in PARTS:
         if part in name:
             raise ValueError(
                 f"The pair name '{name}' contains '{part}': optimizer settings for that part of a model (custom_keys) "
-                "would take the diffusion module for it; take another word such as 'feat' or 'logits'."
+                "would also apply to the diffusion module. Use a different word, such as 'feat' or 'logits'."
             )
     if not isinstance(cfg, dict):
         raise ValueError(f"distill.{name}={cfg!r} must be a dict such as dict(student='neck', teacher='neck').")
@@ -209,8 +204,8 @@ def _box_head(name: str, owner: str, model_cfg: dict) -> dict:
     if isinstance(bbox_head, (list, tuple)):
         raise ValueError(
             f"distill.{name} compares RoI heads, but the {owner}'s {model_cfg['roi_head']['type']} has "
-            f"{len(bbox_head)} stages with box targets of their own, which cannot be compared with another head's; "
-            'leave this pair out.'
+            f'{len(bbox_head)} stages with different box targets, which cannot be compared with those of a different '
+            'head; leave this pair out.'
         )
     return bbox_head
 
@@ -220,6 +215,6 @@ def _as_taps(taps) -> Union[str, List[str]]:
 
 
 def _is_feature_diffusion(kind) -> bool:
-    """Whether a type of neck is ``FeatureDiffusionNeck`` or one that inherits from it."""
+    """Whether a neck type is ``FeatureDiffusionNeck`` or a subclass."""
     cls = MODELS.get(kind) if isinstance(kind, str) else kind
     return isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)

@@ -330,7 +330,7 @@ class TestBadInput:
             (dict(distill=dict(fpn=dict(neck=dict(latent=3)))), 'distill.fpn.neck cannot be built'),
             (dict(distill={'a.b': dict()}), "pair name 'a.b' cannot be used"),
             (dict(distill=dict(keys=dict())), "pair name 'keys' cannot be used"),
-            (dict(distill=dict(loss_fpn=dict())), "pair name 'loss_fpn' cannot be used.*'loss' marks"),
+            (dict(distill=dict(loss_fpn=dict())), "pair name 'loss_fpn' cannot be used.*log keys with 'loss'"),
             (dict(distill=dict(fpn='neck')), "distill.fpn='neck' must be a dict"),
         ],
     )

@@ -111,7 +111,7 @@ def test_a_default_pair_without_denoising_has_no_autoencoder():
 
 def test_a_pair_without_taps_has_to_be_a_default_one():
     classifier = models.resnet_classifier()
-    with pytest.raises(ValueError, match='distill.mine names no tap and is no default pair: those are feat, logits'):
+    with pytest.raises(ValueError, match=r'distill.mine names no tap and is not a default pair \(feat, logits\)'):
         read_pairs(dict(mine={}), build_for_inspection(classifier), classifier, classifier)
 
 
