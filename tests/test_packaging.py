@@ -184,7 +184,7 @@ def test_the_demo_reads_and_writes_where_it_is_started(installed, monkeypatch):
     (installed.folder / 'work_dirs' / 'demo').mkdir(parents=True)
     (installed.folder / 'work_dirs' / 'demo' / 'settings.json').write_text('{}')
     done = installed('-m', 'mim', 'run', 'mmdiffkd', 'demo', check=False)
-    assert f'{installed.folder}/work_dirs/demo was made with other settings' in done
+    assert f'{installed.folder}/work_dirs/demo was made with different settings' in done
     monkeypatch.chdir(installed.folder)
     monkeypatch.setattr(sys, 'argv', ['demo.py'])
     assert load_tool('demo.py').parse_args().work_dir == installed.folder / 'work_dirs' / 'demo'

@@ -1,8 +1,8 @@
-"""A whole distillation in minutes: student alone, plain distillation, DiffKD, and the export of what it gives.
+"""Train a student alone, with plain MSE and with DiffKD in a few minutes, compare the results and export the student.
 
-Every training is the ordinary train command on configs of this repository, and reads images that are generated. The
-trainings run side by side, one thread each. A demo that was interrupted goes on where it stopped. A teacher whose
-weights lie beside its config is tested, not trained.
+The trainings use ``tools/train.py``, configs of this repository and generated images. They run in parallel with one CPU
+thread each. An interrupted demo continues where it stopped. If a checkpoint is shipped beside the teacher's config, the
+teacher is tested instead of trained.
 """
 
 import argparse
@@ -22,26 +22,26 @@ from mmdiffkd.utils.meta_device import MultiplyAddCounter, build_for_inspection
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim
 TOOLS = ROOT / 'tools'
 EPOCHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
-TEACHER = 'teacher'  # its row in the table
+TEACHER = 'teacher'  # name of its table row
 CONFIGS = ROOT / 'configs' / 'shapes'
-# rows of the table: the teacher first, DiffKD last
+# table rows: the teacher first, DiffKD last
 RUNS = {
     TEACHER: 'retinanet-r18-half_16e_shapes.py',
     'student alone': 'retinanet-r18-eighth_8e_shapes.py',
     'student, plain MSE': 'mse_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py',
     'student, DiffKD': 'diffkd_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py',
 }
-METRIC = 'coco/bbox_mAP'  # its name in the log
+METRIC = 'coco/bbox_mAP'  # log key
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--work-dir', type=Path, help='where to write (default: a folder in work_dirs)')
-    parser.add_argument('--data', type=Path, help='folder of the images; they are generated if it is not there')
-    parser.add_argument('--seed', type=int, default=0, help='seed of every training (default: 0)')
-    parser.add_argument('--train-teacher', action='store_true', help='train the teacher although it comes trained')
-    parser.add_argument('--epochs', type=int, help='epochs of every training')
-    parser.add_argument('--cfg-options', nargs='+', default=[], help='other settings of every training: key=value ...')
+    parser.add_argument('--work-dir', type=Path, help='folder for results (default: work_dirs/demo or demo_seedN)')
+    parser.add_argument('--data', type=Path, help='folder of the images, which are generated if missing')
+    parser.add_argument('--seed', type=int, default=0, help='random seed of all trainings (default: 0)')
+    parser.add_argument('--train-teacher', action='store_true', help='train the teacher, too, instead of loading it')
+    parser.add_argument('--epochs', type=int, help='number of epochs of each training')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='override settings of all configs: key=value ...')
     args = parser.parse_args()
     name = f'demo_seed{args.seed}' if args.seed else 'demo'
     args.work_dir = (args.work_dir or Path('work_dirs', name)).resolve()
@@ -55,37 +55,35 @@ def main():
     try:
         demo.run()
     except KeyboardInterrupt:
-        print('\nInterrupted: all trainings have ended. The same command goes on where they stopped.', flush=True)
+        print('\nInterrupted; all trainings were stopped. Run the same command to continue.', flush=True)
         sys.exit(130)
 
 
 class Demo:
-    """The demo with the settings of the command line."""
+    """The demo, configured by the command line."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.work_dir, self.data = args.work_dir, args.data
         weights = config_of(TEACHER).with_suffix('.pth')
-        wanted = not (args.train_teacher or args.epochs or args.cfg_options)  # the config as it is made the weights
+        wanted = not (args.train_teacher or args.epochs or args.cfg_options)  # weights belong to the unchanged config
         self.teacher_weights = weights if wanted and weights.exists() else None
 
     def run(self) -> None:
         self.check_settings()
         rows = self.missing()
         trained = [name for name in RUNS if name != TEACHER or not self.teacher_weights]
-        print(
-            f'{len(trained)} trainings, {min(available_cores(), len(trained))} side by side with one CPU thread each.'
-        )
-        print(f'Everything is written to {shown(self.work_dir)}. Ctrl-C stops; the same command goes on.\n', flush=True)
+        print(f'{len(trained)} trainings, {min(available_cores(), len(trained))} in parallel with one CPU thread each.')
+        print(f'Results: {shown(self.work_dir)}. Press Ctrl-C to stop; run the same command to continue.\n', flush=True)
         if not (self.data / 'annotations' / 'val.json').exists():
             self.do([self.tool('generate images', 'dataset_converters', 'make_shapes.py', self.data)])
         self.do(self.training_jobs(rows), self.keep)
-        # a training that was interrupted between its last checkpoint and its validation
+        # trainings that were interrupted between their last checkpoint and its validation
         self.do([self.test_job(name, *self.files(name)) for name in self.missing()], self.keep)
         self.finish()
 
     def check_settings(self) -> None:
-        """Refuse a folder that was made with other settings: its trainings would be mixed with new ones."""
+        """Exit if the folder was made with different settings, so that results are not mixed."""
         args = self.args
         settings = dict(
             data=str(args.data),
@@ -96,12 +94,12 @@ class Demo:
         )
         file = self.work_dir / 'settings.json'
         if file.exists() and json.loads(file.read_text()) != settings:
-            sys.exit(f'{self.work_dir} was made with other settings; choose another --work-dir or remove it.')
+            sys.exit(f'{self.work_dir} was made with different settings; choose another --work-dir or remove it.')
         self.work_dir.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings))
 
     def missing(self) -> List[str]:
-        """Rows without a result."""
+        """Return the rows without a result."""
         return [name for name in RUNS if not self.result_file(name).exists()]
 
     def result_file(self, name: str) -> Path:
@@ -111,32 +109,33 @@ class Demo:
         return self.work_dir / config_of(name).stem
 
     def files(self, name: str) -> Sequence:
-        """Config and weights of a row."""
+        """Return config and checkpoint of a row."""
         if name == TEACHER and self.teacher_weights:
             return config_of(name), self.teacher_weights
         folder = self.folder(name)
         return folder / RUNS[name], (folder / 'last_checkpoint').read_text().strip()
 
     def do(self, jobs: List[Job], on_done: Optional[Callable[[JobResult], None]] = None) -> None:
-        """Run jobs; end the demo if one of them failed."""
+        """Run jobs. Exit if one of them failed."""
         results = run_parallel(jobs, on_done=on_done) if jobs else []
         failed = [result.name for result in results if not result.ok and result.returncode is not None]
         if failed:
             sys.exit(
-                f'\nFailed: {", ".join(failed)}; the end of the log is above. The same command does what is missing.'
+                f'\nFailed: {", ".join(failed)}. See the end of the log above. Fix the cause and run the same command; '
+                'it skips finished trainings.'
             )
 
     def tool(self, name: str, *path_and_args, after: Sequence[str] = ()) -> Job:
-        """A script of tools/ as a job."""
+        """Return a job that runs a script of ``tools``."""
         folder, script, *args = path_and_args
         log = self.work_dir / 'logs' / f'{Path(script).stem}.log'
         return Job(name, [sys.executable, TOOLS / folder / script, *args], log, after=after)
 
     def training_jobs(self, names: Sequence[str]) -> List[Job]:
-        """The longest first, behind the teacher that they need."""
+        """Return one job per row, the longest first. A teacher to train comes first, a teacher to test last."""
         order = [TEACHER, *reversed([name for name in RUNS if name != TEACHER])]
         if self.teacher_weights:
-            order = [*order[1:], TEACHER]  # nothing waits for its test
+            order = [*order[1:], TEACHER]  # no job needs its test
         return [self.row_job(name, names) for name in order if name in names]
 
     def row_job(self, name: str, names: Sequence[str]) -> Job:
@@ -145,7 +144,7 @@ class Demo:
             return self.test_job(name, config, self.teacher_weights, *self.overrides())
         distills = 'student' in Config.fromfile(config).model
 
-        def command():  # by now the teacher is trained
+        def command():  # called at the start of the job, after the teacher is trained
             options = self.overrides()
             if distills:
                 options.append(f'model.teacher.checkpoint={self.files(TEACHER)[1]}')
@@ -157,7 +156,7 @@ class Demo:
         return Job(name, command, log, folder, METRIC, after=[TEACHER] if needs_teacher else [])
 
     def overrides(self) -> List[str]:
-        """What the arguments change in every config."""
+        """Return the config overrides that follow from the arguments."""
         args = self.args
         options = [f'{split}_dataloader.dataset.data_root={args.data}/' for split in ('train', 'val', 'test')]
         options += [f'{split}_evaluator.ann_file={args.data}/annotations/val.json' for split in ('val', 'test')]
@@ -170,28 +169,28 @@ class Demo:
         return Job(name, [*command, *(['--cfg-options', *options] if options else [])], log, metric=METRIC)
 
     def keep(self, result: JobResult) -> None:
-        """Note the metric of a row and the seconds that it took, as soon as both are known."""
+        """Save the metric of a row and its training time as soon as both are known."""
         folder = self.folder(result.name)
         logs = sorted(folder.glob('*/vis_data/scalars.json'))
         records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-        # mmdet leaves the metric out where nothing at all was detected
+        # mmdet omits the metric if there are no detections
         metrics = [record.get(METRIC, 0.0) for record in records if 'iter' not in record]  # of validations
         tested = tested_metric(folder / 'tested', METRIC)
         metrics += [] if tested is None else [tested]
         if not result.ok or not metrics:
             return
-        is_whole = len(logs) == 1 and tested is None  # trained without an interruption
+        is_whole = len(logs) == 1 and tested is None  # trained without interruption
         content = {'mAP': metrics[-1], 'seconds': result.seconds if is_whole else None}
         self.result_file(result.name).write_text(json.dumps(content))
 
     def finish(self) -> None:
-        """Export and test the distilled student, draw, and print what there is."""
+        """Export and test the distilled student, draw detections, write the report and print the table."""
         work_dir, distilled = self.work_dir, list(RUNS)[-1]
         student = work_dir / 'student.py', work_dir / 'student.pth'
         tested = work_dir / 'exported'
         plain_test = Path(find_spec('mmdet').origin).parent / '.mim' / 'tools' / 'test.py'
         config, weights = self.files(distilled)
-        export, test = 'export the student', 'test it in plain mmdet'
+        export, test = 'export the student', 'test the export in plain mmdet'
         jobs = [
             self.tool(
                 export, 'model_converters', 'export_student.py', config, weights, student[1], '--config-out', student[0]
@@ -216,7 +215,7 @@ class Demo:
         rows = [self.row(name) for name in RUNS]
         metric = tested_metric(tested, METRIC)
         if metric != rows[-1]['mAP']:
-            sys.exit(f'The exported student has mAP {metric}, in training it was {rows[-1]["mAP"]}.')
+            sys.exit(f'The exported student has mAP {metric}, but it had {rows[-1]["mAP"]} in training.')
         rows.append({**rows[-1], 'name': 'the same, exported, in plain mmdet', 'seconds': None})
         table = as_table(rows)
         (work_dir / 'table.md').write_text(table)
@@ -224,31 +223,31 @@ class Demo:
         print(self.summary(table))
 
     def row(self, name: str) -> dict:
-        """A row of the table."""
+        """Return a row of the table."""
         return dict(name=name, **json.loads(self.result_file(name).read_text()), **complexity(config_of(name)))
 
     def summary(self, table: str) -> str:
-        """The table, the files, and how to go on."""
+        """Return the table, the list of files and the next steps."""
         folder = shown(self.work_dir)
         files = [
-            (f'{folder}/student.pth', 'the distilled student; plain mmdet opens it with student.py beside it'),
-            (f'{folder}/detections.png', 'what the models detect on test images, beside the truth'),
-            (f'{folder}/report/report.html', 'curves, metrics and feature pictures of the trainings'),
-            (f'{folder}/table.md', 'this table; table.json has all digits'),
+            (f'{folder}/student.pth', 'the distilled student, for plain mmdet with the config student.py'),
+            (f'{folder}/detections.png', 'ground truth and detections of the models on test images'),
+            (f'{folder}/report/report.html', 'curves, metrics and pictures of features'),
+            (f'{folder}/table.md', 'this table; table.json has the exact values'),
         ]
         width = max(len(file) for file, _ in files)
         return '\n'.join(
             [
                 '',
                 table,
-                f'mAP on {len(list(self.data.glob("images/val/*")))} generated images, seed {self.args.seed}. '
-                'One seed: README has the spread of three.',
-                'Training minutes are wall time, with other trainings beside it and one CPU thread for each.'
-                + (' The teacher came trained.' if self.teacher_weights else ''),
+                f'mAP on {len(list(self.data.glob("images/val/*")))} generated images, for seed {self.args.seed} only. '
+                'README.md has the results of three seeds.',
+                'Training time is wall time with one CPU thread per training and several trainings in parallel.'
+                + (' The teacher was already trained.' if self.teacher_weights else ''),
                 '',
                 *(f'{file:{width}}  {what}' for file, what in files),
                 '',
-                'With your own models and data: write a config from those of student and teacher, train, export.',
+                'To distill your own models, write a config from those of student and teacher, train it and export:',
                 '  python tools/misc/make_config.py STUDENT.py TEACHER.py --checkpoint TEACHER.pth -o distill.py',
                 '  python tools/train.py distill.py',
                 '  python tools/model_converters/export_student.py distill.py work_dirs/distill/CHECKPOINT.pth '
@@ -258,18 +257,18 @@ class Demo:
 
 
 def config_of(name: str) -> Path:
-    """The config of a row."""
+    """Return the config of a row."""
     return CONFIGS / RUNS[name]
 
 
 def tested_metric(folder: Path, key: str) -> Optional[float]:
-    """The metric of the newest test in a folder; None where there is none."""
+    """Return the metric of the newest test in a folder, or None without a test."""
     logs = sorted(folder.glob('*/*.json'))
     return json.loads(logs[-1].read_text().splitlines()[-1]).get(key, 0.0) if logs else None
 
 
 def complexity(config: Path) -> dict:
-    """Parameters and multiply-adds of the deployed model, which is the student of a distillation."""
+    """Count parameters and multiply-adds of the deployed model, which is the student for a distillation config."""
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
     model = build_for_inspection(cfg.model.get('student', cfg.model)).eval()
@@ -297,7 +296,7 @@ def as_table(rows: List[dict]) -> str:
 
 
 def shown(path: Path) -> Path:
-    """A path as short as it can be written here."""
+    """Return a path relative to the working directory if it is inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

@@ -1,4 +1,4 @@
-"""Evaluate the student of a config; the arguments are those of mmdet's, mmseg's and mmpretrain's test.py."""
+"""Test a model; a distillation config tests its student. Arguments as in test.py of mmdet, mmseg and mmpretrain."""
 
 import argparse
 
@@ -8,19 +8,19 @@ from mmdiffkd.cli import own_process, without_gc
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Test (and evaluate) a model')
-    parser.add_argument('config', help='test config file')
+    parser = argparse.ArgumentParser(description='Test a model, or the student of a distillation config')
+    parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--work-dir', help='folder for the evaluation metrics')
-    parser.add_argument('--out', help='dump the predictions to a pickle file (.pkl) for offline evaluation')
+    parser.add_argument('--work-dir', help='folder for logs and metrics')
+    parser.add_argument('--out', help='save the predictions to this pickle file (.pkl)')
     parser.add_argument('--show', action='store_true', help='show the predictions')
-    parser.add_argument('--show-dir', help='folder for the painted images, in the work dir')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds between shown images')
+    parser.add_argument('--show-dir', help='save images with predictions to this folder of the run')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each image')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--tta', action='store_true', help='augment images: needs tta_model and tta_pipeline')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation, from tta_model and tta_pipeline')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)  # torch.distributed.launch passes it
     return parser.parse_args()
 
@@ -28,7 +28,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
-        raise SystemExit(f'--out {args.out} must end with .pkl')
+        raise SystemExit(f'--out {args.out} must end with .pkl or .pickle.')
     with without_gc():
         import torch
 
@@ -50,7 +50,7 @@ def build_runner(args):
     cfg = load_run_config(args)
     if 'student' in cfg.model:
         cfg.model.teacher = None  # the student alone: neither the teacher's config nor its weights are needed
-    cfg.load_from, cfg.resume = args.checkpoint, False  # the config may be one that a resumed run has dumped
+    cfg.load_from, cfg.resume = args.checkpoint, False  # a config dumped by a resumed run has resume=True
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     if args.tta:

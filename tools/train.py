@@ -1,4 +1,4 @@
-"""Train a model; the arguments are those of mmdet's, mmseg's and mmpretrain's train.py."""
+"""Train a model, with or without distillation. Arguments as in train.py of mmdet, mmseg and mmpretrain."""
 
 import argparse
 
@@ -8,16 +8,16 @@ from mmdiffkd.cli import own_process, without_gc
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Train a model')
-    parser.add_argument('config', help='train config file')
+    parser = argparse.ArgumentParser(description='Train a model, with or without distillation')
+    parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
-        help='resume from this checkpoint, or without a value from the latest one in the work dir',
+        help='checkpoint to resume from; without a value, the latest one in the work dir',
     )
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
@@ -61,7 +61,7 @@ def build_runner(args):
 
 
 def check_before_flexible_runner(cfg):
-    """FlexibleRunner loads before it calls a hook, so what mmdiffkd.CheckpointHook does has to come earlier."""
+    """Choose the checkpoint as CheckpointHook does, because FlexibleRunner loads it before it calls hooks."""
     from mmengine.registry import HOOKS
 
     hook = cfg.get('default_hooks', {}).get('checkpoint', {})

@@ -1,4 +1,4 @@
-"""Charts of runs, one small picture each, so that a page can lay them out for any screen."""
+"""Draw charts of runs. Each chart is a separate small picture, so that a page can arrange them for any screen."""
 
 import io
 import math
@@ -15,22 +15,22 @@ from .palette import COLORS, GRID, INK, REFERENCE, SOFT, STYLES
 from .runs import Group, Run, Series, deviation
 
 DPI = 200
-LARGE, SMALL = (3.9, 2.4), (2.3, 1.65)  # inches; the large ones without their legends
+LARGE, SMALL = (3.9, 2.4), (2.3, 1.65)  # inches; LARGE excludes the legend
 LEGEND_ROW = 0.19
 FONT, FONT_SMALL = 8, 7.5
-LONGEST = 44  # characters of a name in a legend
-MARKED = 15  # lines of fewer points show them
-LOG_RANGE = 30  # highest value against the median from which on an axis is logarithmic
+LONGEST = 44  # maximum length of a name in a legend
+MARKED = 15  # lines with at most this many points have markers
+LOG_RANGE = 30  # use a log scale if the maximum exceeds this multiple of the median
 
 
 @dataclass
 class Chart:
-    """A chart that is drawn.
+    """A rendered chart.
 
     Args:
-        name (str): Of its file, without ``.png``.
-        text (str): What it shows, for those who cannot see it.
-        png (bytes): The picture.
+        name (str): File name without ``.png``.
+        text (str): Alternative text for screen readers.
+        png (bytes): Content of the PNG file.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Chart:
 
 @dataclass
 class Line:
-    """A mean over seeds, and its standard deviation where there are several."""
+    """Mean over seeds, and the standard deviation if there are several seeds."""
 
     group: Group
     x: List[int]
@@ -49,22 +49,22 @@ class Line:
 
 
 def color(group: Group) -> str:
-    """The colour of a run, the same everywhere."""
+    """Return the color of a run, which is the same in all charts."""
     return REFERENCE if group.is_teacher else COLORS[group.index % len(COLORS)]
 
 
 def style(group: Group):
-    """Its line style; colours come again with another one."""
+    """Return the line style of a run. Runs that share a color have different styles."""
     return STYLES[group.index // len(COLORS) % len(STYLES)]
 
 
 def css_style(group: Group) -> str:
-    """The nearest style of a border."""
+    """Return the CSS border style that is closest to the line style of a run."""
     return ('solid', 'dashed', 'dotted', 'double')[group.index // len(COLORS) % len(STYLES)]
 
 
 def lines_of(groups: Sequence[Group], value: Callable[[Run], Series]) -> List[Line]:
-    """A line for each group that has the value, over the iterations that all its seeds have."""
+    """Return one line per group that has the value, over the iterations that all its seeds logged."""
     lines = []
     for group in groups:
         found = [series for series in map(value, group.runs) if series]
@@ -92,17 +92,20 @@ def draw(
     """Draw lines over iterations.
 
     Args:
-        name (str): Of the file.
-        title (str): Above the chart.
-        label (str): What the vertical axis shows, with its unit.
-        lines (list[Line]): The runs.
-        levels (dict[str, float], optional): Horizontal lines for teachers, by their labels.
-        small (bool): One of several alike, without legend. Defaults to False.
-        limits (tuple[float, float], optional): Of the vertical axis.
-        logarithmic (bool, optional): Its scale. Defaults to what :func:`wants_logarithm` says.
+        name (str): File name without ``.png``.
+        title (str): Title above the chart.
+        label (str): Label of the vertical axis, with its unit.
+        lines (list[Line]): One line per run.
+        levels (dict[str, float], optional): Values of horizontal reference lines for teachers, by label. Defaults to
+            None.
+        small (bool): Whether to draw a small chart without legend, for a row of similar charts. Defaults to False.
+        limits (tuple[float, float], optional): Limits of the vertical axis. None fits them to the lines. Defaults to
+            None.
+        logarithmic (bool, optional): Whether the vertical axis is logarithmic. None means the result of
+            :func:`wants_logarithm`. Defaults to None.
 
     Returns:
-        Chart, optional: None where there is nothing to draw.
+        Chart, optional: The chart; None if there are no lines.
     """
     if not lines:
         return None
@@ -135,13 +138,13 @@ def draw(
             handlelength=1.6,
             borderaxespad=0.2,
         )
-    return Chart(name, f'{title} over iterations. {_ends(lines, levels)}', _png(figure))
+    return Chart(name, f'{title}, by iteration. {_ends(lines, levels)}', _png(figure))
 
 
 def draw_ends(
     name: str, title: str, label: str, lines: Sequence[Line], levels: Optional[Dict[str, float]] = None
 ) -> Optional[Chart]:
-    """Draw the last values alone, a row a run: for runs that were validated once. Arguments are those of ``draw``."""
+    """Draw only the last values, one row per run, for runs that were validated once. Arguments as in :func:`draw`."""
     if not lines:
         return None
     figure, axes = _figure((LARGE[0], max(LARGE[1], 0.9 + 0.28 * len(lines))), title, small=False)
@@ -159,7 +162,7 @@ def draw_ends(
 
 
 def common_limits(columns: Sequence[Sequence[Line]]) -> Tuple[Optional[Tuple[float, float]], bool]:
-    """Limits of an axis that several charts share, and whether it is logarithmic."""
+    """Return the limits of an axis that several charts share, and whether it is logarithmic."""
     lines = [line for column in columns for line in column]
     edges = [
         edge
@@ -179,7 +182,7 @@ def common_limits(columns: Sequence[Sequence[Line]]) -> Tuple[Optional[Tuple[flo
 
 
 def wants_logarithm(lines: Sequence[Line]) -> bool:
-    """Whether a few values, as at the start of a training, would press all others to the bottom."""
+    """Whether a few large values, e.g. at the start of training, would flatten the lines on a linear axis."""
     values = [value for line in lines for value in line.mean if math.isfinite(value)]
     return bool(values) and min(values) > 0 and max(values) > LOG_RANGE * statistics.median(values)
 
@@ -206,7 +209,7 @@ def _draw_line(axes: Axes, line: Line, small: bool, above: int) -> None:
         line.mean,
         color=color(line.group),
         linestyle=style(line.group),
-        linewidth=(1.2 if small else 1.5) + min(0.35 * above, 1.4),  # one that is covered shows its edges
+        linewidth=(1.2 if small else 1.5) + min(0.35 * above, 1.4),  # edges of covered lines stay visible
         marker='o' if len(line.x) <= MARKED else None,
         markersize=2.2 if small else 3.2,
         label=_label(line),
@@ -227,7 +230,7 @@ def _note(axes: Axes, text: str, at: tuple, coordinates: tuple, shift: tuple, ha
 
 
 def _plain(text: str) -> str:
-    """Keep matplotlib from reading formulas."""
+    """Escape dollar signs, which matplotlib reads as math."""
     return text.replace('$', r'\$')
 
 
@@ -236,7 +239,7 @@ def _label(line: Line) -> str:
     if len(name) > LONGEST:
         name = f'{name[: LONGEST // 2]}…{name[-LONGEST // 2 :]}'
     seeds = f' ({len(line.group.runs)} seeds)' if line.deviation is not None else ''
-    return f'{" " * name.startswith("_")}{_plain(name)}{seeds}'  # legends leave out what begins with an underscore
+    return f'{" " * name.startswith("_")}{_plain(name)}{seeds}'  # legends omit labels that begin with an underscore
 
 
 def _thousands(value: float, position: int) -> str:
@@ -250,6 +253,6 @@ def _png(figure: Figure) -> bytes:
 
 
 def _ends(lines: Sequence[Line], levels: Optional[Dict[str, float]]) -> str:
-    """The last values in words."""
-    ends = [f'{line.group.name} {line.mean[-1]:.4g} in iteration {line.x[-1]}' for line in lines]
-    return f'Last: {"; ".join(ends + [f"{text} {value:.4g}" for text, value in (levels or {}).items()])}.'
+    """Describe the last values in words."""
+    ends = [f'{line.group.name} {line.mean[-1]:.4g} at iteration {line.x[-1]}' for line in lines]
+    return f'Last values: {"; ".join(ends + [f"{text} {value:.4g}" for text, value in (levels or {}).items()])}.'

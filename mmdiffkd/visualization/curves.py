@@ -1,4 +1,4 @@
-"""Which charts a page has, and in which sections."""
+"""Draw the charts of the report page and arrange them in sections."""
 
 import math
 import re
@@ -13,24 +13,24 @@ from .logs import WEIGHT
 from .runs import Group, last, main_metrics
 
 TERMS = {
-    'kd': 'distance to the teacher',
-    'diffusion': 'error of the predicted noise',
-    'reconstruction': 'error of the autoencoder',
-    'gamma': 'share that is kept',
+    'kd': 'distance to teacher',
+    'diffusion': 'error of predicted noise',
+    'reconstruction': 'autoencoder error',
+    'gamma': 'share of student kept',
 }
-OWN_TERMS = 8  # charts of the student's losses; transformers log dozens
+OWN_TERMS = 8  # maximum number of charts of the student's losses; transformers log dozens
 PERCENT = re.compile(r'(aAcc|mIoU|mAcc|mDice|.*/top\d+|.*(PQ|SQ|RQ))')
 
 
 @dataclass
 class Section:
-    """Charts that belong together.
+    """A section of the page.
 
     Args:
-        title (str): Its heading.
-        text (str): What the charts show.
-        charts (list[Chart]): The large ones.
-        rows (dict[str, list[Chart]]): Rows of small ones, by what a row shows.
+        title (str): Heading.
+        text (str): Explanation of the charts.
+        charts (list[Chart]): Large charts.
+        rows (dict[str, list[Chart]]): Rows of small charts, by heading.
     """
 
     title: str
@@ -40,21 +40,21 @@ class Section:
 
 
 def sections(groups: Sequence[Group]) -> List[Section]:
-    """Draw the charts of all runs. Of a teacher that is a run, only its metric is drawn, unless it is the only run."""
+    """Draw the charts of all runs. A run named ``teacher`` adds only its metric, unless it is the only run."""
     trained = [group for group in groups if not group.is_teacher] or list(groups)
     drawn = [_training(trained, groups), *(_pair(trained, pair) for pair in _pairs(trained))]
     return [section for section in drawn if section.charts or any(section.rows.values())]
 
 
 def unit(metric: str) -> str:
-    """In which a metric is logged."""
+    """Return the unit or range of a metric; an empty string if it is unknown."""
     if PERCENT.fullmatch(metric):
         return '%'
     return '0 – 1' if metric.startswith('coco/') else ''
 
 
 def teachers(groups: Sequence[Group], metric: str) -> Dict[str, float]:
-    """What teachers reach: as given by a run of that name, and as checked before a distillation."""
+    """Return the metrics of teachers: of a run named ``teacher``, and as measured before each distillation."""
     values = {}
     for group in groups:
         if group.is_teacher and len(groups) > 1 and (found := group.spread(lambda run: last(run.metric(metric)))):
@@ -63,15 +63,15 @@ def teachers(groups: Sequence[Group], metric: str) -> Dict[str, float]:
         for run in group.runs:
             value = run.teacher.get(metric)
             if value is not None and all(f'{value:.4g}' != f'{other:.4g}' for other in values.values()):
-                values[f'teacher, as {group.name} found it' if values else 'teacher'] = value
+                values[f'teacher of {group.name}' if values else 'teacher'] = value
     return values
 
 
 def _training(trained: Sequence[Group], groups: Sequence[Group]) -> Section:
     section = Section(
         'Validation and training',
-        "Metrics of the validation set, and the student's own losses without those of the distillation, as means over "
-        "mmengine's window (10 iterations if the config says nothing else). Dashed lines across are teachers.",
+        "Metrics on the validation set, and the student's own losses without the distillation losses. Losses are "
+        "averages over mmengine's smoothing window (10 iterations by default). Gray dashed lines mark teachers.",
     )
     charts = [_validation(trained, groups, metric) for metric in main_metrics(groups)]
     charts.append(draw('loss', "Student's own loss", 'loss', lines_of(trained, lambda run: run.own_loss())))
@@ -80,10 +80,10 @@ def _training(trained: Sequence[Group], groups: Sequence[Group]) -> Section:
     shown = terms[:OWN_TERMS] if len(terms) > 1 else []
     row = [draw(_file('loss', term), term, 'loss', _logged(trained, term), small=True) for term in shown]
     row.append(draw('lr', 'learning rate', 'lr', _logged(trained, 'lr'), small=True, logarithmic=False))
-    weight, title = _logged(trained, WEIGHT), 'weight of distillation'
+    weight, title = _logged(trained, WEIGHT), 'distillation weight'
     row.append(draw('distillation-weight', title, 'factor of loss_kd', weight, small=True, limits=(0, 1.05)))
-    left_out = f' (the first {OWN_TERMS} of {len(terms)})' if len(terms) > OWN_TERMS else ''
-    heading = f"Terms of the student's own loss{left_out}, and settings" if shown else 'Settings'
+    left_out = f' (first {OWN_TERMS} of {len(terms)})' if len(terms) > OWN_TERMS else ''
+    heading = f"Terms of the student's own loss{left_out} and settings" if shown else 'Settings'
     section.rows[heading] = [chart for chart in row if chart]
     return section
 
@@ -100,24 +100,24 @@ def _validation(trained: Sequence[Group], groups: Sequence[Group], metric: str) 
 def _pair(groups: Sequence[Group], pair: str) -> Section:
     section = Section(
         f'Distillation: {pair}',
-        'Losses as they are weighted in the sum. Gamma is the share of the student feature that is kept: 1 adds no '
-        'noise.',
+        'Losses are multiplied by their weights, as in the total loss. Gamma is the share of the student feature that '
+        'is kept; 1 adds no noise.',
     )
     levels = _levels(groups, pair)
     limits = dict(gamma=_limits_of_gamma(groups, pair, levels))
     for name in _terms(groups, pair):
         term = name[len(LOSS) :] if name.startswith(LOSS) else name
         what = TERMS.get(term, name)
-        title = f'{pair}: {name}' + (', mean of levels' if term == name and levels else '')
+        title = f'{pair}: {name}' + (', mean over levels' if term == name and levels else '')
         lines = _logged(groups, f'{PREFIX}{pair}.{name}')
         section.charts.append(draw(f'{pair}-{name}', title, what, lines, limits=limits.get(term)))
-        section.rows[f'{name} by level, on one scale'] = _by_level(groups, pair, term, levels, limits.get(term))
+        section.rows[f'{name} per level, on the same scale'] = _by_level(groups, pair, term, levels, limits.get(term))
     section.charts = [chart for chart in section.charts if chart]
     return section
 
 
 def _by_level(groups: Sequence[Group], pair: str, term: str, levels: Sequence[int], limits) -> List[Chart]:
-    """Small multiples on one scale."""
+    """Draw one small chart per level, all on the same scale."""
     columns = [_logged(groups, f'{PREFIX}{pair}.{term}.{level}') for level in levels]
     limits, logarithmic = (limits, False) if limits else common_limits(columns)
     charts = [
@@ -128,7 +128,7 @@ def _by_level(groups: Sequence[Group], pair: str, term: str, levels: Sequence[in
 
 
 def _limits_of_gamma(groups: Sequence[Group], pair: str, levels: Sequence[int]) -> Optional[Tuple[float, float]]:
-    """From the tenth below its lowest value to 1."""
+    """Return limits from the lowest gamma, rounded down to a tenth, to 1."""
     keys = [f'{PREFIX}{pair}.gamma', *(f'{PREFIX}{pair}.gamma.{level}' for level in levels)]
     low = [mean for key in keys for line in _logged(groups, key) for mean in line.mean if math.isfinite(mean)]
     return (math.floor(min(low) * 10) / 10, 1.01) if low else None
@@ -144,7 +144,7 @@ def _pairs(groups: Sequence[Group]) -> List[str]:
 
 
 def _terms(groups: Sequence[Group], pair: str) -> List[str]:
-    """Names of the logged values of a pair, those of DiffKD first."""
+    """Return the names of the values logged for a pair, those of DiffKD first."""
     matches = map(PAIR_KEY_RE.fullmatch, _keys(groups))
     found = {match['term']: None for match in matches if match and match['pair'] == pair}
     known = [term if term == 'gamma' else f'{LOSS}{term}' for term in TERMS]

@@ -1,4 +1,4 @@
-"""Panels of one level of a pair: student, noised, denoised and teacher features, and the errors between them."""
+"""Draw the features of one level of a pair (student, noised, denoised and teacher) and their errors."""
 
 from typing import List, Optional, Sequence, Tuple
 
@@ -14,20 +14,20 @@ from mmdiffkd.models.diffusion.feature_diffusion import DiffusionOutput
 
 from .palette import COLORS, INK, SOFT
 
-SIDE, DPI = 2.2, 110  # of a panel, in inches, and dots an inch
+SIDE, DPI = 2.2, 110  # width of a panel in inches, and dots per inch
 TEACHER, STUDENT = COLORS[:2]
 
 
 def draw_comparison(name: str, image: Tensor, output: DiffusionOutput, iteration: int) -> np.ndarray:
-    """Draw the first image of a batch, the features compared for it, and their errors before and after denoising.
+    """Draw the first image of a batch, its features, and their errors before and after denoising.
 
-    Features are painted in the colours of the teacher's principal components, errors on one scale.
+    Features are colored by the teacher's principal components (:class:`FeatureColors`). Errors share one scale.
 
     Args:
-        name (str): Title, such as ``'fpn, level 0'``.
-        image (Tensor): RGB between 0 and 1, (3, H, W).
-        output (DiffusionOutput): What the neck returned for the level, with its samples.
-        iteration (int): Of the training, for the title.
+        name (str): Name of pair and level for the title, e.g. ``'fpn, level 0'``.
+        image (Tensor): RGB image with values between 0 and 1, (3, H, W).
+        output (DiffusionOutput): Output of the neck for the level, with its trajectory.
+        iteration (int): Training iteration for the title.
 
     Returns:
         ndarray: RGB picture of type uint8, (height, width, 3).
@@ -68,17 +68,17 @@ def draw_comparison(name: str, image: Tensor, output: DiffusionOutput, iteration
 
 
 def draw_steps(name: str, output: DiffusionOutput, timesteps: Sequence[int], iteration: int) -> Optional[np.ndarray]:
-    """Draw the denoising steps of the first image of a batch as a strip, from the noised student to the teacher.
+    """Draw the denoising steps for the first image of a batch in a row, from the noised student to the teacher.
 
     Args:
-        name (str): Title, such as ``'fpn, level 0'``.
-        output (DiffusionOutput): What the neck returned for the level, with its samples.
-        timesteps (list[int]): Timestep of every denoising step.
-        iteration (int): Of the training, for the title.
+        name (str): Name of pair and level for the title, e.g. ``'fpn, level 0'``.
+        output (DiffusionOutput): Output of the neck for the level, with its trajectory.
+        timesteps (list[int]): Timestep of each denoising step.
+        iteration (int): Training iteration for the title.
 
     Returns:
-        ndarray, optional: RGB picture of type uint8, (height, width, 3); None without denoising, or where features
-        have a single position.
+        ndarray, optional: RGB picture of type uint8, (height, width, 3); None without denoising, or if the features
+            have a single position.
     """
     target = _first(output.teacher_latent)
     if not output.trajectory or target[0].numel() == 1:
@@ -88,16 +88,14 @@ def draw_steps(name: str, output: DiffusionOutput, timesteps: Sequence[int], ite
     features = [_first(sample) for sample in output.trajectory] + [_first(output.denoised), target]
     paint = FeatureColors(target)
     ratio = target.size(1) / target.size(2)
-    figure, axes = _figure(
-        len(features), ratio, f'{name}   iteration {iteration}   what every denoising step makes of it'
-    )
+    figure, axes = _figure(len(features), ratio, f'{name}   iteration {iteration}   features after each denoising step')
     for axis, label, feature, error in zip(axes, labels, features, error_maps(features, target)):
         _show(axis, f'{label}\nerror {_rms(error):.3g}', _enlarge(paint(feature)))
     return _pixels(figure)
 
 
 def _draw_vectors(title: str, image: Tensor, features: List[Tuple[str, Tensor]]) -> np.ndarray:
-    """Features of a single position, such as logits of a classifier: channels in the order of the teacher's."""
+    """Draw features with a single position, e.g. logits, as curves over channels, sorted by the teacher's values."""
     figure, (left, right) = _figure(2, image.size(1) / image.size(2), title, widths=(1, 3))
     _show(left, 'image', image.permute(1, 2, 0))
     order = features[-1][1].flatten().argsort(descending=True)
@@ -109,7 +107,7 @@ def _draw_vectors(title: str, image: Tensor, features: List[Tuple[str, Tensor]])
     }
     for label, feature in features:
         right.plot(feature.flatten()[order].numpy(), label=label, **styles[label])
-    right.set_xlabel("channels, in the order of the teacher's", fontsize=7, color=SOFT)
+    right.set_xlabel("channels, sorted by the teacher's values", fontsize=7, color=SOFT)
     right.xaxis.get_major_locator().set_params(integer=True)
     right.tick_params(labelsize=6, colors=SOFT)
     right.spines[['top', 'right']].set_visible(False)
@@ -126,7 +124,7 @@ def _rms(error: Tensor) -> float:
 
 
 def _enlarge(picture: Tensor, like: Optional[Tensor] = None) -> Tensor:
-    """Repeat pixels, as an image viewer would, up to the size of an image, whose shape may differ by padding."""
+    """Resize to the size of an image by repeating pixels. Padding can make the aspect ratios differ."""
     if like is None:
         return picture
     return F.interpolate(picture.permute(2, 0, 1)[None].float(), like.shape[-2:], mode='nearest-exact')[0].permute(
@@ -152,22 +150,22 @@ def _show(axis: Axes, label: str, picture: Tensor, top: Optional[float] = None):
 
 
 def _pixels(figure: Figure) -> np.ndarray:
-    canvas = FigureCanvasAgg(figure)  # not pyplot's, which counts figures and may open windows
+    canvas = FigureCanvasAgg(figure)  # unlike pyplot, keeps no global list of figures and opens no windows
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-MAX_POSITIONS = 1024  # enough to find three directions among
+MAX_POSITIONS = 1024  # positions to use; enough to estimate three components
 
 
 class FeatureColors:
-    """Colours of feature maps by the principal components of one of them.
+    """Convert feature maps to colors by the principal components of a reference feature map.
 
-    Its mean is grey; its first component goes from dark to bright, the second and third are hues. Features in the same
-    colours point the same way, so two maps that are painted by the same object can be compared.
+    The mean of the reference is gray. The first component sets the brightness, the second and third set the hue.
+    Feature maps converted by the same object are comparable: similar colors mean similar components.
 
     Args:
-        reference (Tensor): Feature map that the components are those of, (C, H, W).
+        reference (Tensor): Feature map from which the components are computed, (C, H, W).
     """
 
     def __init__(self, reference: Tensor):
@@ -176,19 +174,20 @@ class FeatureColors:
         self.mean = positions.mean(0)
         _, scales, directions = torch.linalg.svd(positions - self.mean, full_matrices=False)
         directions, scales = directions[:3], scales[:3] / max(len(positions) - 1, 1) ** 0.5
-        # a component's sign is arbitrary: without this, colours would flip from picture to picture
+        # the sign of a component is arbitrary; fix it, so that colors do not flip between pictures
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
         self.directions = directions * largest.sign()
-        self.scales = scales.clamp_min(scales[0].item() / 100).clamp_min(1e-12)  # weaker ones are rounding errors
+        self.scales = scales.clamp_min(scales[0].item() / 100).clamp_min(1e-12)  # smaller scales are rounding errors
 
     def __call__(self, feature: Tensor) -> Tensor:
-        """Paint a feature map.
+        """Convert a feature map to colors.
 
         Args:
-            feature (Tensor): (C, H, W).
+            feature (Tensor): Feature map, (C, H, W).
 
         Returns:
-            Tensor: RGB between 0 and 1, (H, W, 3); 2.5 standard deviations of the reference and more are the ends.
+            Tensor: RGB values between 0 and 1, (H, W, 3). A component saturates at 2.5 standard deviations of the
+                reference.
         """
         height, width = feature.shape[1:]
         parts = (feature.flatten(1).T.double() - self.mean) @ self.directions.T / self.scales / 5
@@ -200,26 +199,26 @@ class FeatureColors:
 
 
 def error_maps(features: Sequence[Tensor], target: Tensor) -> List[Tensor]:
-    """Root mean square over channels of the difference to a target.
+    """Compute the root mean square error over the channels at each position.
 
     Args:
-        features (list[Tensor]): (C, H, W) each.
-        target (Tensor): (C, H, W).
+        features (list[Tensor]): Feature maps, (C, H, W) each.
+        target (Tensor): Target feature map, (C, H, W).
 
     Returns:
-        list[Tensor]: (H, W) each.
+        list[Tensor]: Error maps, (H, W) each.
     """
     return [(feature - target).square().mean(0).sqrt() for feature in features]
 
 
 def cosine_similarity(feature: Tensor, target: Tensor) -> float:
-    """Cosine similarity of the channels, mean over positions.
+    """Compute the cosine similarity over the channels, averaged over positions.
 
     Args:
-        feature (Tensor): (C, H, W).
-        target (Tensor): (C, H, W).
+        feature (Tensor): Feature map, (C, H, W).
+        target (Tensor): Target feature map, (C, H, W).
 
     Returns:
-        float: Between -1 and 1.
+        float: Similarity between -1 and 1.
     """
     return torch.cosine_similarity(feature, target, dim=0).mean().item()

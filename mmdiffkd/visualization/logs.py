@@ -1,4 +1,7 @@
-"""What mmengine's local backend wrote in one start of a run: ``WORK_DIR/TIMESTAMP/vis_data/scalars.json``."""
+"""Read the log of one start of a run, which ``LocalVisBackend`` writes to ``WORK_DIR/TIMESTAMP/vis_data/scalars.json``.
+
+A run that is resumed has several starts, each in a folder of its own.
+"""
 
 import json
 import re
@@ -13,7 +16,7 @@ WEIGHT, SKIPPED = f'{PREFIX}weight', f'{PREFIX}skipped'
 TEACHER = 'teacher/'
 NO_METRICS = {'data_time', 'time', 'step', 'epoch', 'iter', 'memory', 'lr'}
 EPOCH_LENGTH = re.compile(r'Epoch\(train\)\s+\[\s*\d+\]\[\s*\d+/(\d+)\]')
-HEADER = 20_000  # characters of the text log in which mmengine lists the environment
+HEADER = 20_000  # characters at the start of the text log, where mmengine lists the environment
 ENVIRONMENT = {
     'Python': r'^ +Python: (\S+)',
     'PyTorch': r'^ +PyTorch: (\S+)',
@@ -21,24 +24,24 @@ ENVIRONMENT = {
     'GPU': r'^ +GPU [\d,]+: (.+)',
     'seed': r'^ +seed: (\d+)',
 }
-PACKAGES = re.compile(r'- Versions: (mmdiffkd .*)')  # the distiller's, behind the config
+PACKAGES = re.compile(r'- Versions: (mmdiffkd .*)')  # the distiller logs them after the config
 
 
 class DamagedLogError(ValueError):
-    """A log without a single readable record."""
+    """A log without any readable record."""
 
 
 @dataclass
 class Log:
-    """One start of a run.
+    """Log of one start of a run.
 
     Args:
-        folder (Path): Its folder, named after the time.
+        folder (Path): Folder of the start, named after its time.
         train (dict[int, dict]): Training records by iteration.
-        val (dict[int, dict]): Metrics of validations by the iteration after which they took place.
-        teacher (dict[str, float]): The teacher's metrics, where they were measured.
-        versions (dict[str, str]): Of the software, as far as the text log has them.
-        unreadable (int): Damaged lines, but for a last one that is not whole: such are left by runs that are killed.
+        val (dict[int, dict]): Validation metrics by the iteration after which they were measured.
+        teacher (dict[str, float]): Metrics of the teacher; empty if they were not measured.
+        versions (dict[str, str]): Software versions, as far as the text log lists them.
+        unreadable (int): Number of damaged lines. An incomplete last line, which a killed run leaves, does not count.
     """
 
     folder: Path
@@ -50,17 +53,17 @@ class Log:
 
 
 def read_log(folder: Path) -> Log:
-    """Read what one start of a run wrote.
+    """Read the log of one start of a run.
 
     Args:
-        folder (Path): ``WORK_DIR/TIMESTAMP``.
+        folder (Path): Folder of the start, ``WORK_DIR/TIMESTAMP``.
 
     Returns:
-        Log: Its records.
+        Log: Records and software versions.
 
     Raises:
         DamagedLogError: If the file has no readable record.
-        ValueError: If it has distillation values of an unknown form.
+        ValueError: If the file has unknown distillation keys.
     """
     log = Log(folder)
     file = folder / 'vis_data' / 'scalars.json'
@@ -77,9 +80,9 @@ def read_log(folder: Path) -> Log:
             log.teacher.update(_numbers(record, TEACHER))
         else:
             step = record['step']
-            if step == epoch:  # validations of epoch-based loops count epochs
+            if step == epoch:  # epoch-based loops log the epoch of a validation
                 after = step * epoch_length if epoch_length else iteration
-            else:  # step 0: iteration-based loops whose LoggerHook was not told so
+            else:  # iteration-based loops log step 0 with LoggerHook(log_metric_by_epoch=True)
                 after = step or iteration
             log.val.setdefault(after, {}).update(_numbers(record))
     _check_keys(file, {key for record in records for key in record})
@@ -88,13 +91,13 @@ def read_log(folder: Path) -> Log:
 
 
 def _records(file: Path) -> Tuple[List[dict], int]:
-    """The records of a file, and how many of its lines cannot be read."""
+    """Return the readable records of a file and the number of damaged lines."""
     lines = [line for line in file.read_text(errors='replace').splitlines() if line.strip()]
     records = [record for record in map(_parsed, lines) if record is not None]
     if not records:
         raise DamagedLogError(
-            f'{file} holds no readable record: it is damaged, or of another program. Remove the folder {file.parent} '
-            'to leave it out.'
+            f'{file} has no readable record: it is damaged or was not written by mmengine. To skip it, remove the '
+            f'folder {file.parent}.'
         )
     last_is_broken = _parsed(lines[-1]) is None
     return records, len(lines) - len(records) - last_is_broken
@@ -109,12 +112,12 @@ def _parsed(line: str):
         return None
     if not isinstance(record.get('iter', 0), int):
         return None
-    # with LogProcessor(log_with_hierarchy=True) keys begin with the phase
+    # LogProcessor(log_with_hierarchy=True) adds the phase to the keys
     return {re.sub('^(train|val)/', '', key): value for key, value in record.items()}
 
 
 def _numbers(record: dict, prefix: str = '') -> Dict[str, float]:
-    """The metrics of a record."""
+    """Return the metrics of a record whose keys start with a prefix, without the prefix."""
     return {
         key[len(prefix) :]: float(value)
         for key, value in record.items()
@@ -150,6 +153,6 @@ def _check_keys(file: Path, keys: set) -> None:
     if unknown:
         more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
         raise ValueError(
-            f'{file} has distillation values of a form unknown to this version, {", ".join(unknown[:3])}{more}: '
-            f'it reads {PREFIX}<pair>.loss_kd and the like, and {PREFIX}<pair>.kd.<level>.'
+            f'{file} has distillation keys that are unknown to this version: {", ".join(unknown[:3])}{more}. Known '
+            f'keys look like {PREFIX}<pair>.loss_kd and {PREFIX}<pair>.kd.<level>; use the mmdiffkd version of the run.'
         )

@@ -1,4 +1,4 @@
-"""Pictures of the distillation, first and last, small enough to be part of a page."""
+"""Embed the first and last pictures of the distillation in a page, within a size limit."""
 
 import base64
 import io
@@ -10,8 +10,8 @@ from PIL import Image  # comes with matplotlib
 
 from .runs import Group, Picture
 
-MOST = 60  # pictures on a page
-BYTES = 5_000_000  # of all of them together, before base64 adds a third
+MOST = 60  # maximum number of pictures on a page
+BYTES = 5_000_000  # total size of the pictures, before base64 adds a third
 WIDTHS = (1800, 1300, 900, 650, 450)
 
 
@@ -20,9 +20,9 @@ class Shown:
     """A picture on the page.
 
     Args:
-        caption (str): What it is.
-        uri (str): The picture itself.
-        width (int): In pixels, to scroll to on a small screen.
+        caption (str): Caption below the picture.
+        uri (str): Data URI of the picture.
+        width (int): Width in pixels. Small screens scroll instead of shrinking the picture.
     """
 
     caption: str
@@ -31,27 +31,27 @@ class Shown:
 
 
 def shown_pictures(groups: Sequence[Group]) -> Tuple[Dict[str, List[Shown]], List[str]]:
-    """The first and the last picture of every pair and level; of seeds, those of the first.
+    """Embed the first and last picture of each pair and level. Only the first seed with pictures is shown.
 
     Args:
         groups (list[Group]): The runs.
 
     Returns:
-        tuple[dict[str, list[Shown]], list[str]]: Pictures by run, pair and level, and what the reader should know of
-            those that are missing.
+        tuple[dict[str, list[Shown]], list[str]]: Pictures by run, pair and level, and notes on pictures that were left
+            out.
     """
     chosen = [(group, picture) for group in groups for picture in _first_and_last(_of_first_seed(group))]
     notes = []
     if len(chosen) > MOST:
         notes.append(
-            f'{len(chosen) - MOST} of {len(chosen)} pictures were left out; make a page of fewer runs for them.'
+            f'{len(chosen) - MOST} of {len(chosen)} pictures were left out; write a report on fewer runs to see them.'
         )
         chosen = chosen[:MOST]
     shown: Dict[str, List[Shown]] = {}
     for group, picture in chosen:
         try:
             uri, width = _embedded(picture, BYTES // len(chosen))
-        except (OSError, SyntaxError):  # Pillow's, of a run that was killed while it wrote
+        except (OSError, SyntaxError):  # Pillow raises these for incomplete files of killed runs
             notes.append(f'{picture.path.name} of {group.name} is damaged and was left out.')
             continue
         title = f'{group.name}: {picture.pair}, level {picture.level}'
@@ -60,7 +60,7 @@ def shown_pictures(groups: Sequence[Group]) -> Tuple[Dict[str, List[Shown]], Lis
 
 
 def data_uri(content: bytes, kind: str = 'png') -> str:
-    """A picture as an address of its own content."""
+    """Encode a picture as a data URI."""
     return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
 
 
@@ -69,7 +69,7 @@ def _of_first_seed(group: Group) -> List[Picture]:
 
 
 def _first_and_last(pictures: Sequence[Picture]) -> List[Picture]:
-    """By pair and level: the comparison first and last, then the steps first and last."""
+    """Return the first and last comparison and the first and last steps of each pair and level."""
 
     def kind(picture):
         return picture.pair, picture.level, picture.steps
@@ -82,14 +82,14 @@ def _first_and_last(pictures: Sequence[Picture]) -> List[Picture]:
 
 
 def _caption(picture: Picture) -> str:
-    return f'{"Denoising steps" if picture.steps else "What is compared"}, iteration {picture.iteration}'
+    return f'{"Denoising steps" if picture.steps else "Features and errors"}, iteration {picture.iteration}'
 
 
 def _embedded(picture: Picture, most: int) -> Tuple[str, int]:
-    """The picture as it is where it is small enough, else as the largest JPEG that is."""
+    """Return data URI and width: of the picture itself if it is small enough, else of the widest JPEG that is."""
     content, kind = picture.path.read_bytes(), 'png'
     with Image.open(io.BytesIO(content)) as opened:
-        image = opened.convert('RGB')  # reads it all, so damage shows here
+        image = opened.convert('RGB')  # decodes the whole file, so that damage raises here
     for width in WIDTHS:
         if len(content) <= most:
             break

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file on one or several runs."""
+"""Write the report: a self-contained HTML page on one or more runs."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import List, Optional, Sequence, Tuple
 
-from jinja2 import Environment, PackageLoader  # comes with torch
+from jinja2 import Environment, PackageLoader  # a dependency of torch
 
 import mmdiffkd
 
@@ -21,20 +21,20 @@ PAGE = 'report.html'
 
 
 def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command: Sequence[str]) -> Path:
-    """Write a page on runs, and its charts as files beside it, in place of an earlier page and its charts.
+    """Write a page on runs, and its charts as PNG files beside it. An earlier page and its charts are replaced.
 
     Args:
-        named (list[tuple[str | None, Path]]): Names, where there are any, and work dirs. Runs of one name are seeds of
-            one thing; the run of the name ``teacher`` is a line to compare with.
-        out (Path): Folder to write to.
-        command (list[str]): What makes the page again.
+        named (list[tuple[str | None, Path]]): Name (or None) and work dir of each run. Runs with the same name are
+            seeds of one setup. A run named ``teacher`` is drawn as a reference line.
+        out (Path): Output folder.
+        command (list[str]): Command that reproduces the page, to print on it.
 
     Returns:
-        Path: The page.
+        Path: Path of the page.
 
     Raises:
         FileNotFoundError: If a work dir does not exist or has no logs.
-        ValueError: If logs cannot be read.
+        ValueError: If a work dir is given twice or its logs cannot be read.
         OSError: If the folder cannot be written.
     """
     groups = read_groups(named)
@@ -54,14 +54,14 @@ def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command
 
 
 def _charts_of_page(out: Path) -> List[Path]:
-    """The charts of an earlier page, as it names them: other pictures in the folder stay."""
+    """Return the chart files that an earlier page names, so that other pictures in the folder are kept."""
     page = out / PAGE
     names = re.findall(r'data-file="([\w.-]+\.png)"', page.read_text('utf-8', 'replace')) if page.is_file() else []
     return [out / name for name in names]
 
 
 def _content(groups: Sequence[Group], drawn: Sequence[Section]) -> dict:
-    """What the template shows."""
+    """Collect the variables of the template."""
     metrics = main_metrics(groups)
     rows = [_row(group, metrics) for group in groups]
     runs = [(group, run) for group in groups for run in group.runs]
@@ -95,7 +95,7 @@ def _environment() -> Environment:
 
 
 def _row(group: Group, metrics: Sequence[str]) -> dict:
-    """A group in the table."""
+    """Return the table row of a group."""
     student, teacher = describe_models(group.runs[0].config)
     return dict(
         group=group,
@@ -118,7 +118,7 @@ def _metric_cells(group: Group, metric: str) -> dict:
 
 
 def _everything(groups: Sequence[Group]) -> List[Tuple[str, List[str]]]:
-    """All metrics of the last validations."""
+    """Return all metrics of the last validations, as text by metric."""
     names = {name: None for group in groups for name in metrics_of(group)}
     return [
         (name, [_cell(group, lambda run, name=name: last(run.metric(name)), _digits(name)) for group in groups])
@@ -140,7 +140,7 @@ def _digits(metric: str) -> int:
 
 
 def _checked_teachers(groups: Sequence[Group], metrics: Sequence[str]) -> List[Tuple[str, str]]:
-    """Metrics of teachers that were measured before a distillation, by the name of the run."""
+    """Return the metrics of teachers measured before distillation, as text by run name."""
     found = []
     for group in groups:
         run = next((run for run in group.runs if run.teacher), None)
@@ -163,11 +163,11 @@ def _notes(groups: Sequence[Group]) -> List[str]:
         lengths = {run.iterations for run in group.runs}
         if len(lengths) > 1:
             notes.append(
-                f'The seeds of {group.name} have {min(lengths)} to {max(lengths)} iterations; means are over those '
-                'that all have, and the table is of the last ones of each.'
+                f'The seeds of {group.name} have {min(lengths)} to {max(lengths)} iterations. Curves cover the '
+                'iterations that all seeds logged; the table uses all iterations of each seed.'
             )
         if not _share_iterations(group.runs):
-            notes.append(f'The seeds of {group.name} have no logged iteration in common: their curves are not drawn.')
+            notes.append(f'The seeds of {group.name} share no logged iteration, so their curves are not drawn.')
     return notes
 
 
@@ -180,10 +180,10 @@ def describe_models(config: str) -> Tuple[str, str]:
     """Describe the models of a config.
 
     Args:
-        config (str): Text of a config as mmengine dumps it.
+        config (str): Text of a config that mmengine dumped.
 
     Returns:
-        tuple[str, str]: What is trained, and the teacher; empty where the config does not say.
+        tuple[str, str]: The trained model and the teacher; empty strings if the config does not define them.
     """
     model = _setting(config, 'model')
     if not isinstance(model, dict):
@@ -197,10 +197,10 @@ def describe_models(config: str) -> Tuple[str, str]:
 
 
 def _setting(config: str, name: str):
-    """The value of a setting, as far as it is written in literals and ``dict(...)``."""
+    """Return the value of a setting made of literals and ``dict(...)``, or None."""
     try:
         body = ast.parse(config).body
-    except (SyntaxError, ValueError):  # a damaged file
+    except (SyntaxError, ValueError):  # the file is damaged
         return None
     for node in body:
         if isinstance(node, ast.Assign) and [getattr(target, 'id', None) for target in node.targets] == [name]:
@@ -220,9 +220,9 @@ def _value(node: ast.expr):
 
 
 def _architecture(model: Optional[dict]) -> str:
-    """Such as ``RetinaNet, ResNet-18``."""
+    """Describe a model, e.g. ``RetinaNet, ResNet-18``."""
     if isinstance(model, dict) and 'type' not in model and isinstance(model.get('model'), dict):
-        model = model['model']  # a teacher's whole config
+        model = model['model']  # the full config of a teacher
     if not isinstance(model, dict):
         return ''
     parts = [_type(model)]

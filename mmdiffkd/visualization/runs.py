@@ -1,4 +1,4 @@
-"""Runs as they are compared: every start of a run joined, and runs of one name together as seeds of one thing."""
+"""Read runs from their logs: merge the starts of each run, and group runs with the same name as seeds."""
 
 import json
 import math
@@ -15,14 +15,14 @@ from .logs import NO_METRICS, DamagedLogError, Log, read_log
 PICTURE = re.compile(
     re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<level>\d+)(?P<steps>\.steps)?_(?P<iteration>\d+)\.png',
 )
-# what a data set is known by; other metrics of the same validation are in the long table
+# main metrics of common data sets; the rest is only in the table of all metrics
 MAIN_METRIC = re.compile(r'.*(\bmAP|_mAP|bbox_AP|segm_AP|mIoU|top1|PQ)')
 Series = Dict[int, float]  # values by iteration
 
 
 @dataclass
 class Picture:
-    """What ``DiffKDVisualizationHook`` drew in an iteration."""
+    """A picture that ``DiffKDVisualizationHook`` drew."""
 
     path: Path
     pair: str
@@ -33,17 +33,17 @@ class Picture:
 
 @dataclass
 class Run:
-    """One run, with all its starts.
+    """A run with all its starts. A run that is resumed has several.
 
     Args:
-        folder (Path): Its work dir.
-        starts (list[str]): Folders of its starts, named after the time.
+        folder (Path): Work dir.
+        starts (list[str]): Folder names of the starts, which are their times.
         train, val (dict[int, dict]): Records by iteration.
-        teacher, test (dict[str, float]): Metrics, where they were measured.
-        pictures (list[Picture]): Of its distillation.
-        config (str): The config of the last start.
-        versions (dict[str, str]): Of the software, in the last start.
-        notes (list[str]): What the reader should know of its logs.
+        teacher, test (dict[str, float]): Metrics; empty if they were not measured.
+        pictures (list[Picture]): Pictures of the distillation.
+        config (str): Config of the last start.
+        versions (dict[str, str]): Software versions of the last start.
+        notes (list[str]): Notes on problems in the logs, to show on the page.
     """
 
     folder: Path
@@ -62,20 +62,20 @@ class Run:
         return max([*self.train, *self.val], default=0)
 
     def logged(self, key: str) -> Series:
-        """A value of the training records."""
+        """Return a value of the training records by iteration."""
         return {i: float(record[key]) for i, record in self.train.items() if _is_number(record.get(key))}
 
     def own_losses(self) -> List[str]:
-        """The student's own losses, as the log names them.
+        """Return the log keys of the student's own losses.
 
-        ``loss`` is the sum of all, or, in classifiers of mmpretrain, the only one.
+        ``loss`` is the sum of all losses and is left out, unless it is the only key, as in mmpretrain's classifiers.
         """
         names = {key: None for record in self.train.values() for key in record if 'loss' in key}
         own = [name for name in names if not name.startswith(PREFIX)]
         return [name for name in own if name != 'loss'] or own
 
     def own_loss(self) -> Series:
-        """The sum of the student's own losses."""
+        """Return the sum of the student's own losses by iteration."""
         names = self.own_losses()
         return {
             i: sum(record[name] for name in names if _is_number(record.get(name)))
@@ -84,35 +84,38 @@ class Run:
         }
 
     def metric(self, name: str) -> Series:
-        """A metric of the validations."""
+        """Return a validation metric by iteration."""
         return {i: record[name] for i, record in self.val.items() if name in record}
 
     @property
     def seconds(self) -> Optional[float]:
-        """Of an iteration, in the median."""
+        """Median time of an iteration in seconds."""
         times = self.logged('time')
         return statistics.median(times.values()) if times else None
 
     @property
     def memory(self) -> Optional[float]:
-        """Peak of the accelerator's memory in MiB."""
+        """Peak accelerator memory in MiB."""
         return max(self.logged('memory').values(), default=None)
 
 
 @dataclass
 class Group:
-    """Runs of one name, seeds of one thing."""
+    """Runs with the same name, which are seeds of one setup."""
 
     name: str
     runs: List[Run]
-    index: int  # tells colour and line style
+    index: int  # selects color and line style
 
     @property
     def is_teacher(self) -> bool:
         return self.name == 'teacher'
 
     def spread(self, value: Callable[[Run], Optional[float]]) -> Optional[Tuple[float, Optional[float]]]:
-        """Mean and standard deviation (n-1) over the runs that have the value; the latter None of one run."""
+        """Return mean and standard deviation (n - 1) over the runs that have the value.
+
+        The deviation is None if only one run has the value. The result is None if no run has it.
+        """
         values = [v for v in map(value, self.runs) if v is not None]
         if not values:
             return None
@@ -120,33 +123,33 @@ class Group:
 
 
 def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
-    """Read the runs, and put those of one name together.
+    """Read runs and group those with the same name.
 
     Args:
-        named (list[tuple[str | None, Path]]): Names, where they were given, and work dirs.
+        named (list[tuple[str | None, Path]]): Name (or None) and work dir of each run.
 
     Returns:
-        list[Group]: In the order of their first runs.
+        list[Group]: Groups in the order of their first runs.
 
     Raises:
-        ValueError: If a folder is given twice, or its logs cannot be read.
-        FileNotFoundError: If there is no such folder, or it has no logs.
+        ValueError: If a work dir is given twice or its logs cannot be read.
+        FileNotFoundError: If a work dir does not exist or has no logs.
     """
     folders = [folder.resolve() for _, folder in named]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise ValueError(f'{folder} is given twice.')
+            raise ValueError(f'The work dir {folder} is given twice.')
     short = [folder.name for (name, _), folder in zip(named, folders) if name is None]
     together: Dict[str, List[Run]] = {}
     for (name, given), folder in zip(named, folders):
-        if name is None:  # folders of one name are not seeds, unless one says so
+        if name is None:  # equal folder names do not group runs; only given names do
             name = folder.name if short.count(folder.name) == 1 else str(given)
         together.setdefault(name, []).append(read_run(given))
     return [Group(name, runs, index) for index, (name, runs) in enumerate(together.items())]
 
 
 def read_run(folder: Path) -> Run:
-    """Read all starts of a run. Where a later one repeats iterations, it is the one that counts."""
+    """Read and merge all starts of a run. From its first iteration on, a later start replaces the earlier ones."""
     run = Run(folder)
     for log in _logs(folder, run.notes):
         begin = min([*log.train, *log.val], default=float('inf'))
@@ -163,22 +166,22 @@ def read_run(folder: Path) -> Run:
     run.test = _test(folder)
     skipped = run.logged('diffkd.skipped')
     if skipped and max(skipped.values()):
-        run.notes.append(f'{folder.name}: {max(skipped.values()):.0f} iterations were skipped, being not finite.')
+        run.notes.append(f'{folder.name}: {max(skipped.values()):.0f} iterations with non-finite values were skipped.')
     return run
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Standard deviation (n-1); NaN where not all values are finite, which ``statistics`` cannot do."""
+    """Return the standard deviation (n - 1), or NaN if a value is not finite, where ``statistics`` would fail."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def metrics_of(group: Group) -> List[str]:
-    """Names of the metrics that its validations logged."""
+    """Return the names of all validation metrics of a group."""
     return list({name: None for run in group.runs for record in run.val.values() for name in record})
 
 
 def main_metrics(groups: Iterable[Group]) -> List[str]:
-    """The metrics to compare: those that data sets are known by, else the first of each group."""
+    """Return the metrics to compare: the main metrics, and the first metric of each group without a main metric."""
     names = {name: None for group in groups for name in metrics_of(group)}
     known = [name for name in names if MAIN_METRIC.fullmatch(name)]
     without = [group for group in groups if not set(known) & set(metrics_of(group))]
@@ -186,44 +189,44 @@ def main_metrics(groups: Iterable[Group]) -> List[str]:
 
 
 def last(series: Series) -> Optional[float]:
-    """The value of the last iteration."""
+    """Return the value of the last iteration, or None if there are no values."""
     return series[max(series)] if series else None
 
 
 def best(name: str, series: Series) -> Optional[float]:
-    """The highest value, of losses the lowest."""
+    """Return the highest value, or the lowest if the metric is a loss. NaN is ignored."""
     values = [value for value in series.values() if not math.isnan(value)]
     return (min if 'loss' in name else max)(values, default=None)
 
 
 def _starts(folder: Path) -> List[Path]:
-    """Folders of the starts of a run that logged something, the oldest first."""
+    """Return the folders of all starts with logs, oldest first."""
     if not folder.is_dir():
-        raise FileNotFoundError(f'There is no folder {folder}.')
+        raise FileNotFoundError(f'The folder {folder} does not exist.')
     starts = sorted(file.parent.parent for file in folder.glob('*/vis_data/scalars.json'))
     if starts:
         return starts
     if (folder / 'vis_data' / 'scalars.json').is_file():
-        raise FileNotFoundError(f'{folder} is one start of a run: give the work dir that it is in, {folder.parent}.')
+        raise FileNotFoundError(f'{folder} is a single start of a run; give its work dir, {folder.parent}.')
     below = sorted(file.parent.parent.parent for file in folder.glob('*/*/vis_data/scalars.json'))
     if below:
-        raise FileNotFoundError(f'{folder} is no work dir, but has some: give {", ".join(map(str, below[:3]))}.')
+        raise FileNotFoundError(f'{folder} is not a work dir but contains some: give {", ".join(map(str, below[:3]))}.')
     if list(folder.glob('*.log.json')):
-        raise FileNotFoundError(f'{folder} has logs of OpenMMLab before MMEngine (*.log.json), which are not read.')
+        raise FileNotFoundError(f'{folder} has only logs from before MMEngine (*.log.json), which cannot be read.')
     raise FileNotFoundError(
-        f"{folder} has no logs, */vis_data/scalars.json: the config's vis_backends need dict(type='LocalVisBackend')."
+        f"{folder} has no logs (*/vis_data/scalars.json); train with dict(type='LocalVisBackend') in vis_backends."
     )
 
 
 def _logs(folder: Path, notes: List[str]) -> List[Log]:
-    """The starts that can be read; notes say which cannot, such as one that was killed in its first line."""
+    """Read the logs of all starts. A start without a readable record, e.g. killed early, is skipped with a note."""
     logs, errors = [], []
     for start in _starts(folder):
         try:
             logs.append(read_log(start))
         except DamagedLogError as error:
             errors.append(error)
-            notes.append(f'{folder.name}/{start.name}: left out, its log has no readable record.')
+            notes.append(f'{folder.name}/{start.name}: left out because its log has no readable record.')
     if not logs:
         raise errors[-1]
     return logs
@@ -250,12 +253,12 @@ def _config(start: Path) -> str:
 def _notes(folder: Path, log: Log) -> List[str]:
     if not log.unreadable:
         return []
-    lines = 'line of the log' if log.unreadable == 1 else 'lines of the log'
+    lines = 'line of the log was' if log.unreadable == 1 else 'lines of the log were'
     return [f'{folder.name}/{log.folder.name}: {log.unreadable} damaged {lines} left out.']
 
 
 def _test(folder: Path) -> Dict[str, float]:
-    """The metrics of the newest test that was written into the work dir."""
+    """Return the metrics of the newest test in the work dir."""
     for file in sorted(folder.glob('*/*.json'), reverse=True):
         try:
             content = json.loads(file.read_text(errors='replace'))

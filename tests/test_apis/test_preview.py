@@ -302,9 +302,9 @@ def test_command():
         'BottleneckDenoiser, 5 steps',
         "student='neck'",
         'kd 5, diffusion 1',
-        'multiply-adds as far as its last tap',
-        'Multiply-adds of convolutions and matrix products',
-        'teacher 228 MB',
+        'forward pass up to its last tap',
+        'multiply-adds of convolutions and matrix products',
+        'Memory of the teacher: 228 MB',
     ):
         assert part in text, part
     assert 'neck.fpn_convs.0' in call_tool(TOOL, CONFIG, '--list-taps', 'teacher').stdout

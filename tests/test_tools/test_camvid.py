@@ -62,7 +62,7 @@ def test_incomplete_download(tmp_path):
     source = download(tmp_path / 'CamVid')
     (source / 'valannot' / 'b.png').write_bytes((source / 'valannot' / 'b.png').read_bytes()[:60])
     done = convert(source, tmp_path / 'out', check=False)
-    assert done.returncode == 2 and 'b.png does not exist or is no image; the download is incomplete' in done.stdout
+    assert done.returncode == 2 and 'b.png does not exist or is not an image; the download is incomplete' in done.stdout
     (source / 'train.txt').write_text('/SegNet/CamVid/train/a.png\n')
     done = convert(source, tmp_path / 'out', check=False)
     assert done.returncode == 2 and "has the line '/SegNet/CamVid/train/a.png'" in done.stdout
@@ -71,7 +71,7 @@ def test_incomplete_download(tmp_path):
 @pytest.mark.parametrize(
     'mask, message',
     [
-        (np.full((16, 24), 31, np.uint8), 'holds the class 31'),
+        (np.full((16, 24), 31, np.uint8), 'contains class 31'),
         (np.zeros((16, 20), np.uint8), 'is 20x16 with mode L'),
         (np.zeros((16, 24, 3), np.uint8), 'is 24x16 with mode RGB'),
     ],

@@ -59,7 +59,7 @@ def test_incomplete_download(tmp_path):
     source = download(tmp_path / 'PCBData')
     (source / 'group1' / '1' / '00000003_test.jpg').unlink()
     done = call_tool('dataset_converters/deeppcb.py', source, tmp_path / 'out', check=False)
-    assert done.returncode == 2 and '00000003_test.jpg does not exist or is no image' in done.stdout
+    assert done.returncode == 2 and '00000003_test.jpg does not exist or is not an image' in done.stdout
 
 
 @needs_data

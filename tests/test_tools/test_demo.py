@@ -44,7 +44,7 @@ def test_folders_and_seeds(monkeypatch, tmp_path):
     assert 'randomness.seed=2' in demo.overrides()
     parse(monkeypatch, '--seed', 2, '--work-dir', 'a').check_settings()
     parse(monkeypatch, '--seed', 2, '--work-dir', 'a').check_settings()
-    with pytest.raises(SystemExit, match='was made with other settings'):
+    with pytest.raises(SystemExit, match='was made with different settings'):
         parse(monkeypatch, '--seed', 3, '--work-dir', 'a').check_settings()
 
 
@@ -69,7 +69,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and 'The same command goes on' in output
+    assert process.returncode == 130 and 'Run the same command to continue' in output
     assert str(work_dir) not in subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout
 
     # one training fails: the end of its log is shown, the others finish

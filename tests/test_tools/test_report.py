@@ -76,7 +76,7 @@ def test_a_real_run(run, tmp_path):
     assert {'report.html', 'loss.png', 'fpn-loss_kd.png', 'fpn-gamma-0.png', 'validation-coco_bbox_mAP.png'} <= files
     for text in ('small', 'coco/bbox_mAP', 'gamma', 'fpn, level 0', 'Denoising steps, iteration 1', 'DiffKDDistiller'):
         assert text in page.text, text
-    assert re.search(r'The teacher of small, checked before the training: coco/bbox_mAP \d\.\d{3}\.', page.text)
+    assert re.search(r'The teacher of small, measured before training: coco/bbox_mAP \d\.\d{3}\.', page.text)
     versions = re.search(r'<th>mmdiffkd</th><th>mmdet</th>', page.source)
     assert versions and all(f'<td>{package.__version__}</td>' in page.source for package in (mmdiffkd, mmdet))
 
@@ -115,10 +115,10 @@ def test_large_pictures_are_made_smaller(tmp_path):
 @pytest.mark.parametrize(
     'records, message',
     [
-        (None, 'There is no folder'),
+        (None, 'does not exist'),
         ([], 'has no logs'),
-        (['broken'], 'holds no readable record'),
-        ([logs.train(10, **{'diffkd.old': 1.0})], 'unknown to this version, diffkd.old'),
+        (['broken'], 'has no readable record'),
+        ([logs.train(10, **{'diffkd.old': 1.0})], 'unknown to this version: diffkd.old'),
     ],
 )
 def test_mistakes(tmp_path, records, message):

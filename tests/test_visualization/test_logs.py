@@ -43,10 +43,10 @@ def test_damaged_lines_are_counted(tmp_path):
 
 
 def test_no_readable_record(tmp_path):
-    with pytest.raises(ValueError, match='holds no readable record'):
+    with pytest.raises(ValueError, match='has no readable record'):
         read(tmp_path, ['not a log'])
 
 
 def test_distillation_values_of_another_version(tmp_path):
-    with pytest.raises(ValueError, match='of a form unknown to this version, diffkd.loss_fpn_old'):
+    with pytest.raises(ValueError, match='unknown to this version: diffkd.loss_fpn_old'):
         read(tmp_path, [logs.train(10, **{'diffkd.loss_fpn_old': 1.0})])

@@ -27,7 +27,7 @@ def test_skipped_steps_leave_gaps_in_gamma(tmp_path):
         for i, gamma in ((10, math.nan), (20, 0.9), (30, 0.8))
     ]
     logs.write(tmp_path / 'run', records)
-    assert 'fpn: gamma, mean of levels over iterations. Last: run 0.8 in iteration 30' in report(tmp_path, 'run')
+    assert 'fpn: gamma, mean over levels, by iteration. Last values: run 0.8 at iteration 30' in report(tmp_path, 'run')
 
 
 def test_gamma_that_never_was_a_number(tmp_path):
@@ -51,4 +51,4 @@ def test_names_with_dollars_are_no_formulas(tmp_path):
     for name in ('a', r'b$\q$'):
         teacher['teacher/coco/bbox_mAP'] += 0.1
         logs.write(tmp_path / name, [dict(teacher), logs.train(10), logs.val(10, 0.3), logs.val(20, 0.4)])
-    assert r'teacher, as b$\q$ found it' in report(tmp_path, 'a', r'b$\q$')
+    assert r'teacher of b$\q$' in report(tmp_path, 'a', r'b$\q$')

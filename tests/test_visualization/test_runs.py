@@ -50,13 +50,13 @@ def test_a_start_that_was_killed_in_its_first_line(tmp_path):
     logs.write(folder, ['{"loss": 0.'], '20260102_000000')
     run = read_run(folder)
     assert list(run.train) == [10] and run.starts == ['20260101_000000']
-    assert run.notes == ['run/20260102_000000: left out, its log has no readable record.']
+    assert run.notes == ['run/20260102_000000: left out because its log has no readable record.']
 
 
 def test_no_start_with_a_whole_line(tmp_path):
     folder = logs.write(tmp_path / 'run', ['{"loss": 0.'])
     logs.write(folder, [], '20260102_000000')
-    with pytest.raises(ValueError, match='holds no readable record'):
+    with pytest.raises(ValueError, match='has no readable record'):
         read_run(folder)
 
 
@@ -75,11 +75,11 @@ def test_folders_that_are_no_work_dirs(tmp_path):
         with pytest.raises((FileNotFoundError, ValueError), match=match):
             read_groups([(None, Path(folder))])
 
-    error(tmp_path / 'gone', 'There is no folder')
+    error(tmp_path / 'gone', 'does not exist')
     error(tmp_path, 'has no logs')
     run = logs.write(tmp_path / 'below' / 'run', [logs.train(10)])
-    error(tmp_path / 'below', f'has some: give {run}')
-    error(run / '20260101_000000', 'is one start of a run')
+    error(tmp_path / 'below', f'contains some: give {run}')
+    error(run / '20260101_000000', 'is a single start of a run')
     (tmp_path / 'old').mkdir()
     (tmp_path / 'old' / 'x.log.json').touch()
     error(tmp_path / 'old', 'before MMEngine')

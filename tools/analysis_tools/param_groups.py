@@ -1,4 +1,4 @@
-"""Compare what the optimizer does to every parameter of a student, without and with distillation."""
+"""Compare the optimizer settings of a student's parameters without and with distillation."""
 
 import argparse
 import contextlib
@@ -18,12 +18,12 @@ from mmdiffkd.engine.checkpoint import PREFIX
 
 Setting = Tuple[float, float]  # learning rate and weight decay
 ROW = '{:<8} {:>11} {:>8} {:>12} {:>12} {:>12} {:>12}'
-NAMED = 5  # parameters that differ
+NAMED = 5  # maximum number of parameters to name
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config of the distillation run; the weights of its teacher are not needed')
+    parser.add_argument('config', help='distillation config; the checkpoint of its teacher is not needed')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
     )
@@ -32,33 +32,34 @@ def parse_args():
 
 def main():
     args = parse_args()
-    MMLogger.get_instance('param_groups', log_level='ERROR')  # the constructors log every single parameter
+    MMLogger.get_instance('param_groups', log_level='ERROR')  # the constructors log every parameter
     with exit_on_mistake(), without_gc():
         cfg, distilled = build_distiller(args.config, args.cfg_options)
         alone = build_model(cfg, cfg.model.student)
         before, after = param_settings(alone, cfg.optim_wrapper), param_settings(distilled, cfg.optim_wrapper)
 
     constructor = cfg.optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
-    base_lr = cfg.optim_wrapper.optimizer.get('lr', "the optimizer's own")
+    base_lr = cfg.optim_wrapper.optimizer.get('lr', '(default of the optimizer)')
     print(f'{type(alone).__name__}, {constructor}, base lr {base_lr}')
     print_table(alone, before, distilled, after)
     sys.exit(verdict(before, {name: value for name, value in after.items() if not name.startswith(PREFIX)}))
 
 
 def param_settings(model: nn.Module, optim_wrapper_cfg: dict) -> Dict[str, Optional[Setting]]:
-    """What the optimizer of a config does to each parameter of a model.
+    """Return the optimizer settings of each parameter of a model.
 
     Args:
         model (nn.Module): The model.
-        optim_wrapper_cfg (dict): Config of its optimizer wrapper.
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper.
 
     Returns:
-        dict[str, tuple or None]: Learning rate and weight decay by name; None for what is not in the optimizer.
+        dict[str, tuple[float, float] or None]: Learning rate and weight decay by parameter name; None if the parameter
+            is not in the optimizer.
 
     Raises:
-        ValueError: If a parameter is in the optimizer more than once, or is none of the model's.
+        ValueError: If a parameter is in the optimizer twice or does not belong to the model.
     """
-    # no other key matters to the groups, and the wrapper for mixed precision refuses machines without a GPU
+    # other keys do not change the groups, and AmpOptimWrapper cannot be built without a GPU
     keys = ('optimizer', 'constructor', 'paramwise_cfg')
     cfg = ConfigDict({key: optim_wrapper_cfg[key] for key in keys if key in optim_wrapper_cfg})
     with contextlib.redirect_stdout(io.StringIO()):  # mmseg's constructors print
@@ -70,14 +71,15 @@ def param_settings(model: nn.Module, optim_wrapper_cfg: dict) -> Dict[str, Optio
             name = names.pop(id(parameter), None)
             if name is None:
                 raise ValueError(
-                    f'A parameter of shape {list(parameter.shape)} is in the optimizer twice or by mistake.'
+                    f'A parameter of shape {list(parameter.shape)} is in the optimizer twice or is not part of the '
+                    'model; check optim_wrapper.constructor.'
                 )
             settings[name] = group['lr'], group.get('weight_decay', 0.0)
     return settings
 
 
 def print_table(alone: nn.Module, before: dict, distilled: nn.Module, after: dict) -> None:
-    """Parameters and their elements by learning rate and weight decay: the student's, then the diffusion module's."""
+    """Print parameter and element counts by learning rate and weight decay, for student and diffusion module."""
     tables = [_count(alone, before), _count(distilled, after)]
     print(f'{"":<29} {"without distillation":>25} {"with distillation":>25}')
     print(ROW.format('', 'lr', 'decay', *['parameters', 'elements'] * 2))
@@ -99,14 +101,17 @@ def _count(model: nn.Module, settings: Dict[str, Optional[Setting]]) -> Tuple[Co
 
 
 def verdict(before: Dict[str, Optional[Setting]], after: Dict[str, Optional[Setting]]) -> int:
-    """Say whether each parameter of the student is treated as it is alone; the exit status."""
+    """Print whether distillation changes the settings of student parameters. Return the exit status."""
     different = [name for name in {**before, **after} if before.get(name, 'absent') != after.get(name, 'absent')]
     if not different:
-        print(f'the same for all {len(before)} parameters of the student')
+        print(f'Distillation does not change the optimizer settings of the {len(before)} student parameters.')
         return 0
     shown = [f'{name} ({_text(before, name)} alone, {_text(after, name)} distilled)' for name in different[:NAMED]]
     more = ', ...' if len(different) > NAMED else ''
-    print(f'not the same for {len(different)} of {len(before)} parameters of the student: {", ".join(shown)}{more}')
+    print(
+        f'Distillation changes the optimizer settings of {len(different)} of {len(before)} student parameters; check '
+        f'optim_wrapper.constructor and paramwise_cfg: {", ".join(shown)}{more}'
+    )
     return 1
 
 

@@ -1,4 +1,4 @@
-"""Show what a distillation config will do: pairs and levels, shapes, sizes and costs. No weights, no data, seconds."""
+"""Preview a distillation config in seconds, without weights or data: pairs, levels, shapes, parameters and costs."""
 
 import argparse
 import json
@@ -15,16 +15,18 @@ from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config of the distillation run')
-    parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='of the images')
+    parser.add_argument('config', help='distillation config; with --list-taps, also a plain one')
+    parser.add_argument(
+        '--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='image size (default: size in training)'
+    )
     parser.add_argument(
         '--list-taps',
         nargs='?',
         const='student',
         choices=('student', 'teacher'),
-        help='list modules that can be tapped instead (default: of the student)',
+        help='list the modules of this model that can be tapped, and exit (without a value: student)',
     )
-    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument('--json', action='store_true', help='print the result as JSON')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
     )
@@ -34,7 +36,7 @@ def parse_args():
 def main():
     args = parse_args()
     size = tuple(args.size) if args.size else None
-    with exit_on_mistake(), redirect_stdout(sys.stderr), without_gc():  # what packages print is no part of the answer
+    with exit_on_mistake(), redirect_stdout(sys.stderr), without_gc():  # keeps output of packages out of stdout
         from mmdiffkd.apis import list_taps, preview
 
         if args.list_taps:
@@ -62,16 +64,16 @@ def weights(row) -> str:
 def show(result) -> None:
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # a pipe has none of its own
-    print(f'Images of {shape(result["size"])}.')
+        console.width = 200  # a pipe has no width
+    print(f'Image size (height x width): {shape(result["size"])}')
     table = Table(box=SIMPLE)
     for name in (
         'pair',
         'level',
-        'student',
-        '',
-        'teacher',
-        ' ',
+        'student tap',
+        'student shape',
+        'teacher tap',
+        'teacher shape',
         'adapter',
         'latent',
         'denoiser',
@@ -98,26 +100,28 @@ def show(result) -> None:
     console.print(table)
 
     table = Table(box=SIMPLE)
-    for name in ('', 'parameters, M', 'multiply-adds an image, G'):
+    for name in ('', 'parameters (M)', 'multiply-adds per image (G)'):
         table.add_column(name, justify='left' if not name else 'right')
     labels = dict(
-        student='student, forward',
-        teacher='teacher, whole; multiply-adds as far as its last tap',
-        diffusion_module='diffusion module, forward and backward',
+        student='student, forward pass',
+        teacher='teacher, all parameters; forward pass up to its last tap',
+        diffusion_module='diffusion module, forward and backward pass',
     )
     for key, label in labels.items():
         gmacs = result['gmacs'][key]
         table.add_row(label, f'{result["parameters"][key] / 1e6:.2f}', '?' if gmacs is None else f'{gmacs:.1f}')
     console.print(table)
     if result['overhead'] is not None:
-        print(f"Teacher and diffusion module: {result['overhead']:.2f} times the operations of the student's own step.")
-    print('Multiply-adds of convolutions and matrix products are counted; no time is measured.')
+        print(
+            f"Overhead of teacher and diffusion module: {result['overhead']:.2f} times the student's own training step."
+        )
+    print('Costs are multiply-adds of convolutions and matrix products, not measured times.')
     teacher, part = (f'{result["weights_mb"][name]:.0f} MB' for name in ('teacher', 'diffusion_module'))
-    print(f'Memory for weights in float32: teacher {teacher}.')
-    print(f'Memory for the diffusion module: weights, gradients and momentum of SGD {part}, with AdamW a third more.')
+    print(f'Memory of the teacher: {teacher} for float32 weights.')
+    print(f'Memory of the diffusion module: {part} for weights, gradients and SGD momentum; a third more with AdamW.')
     if result['kept_mib'] is not None:
-        print(f'Memory that it saves for the backward pass: {result["kept_mib"]:.0f} MiB per image in float32.')
-    print(f'\nWhat is distilled, to paste and change:\n\n{result["distill"]}')
+        print(f'Activations of the diffusion module for backward: {result["kept_mib"]:.0f} MiB per image in float32.')
+    print(f'\nSettings of the distillation, to paste into the config and change:\n\n{result["distill"]}')
     for warning in result['warnings']:
         print(f'\nWarning: {warning}')
 

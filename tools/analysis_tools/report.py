@@ -1,4 +1,4 @@
-"""Write one page on runs: results, curves, pictures of the distillation. It reads their logs alone."""
+"""Write an HTML report on one or more runs from their logs: results, curves and pictures of the distillation."""
 
 import argparse
 import sys
@@ -13,15 +13,17 @@ def parse_args():
         'runs',
         nargs='+',
         metavar='[NAME=]WORK_DIR',
-        help="work dirs of runs; those of one name are seeds of one thing, and the name 'teacher' is a line to compare "
-        'with',
+        help="work dirs of runs; runs with the same name are seeds of one setup, and a run named 'teacher' is a "
+        'reference line',
     )
-    parser.add_argument('-o', '--out', type=Path, default=Path('work_dirs/report'), help='folder (default %(default)s)')
+    parser.add_argument(
+        '-o', '--out', type=Path, default=Path('work_dirs/report'), help='folder (default: %(default)s)'
+    )
     return parser.parse_args()
 
 
 def named(text):
-    """The name, where there is one, and the folder."""
+    """Split an argument into name (or None) and folder."""
     name, equals, folder = text.partition('=')
     if not equals or Path(text).is_dir():
         return None, Path(text)
@@ -35,7 +37,7 @@ def main():
         from mmdiffkd.visualization.report import write_report
 
         page = write_report([named(run) for run in args.runs], args.out, command)
-    print(page)
+    print(f'{page}: open it in a browser.')
 
 
 if __name__ == '__main__':

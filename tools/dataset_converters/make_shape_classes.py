@@ -1,6 +1,6 @@
-"""Generate a small seeded classification set: windows around the shapes that make_shapes.py draws.
+"""Generate a small seeded classification data set: crops around the shapes of make_shapes.py.
 
-A window holds its object in the middle, enlarged where it is small, with whatever is beside and in front of it.
+Each crop is centered on one object and resized to the image size. Neighboring and occluding objects remain visible.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from make_shapes import SHAPES, SPLITS, draw_image
 
-IMAGE_SIZE = 128  # of the image that a window is cut from
+IMAGE_SIZE = 128  # pixels; size of the image that a crop is taken from
 
 
 def parse_args():
@@ -19,7 +19,7 @@ def parse_args():
     parser.add_argument('--train', type=int, default=2000, help='number of training images')
     parser.add_argument('--val', type=int, default=1000, help='number of validation images')
     parser.add_argument('--size', type=int, default=64, help='height and width of the images in pixels')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=int, default=0, help='random seed')
     return parser.parse_args()
 
 
@@ -32,17 +32,17 @@ def main():
 
 
 def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> None:
-    """Write ``<class>/*.png``."""
+    """Write the images of a split to ``<class>/*.png``."""
     for name in SHAPES:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        # every image has a generator of its own: the first n do not depend on how many follow
+        # one generator per image: the first n images do not depend on the total number
         rng, name = np.random.default_rng([seed, SPLITS.index(split), index]), SHAPES[index % len(SHAPES)]
         cv2.imwrite(str(folder / name / f'{index:05d}.png'), draw_window(rng, name, size))
 
 
 def draw_window(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
-    """Draw one image (size, size, 3) with a shape of that name in its middle."""
+    """Draw one image (size, size, 3) with a shape of the given name at its center."""
     masks = []
     while not masks:
         image, objects = draw_image(rng, IMAGE_SIZE)

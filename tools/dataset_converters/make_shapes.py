@@ -1,7 +1,7 @@
-"""Generate a small seeded detection set in COCO format: textured shapes with occlusion and clutter.
+"""Generate a small seeded detection data set in COCO format: textured shapes with occlusion and clutter.
 
-The shapes carry names of COCO categories that look alike, and the files list all 80 of these, so that COCO configs
-run on it as they are.
+The shapes are named after COCO categories that look similar, and the annotation files list all 80 COCO categories, so
+that COCO configs work without changes.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from mmdet.datasets import CocoDataset
 SHAPES = ('stop sign', 'sports ball', 'kite', 'pizza', 'donut')
 CATEGORIES = CocoDataset.METAINFO['classes']
 SPLITS = ('train', 'val')
-MIN_VISIBLE = 0.4  # objects that others hide more than this leaves are not annotated
-MIN_SIDE = 6  # pixels
-RADII = (0.08, 0.22)  # of the shapes, as shares of the image's side
+MIN_VISIBLE = 0.4  # objects with a smaller visible share are not annotated
+MIN_SIDE = 6  # pixels; smaller objects are not annotated
+RADII = (0.08, 0.22)  # range of the radius relative to the image size
 
 
 def parse_args():
@@ -26,7 +26,7 @@ def parse_args():
     parser.add_argument('--train', type=int, default=600, help='number of training images')
     parser.add_argument('--val', type=int, default=200, help='number of validation images')
     parser.add_argument('--size', type=int, default=128, help='height and width of the images in pixels')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=int, default=0, help='random seed')
     return parser.parse_args()
 
 
@@ -43,7 +43,7 @@ def write_split(out: Path, split: str, count: int, size: int, seed: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for index in range(count):
-        # every image has a generator of its own: the first n do not depend on how many follow
+        # one generator per image: the first n images do not depend on the total number
         image, objects = draw_image(np.random.default_rng([seed, SPLITS.index(split), index]), size)
         name = f'{index:05d}.png'
         cv2.imwrite(str(folder / name), image)
@@ -70,7 +70,7 @@ def draw_image(rng: np.random.Generator, size: int):
     """Draw one image.
 
     Returns:
-        tuple: The image (size, size, 3) and a list of (category, visible mask).
+        tuple: Image (size, size, 3) and list of (category, mask of the visible part).
     """
     image = texture(rng, size, contrast=40)
     draw_clutter(rng, image)
@@ -94,7 +94,7 @@ def draw_image(rng: np.random.Generator, size: int):
 
 
 def shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
-    """Mask (size, size) of one shape at a random place, size and angle; parts may lie outside the image."""
+    """Draw the mask (size, size) of a shape with random position, size and angle, possibly partly outside the image."""
     radius = np.exp(rng.uniform(*np.log(RADII))) * size
     center = rng.uniform(0.05, 0.95, 2) * size
     aspect, angle = rng.uniform(0.75, 1.0), rng.uniform(0, 2 * np.pi)
@@ -121,7 +121,7 @@ def shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
 
 
 def texture(rng: np.random.Generator, size: int, contrast: float) -> np.ndarray:
-    """A coloured pattern (size, size, 3): cloudy, striped or chequered."""
+    """Draw a colored pattern (size, size, 3): clouds, stripes or a checkerboard."""
     kind = rng.integers(3)
     ys, xs = np.mgrid[:size, :size]
     if kind == 0:
@@ -138,7 +138,7 @@ def texture(rng: np.random.Generator, size: int, contrast: float) -> np.ndarray:
 
 
 def draw_clutter(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Draw lines and small dots of no category."""
+    """Draw lines and small dots as clutter; they belong to no category."""
     size = image.shape[0]
     for _ in range(rng.integers(3, 10)):
         start, end = (tuple(int(v) for v in rng.integers(0, size, 2)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Write the config that distils a teacher into a student, from the configs of both."""
+"""Write a distillation config from the configs of a student and a teacher."""
 
 import argparse
 
@@ -10,9 +10,11 @@ def parse_args():
     parser.add_argument('student', help='config of the student: pkg::path or a file')
     parser.add_argument('teacher', help='config of the teacher: pkg::path or a file')
     parser.add_argument(
-        '--checkpoint', default='zoo', help="weights of the teacher: a path, a URL, or what its package lists ('zoo')"
+        '--checkpoint',
+        default='zoo',
+        help="teacher checkpoint: a path, a URL, or 'zoo' for the one that its package lists",
     )
-    parser.add_argument('-o', '--output', help='file to write (default: print)')
+    parser.add_argument('-o', '--output', help='file to write (default: print the config)')
     return parser.parse_args()
 
 
@@ -25,7 +27,7 @@ def main():
     if args.output is None:
         print(text, end='')
     else:
-        print(f'{args.output}: look at it with tools/analysis_tools/preview.py, train it with tools/train.py.')
+        print(f'{args.output}: check it with tools/analysis_tools/preview.py, then train it with tools/train.py.')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Write the student of a distillation run as a plain checkpoint and config of its own package."""
+"""Export the student of a distillation run as a plain checkpoint and config for mmdet, mmseg or mmpretrain."""
 
 import argparse
 from pathlib import Path
@@ -9,9 +9,9 @@ from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config of the distillation run')
-    parser.add_argument('checkpoint', help='checkpoint that it wrote, a path or URL')
-    parser.add_argument('out', help='file for the slim checkpoint (.pth)')
-    parser.add_argument('--config-out', help='file for the plain config (.py)')
+    parser.add_argument('checkpoint', help='checkpoint of the run: a path or URL')
+    parser.add_argument('out', help='checkpoint file to write (.pth)')
+    parser.add_argument('--config-out', help='config file to write (.py)')
     return parser.parse_args()
 
 
@@ -28,10 +28,13 @@ def main():
         for file in filter(None, (args.out, args.config_out)):
             Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
         torch.save(weights, args.out)
-    print(f'{args.out}: {len(weights["state_dict"])} tensors, {Path(args.out).stat().st_size / 2**20:.1f} MiB')
+    print(
+        f'{args.out}: student checkpoint with {len(weights["state_dict"])} tensors, '
+        f'{Path(args.out).stat().st_size / 2**20:.1f} MiB'
+    )
     if args.config_out:
         config.dump(args.config_out)
-        print(f'{args.config_out}: the plain config of {config.model.type}')
+        print(f'{args.config_out}: plain config of {config.model.type}')
 
 
 if __name__ == '__main__':
