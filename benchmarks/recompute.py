@@ -1,8 +1,8 @@
-"""A distilled iteration with recomputing chains, with plain modules, and with torch's checkpoint.
+"""Compare a distilled iteration with recomputing chains, with plain modules, and with torch's checkpoint.
 
-The third kind runs each chain under ``torch.utils.checkpoint(use_reentrant=False)``, which computes the whole chain
-again in the backward pass; BatchNorm's running statistics are updated in the first pass alone. All run in turn in one
-process. Gradients are the same.
+With checkpoint, each chain runs under ``torch.utils.checkpoint(use_reentrant=False)``: the backward pass recomputes the
+whole chain, and only the forward pass updates BatchNorm's running statistics. The kinds alternate in one process. Their
+gradients are equal.
 """
 
 import argparse
@@ -35,35 +35,39 @@ def parse_args():
 
 
 @contextmanager
-def without_statistics(chain: nn.Module):
-    """Leave BatchNorm's running statistics alone while a chain is computed again."""
+def frozen_statistics(chain: nn.Module):
+    """Keep the running statistics of BatchNorm while a chain is recomputed."""
     norms = [module for module in chain.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            norm.num_batches_tracked.sub_(1)
 
 
 def checkpointed(chain: ConvChain, x: torch.Tensor) -> torch.Tensor:
-    """Run a chain and keep its input alone."""
+    """Run a chain that saves only its input."""
 
     def contexts():
-        return nullcontext(), without_statistics(chain)
+        return nullcontext(), frozen_statistics(chain)
 
     return checkpoint(partial(nn.Sequential.forward, chain), x, use_reentrant=False, context_fn=contexts)
 
 
-def use(chains, kind: str) -> None:
-    """Choose how the chains run."""
-    forward = {'plain modules': nn.Sequential.forward, 'checkpoint': checkpointed}.get(kind)
-    for chain in chains:
-        vars(chain).pop('forward', None)
-        chain.memory_efficient = kind.endswith('memory_efficient')
-        if forward is not None:
-            chain.forward = partial(forward, chain)
+def select(outer, inner, kind: str) -> None:
+    """Run the outer chains and the chains inside them as ``kind`` says."""
+    plain = nn.Sequential.forward
+    forwards = {'plain modules': (plain, plain), 'checkpoint': (checkpointed, plain)}.get(kind, (None, None))
+    for chains, forward in zip((outer, inner), forwards):
+        for chain in chains:
+            vars(chain).pop('forward', None)
+            chain.memory_efficient = kind.endswith('memory_efficient')
+            if forward is not None:
+                chain.forward = partial(forward, chain)
 
 
 def main():
@@ -77,16 +81,16 @@ def main():
     data = model.data_preprocessor(random_batch_of(cfg, height, width, args.batch), True)
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
     modules = [module for module in model.diffkd.modules() if isinstance(module, ConvChain)]
-    inner = {child for module in modules for child in module.modules() if child is not module}
+    inner = {child for module in modules for child in module.modules() if child is not module and child in modules}
     outer = [module for module in modules if module not in inner]
 
     def step(kind):
         def run():
-            use(outer if kind == 'checkpoint' else modules, kind)
+            select(outer, inner, kind)
             optimizer.zero_grad(set_to_none=True)
             model.parse_losses(model(**data, mode='loss'))[0].backward()
             optimizer.step()
-            use(modules, KINDS[0])
+            select(outer, inner, KINDS[0])
 
         return run
 

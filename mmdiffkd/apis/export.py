@@ -41,7 +41,7 @@ def student_config(cfg: Config) -> Config:
     """
     if 'student' not in cfg.model:
         raise ValueError(
-            f'The config {cfg.filename or ""} is not a distillation config: its model is a plain {cfg.model.type}.'
+            f'{cfg.filename or "This config"} is not a distillation config: its model is a plain {cfg.model.type}.'
         )
     content = ConfigDict(cfg.to_dict())
     model = content.model.student

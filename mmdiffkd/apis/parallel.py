@@ -1,6 +1,5 @@
 """Run trainings in parallel."""
 
-import math
 import os
 import re
 import signal
@@ -84,7 +83,7 @@ def available_cores() -> int:
         quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
     except (OSError, ValueError):
         return cores
-    return cores if quota == 'max' else max(1, min(cores, math.ceil(int(quota) / int(period))))
+    return cores if quota == 'max' else max(1, min(cores, round(int(quota) / int(period))))
 
 
 def run_parallel(

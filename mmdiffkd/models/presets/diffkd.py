@@ -10,49 +10,49 @@ from mmdiffkd.utils.meta_device import build_for_inspection
 from ..distillers.feature_info import ENCODERS
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
-# the last layer that returns maps of the batch: MLP-Mixer transposes its tokens after it, TridentNet has a batch for
-# each of its branches in training
+# the last layer whose output is a feature map of the whole batch: MLP-Mixer transposes its tokens afterwards, and
+# TridentNet makes one batch per branch in training
 LAST_MAPS = dict(MlpMixer='ln1', TridentResNet='layer2')
-# the paper's width of the autoencoder on classifiers' features
+# width of the autoencoder for classifiers in the paper
 CLASSIFIER_LATENT_CHANNELS = 1024
-# The paper's weights of the feature distance; its rule is to choose a weight so that the loss is about Faster R-CNN's.
+# Weights of the feature distance in the paper, which chooses them so that the loss is about as large as Faster R-CNN's.
 FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
 DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
 
 
 @PRESETS.register_module(name='diffkd')
 class DiffKDPreset:
-    """DiffKD as the paper has it.
+    """Default pairs and weights of the paper (Section 4 and Appendix).
 
-    - Detectors: neck to neck, or backbone to backbone where a model has no neck.
-    - Segmentors: logits before they are resized, by DIST; backbone to backbone where a model has none or the classes
-      differ.
-    - Classifiers: the last feature map through an autoencoder, and the logits by KL divergence where both models have
-      the same number of classes and an image has one class.
-    - Other models: the module that encodes the images.
+    - Detectors: the outputs of the necks, or of the backbones if a model has no neck.
+    - Segmentors: the logits at the head's resolution, compared by DIST; the outputs of the backbones if a model has no
+      such layer or the numbers of classes differ.
+    - Classifiers: the last feature maps, through an autoencoder; and the logits, compared by KL divergence, if both
+      models have the same number of classes and each image has one class.
+    - Other models: the outputs of the image encoders.
 
-    A preset is a class with these members, registered in ``mmdiffkd.registry.PRESETS``; subclass this one to change
-    some of them.
+    To write a preset, subclass this one or write a class with the same members, and register it in
+    ``mmdiffkd.registry.PRESETS``.
 
     Attributes:
-        neck_defaults (dict): Arguments of necks that denoise, where a config does not give them.
+        neck_defaults (dict): Default arguments of necks with denoising. A config overrides them.
     """
 
     neck_defaults: dict = {}
 
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """The pairs of a student and a teacher of the same task, where a config names none.
+        """Return the pairs of a student and a teacher of the same task, used if a config has no ``distill``.
 
         Args:
             student (nn.Module): The student.
-            student_cfg (dict): Its config.
+            student_cfg (dict): Config of the student.
             teacher_cfg (dict): Config of the teacher.
 
         Returns:
-            dict[str, dict]: Pairs as in ``distill`` of a config.
+            dict[str, dict]: Pairs in the format of ``distill`` in a config.
 
         Raises:
-            ValueError: If the tasks differ, or a model keeps its encoder elsewhere than upstream's models.
+            ValueError: If the tasks differ, or a model has no encoder under a name that OpenMMLab uses.
         """
         task, features = find_task(student_cfg), self._find_features(student_cfg, teacher_cfg)
         if task == 'detection':
@@ -70,11 +70,11 @@ class DiffKDPreset:
         return pairs
 
     def known_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """The pairs that a config can name without their taps; see :meth:`default_pairs`."""
+        """Return the pairs that a config can name without giving taps. Arguments: see :meth:`default_pairs`."""
         return self.default_pairs(student, student_cfg, teacher_cfg)
 
     def default_distance(self, student_cfg: dict) -> dict:
-        """Config of the distance of features, where a pair gives none."""
+        """Return the config of the distance between features, used if a pair has no ``loss_kd``."""
         detector = str(student_cfg['type']).split('.')[-1]
         loss_weight = FEATURE_LOSS_WEIGHTS.get(detector, DEFAULT_FEATURE_LOSS_WEIGHT)
         return dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight)
@@ -91,14 +91,23 @@ class DiffKDPreset:
 
 
 def make_pair(taps: Sequence[str], distance: Optional[str] = None, **neck) -> dict:
-    """A pair of the taps of student and teacher, with what its config says about the neck."""
+    """Make the config of a pair.
+
+    Args:
+        taps (Sequence[str]): Tap of the student and tap of the teacher.
+        distance (str, optional): Type of ``loss_kd`` in mmdiffkd.
+        **neck: Arguments of the neck.
+
+    Returns:
+        dict: ``student``, ``teacher`` and ``neck``.
+    """
     if distance is not None:
         neck['loss_kd'] = dict(type=f'mmdiffkd.{distance}')
     return dict(student=taps[0], teacher=taps[1], neck=neck)
 
 
 def find_task(cfg: dict) -> str:
-    """``detection``, ``segmentation``, ``classification`` or ``other``."""
+    """Return the task of a model's config: ``detection``, ``segmentation``, ``classification`` or ``other``."""
     if cfg.get('decode_head'):
         return 'segmentation'
     if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, 'detector')):
@@ -107,16 +116,16 @@ def find_task(cfg: dict) -> str:
 
 
 def find_features(cfg: dict) -> Optional[str]:
-    """The module whose features are compared; None if it is not where upstream keeps it."""
+    """Return the path of the module whose features are distilled; None if it has no name that OpenMMLab uses."""
     if isinstance(cfg.get('detector'), dict):
         inner = find_features(cfg['detector'])
-        is_semi_supervised = 'semi_train_cfg' in cfg  # a detector twice, as student and teacher
+        is_semi_supervised = 'semi_train_cfg' in cfg  # holds the detector twice, as student and teacher
         return inner and f'{"student" if is_semi_supervised else "detector"}.{inner}'
     if cfg.get('neck') and find_task(cfg) == 'detection':
         return 'neck'
     for name in ENCODERS:
         if cfg.get(name):
-            is_list = isinstance(cfg[name], (list, tuple))  # the encoder and what follows it
+            is_list = isinstance(cfg[name], (list, tuple))  # the encoder and its post-processing
             path, encoder = (f'{name}.0', cfg[name][0]) if is_list else (name, cfg[name])
             last = LAST_MAPS.get(str(encoder.get('type')).split('.')[-1])
             return path if last is None else f'{path}.{last}'
@@ -124,7 +133,7 @@ def find_features(cfg: dict) -> Optional[str]:
 
 
 def _common_logits(task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Optional[List[str]]:
-    """The layers of logits of student and teacher; None unless both have one, with the same classes, at least two."""
+    """Return the logit layers of student and teacher; None unless both have one, with the same two or more classes."""
     find = dict(segmentation=_pixel_logits, classification=_class_logits).get(task)
     if find is None:
         return None
@@ -133,7 +142,7 @@ def _common_logits(task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[d
 
 
 def _pixel_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
-    """A segmentor's layer of logits, of a cascade the last stage's, and its number of classes."""
+    """Return a segmentor's logit layer, in a cascade that of the last stage, and its number of classes."""
     head = cfg['decode_head']
     path = f'decode_head.{len(head) - 1}.conv_seg' if isinstance(head, (list, tuple)) else 'decode_head.conv_seg'
     layer = dict(model.named_modules()).get(path)
@@ -141,7 +150,7 @@ def _pixel_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
 
 
 def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
-    """A classifier's layer of logits, linear with an output for each class; none where an image has several."""
+    """Return a classifier's linear logit layer and its number of classes; none for multi-label classifiers."""
     head = cfg.get('head') or {}
     kind, classes = str(head.get('type')), head.get('num_classes')
     linear = [
@@ -151,5 +160,5 @@ def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
     ]
     if not linear or 'MultiLabel' in kind or 'CSRA' in kind:
         return None, 0
-    # stacked layers end with it; behind that of a DeiT comes its distillation token's
+    # the last of stacked layers; otherwise the first, because DeiT's is followed by that of the distillation token
     return linear[-1 if 'Stacked' in kind else 0], classes

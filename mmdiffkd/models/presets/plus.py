@@ -1,4 +1,4 @@
-"""Default pairs and settings beyond the paper."""
+"""Default pairs and settings that differ from the paper's."""
 
 from typing import Dict, Tuple
 
@@ -12,19 +12,19 @@ from .diffkd import DiffKDPreset, find_task, make_pair
 
 @PRESETS.register_module(name='plus')
 class PlusPreset(DiffKDPreset):
-    """DiffKD with changes measured in docs/accuracy.md.
+    """DiffKD with three changes, measured in docs/accuracy.md.
 
-    - The distance sends its gradient through the last denoising step alone.
-    - Detectors: the outputs of the last layers of dense heads, or else of RPNs, are distilled beside the neck's
-      features, without denoising: ``cls`` by CWD and ``reg`` by L1, each where both models have it for the same anchors
-      and with the same number of outputs. Models that wrap a detector, such as trackers, get none of it.
-    - Segmentors: the last feature maps of the backbones in place of the logits.
+    - The distance backpropagates through the last denoising step only.
+    - Detectors also distill the outputs of their dense head or RPN, without denoising: ``cls`` by CWD and ``reg`` by
+      L1. Both models must have the layer, with the same anchors and number of outputs. Models that wrap a detector,
+      such as trackers, distill features only.
+    - Segmentors distill the last feature maps of the backbones instead of the logits.
     """
 
     neck_defaults = dict(num_grad_steps=1)
 
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """See :meth:`DiffKDPreset.default_pairs`."""
+        """Return the default pairs. Arguments: see :meth:`DiffKDPreset.default_pairs`."""
         task, features = find_task(student_cfg), self._find_features(student_cfg, teacher_cfg)
         if task == 'detection':
             models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
@@ -34,13 +34,13 @@ class PlusPreset(DiffKDPreset):
         return super().default_pairs(student, student_cfg, teacher_cfg)
 
     def known_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """Beside the default pairs, those of the paper that they replace."""
+        """Return the default pairs and the paper's pairs that they replace."""
         models = student, student_cfg, teacher_cfg
         return {**super().default_pairs(*models), **self.default_pairs(*models)}
 
 
 def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Dict[str, dict]:
-    """The last layers of dense heads with the same anchors: classes and boxes, compared as they are."""
+    """Return pairs of the classification and regression layers of dense heads with equal anchors, without denoising."""
     plain = dict(denoise=False, align=False)
     distances = dict(cls=dict(type='mmdiffkd.ChannelWiseDivergence'), reg=dict(type='mmdet.L1Loss'))
     for part in ('bbox_head', 'rpn_head'):
@@ -52,8 +52,9 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
             continue
         pairs = {}
         for kind, distance in distances.items():
-            is_scaled = any(hasattr(head, 'scales') for head in heads)  # after the layer
-            if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1] or is_scaled):  # other meanings
+            is_scaled = any(hasattr(head, 'scales') for head in heads)  # FCOS scales the regression after the layer
+            # equal shapes of different meaning
+            if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1] or is_scaled):
                 continue
             ours, theirs = (_outputs(head, kind) for head in heads)
             for name in [name for name in ours if ours[name] == theirs.get(name)][:1]:
@@ -64,6 +65,6 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
 
 
 def _outputs(head: nn.Module, kind: str) -> Dict[str, int]:
-    """The layers of a head that end with its outputs of a kind, and how many those are."""
+    """Return the layers of a head whose names end in ``_{kind}``, with their numbers of output channels."""
     layers = {name: layer for name, layer in head.named_children() if name.endswith(f'_{kind}')}
     return {name: layer.out_channels for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
