@@ -1,2 +1,2 @@
-# The config to begin with: RetinaNet R101 -> R50 on COCO, 2x schedule. All others are in the folders beside it.
+# The config to start with: RetinaNet R101 -> R50 on COCO, 2x schedule. All other configs are in the folders next to it.
 _base_ = './coco/diffkd_retinanet-r101_retinanet-r50_2x_coco.py'

@@ -1,4 +1,4 @@
-"""Registries of the ``mmdiffkd`` scope; their modules are imported on first use."""
+"""Registries of the ``mmdiffkd`` scope. A registry imports the modules in its ``locations`` on first use."""
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS

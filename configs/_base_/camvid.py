@@ -1,5 +1,5 @@
 # CamVid at 240x180, 11 classes (tools/dataset_converters/camvid.py); the schedule suits training from scratch on a CPU.
-# Report on test: val is seven seconds of one drive whose other frames are in train.
+# Report results on test: val is seven seconds of a drive whose other frames are in train.
 _base_ = __import__('mmseg').__path__[0] + '/.mim/configs/_base_/default_runtime.py'  # `mmseg::` fails in onedl-mmseg
 data_root = 'data/camvid11_240x180/'
 metainfo = dict(

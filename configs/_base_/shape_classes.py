@@ -1,4 +1,4 @@
-# Windows around generated shapes (tools/dataset_converters/make_shape_classes.py), in minutes on two CPU cores.
+# Crops around generated shapes (tools/dataset_converters/make_shape_classes.py), for minutes on two CPU cores.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 data_root = 'data/shape_classes/'
 metainfo = dict(classes=('donut', 'kite', 'pizza', 'sports ball', 'stop sign'))  # in the order of their folders
@@ -17,7 +17,7 @@ train_pipeline = [
 ]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 source = dict(type='CustomDataset', metainfo=metainfo, data_root=data_root)
-# images this small load faster in the process itself than in a worker beside it
+# images this small load faster without worker processes
 train_dataloader = dict(
     batch_size=32,
     num_workers=0,

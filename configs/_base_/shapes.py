@@ -1,10 +1,10 @@
-# The generated shapes (tools/dataset_converters/make_shapes.py), in a few minutes on two CPU cores.
+# Generated shapes (tools/dataset_converters/make_shapes.py), for a few minutes on two CPU cores.
 _base_ = './small_detection.py'
 data_root = 'data/shapes/'
 metainfo = dict(classes=('stop sign', 'sports ball', 'kite', 'pizza', 'donut'))
 image_size = (128, 128)
 
-# images this small load faster in the process itself than in a worker beside it
+# images this small load faster without worker processes
 train_dataloader = dict(
     num_workers=0,
     persistent_workers=False,

@@ -1,4 +1,4 @@
-# What small COCO-format sets share: images keep their size, and the schedule suits training from scratch.
+# Shared by small COCO-format data sets: images keep their size, and the schedule suits training from scratch.
 _base_ = 'mmdet::_base_/default_runtime.py'
 
 train_pipeline = [

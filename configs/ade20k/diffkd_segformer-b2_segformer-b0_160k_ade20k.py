@@ -1,6 +1,6 @@
 # SegFormer MiT-B2 -> MiT-B0 on ADE20K, 160k iterations; 45.58 and 37.41 mIoU in mmseg, not in the paper.
 
-# by path, since `mmseg::` is known to mmengine under the original package's name alone
+# by path: mmengine resolves `mmseg::` only for the original package
 _base_ = __import__('mmseg').__path__[0] + '/.mim/configs/segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

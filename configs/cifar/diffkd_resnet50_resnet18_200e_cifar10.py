@@ -1,5 +1,5 @@
 # ResNet-50 -> ResNet-18 on CIFAR-10: 95.55 and 94.82 top-1 in the zoo; this pair is not in the paper.
-# As the paper has it for CIFAR, without autoencoder.
+# Without autoencoder, as in the paper for CIFAR.
 _base_ = 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

@@ -1,7 +1,7 @@
 # DeepLabV3 R101 -> MobileNetV2 on Cityscapes, 40k iterations. The paper: val mIoU 78.07 -> 73.12, distilled 75.71.
-# mmseg's student has an auxiliary head, which is trained and distilled as that of the others.
+# mmseg's student has an auxiliary head, which is trained and distilled as in the other configs.
 _base_ = './diffkd_deeplabv3-r101_deeplabv3-r18_40k_cityscapes.py'
-# not `from ... import`, by which mmengine would know its other style of configs
+# `from ... import` would make mmengine read this file as a pure Python config
 resolve_config = __import__('mmdiffkd.utils').utils.resolve_config
 student = 'mmseg::mobilenet_v2/mobilenet-v2-d8_deeplabv3_4xb2-80k_cityscapes-512x1024.py'
 model = dict(student=dict(_delete_=True, **resolve_config(student).model))

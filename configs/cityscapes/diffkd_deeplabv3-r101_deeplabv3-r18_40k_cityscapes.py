@@ -1,11 +1,11 @@
 # DeepLabV3 R101 -> R18 on Cityscapes, 40k iterations of 16 images. The paper: val mIoU 78.07 -> 74.21, distilled 77.78.
-# Independent reruns of this student alone give 76.2 - 76.3, not the paper's 74.21: train it in the same series, with
+# Independent reruns of this student alone give 76.2 - 76.3, not the paper's 74.21. Train your own baseline with
 # --cfg-options model.teacher=None
-# The teacher has 77.12, the nearest in the zoo to the paper's own; the one of 80k iterations has 80.2.
-# mmseg has this student with 80k iterations of 4 GPUs x 2 images; this takes 4 GPUs x 4. The auxiliary pair, which the
-# paper leaves open, follows its authors' other distillers on this benchmark.
+# The teacher has 77.12, the closest in the zoo to the paper's; the one with 80k iterations has 80.2.
+# mmseg trains this student for 80k iterations on 4 GPUs x 2 images; this config is for 4 GPUs x 4 images. The paper
+# leaves the auxiliary pair open; it follows the authors' other distillers on this benchmark.
 
-# by path, since `mmseg::` is known to mmengine under the original package's name alone
+# by path: mmengine resolves `mmseg::` only for the original package
 _base_ = __import__('mmseg').__path__[0] + '/.mim/configs/deeplabv3/deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

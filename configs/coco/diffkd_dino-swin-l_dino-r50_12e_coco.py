@@ -1,6 +1,6 @@
 # DINO Swin-L -> R50 on COCO, 12 epochs; 57.2 and 49.0 AP in mmdet, not in the paper.
-# By default, neck to neck: the student has four of the teacher's five levels, those of stride 8 - 64. An encoder cannot
-# be tapped: it returns the tokens of all levels in one row.
+# The default pair: neck to neck. The student has four of the teacher's five levels, those of stride 8 - 64. Encoders
+# cannot be tapped, because they return the tokens of all levels in one sequence.
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

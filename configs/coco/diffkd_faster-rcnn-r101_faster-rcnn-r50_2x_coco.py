@@ -8,7 +8,7 @@ model = dict(
     student=_base_.model,
     teacher=dict(config='mmdet::faster_rcnn/faster-rcnn_r101_fpn_2x_coco.py', checkpoint='zoo'),
     distill=dict(
-        fpn=dict(student='neck', teacher='neck', neck=dict(loss_kd=dict(type='mmdiffkd.MSELoss', loss_weight=5.0))),
+        fpn=dict(student='neck', teacher='neck'),
         reg=dict(
             student='roi_head.bbox_head.fc_reg',
             teacher='roi_head.bbox_head.fc_reg',

@@ -1,5 +1,5 @@
 # RepPoints X101 -> R50 on COCO, 2x schedule. The paper: 44.2 -> 38.6, distilled 41.7 AP.
-# The regression terms, on the offsets of both sets of points, are those of its authors' other distillers.
+# As in the authors' other distillers, there are regression terms on the offsets of both point sets.
 _base_ = 'mmdet::reppoints/reppoints-moment_r50_fpn-gn_head-gn_2x_coco.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(
@@ -10,7 +10,7 @@ model = dict(
         config='mmdet::reppoints/reppoints-moment_x101-dconv-c3-c5_fpn-gn_head-gn_2x_coco.py', checkpoint='zoo'
     ),
     distill=dict(
-        fpn=dict(student='neck', teacher='neck', neck=dict(loss_kd=dict(type='mmdiffkd.MSELoss', loss_weight=15.0))),
+        fpn=dict(student='neck', teacher='neck'),
         init=dict(
             student='bbox_head.reppoints_pts_init_out',
             teacher='bbox_head.reppoints_pts_init_out',

@@ -1,6 +1,6 @@
 # RetinaNet R101 -> R50 on COCO, 2x schedule. The paper: 38.9 -> 37.4, distilled 39.7 AP.
-# Settings that the paper leaves open follow its authors' other distillers on this benchmark: all FPN levels, one
-# diffusion module a level, L1 on the box regression, lr 0.02 with 1000 iterations of warm-up and clipped gradients.
+# Settings that the paper leaves open follow the authors' other distillers on this benchmark: all FPN levels, one
+# diffusion module per level, L1 on the box regression, lr 0.02 with 1000 iterations of warm-up and clipped gradients.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(
@@ -9,7 +9,7 @@ model = dict(
     student=_base_.model,
     teacher=dict(config='mmdet::retinanet/retinanet_r101_fpn_2x_coco.py', checkpoint='zoo'),
     distill=dict(
-        fpn=dict(student='neck', teacher='neck', neck=dict(loss_kd=dict(type='mmdiffkd.MSELoss', loss_weight=5.0))),
+        fpn=dict(student='neck', teacher='neck'),
         reg=dict(
             student='bbox_head.retina_reg',
             teacher='bbox_head.retina_reg',

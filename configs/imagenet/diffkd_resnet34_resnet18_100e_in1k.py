@@ -1,5 +1,5 @@
 # ResNet-34 -> ResNet-18 on ImageNet, 100 epochs. The paper: top-1 69.76 alone, distilled 72.22 (plain MSE: 70.58).
-# Spelt out, this is the default of classifiers: the feature map before pooling and the logits.
+# These pairs are the default of classifiers, written out: the feature map before pooling and the logits.
 _base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

@@ -1,6 +1,6 @@
 # Strong ResNet-50 -> ResNet-34 on ImageNet. The paper: distilled 78.1 top-1; the student alone has 73.62 in the zoo.
-# The teacher is the strongest ResNet-50 of the zoo, 80.12. The paper trains students of strong teachers with a stronger
-# recipe, which it leaves open; this is upstream's of 100 epochs. Both normalise alike.
+# The teacher is the strongest ResNet-50 of the zoo, 80.12. For strong teachers, the paper uses a stronger recipe that
+# it does not specify; this is upstream's recipe of 100 epochs. Teacher and student normalize images in the same way.
 _base_ = 'mmpretrain::resnet/resnet34_8xb32_in1k.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

@@ -2,13 +2,11 @@ from .autoencoder import LinearAutoencoder
 from .denoisers import Bottleneck, BottleneckDenoiser, MLPDenoiser
 from .feature_diffusion import DiffusionOutput, FeatureDiffusion, NoiseInputs
 from .noise_adapters import FixedGamma, MLPNoiseAdapter, NoiseAdapter
-from .recompute import ConvChain
 from .schedulers import DDIMScheduler
 
 __all__ = [
     'Bottleneck',
     'BottleneckDenoiser',
-    'ConvChain',
     'DDIMScheduler',
     'DiffusionOutput',
     'NoiseInputs',

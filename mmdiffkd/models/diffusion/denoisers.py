@@ -2,13 +2,11 @@ from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 
-from .recompute import ConvChain, Residual
 
-
-class Bottleneck(Residual):
+class Bottleneck(nn.Module):
     """Residual block of 1x1, 3x3 and 1x1 convolutions, used by the denoiser and the noise adapter.
 
-    Unlike a ResNet bottleneck, its convolutions have a bias, and no activation follows the residual sum.
+    Unlike in a ResNet bottleneck, the convolutions have a bias, and no activation follows the residual sum.
 
     Args:
         channels (int): Input and output channels, C.
@@ -17,7 +15,8 @@ class Bottleneck(Residual):
 
     def __init__(self, channels: int, reduction: int):
         hidden = max(1, channels // reduction)
-        super().__init__(
+        super().__init__()
+        self.layers = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),
             nn.BatchNorm2d(hidden),
             nn.ReLU(inplace=True),
@@ -27,6 +26,10 @@ class Bottleneck(Residual):
             nn.Conv2d(hidden, channels, 1),
             nn.BatchNorm2d(channels),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, H, W)."""
+        return x + self.layers(x)
 
 
 class _Denoiser(nn.Module):
@@ -38,11 +41,11 @@ class _Denoiser(nn.Module):
         self.layers = layers
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Predict the training target of the scheduler, by default the noise.
+        """Predict the scheduler's training target, which is the noise by default.
 
         Args:
             x (Tensor): Noisy features, (N, C, H, W).
-            timesteps (Tensor): Integer timesteps, (N, ), or (1, ) for the whole batch.
+            timesteps (Tensor): Integer timesteps, (N, ); or (1, ), one timestep for the whole batch.
 
         Returns:
             Tensor: Prediction, (N, C, H, W).
@@ -54,7 +57,7 @@ class _Denoiser(nn.Module):
 class BottleneckDenoiser(_Denoiser):
     """The paper's lightweight denoiser for feature maps (section 3).
 
-    At 256 channels, it has 0.21 M parameters besides the timestep embedding.
+    At 256 channels, the denoiser has 0.21 M parameters, not counting the timestep embedding.
 
     Args:
         channels (int): Latent channels, C.
@@ -65,13 +68,13 @@ class BottleneckDenoiser(_Denoiser):
 
     def __init__(self, channels: int, num_train_timesteps: int = 1000, num_blocks: int = 2, reduction: int = 4):
         blocks = [Bottleneck(channels, reduction) for _ in range(num_blocks)]
-        layers = ConvChain(*blocks, nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
+        layers = nn.Sequential(*blocks, nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
         super().__init__(channels, num_train_timesteps, layers)
 
 
 @MODELS.register_module()
 class MLPDenoiser(_Denoiser):
-    """Denoiser for logits from the released code: 1x1 convolutions C -> 4C -> C -> 4C -> C.
+    """The released code's denoiser for logits: 1x1 convolutions with C -> 4C -> C -> 4C -> C channels.
 
     Args:
         channels (int): Number of classes, C.
@@ -81,7 +84,7 @@ class MLPDenoiser(_Denoiser):
 
     def __init__(self, channels: int, num_train_timesteps: int = 1000, expansion: int = 4):
         hidden = channels * expansion
-        layers = ConvChain(
+        layers = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),
             nn.BatchNorm2d(hidden),
             nn.ReLU(inplace=True),

@@ -1,17 +1,24 @@
+from contextlib import nullcontext
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from mmdiffkd.registry import MODELS
 
 from .autoencoder import LinearAutoencoder
-from .recompute import ConvChain
+
+try:
+    from torch.compiler import is_compiling
+except ImportError:  # torch before 2.3
+    from torch._dynamo.external_utils import is_compiling
 
 
 class NoiseInputs(NamedTuple):
-    """Noise and timesteps of one forward pass; fields that are None are sampled.
+    """Noise and timesteps of one forward pass. A field that is None is sampled at random.
 
     Attributes:
         adapter_noise (Tensor, optional): Noise blended into the student latent, (N, C, H, W).
@@ -28,14 +35,15 @@ class DiffusionOutput(NamedTuple):
     """Losses and features of one forward pass.
 
     Attributes:
-        losses (dict[str, Tensor]): Weighted scalars: ``loss_kd``, with denoising ``loss_diffusion``, and with an
-            autoencoder ``loss_reconstruction``.
-        gamma (Tensor, optional): Share of the student latent that is kept, (N, ); None without denoising.
+        losses (dict[str, Tensor]): Weighted scalars: ``loss_kd``; ``loss_diffusion`` if denoising is enabled;
+            ``loss_reconstruction`` if there is an autoencoder.
+        gamma (Tensor, optional): Share of the student latent that is kept when noise is blended in, (N, ). None
+            without denoising.
         denoised (Tensor): Denoised student latent, the input of ``loss_kd``, (N, C, H, W).
         teacher_latent (Tensor): Detached teacher latent, the target of ``loss_kd``, (N, C, H, W).
         student_latent (Tensor): Aligned student features before noise and denoising, (N, C, H, W).
-        trajectory (list[Tensor]): With ``return_trajectory``, the noised latent and the result of every denoising
-            step, (N, C, H, W) each; empty without denoising.
+        trajectory (list[Tensor]): The noisy student latent and the result of every denoising step, (N, C, H, W) each.
+            Empty without ``return_trajectory`` or without denoising.
     """
 
     losses: Dict[str, Tensor]
@@ -63,23 +71,25 @@ class FeatureDiffusion(nn.Module):
             to True.
         align (bool): Whether a 1x1 convolution maps the student features to C channels. False requires
             ``denoise=False``. Defaults to True.
-        denoiser (dict, optional): Config of the denoiser, which receives channels-last features. Defaults to
-            ``BottleneckDenoiser``.
+        denoiser (dict, optional): Config of the denoiser, which receives features in channels-last memory format.
+            Defaults to ``BottleneckDenoiser``.
         noise_adapter (dict, optional): Config of the noise adapter. Defaults to ``NoiseAdapter``.
         scheduler (dict, optional): Config of the noise scheduler. Defaults to ``DDIMScheduler``.
         loss_kd (dict, optional): Config of the distillation loss, called as ``loss_kd(student, teacher)``. Defaults to
             ``MSELoss``.
         loss_diffusion_weight (float): Weight of the diffusion loss. Defaults to 1.
         loss_reconstruction_weight (float): Weight of the autoencoder's loss. Defaults to 1.
-        num_grad_steps (int, optional): Number of final denoising steps whose denoiser backpropagates ``loss_kd``. In
-            earlier steps, the gradient bypasses the denoiser and is only scaled like the sample. None backpropagates
-            through the denoiser in all steps, as in the paper. Defaults to None.
-        memory_efficient (bool): Save only the inputs of the convolution chains for the backward pass, which recomputes
-            the rest. Results and gradients are unchanged. Defaults to False.
+        num_grad_steps (int, optional): Number of denoising steps, counted from the last step, in which ``loss_kd`` is
+            backpropagated through the denoiser. In earlier steps, the denoiser's prediction is detached, and the
+            gradient flows through the noisy sample only. None means all steps, as in the paper. Defaults to None.
+        memory_efficient (bool): Whether to save only the inputs of denoiser, noise adapter and projection for the
+            backward pass, and recompute their activations (activation checkpointing). Results and gradients are
+            unchanged. Under ``torch.compile``, this has no effect: the compiler chooses the activations to save.
+            Defaults to True.
 
     Raises:
-        ValueError: If ``align``, ``latent_channels``, ``num_grad_steps`` or ``memory_efficient`` conflict with the
-            other arguments, or ``loss_kd`` compares classes and their numbers differ or are 1.
+        ValueError: If ``align``, ``latent_channels`` or ``num_grad_steps`` conflict with the other arguments, or if
+            ``loss_kd`` compares classes and student and teacher have different numbers of classes or only one class.
     """
 
     def __init__(
@@ -96,24 +106,22 @@ class FeatureDiffusion(nn.Module):
         loss_diffusion_weight: float = 1.0,
         loss_reconstruction_weight: float = 1.0,
         num_grad_steps: Optional[int] = None,
-        memory_efficient: bool = False,
+        memory_efficient: bool = True,
     ):
         super().__init__()
-        of_denoising = dict(
-            latent_channels=latent_channels, num_grad_steps=num_grad_steps, memory_efficient=memory_efficient or None
-        )
-        for name, value in of_denoising.items():
+        for name, value in dict(latent_channels=latent_channels, num_grad_steps=num_grad_steps).items():
             if not denoise and value is not None:
                 raise ValueError(f'{name}={value} has no effect with denoise=False; remove it.')
         if denoise and not align:
             raise ValueError('align=False needs denoise=False: the denoiser needs aligned student features.')
         if not align and student_channels != teacher_channels:
             raise ValueError(
-                f'align=False compares features as they are, but the student has {student_channels} channels and '
-                f'the teacher {teacher_channels}; set align=True.'
+                f'align=False compares features without an adapter, but the student has {student_channels} channels '
+                f'and the teacher has {teacher_channels}; set align=True.'
             )
         channels = latent_channels or teacher_channels
         self.denoise = denoise
+        self.memory_efficient = memory_efficient
         self.loss_diffusion_weight = loss_diffusion_weight
         self.loss_reconstruction_weight = loss_reconstruction_weight
         self.align = nn.Conv2d(student_channels, channels, 1) if align else nn.Identity()
@@ -137,16 +145,7 @@ class FeatureDiffusion(nn.Module):
             denoiser or dict(type='mmdiffkd.BottleneckDenoiser'),
             default_args=dict(channels=channels, num_train_timesteps=self.scheduler.num_train_timesteps),
         )
-        self.proj = ConvChain(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
-        for name in ('denoiser', 'noise_adapter', 'proj') if memory_efficient else ():
-            chains = [module for module in getattr(self, name).modules() if isinstance(module, ConvChain)]
-            if not chains and any(True for _ in getattr(self, name).parameters()):
-                raise ValueError(
-                    f'memory_efficient=True has no effect on the {name} {type(getattr(self, name)).__name__}: wrap '
-                    'its layers in mmdiffkd.models.ConvChain, or set memory_efficient=False.'
-                )
-            for chain in chains:
-                chain.memory_efficient = True
+        self.proj = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
 
     def describe(self) -> dict:
         """Return the settings of this level; see :meth:`.DistillNeck.describe`."""
@@ -198,14 +197,14 @@ class FeatureDiffusion(nn.Module):
         """Compare student features with teacher features.
 
         Args:
-            student (Tensor): Student features, (N, C_s, H, W), resized to the teacher features.
+            student (Tensor): Student features, (N, C_s, H, W), which are resized to the teacher's height and width.
             teacher (Tensor): Teacher features, (N, C_t, H', W'). If the student features are pooled (1x1), the teacher
-                features are pooled, too.
+                features are averaged over their positions.
             noise_inputs (NoiseInputs, optional): Noise and timesteps to use instead of random ones. Defaults to None.
-            mask (Tensor, optional): Valid pixels, (N, 1, h, w) of type bool, resized to the teacher features. Only used
-                by losses that accept it, as ``loss_kd(student, teacher, mask)``. None uses all pixels. Defaults to
-                None.
-            return_trajectory (bool): Whether to return the trajectory. Defaults to False.
+            mask (Tensor, optional): Mask of valid pixels, (N, 1, h, w) of type bool, which is resized to the teacher
+                features. Only losses with ``takes_mask = True`` use the mask: ``loss_kd(student, teacher, mask)``. None
+                uses all pixels. Defaults to None.
+            return_trajectory (bool): Whether to fill ``trajectory`` of the output. Defaults to False.
 
         Returns:
             DiffusionOutput: Losses, gamma and features.
@@ -228,7 +227,7 @@ class FeatureDiffusion(nn.Module):
             finally:
                 for module in in_training:  # frozen modules stay in eval mode
                     module.training = True
-        if self.denoise:  # the fastest layout for convolutions and BatchNorm
+        if self.denoise:  # channels-last is the fastest layout for convolutions and BatchNorm
             student = student.contiguous(memory_format=torch.channels_last)
             teacher = teacher.contiguous(memory_format=torch.channels_last)
         noise_inputs = noise_inputs or NoiseInputs()
@@ -245,7 +244,7 @@ class FeatureDiffusion(nn.Module):
             target = target.detach()
         samples: List[Tensor] = []
         clean, gamma = self._denoise(latent, noise_inputs.adapter_noise, samples if return_trajectory else None)
-        denoised = self.proj(clean)
+        denoised = self._run(self.proj, clean)
         losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, noise_inputs)
         losses['loss_kd'] = self._distance(denoised, target, mask)
         return DiffusionOutput(losses, gamma, denoised, target, latent, samples)
@@ -259,7 +258,8 @@ class FeatureDiffusion(nn.Module):
         return F.interpolate(latent, size, mode='bilinear', align_corners=False)
 
     def _distance(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor]) -> Tensor:
-        student, teacher = student.float().contiguous(), teacher.float().contiguous()  # some losses call view()
+        # contiguous, because some losses call view()
+        student, teacher = student.float().contiguous(), teacher.float().contiguous()
         if mask is None or not getattr(self.loss_kd, 'takes_mask', False):
             return self.loss_kd(student, teacher)
         mask = F.interpolate(mask.float(), teacher.shape[-2:], mode='nearest-exact')[:, 0] > 0
@@ -268,19 +268,20 @@ class FeatureDiffusion(nn.Module):
     def _denoise(
         self, latent: Tensor, noise: Optional[Tensor], samples: Optional[List[Tensor]]
     ) -> Tuple[Tensor, Tensor]:
-        """Blend noise into the student latent (equation 8) and denoise it; collect the steps in ``samples``."""
-        gamma = self.noise_adapter(latent)
+        """Blend noise into the student latent (equation 8), then denoise it; append each step to ``samples``."""
+        gamma = self._run(self.noise_adapter, latent)
         if noise is None:
             noise = _randn_like(latent)
         sample = torch.lerp(noise, latent.float(), gamma.view(-1, 1, 1, 1))
         if samples is not None:
             samples.append(sample)
         for index, timestep in enumerate(self.scheduler.timesteps):
-            # one timestep embedding for the whole batch
+            # one timestep for the whole batch, so the timestep embedding is computed once
             timesteps = torch.full((1,), timestep, dtype=torch.long, device=latent.device)
-            predicted = self.denoiser(sample, timesteps)
+            predicted = self._run(self.denoiser, sample, timesteps)
             if index < len(self.scheduler.timesteps) - self.num_grad_steps:
-                predicted = predicted.detach()  # with no_grad, autocast would cache weights without gradient
+                # detach instead of no_grad: in no_grad, autocast would cache weights without gradient for later steps
+                predicted = predicted.detach()
             sample = self.scheduler.step(predicted, timestep, sample)
             if samples is not None:
                 samples.append(sample)
@@ -295,10 +296,39 @@ class FeatureDiffusion(nn.Module):
             timesteps = self.scheduler.sample_timesteps(target.size(0), target.device)
         noisy = self.scheduler.add_noise(target, noise, timesteps)
         prediction_target = self.scheduler.target(target, noise, timesteps)
-        return (self.denoiser(noisy, timesteps).float() - prediction_target).square().mean()
+        return (self._run(self.denoiser, noisy, timesteps).float() - prediction_target).square().mean()
+
+    def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        """Call a module, with activation checkpointing in training if ``memory_efficient`` is set."""
+        if not (self.memory_efficient and self.training and torch.is_grad_enabled()) or is_compiling():
+            return module(*inputs)
+        contexts = nullcontext(), _FrozenStatistics(module)  # one for the forward pass, one for the recomputation
+        return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class _FrozenStatistics:
+    """Context that keeps BatchNorm's running statistics while a module is recomputed for the backward pass.
+
+    The first forward pass has updated the statistics already. Every backward pass through the same graph enters the
+    context again.
+    """
+
+    def __init__(self, module: nn.Module):
+        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
+        self.norms = [(norm, norm.momentum) for norm in norms if norm.track_running_stats]
+
+    def __enter__(self):
+        self.counts = [norm.num_batches_tracked.clone() for norm, _ in self.norms]
+        for norm, _ in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *error):
+        for (norm, momentum), count in zip(self.norms, self.counts):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _randn_like(x: Tensor) -> Tensor:
-    """Draw float32 noise in the memory order of a channels-last tensor, which is much faster than NCHW order."""
+    """Draw float32 noise of the shape of ``x``, in channels-last memory format, which is much faster than NCHW."""
     n, c, h, w = x.shape
     return torch.randn(n, h, w, c, device=x.device).permute(0, 3, 1, 2)

@@ -5,11 +5,13 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 
 from .denoisers import Bottleneck
-from .recompute import ConvChain
 
 
 class _NoiseAdapter(nn.Module):
-    """Base class of noise adapters: predict gamma, the share of each student latent to keep; the rest is noise."""
+    """Base class of noise adapters, which predict gamma: the share of each student latent to keep.
+
+    Noise is added with the weight 1 - gamma.
+    """
 
     def __init__(self, channels: int, layers: nn.Module):
         super().__init__()
@@ -17,7 +19,7 @@ class _NoiseAdapter(nn.Module):
         self.pred = nn.Linear(channels, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predict gamma in (0, 1), (N, ), from student latents (N, C, H, W); gamma = 1 adds no noise."""
+        """Predict gamma, (N, ), between 0 (only noise) and 1 (no noise), from student latents, (N, C, H, W)."""
         logits = self.pred(self.layers(x).mean(dim=(2, 3)))
         return logits.float().softmax(dim=1)[:, 0]
 
@@ -37,7 +39,7 @@ class NoiseAdapter(_NoiseAdapter):
 
 @MODELS.register_module()
 class MLPNoiseAdapter(_NoiseAdapter):
-    """Noise adapter for logits or logit maps from the released code: 1x1 convolutions C -> 2C -> C.
+    """The released code's noise adapter for logits and logit maps: 1x1 convolutions with C -> 2C -> C channels.
 
     Args:
         channels (int): Number of classes, C.
@@ -46,7 +48,7 @@ class MLPNoiseAdapter(_NoiseAdapter):
 
     def __init__(self, channels: int, expansion: int = 2):
         hidden = channels * expansion
-        layers = ConvChain(
+        layers = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),
             nn.BatchNorm2d(hidden),
             nn.ReLU(inplace=True),
@@ -62,7 +64,7 @@ class FixedGamma(nn.Module):
 
     Args:
         gamma (float): Share of each latent to keep, between 0 and 1. Defaults to 1, which adds no noise.
-        channels (int, optional): Ignored; accepted for compatibility with noise adapters.
+        channels (int, optional): Ignored. ``FeatureDiffusion`` passes it to every noise adapter. Defaults to None.
 
     Raises:
         ValueError: If gamma is not between 0 and 1.

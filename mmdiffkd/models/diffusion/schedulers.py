@@ -33,21 +33,21 @@ PREDICTION_TYPES = ('epsilon', 'sample', 'v_prediction')
 class DDIMScheduler(nn.Module):
     """Deterministic DDIM scheduler with a linear beta schedule (paper, section 3; the released code).
 
-    It computes in float32, also under autocast.
+    All computations are in float32, also under autocast.
 
     Args:
         num_train_timesteps (int): Number of timesteps that the denoiser is trained on, T. Defaults to 1000.
         num_inference_steps (int): Number of denoising steps for student features. Defaults to 5.
-        start_timestep (int, optional): Timestep of the first denoising step; the others are evenly spaced down to 0.
-            ``None`` follows the released code and takes the lower half of ``2 * num_inference_steps`` evenly spaced
-            timesteps: 400, 300, 200, 100, 0 for five steps. Defaults to None.
+        start_timestep (int, optional): Timestep of the first denoising step. The timesteps of the next steps are evenly
+            spaced down to 0. ``None`` follows the released code and takes the lower half of ``2 * num_inference_steps``
+            evenly spaced timesteps: 400, 300, 200, 100, 0 for five steps. Defaults to None.
         beta_start (float): Beta of the first timestep. Defaults to 1e-4.
         beta_end (float): Beta of the last timestep. Defaults to 0.02.
         prediction_type (str): Prediction of the denoiser: ``'epsilon'`` (the noise), ``'sample'`` (x_0) or
             ``'v_prediction'`` (sqrt(a_t) eps - sqrt(1 - a_t) x_0). Defaults to ``'epsilon'``, as in the paper.
 
     Raises:
-        ValueError: If the steps exceed the training timesteps, or ``prediction_type`` is unknown.
+        ValueError: If ``num_inference_steps`` or ``start_timestep`` is out of range, or ``prediction_type`` is unknown.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class DDIMScheduler(nn.Module):
         return [start * i // (num_steps - 1) for i in reversed(range(num_steps))]
 
     def _make_alphas_cumprod(self, beta_start: float, beta_end: float) -> Tensor:
-        """Compute a_t of all timesteps, (T, ). Override it for a different noise schedule."""
+        """Compute a_t of all timesteps, (T, ). Override this method for a different noise schedule."""
         betas = torch.linspace(beta_start, beta_end, self.num_train_timesteps, dtype=torch.float32, device='cpu')
         return torch.cumprod(1 - betas, dim=0)
 

@@ -40,8 +40,8 @@ class DistillRecord(NamedTuple):
 
     Attributes:
         images (Tensor): Preprocessed images of the student, (N, 3, H, W).
-        outputs (dict[str, dict[int, DiffusionOutput]]): Outputs by pair and level, of pairs whose neck returns
-            features.
+        outputs (dict[str, dict[int, DiffusionOutput]]): Outputs by pair and level. Pairs whose neck does not return
+            features are left out.
     """
 
     images: Tensor
@@ -50,16 +50,17 @@ class DistillRecord(NamedTuple):
 
 @dataclass
 class DistillState:
-    """What hooks tell a distiller, and what it tells them.
+    """State that a distiller shares with its hooks: settings made by the hooks, and results for the hooks.
 
     Attributes:
-        enabled (bool): Whether iterations distill. Otherwise neither the teacher nor the diffusion module runs. Set by
+        enabled (bool): Whether iterations distill. If False, neither the teacher nor the diffusion module runs. Set by
             ``DistillScheduleHook``.
         weight (float): Factor of the losses that compare student and teacher. Set by ``DistillScheduleHook``.
-        attach_unused_params (bool): Whether DDP waits for the diffusion module in iterations that do not distill. Set
-            by ``DistillScheduleHook``.
-        skip_non_finite (bool): Whether a loss that is not finite is left to ``NonFiniteHook``, which sets this.
-        record_tap_gradients (bool): Whether ``tap_gradients`` are recorded. Set by ``NonFiniteHook``.
+        attach_unused_params (bool): Whether iterations that do not distill add the diffusion module to the graph of the
+            loss, because DDP waits for its gradients. Set by ``DistillScheduleHook``.
+        skip_non_finite (bool): Whether a loss that is not finite is listed in ``non_finite_losses`` instead of raising
+            an error. Set by ``NonFiniteHook``.
+        record_tap_gradients (bool): Whether to record ``tap_gradients``. Set by ``NonFiniteHook``.
         capture (bool): Whether the next iteration is kept in ``last_record``. Set by ``DiffKDVisualizationHook``.
         last_record (DistillRecord, optional): The captured iteration.
         non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
@@ -78,7 +79,7 @@ class DistillState:
     tap_gradients: Dict[Tuple[str, int], Tensor] = field(default_factory=dict)
 
     def __getstate__(self):
-        # a copy of the model has no iteration behind it
+        # results of the last iteration are not copied or pickled with the model
         return {**vars(self), 'last_record': None, 'non_finite_losses': [], 'tap_gradients': {}}
 
 
@@ -86,36 +87,37 @@ class DistillState:
 class DiffKDDistiller(BaseModel):
     """Train a student with the features of a teacher (paper, section 3).
 
-    Building one builds the student and converts it, see :func:`convert_to_distiller`: the model is the student itself,
-    and its class is extended by this one. Parameters, attributes, hooks and checkpoints keep the student's names, and
-    ``predict`` is the student's own. The diffusion module is registered under ``diffkd``. The teacher is no submodule.
+    ``DiffKDDistiller(...)`` builds the student and converts it, see :func:`convert_to_distiller`: the returned model is
+    the student, and its class inherits from this class and from the student's class. Parameters, attributes, hooks and
+    checkpoints keep the student's names, and ``predict`` is the student's method. The diffusion module is the submodule
+    ``diffkd``. The teacher is not a submodule.
 
-    Subclass it to change the training, such as :meth:`loss` or :meth:`read_pairs`.
+    To change the training, subclass this class and override methods such as :meth:`loss` or :meth:`read_pairs`.
 
     Args:
         student (dict): Config of the student, any model with ``loss(inputs, data_samples)``.
         teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
             ``'zoo'``) of the teacher, and other arguments of :class:`.Teacher`. None trains the student alone. Defaults
             to None.
-        distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=)}``. Defaults to those of the
-            preset.
-        preset (str): Default pairs and settings: ``'diffkd'`` (the paper's), ``'plus'``, or a preset of your own.
+        distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=)}``. None uses the pairs of
+            the preset. Defaults to None.
+        preset (str): Default pairs and settings: ``'diffkd'`` (the paper's), ``'plus'``, or a custom preset.
             Defaults to ``'diffkd'``.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
-        data_preprocessor (dict, optional): Top-level preprocessor, which the Runner passes on. The student gets it if
-            it has none of its own.
+        data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.
+            Used if the config of the student has no preprocessor. Defaults to None.
 
     Raises:
-        ValueError: If a tap, a level or a width does not fit, or a key has another name now.
-        FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. A
-            warning says so when the model is built, since it can still predict; training raises it.
+        ValueError: If taps, levels or channels do not fit, or if a key was renamed.
+        FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. Raised
+            when training starts; building the model only logs a warning, because the model can still predict.
     """
 
-    _student_type: Optional[type] = None  # of converted models
+    _student_type: Optional[type] = None  # class of the student; set by _converted_class
 
     def __new__(cls, *args, **kwargs):
-        if cls._student_type is not None:  # a converted model is copied or unpickled
+        if cls._student_type is not None:  # copying or unpickling a converted model
             return super().__new__(cls)
         refuse_old_keys(kwargs, 'DiffKDDistiller')
         student = MODELS.build(_student_cfg(*args, **kwargs))
@@ -132,8 +134,8 @@ class DiffKDDistiller(BaseModel):
         init_from_teacher: Optional[Sequence[str]] = None,
         data_preprocessor: Optional[dict] = None,
     ):
-        # the student is built: BaseModel.__init__ must not run again
-        self.diffkd_teacher: Optional[Teacher] = None  # some models have a 'teacher' of their own
+        # do not call BaseModel.__init__: the student is already initialized
+        self.diffkd_teacher: Optional[Teacher] = None  # not 'teacher': some models have this attribute
         self.deferred_error: Optional[Exception] = None
         self.distill_state = DistillState()
         self.pairs: Dict[str, Pair] = {}
@@ -155,10 +157,10 @@ class DiffKDDistiller(BaseModel):
             if isinstance(error, KeyError) and 'registry' not in str(error):
                 raise
             self.deferred_error = error  # the model can predict without its teacher
-            print_log(f'This model cannot be trained, its teacher is missing: {error}', 'current', WARNING)
+            print_log(f'This model cannot be trained because its teacher is missing: {error}', 'current', WARNING)
 
     def read_pairs(self, distill: Optional[dict], student_cfg: dict, teacher_cfg: dict, preset: str) -> Dict[str, Pair]:
-        """The pairs to distill; see :func:`.read_pairs`."""
+        """Return the pairs to distill; see :func:`.read_pairs`."""
         return read_pairs(distill, self, student_cfg, teacher_cfg, preset)
 
     def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict], preset: str) -> None:
@@ -168,9 +170,9 @@ class DiffKDDistiller(BaseModel):
         taps = [{tap for pair in pairs.values() for tap in side(pair)} for side in (_student_taps, _teacher_taps)]
         self.student_info = infer_feature_info(student_cfg, taps[0], 'student')
         teacher_info = infer_feature_info(teacher_cfg, taps[1], 'teacher')
-        self.encoder_path = encoder_path(self)  # now, before anything is wrapped
+        self.encoder_path = encoder_path(self)  # before wrappers change the paths of modules
         teacher.expect(student_cfg.get('data_preprocessor'), teacher_info)
-        if distill is None:  # frozen features are left out if others remain
+        if distill is None:  # leave out default pairs with frozen features, unless no pair remains
             trainable = {
                 name: pair
                 for name, pair in pairs.items()
@@ -187,7 +189,7 @@ class DiffKDDistiller(BaseModel):
             theirs = [[info.channels[t] for _, t in levels] for (_, info), levels in zip(infos, matches)]
             widths = dict(student_channels=_per_tap(pair, ours), teacher_channels=_per_tap(pair, theirs))
             try:
-                # the student starts from the weights that it starts from alone with the same seed
+                # fork_rng, so that the student starts with the same weights as without distillation
                 with torch.random.fork_rng(devices=[]):
                     neck = MODELS.build(pair.neck, default_args=widths)
                 check_neck(neck)
@@ -195,7 +197,7 @@ class DiffKDDistiller(BaseModel):
                 raise ValueError(f'distill.{name}.neck cannot be built: {error}') from error
             necks[name] = neck
         self.diffkd = nn.ModuleDict(necks)
-        # now, before FSDP wraps the necks
+        # read the attributes before FSDP wraps the necks
         self._auxiliary_losses = {name: tuple(getattr(neck, 'auxiliary_losses', ())) for name, neck in necks.items()}
         self._ignored_labels = {name: find_ignore_index(self, pair.student_taps[0]) for name, pair in pairs.items()}
         for path in self._init_paths:
@@ -203,16 +205,16 @@ class DiffKDDistiller(BaseModel):
         self.diffkd_teacher = teacher
 
     def init_weights(self) -> None:
-        """Initialize the student as upstream does, then load the teacher: training is about to start.
+        """Initialize the student as without distillation, then load the teacher. The Runner calls this before training.
 
         Raises:
-            FileNotFoundError, ValueError: If the weights of the teacher, or those an ``init_cfg`` names, are not there,
-                do not fit, or hold more than data.
+            FileNotFoundError, ValueError: If the checkpoint of the teacher or of an ``init_cfg`` does not exist, does
+                not fit, or contains other objects than data.
         """
         if self.deferred_error is not None:
             raise self.deferred_error
         print_log(f'Versions: {", ".join(_versions())}', logger='current')
-        # the student's init_cfg reaches every submodule; the diffusion module keeps its own initialization
+        # remove the diffusion module for now: the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
             for source in _pretrained_files(self):
@@ -225,7 +227,7 @@ class DiffKDDistiller(BaseModel):
             self._init_from_teacher(self.diffkd_teacher.model)
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
-        """Start modules of the student with the teacher's weights."""
+        """Copy the teacher's weights to the modules in ``init_from_teacher``."""
         for path in self._init_paths:
             source = find_module(teacher, path, 'teacher').state_dict()
             target = find_module(self, path, 'student')
@@ -234,8 +236,9 @@ class DiffKDDistiller(BaseModel):
             unfit += [key for key in own if key in source and own[key].shape != source[key].shape]
             if unfit:
                 raise ValueError(
-                    f"init_from_teacher=['{path}'] needs the same module in student and teacher, but {len(unfit)} of "
-                    f"its {len(own)} weights differ, among them '{path}.{unfit[0]}'."
+                    f"init_from_teacher=['{path}'] needs the same module in student and teacher, but {len(unfit)} "
+                    f"weights differ in name or shape (the student's module has {len(own)} weights), for example "
+                    f"'{path}.{unfit[0]}'."
                 )
             target.load_state_dict(source)
 
@@ -245,10 +248,10 @@ class DiffKDDistiller(BaseModel):
         Args:
             inputs (Tensor): Preprocessed images, (N, 3, H, W). For models that take views or clips, the teacher sees
                 the input of the first call of the student's encoder.
-            data_samples (list, optional): Their data samples.
+            data_samples (list, optional): Data samples of the images.
 
         Returns:
-            dict[str, Tensor]: The student's own losses, and for every pair the losses of its neck, summed over levels:
+            dict[str, Tensor]: The student's losses, and for every pair the losses of its neck, summed over levels:
             ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma`` (mean over levels).
             If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
             ``.gamma.<level>`` are logged as well.
@@ -259,7 +262,7 @@ class DiffKDDistiller(BaseModel):
         state.tap_gradients.clear()
         if self.diffkd_teacher is None or not state.enabled:
             return super().loss(inputs, data_samples, **kwargs)
-        is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # not views or clips
+        is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # otherwise, views or clips
         taps = {tap for pair in self.pairs.values() for tap in pair.student_taps}
         needs_rois = any(is_roi_tap(tap) for pair in self.pairs.values() for tap in pair.teacher_taps)
         with ExitStack() as stack:
@@ -303,14 +306,14 @@ class DiffKDDistiller(BaseModel):
         return losses
 
     def output_levels(self, name: str, outputs: Sequence) -> List[int]:
-        """The numbers of the levels that the outputs of a pair's neck belong to.
+        """Return the level number of each output of a pair's neck.
 
         Args:
             name (str): Name of the pair.
-            outputs (list): Outputs of its neck.
+            outputs (list): Outputs of the neck.
 
         Returns:
-            list[int]: The student's levels where there is an output for each, else a count from 0.
+            list[int]: The numbers of the student's levels if there is one output per level, otherwise 0, 1, 2, ...
         """
         levels = [s for s, _ in self.matched_levels[name][0]]
         return levels if len(outputs) == len(levels) else list(range(len(outputs)))
@@ -318,7 +321,7 @@ class DiffKDDistiller(BaseModel):
     def _student_features(
         self, name: str, pair: Pair, recorder: ModuleOutputsRecorder, input_size: Tuple[int, int]
     ) -> List[List[Tensor]]:
-        """The student's features by tap and level, checked to be those of the dry run."""
+        """Return the student's features by tap and level, after checking that they match the dry run."""
         features = []
         for tap, matches in zip(pair.student_taps, self.matched_levels[name]):
             info = self.student_info[tap]
@@ -332,20 +335,20 @@ class DiffKDDistiller(BaseModel):
         return features
 
     def record_encoder_inputs(self) -> ModuleInputsRecorder:
-        """Record what the student's encoder is first called with.
+        """Return a recorder of the images in the first call of the student's encoder.
 
         Raises:
-            TapError: If the student has no encoder under one of upstream's names.
+            TapError: If no module of the student has a name in ``ENCODERS``.
         """
         if self.encoder_path is None:
             raise TapError(
-                f'{self._student_type.__name__} takes views or clips, and its encoder, which tells what the teacher '
-                f'sees, is none of {", ".join(ENCODERS)}.'
+                f'{self._student_type.__name__} takes views or clips, so the teacher gets the input of the encoder of '
+                f'the student, but the student has none of the modules {", ".join(ENCODERS)}.'
             )
         return ModuleInputsRecorder(self, self.encoder_path)
 
     def _record_gradients(self, pair: str, features: Dict[int, Tensor]) -> None:
-        """Sum the gradients that reach the student through a pair; a sum with a non-finite term is not finite."""
+        """Record the sum of the gradient of each level, which is not finite if any value of the gradient is not."""
 
         def record(level: int, gradient: Tensor) -> None:
             self.distill_state.tap_gradients[pair, level] = gradient.sum(dtype=torch.float32)
@@ -357,7 +360,8 @@ class DiffKDDistiller(BaseModel):
         """Sum the losses.
 
         Raises:
-            FloatingPointError: If the sum is not finite; it names the losses and the iteration.
+            FloatingPointError: If the sum is not finite, unless ``skip_non_finite`` is set. The message names the
+                losses and the iteration.
         """
         loss, log_vars = super().parse_losses(losses)
         state = self.distill_state
@@ -382,13 +386,16 @@ class DiffKDDistiller(BaseModel):
         )
 
     def _drop_diffusion_keys(self, state_dict: dict, prefix: str, *args) -> None:
-        """Without a teacher there is no diffusion module: its weights in a checkpoint are not unexpected."""
+        """Remove the weights of a diffusion module from a state dict if this model has no teacher.
+
+        Otherwise these weights would be reported as unexpected keys.
+        """
         if 'diffkd' not in self._modules:
             for key in [key for key in state_dict if key.startswith(prefix + PREFIX)]:
                 del state_dict[key]
 
     def __reduce_ex__(self, protocol):
-        # the class is made when a model is converted: pickle finds it by the two classes it is made of
+        # the class of a converted model is created at run time: pickle creates it again from its two base classes
         return _new_converted, (type(self)._distiller_type, type(self)._student_type), self.__getstate__()
 
     def __getstate__(self):
@@ -404,11 +411,11 @@ def convert_to_distiller(
     init_from_teacher: Optional[Sequence[str]] = None,
     distiller_type: Type[DiffKDDistiller] = DiffKDDistiller,
 ) -> DiffKDDistiller:
-    """Convert a built model into a distiller, in place; :func:`export` gives it back.
+    """Convert a built model into a distiller, in place; :func:`export` converts it back.
 
     Args:
         student (Module): A model with ``loss(inputs, data_samples)``.
-        student_cfg (dict): The config it was built from.
+        student_cfg (dict): The config from which the student was built.
         teacher, distill, preset, init_from_teacher: See :class:`DiffKDDistiller`.
         distiller_type (type): The distiller's class. Defaults to ``DiffKDDistiller``.
 
@@ -416,7 +423,7 @@ def convert_to_distiller(
         DiffKDDistiller: The same model.
 
     Raises:
-        ValueError: If the model is a distiller already or has no ``loss``, or see :class:`DiffKDDistiller`.
+        ValueError: If the model is a distiller already or has no ``loss``, or for a reason in :class:`DiffKDDistiller`.
     """
     _check_convertible(student)
     student.__class__ = _converted_class(distiller_type, type(student))
@@ -438,11 +445,11 @@ def export(model: DiffKDDistiller) -> nn.Module:
         Module: The same model, without teacher and diffusion module.
 
     Raises:
-        ValueError: If the model is no distiller.
+        ValueError: If the model is not a distiller.
     """
     student_type = getattr(type(model), '_student_type', None)
     if student_type is None:
-        raise ValueError(f'{type(model).__name__} is no distiller: there is nothing to export.')
+        raise ValueError(f'{type(model).__name__} is not a distiller; there is nothing to export.')
     for handle in vars(model).pop('_distill_handles', ()):
         handle.remove()
     model._modules.pop('diffkd', None)
@@ -452,7 +459,7 @@ def export(model: DiffKDDistiller) -> nn.Module:
     return model
 
 
-# what a distiller has and its student has not
+# attributes that converting a student adds and export() removes
 ATTRIBUTES = (
     'diffkd_teacher',
     'deferred_error',
@@ -469,14 +476,14 @@ ATTRIBUTES = (
 
 @cache
 def _converted_class(distiller_type: type, student_type: type) -> type:
-    """The student's class, extended by the distiller's."""
+    """Return a class that inherits from the distiller's class and the student's class."""
     name = f'{distiller_type.__name__.replace("Distiller", "")}{student_type.__name__}'
     members = dict(__module__=__name__, _distiller_type=distiller_type, _student_type=student_type)
     return type(name, (distiller_type, student_type), members)
 
 
 def _new_converted(distiller_type: type, student_type: type) -> DiffKDDistiller:
-    """A converted model without content, for pickle and copy."""
+    """Return an empty converted model, which pickle and copy fill."""
     cls = _converted_class(distiller_type, student_type)
     return cls.__new__(cls)
 
@@ -486,8 +493,8 @@ def _check_convertible(model: nn.Module) -> None:
         raise ValueError(f'{type(model).__name__} is a distiller already; export it first.')
     if not callable(getattr(model, 'loss', None)):
         raise ValueError(
-            f'{type(model).__name__} cannot be a student: it has no loss(inputs, data_samples), as models of mmdet, '
-            'mmseg and mmpretrain have.'
+            f'{type(model).__name__} cannot be a student: it has no loss(inputs, data_samples). Models of mmdet, '
+            'mmseg and mmpretrain have this method.'
         )
 
 
@@ -500,12 +507,12 @@ def _teacher_taps(pair: Pair) -> List[str]:
 
 
 def _per_tap(pair: Pair, values: list):
-    """Values for a neck: a list with one entry per tap, or the entry itself if the pair has a single tap."""
+    """Return the list with one value per tap, or only the value if the pair has a single tap."""
     return values[0] if isinstance(pair.student, str) else values
 
 
 def _progress() -> float:
-    """Share of the training that is done, from 0 to 1."""
+    """Return the completed fraction of the training, from 0 to 1."""
     info = MessageHub.get_current_instance().runtime_info
     return min(1.0, info.get('iter', 0) / info['max_iters']) if info.get('max_iters') else 0.0
 
@@ -513,10 +520,13 @@ def _progress() -> float:
 def _allow_missing_diffusion_keys(model: nn.Module, incompatible_keys) -> None:
     """Accept checkpoints of the plain student, which have no diffusion module."""
     missing = incompatible_keys.missing_keys
-    part = [name for name, _ in model.named_parameters() if name.startswith(PREFIX)]
-    if part and set(part) <= set(missing):
+    diffusion_keys = [name for name, _ in model.named_parameters() if name.startswith(PREFIX)]
+    if diffusion_keys and set(diffusion_keys) <= set(missing):
         missing[:] = [key for key in missing if not key.startswith(PREFIX)]
-        print_log('The checkpoint has no diffusion module (diffkd.*); its weights are initialized.', logger='current')
+        print_log(
+            'The checkpoint has no diffusion module (diffkd.*); the diffusion module keeps its initial weights.',
+            logger='current',
+        )
 
 
 def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optional[dict] = None, **kwargs):
@@ -548,7 +558,7 @@ def _check_teacher_keys(teacher: dict) -> None:
 
 
 def _pretrained_files(model: nn.Module) -> List[str]:
-    """The checkpoint files in the ``init_cfg`` of a model and its submodules."""
+    """Return the checkpoint files in the ``init_cfg`` of a model and its submodules."""
 
     def named_in(cfg) -> List[str]:
         if isinstance(cfg, (list, tuple)):
@@ -561,7 +571,7 @@ def _pretrained_files(model: nn.Module) -> List[str]:
 
 
 class _AttachUnused(torch.autograd.Function):
-    """Identity whose graph includes parameters; their gradients are None, so there is no arithmetic."""
+    """Identity function that adds parameters to the graph. Their gradients are None, which costs no computation."""
 
     @staticmethod
     def forward(ctx, loss, *parameters):
@@ -576,7 +586,7 @@ class _AttachUnused(torch.autograd.Function):
 def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """Add unused parameters to the graph of a loss, with gradients of None.
 
-    DDP waits for the gradient of every registered parameter in every iteration.
+    Needed for DDP, which waits for the gradient of every registered parameter in every iteration.
 
     Args:
         loss (Tensor): Scalar.
@@ -589,7 +599,7 @@ def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Te
 
 
 def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:
-    """Find the ignored label of the head that contains a tap; None for taps outside such heads.
+    """Find the ``ignore_index`` of the head that contains a tap; None for taps outside of heads with this attribute.
 
     Args:
         model (nn.Module): The student.
@@ -604,14 +614,14 @@ def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:
 
 
 def valid_pixel_mask(data_samples: Optional[Sequence], ignore_index: Optional[int]) -> Optional[Tensor]:
-    """Mask the pixels whose label is ignored, which includes padding.
+    """Return a mask of the pixels whose label is not ignored. Padded pixels have the ignored label.
 
     Args:
         data_samples (list, optional): Samples with ``gt_sem_seg``, (1, H, W) each.
         ignore_index (int, optional): The label, from :func:`find_ignore_index`.
 
     Returns:
-        Tensor: (N, 1, H, W) of type bool, True for valid pixels; None if all pixels are valid.
+        Tensor: (N, 1, H, W) of type bool, True for valid pixels; None if no label is ignored or there are no labels.
     """
     if ignore_index is None or not data_samples:
         return None

@@ -1,4 +1,4 @@
-"""Dry runs: find out channels, strides and gradients of the tapped features, and match student and teacher levels."""
+"""Find channels, strides and gradients of tapped features in a dry run, and match student and teacher levels."""
 
 import copy
 from contextlib import nullcontext
@@ -16,25 +16,26 @@ from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
 from .recorders import ModuleOutputsRecorder, TapError, Tokens, find_module, flatten
 
-# Device and image size, tried in turn: not every operator knows the meta device, some models take no small images, some
-# only those of ImageNet or MNIST. The others are multiples of the largest FPN stride, so that strides come out whole.
+# Devices and image sizes to try in turn. Some operators do not support the meta device. Some models do not accept small
+# images, or accept only the image size of ImageNet (224) or MNIST (32). 128 and 512 are multiples of the largest FPN
+# stride, so that the strides are exact.
 ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224), ('cpu', 32))
 
-# some models drop the dimension of a single one
+# two images, because some models drop the batch dimension of a single image
 IMAGES = 2
 
 
 class FeatureInfo(NamedTuple):
-    """Features of a tap (the idea of timm's ``FeatureInfo``).
+    """Description of the features of a tap, similar to timm's ``FeatureInfo``.
 
     Attributes:
         channels (list[int]): Channels of each level; 0 if a level is None.
         strides (list[float or None]): Image pixels per feature pixel of each level; None for vectors.
         calls (int): Number of calls of the module in a forward pass.
-        forward_fn (str): Name of the cheapest of :func:`forward_fns` that calls the module.
+        forward_fn (str): Name of the cheapest function of :func:`forward_fns` that calls the module.
         requires_grad (list[bool], optional): Whether gradients reach the model through each level; None for teachers.
         tokens (list[Tokens or None], optional): Token layout of each level; None for levels without tokens.
-        num_outputs (int): Number of tensors that a call returns.
+        num_outputs (int): Number of tensors that one call of the module returns.
     """
 
     channels: List[int]
@@ -49,8 +50,8 @@ class FeatureInfo(NamedTuple):
 def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, FeatureInfo]:
     """Run a model to find channels, strides and gradients of its taps.
 
-    The model is built and run on the meta device, without memory and arithmetic. If an operator does not support that
-    device, it runs on the CPU with a small image.
+    The model is built and run on the meta device, which needs neither memory nor arithmetic. If an operator does not
+    support the meta device, the model runs on the CPU with small images.
 
     Args:
         model_cfg (dict): Config of the model.
@@ -61,12 +62,12 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
         dict[str, FeatureInfo]: Features by path.
 
     Raises:
-        TapError: If a path does not exist, or a forward pass does not call it.
+        TapError: If a module does not exist, or a forward pass does not call the module.
         RuntimeError: If the model fails for all image sizes.
     """
     paths, problems = list(paths), []
     channels = image_channels(model_cfg.get('data_preprocessor'))
-    widths = (3, 1) if channels == 1 else (channels,)  # one mean may be meant for three channels
+    widths = (3, 1) if channels == 1 else (channels,)  # a single mean in the config may apply to three channels
     attempts = [(*attempt, width) for attempt in (*_own_size(model_cfg), *ATTEMPTS) for width in widths]
     for device, size, width in attempts:
         try:
@@ -76,12 +77,12 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
         except Exception as error:
             print_log(f'The dry run of the {owner} fails on {device} at {size} pixels: {error}', 'current', DEBUG)
             problems.append(error)
-    if len({str(error) for error in problems}) == 1:  # it is not for the size of the image
+    if len({str(error) for error in problems}) == 1:  # the image size is not the cause: raise the error itself
         raise problems[0]
     raise RuntimeError(
-        f'The {owner} {model_cfg["type"]} runs on no empty image, neither at '
-        f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels nor at an img_size of its backbone; the '
-        f'last error was: {problems[-1]}'
+        f'The {owner} {model_cfg["type"]} fails on blank images of '
+        f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels, and of the img_size of its backbone if it '
+        f'is set; the last error was: {problems[-1]}'
     ) from problems[-1]
 
 
@@ -92,14 +93,14 @@ def check_training_outputs(pair: str, path: str, outputs: List[list], tap: Featu
         pair (str): Name of the pair, for the error message.
         path (str): The tap.
         outputs (list[list[Tensor or None]]): Outputs in training, one list per call.
-        tap (FeatureInfo): What the dry run saw.
+        tap (FeatureInfo): Features of the tap in the dry run.
 
     Raises:
         TapError: If the tap was not called, or returned different outputs.
     """
     if len(outputs) < tap.calls:
         raise TapError(
-            f"distill.{pair}: the student's '{path}' is not called as a module while it trains; tap a layer inside it, "
+            f"distill.{pair}: the student's '{path}' is not called as a module in training; tap a layer inside it, "
             "such as 'decode_head.conv_seg'."
         )
     tensors = [tensor for call in outputs[: tap.calls] for tensor in call]
@@ -109,9 +110,9 @@ def check_training_outputs(pair: str, path: str, outputs: List[list], tap: Featu
     fits = all(not wanted or width == wanted for width, wanted in zip(widths, tap.channels))
     if not fits or any(len(call) != tap.num_outputs for call in outputs[: tap.calls]):
         raise TapError(
-            f"distill.{pair}: the student's '{path}' returns other outputs while it trains ({_widths(widths)} "
-            f'channels) than while it predicts ({_widths(tap.channels)}), so it is not clear which to compare; tap a '
-            'layer inside it.'
+            f"distill.{pair}: the student's '{path}' returns different outputs in training ({_widths(widths)} "
+            f'channels) and in prediction ({_widths(tap.channels)} channels), so the outputs cannot be matched; tap a '
+            'layer inside this module.'
         )
 
 
@@ -125,17 +126,17 @@ def check_gradient(pair: str, path: str, features: Sequence[Tensor], levels: Seq
         levels (list[int]): Distilled levels.
 
     Raises:
-        TapError: If a distilled level requires no gradient.
+        TapError: If a distilled level does not require a gradient.
     """
     lost = [level for level in levels if not features[level].requires_grad]
     if lost and torch.is_grad_enabled():
         others = [level for level in levels if level not in lost]
         cure = f'choose levels={others}' if others else 'tap another module'
         raise TapError(
-            f"distill.{pair}: no gradient reaches the student through its tap '{path}', level {lost[0]}. Either it is "
-            f'frozen: {cure}. Or it lies inside a part under '
-            'reentrant activation checkpointing (with_cp=True, activation_checkpointing=[...]): tap the module around '
-            'that part, or switch the checkpointing off there.'
+            f"distill.{pair}: no gradient reaches the student through its tap '{path}', level {lost[0]}. Either the "
+            f'level is frozen: {cure}. Or the tap is inside a part with reentrant activation checkpointing '
+            '(with_cp=True, activation_checkpointing=[...]): tap the module around this part, or turn off its '
+            'checkpointing.'
         )
 
 
@@ -144,7 +145,7 @@ def _widths(channels: Iterable[Optional[int]]) -> str:
 
 
 def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
-    """Attempts at the square image size of the backbone's config, if there is one."""
+    """Return attempts with the square ``img_size`` of the backbone's config; none if it is not set."""
     size = (model_cfg.get('backbone') or {}).get('img_size')
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
@@ -161,7 +162,7 @@ def _run(
         else:
             with QuickInit():
                 model = MODELS.build(copy.deepcopy(model_cfg))
-        model.train().eval()  # some freeze their stages when they are told to train
+        model.train().eval()  # some models freeze their stages in train()
         for path in paths:
             find_module(model, path, owner)
         images, samples = torch.zeros(IMAGES, *shape), [blank_sample(*shape[1:]) for _ in range(IMAGES)]
@@ -195,11 +196,11 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
         strides.append(None if feature is None or raw.dim() == 2 else size / feature.size(2))
         is_tokens = raw is not None and raw.dim() == 3
         tokens.append(Tokens(strides[-1], raw.size(1) - feature[0, 0].numel()) if is_tokens else None)
-        # regions have another number, and so have vectors of them
+        # RoI features and vectors are not checked: their first dimension may count regions instead of images
         if feature is not None and raw.dim() > 2 and feature.size(0) != IMAGES and not path.startswith('roi_head'):
             raise TapError(
-                f"The tap '{path}' returns a tensor of shape {tuple(raw.shape)} for {IMAGES} images; its first "
-                'dimension must be theirs. Tap a module that returns features of the images.'
+                f"The tap '{path}' returns a tensor of shape {tuple(raw.shape)} for {IMAGES} images, but the first "
+                'dimension must be the number of images. Tap a module that returns features of each image.'
             )
     requires_grad = [feature is not None and feature.requires_grad for feature in features]
     calls = taps.outputs[path]
@@ -215,7 +216,7 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
 
 
 def blank_sample(*shape: int) -> BaseDataElement:
-    """Create a data sample without labels for an image of this height and width."""
+    """Create a data sample without labels for an image of the given height and width."""
     return BaseDataElement(
         metainfo=dict(
             img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)
@@ -228,9 +229,10 @@ def match_levels(
 ) -> List[Tuple[int, int]]:
     """Match the levels of a student tap with those of a teacher tap.
 
-    Levels match if their strides are equal. Several levels of one stride, as in dilated backbones, match by their
-    order, and so do vectors. A single feature on both sides always matches. Frozen levels are left out. Levels that are
-    given by number match the nearest stride of the teacher, up to a factor of two, and are resized.
+    Levels match if their strides are equal. Several levels of the same stride, as in dilated backbones, match in their
+    order, and so do vectors. If student and teacher have a single level each, these levels always match. Frozen levels
+    are left out. A level that is given in ``levels`` matches the teacher level of the nearest stride, up to a factor of
+    two, and is resized.
 
     Args:
         pair (str): Name of the pair, for error messages.
@@ -243,17 +245,20 @@ def match_levels(
         list[tuple[int, int]]: Indices of student and teacher levels.
 
     Raises:
-        ValueError: If no levels match; the message has the strides of both.
+        ValueError: If no level matches. The message contains the strides of student and teacher.
     """
     ours, theirs = _present(student), _present(teacher)
     requires_grad = [level for level in ours if student.requires_grad is None or student.requires_grad[level]]
     if not requires_grad:
         raise ValueError(
-            f'distill.{pair}: no gradient reaches the student through its tap; it is frozen, or lies inside a part '
-            'under reentrant activation checkpointing (with_cp=True). Tap another module, or the one around that part.'
+            f'distill.{pair}: no gradient reaches the student through its tap. Either the tap is frozen: tap another '
+            'module. Or the tap is inside a part with reentrant activation checkpointing (with_cp=True): tap the '
+            'module around this part.'
         )
     if levels is not None and not levels:
-        raise ValueError(f'distill.{pair}.levels is empty: leave it out for all levels that both have, or name some.')
+        raise ValueError(
+            f'distill.{pair}.levels is empty: give level numbers, or remove levels to distill all common levels.'
+        )
     for level in levels or ():
         known = level in ours if level >= 0 else -level <= min(len(ours), len(theirs))
         if not known:
@@ -271,8 +276,8 @@ def match_levels(
             for pooled, info in zip(are_vectors, (student, teacher))
         ]
         raise ValueError(
-            f"distill.{pair}: the student's tap returns {kinds[0]}, the teacher's {kinds[1]}: one of them is pooled "
-            "already. Tap the features before that, such as dict(student='backbone', teacher='backbone')."
+            f"distill.{pair}: the student's tap returns {kinds[0]}, but the teacher's tap returns {kinds[1]}. Tap the "
+            "features before they are pooled to vectors, such as dict(student='backbone', teacher='backbone')."
         )
     if are_vectors[0]:
         if len(ours) != len(theirs):
@@ -292,26 +297,26 @@ def match_levels(
         ratios = {i: max(teacher.strides[i], stride) / min(teacher.strides[i], stride) for i in theirs}
         nearest = [i for i in theirs if ratios[i] == min(ratios.values())]
         rank = student.strides[:level].count(stride)
-        if levels is None and rank >= len(nearest):  # a dilated student's deeper levels
+        if levels is None and rank >= len(nearest):  # the student has more levels of this stride than the teacher
             continue
         best = nearest[min(rank, len(nearest) - 1)]
         if ratios[best] == 1 or (levels is not None and ratios[best] <= 2):
             matches.append((level, best))
         elif levels is not None:
             raise ValueError(
-                f"distill.{pair}: the student's level {level} has stride {stride:g}, and no level of the teacher is "
-                f'near it: its strides are {_strides(teacher)}.'
+                f"distill.{pair}: the student's level {level} has stride {stride:g}, but the teacher has no level of "
+                f"half to twice this stride: the teacher's strides are {_strides(teacher)}."
             )
     if not matches:
         raise ValueError(
             f'distill.{pair}: student and teacher share no level: the strides are {_strides(student)} and '
-            f'{_strides(teacher)}; name the levels to resize with levels=[...], or tap other modules.'
+            f'{_strides(teacher)}. Set levels=[...] to choose levels to resize, or tap other modules.'
         )
     return matches
 
 
 def _present(tap: FeatureInfo) -> List[int]:
-    """Indices of the levels that are not None in prediction."""
+    """Return the indices of the levels that are not None in prediction."""
     return [level for level, channels in enumerate(tap.channels) if channels]
 
 
@@ -324,23 +329,24 @@ def _strides(tap: FeatureInfo) -> str:
     return ', '.join('none' if stride is None else f'{stride:g}' for stride in strides)
 
 
-# where upstream's models keep what sees the image first
+# attributes of OpenMMLab models that hold the image encoder
 ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
-# trackers and semi-supervised models keep a whole detector there
+# attributes of trackers and semi-supervised models that hold a whole detector
 WRAPPED = ('detector', 'student')
 
 
 def encoder_path(model: nn.Module) -> Optional[str]:
-    """Path of the module that encodes the images; None if it has none of upstream's names."""
+    """Return the path of the module that encodes the images; None if no module has a name in ``ENCODERS``."""
     modules = dict(model.named_modules())
     paths = [prefix + name for prefix in ('', *(f'{part}.' for part in WRAPPED)) for name in ENCODERS]
     return next((path for path in paths if path in modules), None)
 
 
 def forward_fns(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]], object]]:
-    """Functions that run a model on images (N, 3, H, W) and data samples, by name, the cheapest first.
+    """Return functions that run a model or parts of it, by name, starting with the cheapest function.
 
-    Most taps are in the backbone or neck, which run without proposals and post-processing.
+    The functions take images, (N, 3, H, W), and data samples. Most taps are in the backbone or neck: running these
+    parts only needs neither proposals nor post-processing.
     """
     functions = {}
     for name, part in [('features', model)] + [(f'{name} features', getattr(model, name, None)) for name in WRAPPED]:
@@ -370,5 +376,5 @@ def _run_segmentation_heads(model: nn.Module, images: Tensor) -> None:
 
 
 def run_box_branch(model: nn.Module, inputs: Tensor, rois: Tensor) -> None:
-    """Run a detector's box branch on images (N, 3, H, W) and RoIs (R, 5) given from outside."""
+    """Run a detector's box branch on images, (N, 3, H, W), and on the given RoIs, (R, 5)."""
     model.roi_head._bbox_forward(model.extract_feat(inputs), rois)

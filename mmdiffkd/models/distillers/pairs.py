@@ -8,9 +8,9 @@ from mmdiffkd.utils.config import closest_names, refuse_old_keys
 from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
 from .recorders import is_roi_tap
 
-# two box heads are comparable if they agree in these settings
+# settings that two box heads must share to be comparable
 COMPARABLE = ('bbox_coder', 'reg_class_agnostic', 'num_classes')
-# names in optimizer settings (custom_keys), which match anywhere in a parameter's name
+# not allowed in pair names: typical keys of custom_keys, which match anywhere in a parameter's name
 PARTS = ('backbone', 'neck', 'head')
 FIELDS = ('student', 'teacher', 'levels', 'neck')
 PRESET_MEMBERS = ('neck_defaults', 'default_pairs', 'known_pairs', 'default_distance')
@@ -46,11 +46,12 @@ class Pair(NamedTuple):
 def read_pairs(
     distill: Optional[dict], student: nn.Module, student_cfg: dict, teacher_cfg: dict, preset: str = 'diffkd'
 ) -> Dict[str, Pair]:
-    """Complete the ``distill`` of a config.
+    """Return the pairs of a config, with defaults for all settings that the config leaves out.
 
-    Without ``distill``, the preset gives the pairs. A pair with the name of a default pair gets the taps and the neck
-    settings that it does not set: ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``. If the preset has one
-    default pair, pairs with different names get its taps as well.
+    If ``distill`` is None, the pairs are the default pairs of the preset. A pair that is named like a default pair gets
+    the default taps and neck settings that the config does not set, for example
+    ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``. If the preset has exactly one default pair, pairs
+    with other names get its taps as well.
 
     Args:
         distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
@@ -63,13 +64,13 @@ def read_pairs(
         dict[str, Pair]: The pairs by name.
 
     Raises:
-        ValueError: If ``distill`` is empty, a pair is misspelled or incomplete, or the preset is unknown or incomplete.
+        ValueError: If ``distill`` is empty, a pair has unknown keys or no taps, or the preset is unknown or incomplete.
     """
     chosen = _get_preset(preset)
     models = student, student_cfg, teacher_cfg
     if distill is not None and (not isinstance(distill, dict) or not distill):
         raise ValueError(
-            'distill is empty: leave it out for the default pair, or name pairs such as '
+            'distill is empty: remove it to distill the default pairs, or define pairs, such as '
             "distill=dict(fpn=dict(student='neck', teacher='neck'))."
         )
     for name, cfg in (distill or {}).items():
@@ -87,12 +88,14 @@ def _get_preset(name: str):
     PRESETS.import_from_location()
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if name in RENAMED_PRESETS:
-        raise ValueError(f"There is no preset='{name}': it is called '{RENAMED_PRESETS[name]}' now.")
+        raise ValueError(f"There is no preset='{name}': the preset is called '{RENAMED_PRESETS[name]}' now.")
     if preset is None:
-        raise ValueError(f"There is no preset='{name}'; there are {', '.join(PRESETS.module_dict)}.")
+        raise ValueError(f"There is no preset='{name}'; the presets are {', '.join(PRESETS.module_dict)}.")
     missing = [member for member in PRESET_MEMBERS if not hasattr(preset, member)]
     if missing:
-        raise ValueError(f"preset='{name}': {preset.__name__} has no {missing[0]}; inherit from DiffKDPreset.")
+        raise ValueError(
+            f"preset='{name}': the class {preset.__name__} has no {missing[0]}; inherit from DiffKDPreset."
+        )
     return preset()
 
 
@@ -105,7 +108,7 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
         teacher_cfg (dict): Config of the teacher.
 
     Raises:
-        ValueError: If a pair is not comparable; the message has the pair and the reason.
+        ValueError: If a pair is not comparable. The message contains the pair and the reason.
     """
     roi_pairs = {
         name: pair for name, pair in pairs.items() if any(map(_in_roi_head, pair.student_taps + pair.teacher_taps))
@@ -123,20 +126,23 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
             if ours != theirs:
                 raise ValueError(
                     f'distill.{name}: the box heads of student and teacher differ in {key} ({ours} and {theirs}), so '
-                    'their outputs mean different things; leave this pair out.'
+                    'their outputs have different meanings; leave this pair out.'
                 )
     if roi_pairs:
         for name, pair in pairs.items():
             outside = [tap for tap in pair.teacher_taps if tap.split('.')[0] not in ('backbone', 'neck')]
             if name not in roi_pairs and outside:
                 raise ValueError(
-                    f"distill.{name} taps the teacher's '{outside[0]}', which is not run when RoI heads are compared "
-                    f'(distill.{next(iter(roi_pairs))}); leave one of the two pairs out.'
+                    f"distill.{name} taps the teacher's '{outside[0]}', which the teacher does not run when RoI heads "
+                    f'are compared (distill.{next(iter(roi_pairs))}); leave one of the two pairs out.'
                 )
 
 
 def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str, dict]) -> dict:
-    """Complete the taps of a pair, and the neck of a pair that has the name of a default pair."""
+    """Fill in the taps that a pair's config leaves out.
+
+    If the pair is named like a default pair, fill in the neck as well.
+    """
     if cfg.get('student') and cfg.get('teacher'):
         return cfg
     default = known.get(name)
@@ -149,9 +155,17 @@ def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str,
         (default,) = defaults.values()
         default = dict(default, neck={})
     neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
-    if default_neck.get('denoise', True) and not neck.get('denoise', True):  # only adapter and distance remain
+    if default_neck.get('denoise', True) and not neck.get('denoise', True):  # drop the denoising settings
         default_neck = {key: value for key, value in default_neck.items() if key == 'loss_kd'}
-    return {**default, **cfg, 'neck': {**default_neck, **neck}}
+    return {**default, **cfg, 'neck': _with_defaults(neck, default_neck)}
+
+
+def _with_defaults(neck: dict, defaults: dict) -> dict:
+    """Fill in the settings that a neck leaves out, also in a ``loss_kd`` that names no type."""
+    loss, default_loss = neck.get('loss_kd'), defaults.get('loss_kd')
+    if isinstance(loss, dict) and 'type' not in loss and default_loss:
+        neck = dict(neck, loss_kd={**default_loss, **loss})
+    return {**defaults, **neck}
 
 
 def _check_pair(name: str, cfg: dict) -> None:
@@ -175,7 +189,7 @@ def _check_pair(name: str, cfg: dict) -> None:
     counts = [1 if isinstance(tap, str) else len(tap) for tap in (cfg.get('student'), cfg.get('teacher')) if tap]
     if len(set(counts)) > 1:
         raise ValueError(
-            f'distill.{name} names {counts[0]} taps of the student and {counts[1]} of the teacher; give one for each.'
+            f'distill.{name} names {counts[0]} taps of the student and {counts[1]} of the teacher; use equal numbers.'
         )
 
 
@@ -185,7 +199,7 @@ def _read_pair(cfg: dict, student_cfg: dict, preset) -> Pair:
     if _is_feature_diffusion(neck['type']) and neck.get('denoise', True):
         neck = {**preset.neck_defaults, **neck}
     if _is_feature_diffusion(neck['type']):
-        neck.setdefault('loss_kd', preset.default_distance(student_cfg))
+        neck = _with_defaults(neck, dict(loss_kd=preset.default_distance(student_cfg)))
     return Pair(
         *(_as_taps(cfg[side]) for side in ('student', 'teacher')), [levels] if isinstance(levels, int) else levels, neck
     )
@@ -199,13 +213,14 @@ def _box_head(name: str, owner: str, model_cfg: dict) -> dict:
     bbox_head = (model_cfg.get('roi_head') or {}).get('bbox_head')
     if bbox_head is None:
         raise ValueError(
-            f'distill.{name} compares RoI heads, but the {owner} {model_cfg["type"]} has none; leave this pair out.'
+            f'distill.{name} compares RoI heads, but the {owner} {model_cfg["type"]} has no RoI head; leave this pair '
+            'out.'
         )
     if isinstance(bbox_head, (list, tuple)):
         raise ValueError(
             f"distill.{name} compares RoI heads, but the {owner}'s {model_cfg['roi_head']['type']} has "
-            f'{len(bbox_head)} stages with different box targets, which cannot be compared with those of a different '
-            'head; leave this pair out.'
+            f'{len(bbox_head)} stages with different box targets, which cannot be compared with the box targets of a '
+            'different head; leave this pair out.'
         )
     return bbox_head
 
@@ -215,6 +230,6 @@ def _as_taps(taps) -> Union[str, List[str]]:
 
 
 def _is_feature_diffusion(kind) -> bool:
-    """Whether a neck type is ``FeatureDiffusionNeck`` or a subclass."""
+    """Return whether a neck type is ``FeatureDiffusionNeck`` or a subclass."""
     cls = MODELS.get(kind) if isinstance(kind, str) else kind
     return isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)

@@ -1,3 +1,9 @@
+"""Record the inputs and outputs of modules with forward hooks, and convert outputs to feature maps.
+
+This module also holds :func:`find_module`, which finds a tapped module, and :class:`TapError`, the error for taps that
+cannot be distilled.
+"""
+
 import re
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import product
@@ -8,9 +14,10 @@ from torch import Tensor, nn
 
 from mmdiffkd.utils.config import closest_names
 
+# names that FSDP, activation checkpointing and torch.compile insert into the paths of modules
 WRAPPERS = re.compile(r'(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.|$)')
 
-# a class token and four registers
+# a class token and four register tokens
 MAX_EXTRA_TOKENS = 5
 
 
@@ -47,7 +54,7 @@ def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
             return model.get_submodule(path)
     modules: Dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        # the wrapper comes first, and hooks must be on it
+        # a wrapper is listed before its module, and hooks must be registered on the wrapper
         modules.setdefault(WRAPPERS.sub('', name).lstrip('.'), module)
     modules.pop('', None)
     if path not in modules:
@@ -59,7 +66,7 @@ def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
 
 
 class _LastTapReached(BaseException):
-    """Ends a forward pass. Not an ``Exception``, so that models do not catch it."""
+    """Raised in a hook to end a forward pass. Not an ``Exception``, so that models do not catch it."""
 
 
 class ModuleOutputsRecorder(AbstractContextManager):
@@ -71,8 +78,8 @@ class ModuleOutputsRecorder(AbstractContextManager):
         model (nn.Module): The model to run.
         paths (iterable[str]): Modules to tap.
         owner (str): ``'student'`` or ``'teacher'``, for error messages.
-        stop_after (dict[str, int], optional): Number of calls per path after which the forward pass ends. None does not
-            stop it. Defaults to None.
+        stop_after (dict[str, int], optional): Number of calls of each path after which the forward pass ends. None runs
+            the whole forward pass. Defaults to None.
 
     Attributes:
         outputs (dict[str, list[list[Tensor or None]]]): Output tensors by path, one list per call.
@@ -98,7 +105,7 @@ class ModuleOutputsRecorder(AbstractContextManager):
 
     def _hook(self, path: str):
         def record(module, inputs, output):
-            # a copy, because later modules may work in place, such as ReLU
+            # copy the tensors, because later modules, such as an in-place ReLU, may change them
             self.outputs[path].append(
                 [tensor if tensor is None else tensor.clone() for tensor in flatten(output, path)]
             )
@@ -115,8 +122,8 @@ class ModuleOutputsRecorder(AbstractContextManager):
         Args:
             path (str): A tapped path.
             input_size (tuple[int, int]): Height and width of the images, which determine the token grid.
-            tokens (list[Tokens or None], optional): Token layout of each level, from the dry run. Further outputs, of
-                calls that the dry run did not make, are dropped.
+            tokens (list[Tokens or None], optional): Token layout of each level in the dry run. Outputs of additional
+                calls, which the dry run did not make, are dropped.
 
         Returns:
             list[Tensor or None]: The levels.
@@ -135,10 +142,10 @@ class ModuleOutputsRecorder(AbstractContextManager):
 class ModuleInputsRecorder(AbstractContextManager):
     """Record the input images of the first call of a model's encoder in a ``with`` block.
 
-    For self-supervised models and trackers, which select the views or frames that they encode.
+    Used for self-supervised models and trackers, because these models choose which views or frames to encode.
 
     Attributes:
-        images (list[Tensor]): The images of the first call, (N, 3, H, W); empty before it.
+        images (list[Tensor]): The images of the first call, (N, 3, H, W); empty before the first call.
     """
 
     def __init__(self, model: nn.Module, path: str):
@@ -158,13 +165,13 @@ class ModuleInputsRecorder(AbstractContextManager):
 
 
 def is_roi_tap(path: str) -> bool:
-    """Whether a tap is in the box branch of a RoI head."""
+    """Return whether a tap is in the box branch of a RoI head."""
     return path.split('.')[:2] == ['roi_head', 'bbox_head']
 
 
 @contextmanager
 def record_rois(model: nn.Module) -> Iterator[List[Tensor]]:
-    """Record the RoIs, (R, 5), of the calls of a detector's box branch."""
+    """Record the RoIs, (R, 5), of each call of a detector's box branch."""
     rois: List[Tensor] = []
     extractor = model.roi_head.bbox_roi_extractor
     handle = extractor.register_forward_pre_hook(lambda module, args: rois.append(args[1]))
@@ -175,10 +182,11 @@ def record_rois(model: nn.Module) -> Iterator[List[Tensor]]:
 
 
 def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = None) -> Tensor:
-    """View the output of a tap as a feature map.
+    """Convert the output of a tap to a feature map.
 
     Args:
-        tensor (Tensor): (N, C, H, W), tokens (N, L, C), possibly with class tokens in front, or vectors (N, C).
+        tensor (Tensor): A feature map (N, C, H, W), tokens (N, L, C) that may start with class tokens, or vectors
+            (N, C).
         input_size (tuple[int, int]): Height and width of the images.
         path (str): The tap, for the error message.
         tokens (Tokens, optional): Token layout, if known.
@@ -195,37 +203,37 @@ def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = Non
         return tensor[..., None, None]
     if tensor.dim() != 3:
         raise TapError(
-            f"The tap '{path}' returns a tensor of shape {tuple(tensor.shape)}; a feature map (N, C, H, W), tokens "
-            '(N, L, C) or vectors (N, C) are needed.'
+            f"The tap '{path}' returns a tensor of shape {tuple(tensor.shape)}; tap a module that returns feature maps "
+            '(N, C, H, W), tokens (N, L, C) or vectors (N, C).'
         )
     grid = _grid(tensor.size(1), input_size, tokens)
     if grid is None:
         images = f'images of {input_size[0]}x{input_size[1]}'
         if tokens is None:
             raise TapError(
-                f"The tap '{path}' returns {tensor.size(1)} tokens, which form no grid on {images}; tap a module that "
-                'returns feature maps.'
+                f"The tap '{path}' returns {tensor.size(1)} tokens, which do not form a grid on {images}; tap a module "
+                'that returns feature maps.'
             )
         raise TapError(
-            f"The tap '{path}' returns {tensor.size(1)} tokens on {images}, which is not its grid of stride "
-            f'{tokens.stride:g} in prediction. A model that masks its input while it trains can be distilled when it '
-            'is fine-tuned.'
+            f"The tap '{path}' returns {tensor.size(1)} tokens on {images}, which do not form the grid of stride "
+            f'{tokens.stride:g} that the tap has in prediction. If the model masks its input in training, distill it '
+            'when it is fine-tuned.'
         )
     return tensor[:, tensor.size(1) - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[int, int]]:
-    """Height and width of the token grid on an image. Tokens in front of the grid are class tokens and the like."""
-    if tokens is not None:  # border patches may be dropped or padded
+    """Return height and width of the token grid; None if there is no grid. The last tokens form the grid."""
+    if tokens is not None:  # patches at the border may be dropped (floor) or padded (ceil)
         sides = [(floor(size / tokens.stride), ceil(size / tokens.stride)) for size in input_size]
         return next((grid for grid in product(*sides) if grid[0] * grid[1] == length - tokens.extra), None)
     ratio = input_size[1] / input_size[0]
     for extra in range(MAX_EXTRA_TOKENS + 1):
         count = length - extra
-        if count < 4 * extra:  # too few tokens for a grid with class tokens
+        if count < 4 * extra:  # too few tokens for a grid and class tokens
             return None
         height = round((count / ratio) ** 0.5)
-        if not height or count % height or input_size[0] % height:  # for example queries
+        if not height or count % height or input_size[0] % height:  # not a grid, for example queries
             continue
         if abs(count / height - height * ratio) < 1:
             return height, count // height
@@ -233,7 +241,7 @@ def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[i
 
 
 def flatten(output, path: str, is_member: bool = False) -> List[Optional[Tensor]]:
-    """Return the tensors and Nones in nested tuples and lists, in order."""
+    """Return the tensors in nested tuples and lists, in order. None is allowed inside of a tuple or list."""
     if isinstance(output, Tensor) or (output is None and is_member):
         return [output]
     if isinstance(output, (tuple, list)):

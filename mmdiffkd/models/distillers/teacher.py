@@ -48,14 +48,14 @@ class Teacher:
         self.dtype: Optional[torch.dtype] = dtype and getattr(torch, dtype)
         self.channels_last = channels_last
         self.compile = compile
-        self.fingerprint: Optional[str] = None  # hash of the weights, after loading
+        self.fingerprint: Optional[str] = None  # hash of the weights, set when the weights are loaded
         self.source = config
         self.checkpoint = checkpoint
         self.cfg: Config = resolve_config(config)
         if 'student' in self.cfg.model and 'teacher' in self.cfg.model:
             raise ValueError(
                 f"The teacher's config ({self.name}) is a distillation config. Use the config of the plain model; "
-                'tools/model_converters/export_student.py writes that of a distilled student.'
+                'tools/model_converters/export_student.py writes the plain config of a distilled student.'
             )
         self.taps: Dict[str, FeatureInfo] = {}
         self._model: Optional[nn.Module] = None
@@ -64,10 +64,10 @@ class Teacher:
         self._forward_fn: Optional[Callable] = None  # runs the model up to the last tap
 
     def __deepcopy__(self, memo):
-        return self  # copies of the student (EMA) share it
+        return self  # copies of the student, such as EMA, share the teacher
 
     def __getstate__(self):
-        # pickles hold where the teacher comes from; its weights are loaded again on first use
+        # pickle the config and the checkpoint's path; the weights are loaded again on first use
         return {**vars(self), '_model': None, '_optimized': None, '_forward_fn': None}
 
     @property
@@ -77,7 +77,7 @@ class Teacher:
 
     @property
     def name(self) -> str:
-        """Name in messages."""
+        """Name of the teacher in messages."""
         return self.source if isinstance(self.source, str) else f'{self.cfg.model.type}, given as a dict'
 
     @property
@@ -87,7 +87,7 @@ class Teacher:
 
     @property
     def model(self) -> nn.Module:
-        """The model with its weights. Built on first use; released when an optimized copy replaces it."""
+        """The model with its weights, built on first use and released when an optimized copy replaces it."""
         if self._model is None:
             self._model = self._build()
         return self._model
@@ -100,14 +100,15 @@ class Teacher:
             )
         source = zoo_checkpoint(self.source) if self.checkpoint == 'zoo' else str(self.checkpoint)
         weights = read_checkpoint(source)['state_dict']
-        with torch.random.fork_rng(devices=[]), QuickInit():  # the run's random numbers do not depend on the teacher
+        # fork_rng, so that building the teacher does not change the random numbers of the run
+        with torch.random.fork_rng(devices=[]), QuickInit():
             model = MODELS.build(self.model_cfg)
         load_strict(model, weights, f'the teacher ({self.name})', f"'{source}'")
         self.fingerprint = fingerprint(model.state_dict())
         return model.eval().requires_grad_(False)
 
     def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, FeatureInfo]) -> None:
-        """Set the taps and the preprocessing of the inputs.
+        """Set the taps, and how the student's images are preprocessed.
 
         Args:
             student_preprocessor (dict, optional): Config of the student's data preprocessor.
@@ -123,8 +124,8 @@ class Teacher:
         """Compute the features of all taps; the forward pass ends at the last tap.
 
         Args:
-            inputs (Tensor): The student's images, (N, 3, H, W).
-            data_samples (list, optional): Their data samples.
+            inputs (Tensor): The student's preprocessed images, (N, 3, H, W).
+            data_samples (list, optional): Data samples of the images.
             rois (Tensor, optional): The student's sampled RoIs, (R, 5), for taps in a RoI head.
 
         Returns:
@@ -147,26 +148,26 @@ class Teacher:
         return features
 
     def _optimize(self, images: Tensor, data_samples: Optional[Sequence], rois: Optional[Tensor]) -> nn.Module:
-        """Return an optimized copy if it computes the same features on this batch, else the model itself."""
+        """Return an optimized copy of the model, or the model itself if the copy computes different features."""
         model = self.model.to(images.device)
         images = images.float()
         devices = [images.device] if images.is_cuda else []
         with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False):
             expected = self._run(model, self._forward_fn_of(model), images, data_samples, rois)
             try:
-                quick = optimize_for_inference(model, self.channels_last)
-                found = self._run(quick, self._forward_fn_of(quick), images, data_samples, rois)
+                optimized = optimize_for_inference(model, self.channels_last)
+                found = self._run(optimized, self._forward_fn_of(optimized), images, data_samples, rois)
                 tap = find_mismatch(expected, found)
-                obstacle = tap and f"it would change the features of '{tap}'"
-            except Exception as error:  # optimization is optional, whatever fails
-                obstacle = f'it fails ({error})'
+                obstacle = tap and f"the optimized model computes different features at '{tap}'"
+            except Exception as error:  # optimization is optional: use the original model
+                obstacle = f'the optimized model fails ({error})'
         if obstacle is None:
-            model, self._model = quick, None  # release the original weights
+            model, self._model = optimized, None  # release the original weights
         else:
-            set_memory_format(model, torch.contiguous_format)  # the copy shares its weights
+            set_memory_format(model, torch.contiguous_format)  # the optimized copy shares the weights: restore them
             print_log(f'Teacher optimization is off: {obstacle}. Using the original, slower model.', logger='current')
         if self.compile:
-            if model is self._model:
+            if model is self._model:  # compile a copy that shares the weights
                 model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
             compile_parts(model, self.taps)
         return model
@@ -200,13 +201,13 @@ class InputRenormalizer:
         self.pad_value = float((teacher or {}).get('pad_value', 0) or 0)
 
     def __call__(self, inputs: Tensor, data_samples: Optional[Sequence]) -> Tensor:
-        """Convert a batch. If both use the same normalization, return it unchanged.
+        """Convert a batch of images, and fill the padded area with the teacher's pad value.
 
-        The padded area is filled with the teacher's pad value.
+        If student and teacher use the same normalization, the batch is returned unchanged.
 
         Args:
             inputs (Tensor): The student's preprocessed images, (N, C, H, W).
-            data_samples (list, optional): Their data samples; ``img_shape`` marks the start of the padding.
+            data_samples (list, optional): Data samples of the images. ``img_shape`` is the size without padding.
 
         Returns:
             Tensor: The teacher's images, (N, C, H, W).
@@ -240,7 +241,7 @@ class InputRenormalizer:
 
 
 def _statistics(preprocessor: Optional[dict]):
-    """Return mean, standard deviation and whether images are RGB. mmpretrain calls the flag ``to_rgb``."""
+    """Return mean, standard deviation and whether images are RGB. In mmpretrain, the flag is called ``to_rgb``."""
     cfg = preprocessor or {}
     mean, std = cfg.get('mean'), cfg.get('std')
     is_rgb = bool(cfg.get('bgr_to_rgb') or cfg.get('to_rgb'))

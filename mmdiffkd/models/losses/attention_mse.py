@@ -7,8 +7,8 @@ from mmdiffkd.registry import MODELS
 class AttentionMSELoss(nn.Module):
     """Mean squared error weighted by the teacher's spatial attention: the paper's variant for detection.
 
-    The weight of a position is ``V = H W softmax(mean_c |F_t| / tau)``, with a mean of 1 over the map. The paper gives
-    V but not how the loss uses it; here, V multiplies the squared error of each position.
+    The weight of a position is ``V = H W softmax(mean_c |F_t| / tau)``. The mean of V over the map is 1. The paper
+    defines V but does not say how the loss uses V. Here, V multiplies the squared error of each position.
 
     Args:
         loss_weight (float): Weight of the loss. Defaults to 1.

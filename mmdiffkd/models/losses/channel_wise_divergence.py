@@ -39,14 +39,14 @@ class ChannelWiseDivergence(nn.Module):
         """
         student, teacher = student / self.tau, teacher / self.tau
         if mask is not None:
-            # finite, because -inf gives NaN for images without valid pixels
+            # LOWEST is finite, because -inf would give NaN for images without valid pixels
             ignored = ~mask.unsqueeze(1)
             student, teacher = student.masked_fill(ignored, LOWEST), teacher.masked_fill(ignored, LOWEST)
         log_student = student.flatten(2).log_softmax(dim=2)
         log_teacher = teacher.flatten(2).log_softmax(dim=2)
         divergence = F.kl_div(log_student, log_teacher, reduction='none', log_target=True)
-        counts = None
+        has_pixels = None
         if mask is not None:
             divergence = divergence * mask.flatten(1).unsqueeze(1)
-            counts = mask.flatten(1).any(dim=1)
-        return self.loss_weight * self.tau**2 * masked_mean(divergence.sum(dim=2).mean(dim=1), counts)
+            has_pixels = mask.flatten(1).any(dim=1)
+        return self.loss_weight * self.tau**2 * masked_mean(divergence.sum(dim=2).mean(dim=1), has_pixels)

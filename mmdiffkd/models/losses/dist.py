@@ -13,7 +13,7 @@ class DISTLoss(nn.Module):
     """DIST loss: match relations between classes and between samples by correlation (Huang et al., NeurIPS 2022).
 
     With y = softmax(z / tau), the inter-class term is 1 minus the mean correlation between the rows of student and
-    teacher. The intra-class term uses the columns. In logit maps, each pixel is a row.
+    teacher. The intra-class term is the same for the columns. In logit maps, each pixel is a row.
 
     Args:
         beta (float): Weight of the inter-class term. Defaults to 1.
@@ -49,18 +49,21 @@ class DISTLoss(nn.Module):
         if mask is None:
             intra = 1 - _correlation(student.t(), teacher.t()).mean()
         else:
-            counts = mask.flatten().to(student.dtype)
-            intra = (1 - _correlation(student.t(), teacher.t(), counts).mean()) * counts.max()
+            valid = mask.flatten().to(student.dtype)
+            intra = (1 - _correlation(student.t(), teacher.t(), valid).mean()) * valid.max()
         return self.loss_weight * self.tau**2 * (self.beta * inter + self.gamma * intra)
 
 
-def _correlation(a: Tensor, b: Tensor, counts: Optional[Tensor] = None) -> Tensor:
-    """Compute the Pearson correlation of corresponding rows over the valid columns, which have 1 in ``counts``."""
-    return F.cosine_similarity(_centered(a, counts), _centered(b, counts), dim=1, eps=1e-8)
+def _correlation(a: Tensor, b: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+    """Compute the Pearson correlation between each row of ``a`` and the same row of ``b``.
+
+    ``valid`` is 1 for the columns to use and 0 for the columns to ignore. None uses all columns.
+    """
+    return F.cosine_similarity(_centered(a, valid), _centered(b, valid), dim=1, eps=1e-8)
 
 
-def _centered(a: Tensor, counts: Optional[Tensor]) -> Tensor:
-    if counts is None:
+def _centered(a: Tensor, valid: Optional[Tensor]) -> Tensor:
+    if valid is None:
         return a - a.mean(dim=1, keepdim=True)
-    mean = (a * counts).sum(dim=1, keepdim=True) / counts.sum().clamp(min=1)
-    return (a - mean) * counts
+    mean = (a * valid).sum(dim=1, keepdim=True) / valid.sum().clamp(min=1)
+    return (a - mean) * valid

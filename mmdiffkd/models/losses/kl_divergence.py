@@ -12,7 +12,7 @@ from .utils import flatten_logits, masked_mean
 class KLDivergence(nn.Module):
     """KL divergence between softened class distributions, averaged over samples or pixels.
 
-    It is multiplied by tau squared (Hinton et al., 2015).
+    The divergence is multiplied by tau squared (Hinton et al., 2015).
 
     Args:
         tau (float): Temperature. Defaults to 1.

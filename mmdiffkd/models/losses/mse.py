@@ -17,5 +17,5 @@ class MSELoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compare tensors of the same shape and return a scalar."""
-        # F.mse_loss would save both tensors for the backward pass; this saves only their difference
+        # not F.mse_loss, which saves both tensors for the backward pass; this line saves only the difference
         return self.loss_weight * (student - teacher).square().mean()

@@ -15,17 +15,18 @@ LEVEL_KEY_RE = re.compile(re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<term>\w+)\.(?
 def name_losses(
     pair: str, outputs: Sequence, levels: Sequence[int], weight: float = 1.0, auxiliary: Sequence[str] = ()
 ) -> Dict[str, Tensor]:
-    """Name the losses and logged values of a neck.
+    """Give the losses and logged values of a neck their names in the log.
 
-    The names of per-level values do not contain ``loss``, because mmengine adds values with ``loss`` in their names to
-    the total loss.
+    The names of per-level values do not contain ``loss``, because mmengine adds every value with ``loss`` in its name
+    to the total loss.
 
     Args:
         pair (str): Name of the pair.
         outputs (list[DistillOutput]): One per level, with ``losses`` and ``logs``.
         levels (list[int]): Level numbers of ``outputs``.
         weight (float): Factor for the losses that train the student. Defaults to 1.
-        auxiliary (list[str]): Losses that train only the neck, which ``weight`` does not scale. Defaults to ``()``.
+        auxiliary (list[str]): Names of the losses that train only the neck. ``weight`` does not scale these losses.
+            Defaults to ``()``.
 
     Returns:
         dict[str, Tensor]: Losses summed over levels and logged values averaged over levels. With several levels, also
@@ -47,10 +48,10 @@ def name_losses(
         found = [values[name] for values in logs if name in values]
         named[f'{PREFIX}{pair}.{name}'] = sum(found) / len(found)
     if len(outputs) > 1:
-        for level, of_losses, of_logs in zip(levels, losses, logs):
-            for name, value in of_losses.items():
+        for level, level_losses, level_logs in zip(levels, losses, logs):
+            for name, value in level_losses.items():
                 named[f'{PREFIX}{pair}.{name[len(LOSS) :]}.{level}'] = value.detach()
-            for name, value in of_logs.items():
+            for name, value in level_logs.items():
                 named[f'{PREFIX}{pair}.{name}.{level}'] = value
     return named
 

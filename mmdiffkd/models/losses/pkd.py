@@ -6,7 +6,9 @@ from mmdiffkd.registry import MODELS
 
 @MODELS.register_module()
 class PKDLoss(nn.Module):
-    """PKD loss: half the MSE of features standardized per channel, or 1 - Pearson correlation (Cao et al., 2022).
+    """PKD loss: half the MSE of features standardized per channel (Cao et al., NeurIPS 2022).
+
+    This equals 1 minus the Pearson correlation of each channel, averaged over the channels.
 
     Args:
         loss_weight (float): Weight of the loss. Defaults to 1.

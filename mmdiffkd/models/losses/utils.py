@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def flatten_logits(logits: Tensor) -> Tensor:
-    """Reshape logits to (rows, classes), with one row per sample, or per pixel of a map.
+    """Reshape logits to (rows, classes). A row is a sample, or a pixel of a logit map.
 
     Args:
         logits (Tensor): (N, K) or (N, K, H, W).
@@ -27,6 +27,6 @@ def masked_mean(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
     """
     if mask is None:
         return values.mean()
-    # multiply instead of indexing with the mask, which would synchronize the GPU
+    # multiply by the mask: indexing with the mask would synchronize the GPU
     mask = mask.flatten().to(values.dtype)
     return (values * mask).sum() / mask.sum().clamp(min=1)

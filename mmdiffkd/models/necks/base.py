@@ -1,4 +1,4 @@
-"""Interface of necks: their base class, inputs and outputs."""
+"""Interface of necks: base class, inputs and outputs."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ class DistillContext:
 
     Attributes:
         images (Tensor, optional): Preprocessed images of the student, (N, 3, H, W).
-        data_samples (list, optional): Data samples of the images, with ground truth. None for models that take views
-            or clips.
+        data_samples (list, optional): Data samples of the images, with ground truth. None if the student takes views or
+            clips instead of images.
         input_size (tuple[int, int], optional): Height and width of the images in pixels, including padding.
         progress (float): Completed fraction of the training, from 0 to 1.
-        student (Module, optional): The student, to access its heads.
-        teacher (Module, optional): The frozen teacher, to access its heads.
-        mask (Tensor, optional): Pixels whose label the student's head does not ignore, (N, 1, H, W) of type bool. None
-            if all pixels are valid.
+        student (Module, optional): The student, for necks that use its heads.
+        teacher (Module, optional): The frozen teacher, for necks that use its heads.
+        mask (Tensor, optional): Mask of the pixels whose label the student's head does not ignore, (N, 1, H, W) of type
+            bool. None if all pixels are valid.
         capture (bool): Whether outputs should include features for visualization. Defaults to False.
     """
 
@@ -52,8 +52,9 @@ class DistillOutput:
 class DistillNeck(nn.Module):
     """Base class of necks, which compare student and teacher features.
 
-    A neck is built with ``student_channels`` and ``teacher_channels``: a list of the channels of each level, or if the
-    pair has several taps, one such list per tap. Subclassing is optional, but a neck needs the methods of this class.
+    The distiller builds a neck with the arguments ``student_channels`` and ``teacher_channels``: lists with the number
+    of channels of each level. If the pair has several taps, each argument is a list with one such list per tap.
+    Subclassing is optional, but a neck needs the methods of this class.
 
     Attributes:
         auxiliary_losses (tuple[str]): Names of losses that train only the neck. ``DistillScheduleHook`` does not scale

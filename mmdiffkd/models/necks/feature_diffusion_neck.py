@@ -14,15 +14,15 @@ Ints = Union[int, Sequence[int]]
 class FeatureDiffusionNeck(DistillNeck):
     """DiffKD neck for one pair of taps, with one :class:`FeatureDiffusion` per level.
 
-    It also works without a distiller: call it with student and teacher features, and sum the returned losses.
+    The neck can be used without a distiller: call it with student and teacher features, and sum the returned losses.
 
     Args:
         student_channels (int or list[int]): Student channels, one number per level.
         teacher_channels (int or list[int]): Teacher channels, one number per level.
         share_levels (bool): Whether all levels share one module, which requires the same channels on all levels.
             Defaults to False.
-        compile (bool): Whether to apply ``torch.compile`` to denoiser, noise adapter and projection. Levels and steps
-            share the compiled code. Defaults to False.
+        compile (bool): Whether to apply ``torch.compile`` to denoiser, noise adapter and projection, instead of
+            activation checkpointing. All levels and denoising steps share the compiled code. Defaults to False.
         **level_cfg: Arguments of :class:`FeatureDiffusion`, the same for all levels: ``latent_channels``,
             ``denoise``, ``align``, ``denoiser``, ``noise_adapter``, ``scheduler``, ``loss_kd``,
             ``loss_diffusion_weight``, ``loss_reconstruction_weight``, ``num_grad_steps``, ``memory_efficient``.
@@ -64,12 +64,14 @@ class FeatureDiffusionNeck(DistillNeck):
         self.num_levels = len(widths)
         if share_levels:
             widths = widths[:1]
+        if compile:
+            if level_cfg.get('memory_efficient') or not level_cfg.get('denoise', True):
+                raise ValueError(
+                    'compile=True needs denoise=True and memory_efficient=False: torch.compile is applied to the '
+                    'diffusion module, and chooses the activations to save.'
+                )
+            level_cfg['memory_efficient'] = False
         self.levels = nn.ModuleList(self.part(s, t, **level_cfg) for s, t in widths)
-        if compile and (level_cfg.get('memory_efficient') or not level_cfg.get('denoise', True)):
-            raise ValueError(
-                'compile=True needs denoise=True and memory_efficient=False: only the diffusion module is compiled, '
-                'and torch.compile chooses the activations to save.'
-            )
         for level in self.levels if compile else ():
             for part in (level.denoiser, level.noise_adapter, level.proj):
                 part.compile()
@@ -86,8 +88,8 @@ class FeatureDiffusionNeck(DistillNeck):
         Args:
             student (Tensor or list[Tensor]): (N, C_s, H, W), or one such tensor per level.
             teacher (Tensor or list[Tensor]): (N, C_t, H, W), or one such tensor per level.
-            context (DistillContext, optional): Mask of valid pixels (``mask``), and whether to return the trajectory
-                (``capture``). Defaults to None.
+            context (DistillContext, optional): Only two fields are used: ``mask``, the valid pixels, and ``capture``,
+                whether to return the trajectory. Defaults to None.
             noise_inputs (NoiseInputs or list[NoiseInputs], optional): Noise and timesteps to use instead of random
                 ones. Defaults to None.
 
@@ -103,8 +105,8 @@ class FeatureDiffusionNeck(DistillNeck):
             return self.levels[0](student, teacher, noise_inputs, **options)
         if not len(student) == len(teacher) == self.num_levels:
             raise ValueError(
-                f'The neck has {self.num_levels} levels, but got {len(student)} from the student and '
-                f'{len(teacher)} from the teacher.'
+                f'The neck has {self.num_levels} levels, but received features of {len(student)} levels from the '
+                f'student and {len(teacher)} from the teacher.'
             )
         noise_inputs = noise_inputs or [None] * self.num_levels
         inputs = zip(self._modules_of_levels(), student, teacher, noise_inputs)

@@ -10,12 +10,13 @@ from mmdiffkd.utils.meta_device import build_for_inspection
 from ..distillers.feature_info import ENCODERS
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
-# the last layer whose output is a feature map of the whole batch: MLP-Mixer transposes its tokens afterwards, and
-# TridentNet makes one batch per branch in training
+# Layers to tap instead of the whole backbone, because the output of the backbone cannot be compared: MLP-Mixer
+# transposes its tokens after this layer, and TridentNet returns one batch per branch in training.
 LAST_MAPS = dict(MlpMixer='ln1', TridentResNet='layer2')
-# width of the autoencoder for classifiers in the paper
+# latent channels of the paper's autoencoder for classifiers
 CLASSIFIER_LATENT_CHANNELS = 1024
-# Weights of the feature distance in the paper, which chooses them so that the loss is about as large as Faster R-CNN's.
+# Weights of the feature distance. The paper chooses the weight of a detector so that the loss is about as large as that
+# of Faster R-CNN.
 FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
 DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
 
@@ -25,13 +26,13 @@ class DiffKDPreset:
     """Default pairs and weights of the paper (Section 4 and Appendix).
 
     - Detectors: the outputs of the necks, or of the backbones if a model has no neck.
-    - Segmentors: the logits at the head's resolution, compared by DIST; the outputs of the backbones if a model has no
-      such layer or the numbers of classes differ.
+    - Segmentors: the logits at the head's resolution (``conv_seg``), compared by DIST. If a model has no such layer or
+      the numbers of classes differ: the outputs of the backbones.
     - Classifiers: the last feature maps, through an autoencoder; and the logits, compared by KL divergence, if both
       models have the same number of classes and each image has one class.
     - Other models: the outputs of the image encoders.
 
-    To write a preset, subclass this one or write a class with the same members, and register it in
+    To add a preset, subclass this class, or write a class with the same members, and register the class in
     ``mmdiffkd.registry.PRESETS``.
 
     Attributes:
@@ -41,7 +42,7 @@ class DiffKDPreset:
     neck_defaults: dict = {}
 
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """Return the pairs of a student and a teacher of the same task, used if a config has no ``distill``.
+        """Return the pairs to distill if a config has no ``distill``. Both models must have the same task.
 
         Args:
             student (nn.Module): The student.
@@ -52,7 +53,7 @@ class DiffKDPreset:
             dict[str, dict]: Pairs in the format of ``distill`` in a config.
 
         Raises:
-            ValueError: If the tasks differ, or a model has no encoder under a name that OpenMMLab uses.
+            ValueError: If the tasks differ, or if a model has none of the modules in ``ENCODERS``.
         """
         task, features = find_task(student_cfg), self._find_features(student_cfg, teacher_cfg)
         if task == 'detection':
@@ -70,7 +71,7 @@ class DiffKDPreset:
         return pairs
 
     def known_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """Return the pairs that a config can name without giving taps. Arguments: see :meth:`default_pairs`."""
+        """Return the pairs that a config can name without setting taps. Arguments: see :meth:`default_pairs`."""
         return self.default_pairs(student, student_cfg, teacher_cfg)
 
     def default_distance(self, student_cfg: dict) -> dict:
@@ -85,7 +86,7 @@ class DiffKDPreset:
         if find_task(student_cfg) != find_task(teacher_cfg) or None in features:
             raise ValueError(
                 f'There is no default tap for the student {student_cfg["type"]} and the teacher '
-                f"{teacher_cfg['type']}; name one: distill=dict(feat=dict(student='backbone', teacher='backbone'))."
+                f"{teacher_cfg['type']}; set the taps: distill=dict(feat=dict(student='backbone', teacher='backbone'))."
             )
         return features
 
@@ -95,7 +96,7 @@ def make_pair(taps: Sequence[str], distance: Optional[str] = None, **neck) -> di
 
     Args:
         taps (Sequence[str]): Tap of the student and tap of the teacher.
-        distance (str, optional): Type of ``loss_kd`` in mmdiffkd.
+        distance (str, optional): Class of ``loss_kd``, such as ``'MSELoss'``. None leaves ``loss_kd`` unset.
         **neck: Arguments of the neck.
 
     Returns:
@@ -116,16 +117,17 @@ def find_task(cfg: dict) -> str:
 
 
 def find_features(cfg: dict) -> Optional[str]:
-    """Return the path of the module whose features are distilled; None if it has no name that OpenMMLab uses."""
+    """Return the path of the module whose features are distilled; None if no module has a known name."""
     if isinstance(cfg.get('detector'), dict):
         inner = find_features(cfg['detector'])
-        is_semi_supervised = 'semi_train_cfg' in cfg  # holds the detector twice, as student and teacher
+        # a semi-supervised model holds the detector twice, as student and teacher
+        is_semi_supervised = 'semi_train_cfg' in cfg
         return inner and f'{"student" if is_semi_supervised else "detector"}.{inner}'
     if cfg.get('neck') and find_task(cfg) == 'detection':
         return 'neck'
     for name in ENCODERS:
         if cfg.get(name):
-            is_list = isinstance(cfg[name], (list, tuple))  # the encoder and its post-processing
+            is_list = isinstance(cfg[name], (list, tuple))  # a list holds the encoder and its post-processing
             path, encoder = (f'{name}.0', cfg[name][0]) if is_list else (name, cfg[name])
             last = LAST_MAPS.get(str(encoder.get('type')).split('.')[-1])
             return path if last is None else f'{path}.{last}'
@@ -133,7 +135,10 @@ def find_features(cfg: dict) -> Optional[str]:
 
 
 def _common_logits(task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Optional[List[str]]:
-    """Return the logit layers of student and teacher; None unless both have one, with the same two or more classes."""
+    """Return the paths of the logit layers of student and teacher.
+
+    None if a model has no logit layer, the numbers of classes differ, or there is only one class.
+    """
     find = dict(segmentation=_pixel_logits, classification=_class_logits).get(task)
     if find is None:
         return None
@@ -142,7 +147,7 @@ def _common_logits(task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[d
 
 
 def _pixel_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
-    """Return a segmentor's logit layer, in a cascade that of the last stage, and its number of classes."""
+    """Return the path of the logit layer of a segmentor, or of a cascade's last stage, and the number of classes."""
     head = cfg['decode_head']
     path = f'decode_head.{len(head) - 1}.conv_seg' if isinstance(head, (list, tuple)) else 'decode_head.conv_seg'
     layer = dict(model.named_modules()).get(path)
@@ -150,7 +155,10 @@ def _pixel_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
 
 
 def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
-    """Return a classifier's linear logit layer and its number of classes; none for multi-label classifiers."""
+    """Return the path of a classifier's linear logit layer and its number of classes.
+
+    The path is None if there is no such layer, and for multi-label classifiers.
+    """
     head = cfg.get('head') or {}
     kind, classes = str(head.get('type')), head.get('num_classes')
     linear = [
@@ -160,5 +168,6 @@ def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
     ]
     if not linear or 'MultiLabel' in kind or 'CSRA' in kind:
         return None, 0
-    # the last of stacked layers; otherwise the first, because DeiT's is followed by that of the distillation token
+    # A stacked head ends with its logit layer. Other heads start with the logit layer; the second layer of DeiT's head
+    # classifies the distillation token.
     return linear[-1 if 'Stacked' in kind else 0], classes

@@ -1,4 +1,4 @@
-"""Default pairs and settings that differ from the paper's."""
+"""The preset ``plus``: default pairs and settings that differ from the paper."""
 
 from typing import Dict, Tuple
 
@@ -12,12 +12,12 @@ from .diffkd import DiffKDPreset, find_task, make_pair
 
 @PRESETS.register_module(name='plus')
 class PlusPreset(DiffKDPreset):
-    """DiffKD with three changes, measured in docs/accuracy.md.
+    """DiffKD with three changes, measured in docs/results/benchmarks.md.
 
-    - The distance backpropagates through the last denoising step only.
+    - ``loss_kd`` is backpropagated through the denoiser in the last denoising step only.
     - Detectors also distill the outputs of their dense head or RPN, without denoising: ``cls`` by CWD and ``reg`` by
-      L1. Both models must have the layer, with the same anchors and number of outputs. Models that wrap a detector,
-      such as trackers, distill features only.
+      L1. Both models must have the layer, with the same anchors and output channels. Models that wrap a detector, such
+      as trackers, distill features only.
     - Segmentors distill the last feature maps of the backbones instead of the logits.
     """
 
@@ -34,13 +34,13 @@ class PlusPreset(DiffKDPreset):
         return super().default_pairs(student, student_cfg, teacher_cfg)
 
     def known_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """Return the default pairs and the paper's pairs that they replace."""
+        """Return the default pairs, and the pairs of the preset ``diffkd`` that have different names."""
         models = student, student_cfg, teacher_cfg
         return {**super().default_pairs(*models), **self.default_pairs(*models)}
 
 
 def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Dict[str, dict]:
-    """Return pairs of the classification and regression layers of dense heads with equal anchors, without denoising."""
+    """Return the pairs ``cls`` and ``reg`` of dense heads with equal anchors. Neither pair is denoised."""
     plain = dict(denoise=False, align=False)
     distances = dict(cls=dict(type='mmdiffkd.ChannelWiseDivergence'), reg=dict(type='mmdet.L1Loss'))
     for part in ('bbox_head', 'rpn_head'):
@@ -53,7 +53,7 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
         pairs = {}
         for kind, distance in distances.items():
             is_scaled = any(hasattr(head, 'scales') for head in heads)  # FCOS scales the regression after the layer
-            # equal shapes of different meaning
+            # skip regression outputs whose meanings may differ, although the shapes are equal
             if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1] or is_scaled):
                 continue
             ours, theirs = (_outputs(head, kind) for head in heads)
@@ -65,6 +65,6 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
 
 
 def _outputs(head: nn.Module, kind: str) -> Dict[str, int]:
-    """Return the layers of a head whose names end in ``_{kind}``, with their numbers of output channels."""
+    """Return the output channels of the convolutions of a head, by name, for names that end in ``_{kind}``."""
     layers = {name: layer for name, layer in head.named_children() if name.endswith(f'_{kind}')}
     return {name: layer.out_channels for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}

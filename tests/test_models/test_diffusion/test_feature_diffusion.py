@@ -6,6 +6,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmdiffkd.models import FeatureDiffusion, NoiseInputs
+from mmdiffkd.utils import saved_activation_bytes
 
 
 def features(student=6, teacher=8, size=(5, 7)):
@@ -29,11 +30,11 @@ def test_kd_loss_trains_the_denoiser_and_not_the_autoencoder():
     assert all(p.grad is None for p in level.autoencoder.parameters())
 
 
-def test_draws_are_random_or_given():
+def test_noise_is_random_or_given():
     student, teacher = features()
     level = FeatureDiffusion(6, 8).eval()
-    draws = NoiseInputs(torch.randn(2, 8, 5, 7), torch.randn(2, 8, 5, 7), torch.tensor([3, 900]))
-    first, second = level(student, teacher, draws), level(student, teacher, draws)
+    noise_inputs = NoiseInputs(torch.randn(2, 8, 5, 7), torch.randn(2, 8, 5, 7), torch.tensor([3, 900]))
+    first, second = level(student, teacher, noise_inputs), level(student, teacher, noise_inputs)
     torch.testing.assert_close(first.losses, second.losses)
     assert level(student, teacher).losses['loss_kd'] != level(student, teacher).losses['loss_kd']
 
@@ -43,11 +44,11 @@ def test_gamma_one_adds_no_noise():
     level = FeatureDiffusion(6, 8).eval()
     with torch.no_grad():
         level.noise_adapter.pred.bias.copy_(torch.tensor([100.0, -100.0]))
-    refined = [level(student, teacher).denoised for _ in range(2)]
-    torch.testing.assert_close(*refined)
+    denoised = [level(student, teacher).denoised for _ in range(2)]
+    torch.testing.assert_close(*denoised)
 
 
-def test_without_denoising_it_is_adapter_and_distance():
+def test_denoise_false_only_aligns_and_compares():
     student, teacher = features()
     level = FeatureDiffusion(6, 8, denoise=False)
     output = level(student, teacher)
@@ -57,7 +58,7 @@ def test_without_denoising_it_is_adapter_and_distance():
     assert output.gamma is None
 
 
-def test_without_alignment_features_are_compared_as_they_are():
+def test_align_false_compares_features_directly():
     student, teacher = features(8, 8)
     level = FeatureDiffusion(8, 8, denoise=False, align=False)
     assert not list(level.parameters())
@@ -76,9 +77,9 @@ def test_losses_are_float32_under_autocast():
     assert {loss.dtype for loss in output.losses.values()} == {torch.float32}
 
 
-def test_weights_of_the_losses():
+def test_loss_weights():
     student, teacher = features()
-    draws = NoiseInputs(torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7), torch.tensor([3, 900]))
+    noise_inputs = NoiseInputs(torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7), torch.tensor([3, 900]))
     torch.manual_seed(0)
     plain = FeatureDiffusion(6, 8, latent_channels=4)
     torch.manual_seed(0)
@@ -90,13 +91,13 @@ def test_weights_of_the_losses():
         loss_reconstruction_weight=3.0,
         loss_kd=dict(type='mmdiffkd.MSELoss', loss_weight=5.0),
     )
-    expected, losses = plain(student, teacher, draws).losses, weighted(student, teacher, draws).losses
+    expected, losses = plain(student, teacher, noise_inputs).losses, weighted(student, teacher, noise_inputs).losses
     for name, factor in dict(loss_diffusion=2.0, loss_reconstruction=3.0, loss_kd=5.0).items():
         torch.testing.assert_close(losses[name], factor * expected[name])
 
 
-def test_one_pixel_of_one_image():
-    """The last image of an epoch may come alone: BatchNorm then has nothing to normalise over."""
+def test_one_value_per_channel_trains():
+    """The last batch of an epoch can have one image; BatchNorm needs more than one value per channel."""
     level = FeatureDiffusion(6, 8, latent_channels=4)
     output = level(torch.randn(1, 6, 1, 1), torch.randn(1, 8, 1, 1))
     sum(output.losses.values()).backward()
@@ -104,7 +105,7 @@ def test_one_pixel_of_one_image():
     assert all(module.training for module in level.modules())
 
 
-def test_one_pixel_does_not_thaw_what_is_frozen():
+def test_one_value_per_channel_keeps_frozen_batch_norms_in_eval_mode():
     level = FeatureDiffusion(6, 8)
     norms = [module for module in level.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -114,7 +115,7 @@ def test_one_pixel_does_not_thaw_what_is_frozen():
 
 
 def gradients(level, *inputs):
-    """Losses, and the gradients they give to the student and to the weights; the draws are fixed."""
+    """Return the losses and the gradients of the student and the weights, with fixed noise."""
     student, teacher = inputs
     student = student.detach().clone().requires_grad_()
     torch.manual_seed(4)
@@ -125,7 +126,7 @@ def gradients(level, *inputs):
 
 @MODELS.register_module()
 class PlainDenoiser(nn.Module):
-    """A denoiser of a user's own, of plain modules."""
+    """A custom denoiser of plain modules."""
 
     def __init__(self, channels, num_train_timesteps=1000):
         super().__init__()
@@ -135,56 +136,112 @@ class PlainDenoiser(nn.Module):
         return self.layer(x)
 
 
-def test_memory_efficient_needs_layers_that_can_be_computed_again():
-    options = dict(denoiser=dict(type='PlainDenoiser'))
-    assert FeatureDiffusion(6, 8, **options)(*features()).losses['loss_kd'] > 0
-    with pytest.raises(ValueError, match='memory_efficient=True has no effect on the denoiser PlainDenoiser'):
-        FeatureDiffusion(6, 8, memory_efficient=True, **options)
-
-
 @pytest.mark.parametrize('prediction_type', ['sample', 'v_prediction'])
-def test_prediction_types_train_all_parts(prediction_type):
+def test_prediction_types_train_all_modules(prediction_type):
     level = FeatureDiffusion(6, 8, scheduler=dict(prediction_type=prediction_type))
     sum(level(*features()).losses.values()).backward()
     assert all(p.grad is not None for p in level.parameters())
 
 
-def test_memory_efficient_changes_nothing():
+def seed_everything(module):
+    torch.manual_seed(3)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+CHECKPOINTED = {
+    'default': dict(),
+    'own denoiser': dict(denoiser=dict(type='PlainDenoiser')),
+    'logits': dict(denoiser=dict(type='mmdiffkd.MLPDenoiser'), noise_adapter=dict(type='mmdiffkd.MLPNoiseAdapter')),
+    'autoencoder': dict(latent_channels=4),
+    'last step': dict(num_grad_steps=1),
+}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('options', CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_memory_efficient_changes_no_result(options, training, dtype):
+    """Losses, gradients and running statistics are bitwise equal with and without it, also under autocast."""
+    inputs, results = features(), []
+    for memory_efficient in (False, True):
+        level = seed_everything(FeatureDiffusion(6, 8, memory_efficient=memory_efficient, **options)).train(training)
+        torch.manual_seed(0)
+        with torch.autocast('cpu', dtype, enabled=dtype is not torch.float32):
+            results.append((*gradients(level, *inputs), dict(level.named_buffers())))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('options', [dict(momentum=None), dict(affine=False), dict(track_running_stats=False)])
+def test_memory_efficient_with_settings_of_batch_norm(options):
     inputs, results = features(), []
     for memory_efficient in (False, True):
         torch.manual_seed(0)
-        level = FeatureDiffusion(6, 8, latent_channels=4, memory_efficient=memory_efficient)
+        level = FeatureDiffusion(6, 8, memory_efficient=memory_efficient)
+        level.proj[1] = nn.BatchNorm2d(8, **options)
+        torch.manual_seed(0)
         results.append((*gradients(level, *inputs), dict(level.named_buffers())))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert level.proj[1].momentum == nn.BatchNorm2d(8, **options).momentum
 
 
-def test_samples_are_kept_where_they_are_asked_for():
-    """The backward pass does not need them: without being asked for, they are gone after the forward pass."""
+def test_memory_efficient_allows_several_backward_passes():
+    """Statistics are updated once, and each loss can be differentiated on its own."""
+    (student, teacher), grads = features(), []
+    for memory_efficient in (False, True):
+        torch.manual_seed(0)
+        level = FeatureDiffusion(6, 8, memory_efficient=memory_efficient)
+        torch.manual_seed(0)
+        losses = level(student, teacher).losses
+        weight = level.denoiser.time_embedding.weight
+        parts = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses.values()]
+        grads.append((*parts, torch.autograd.grad(sum(losses.values()), student)[0], dict(level.named_buffers())))
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_memory_efficient_saves_few_activations():
+    """Autograd saves 57 times the size of the student's feature; with ``memory_efficient``, 12 times."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 64, 16, 16, requires_grad=True), torch.randn(2, 64, 16, 16)
+    saved = {}
+    for memory_efficient in (False, True):
+        level = FeatureDiffusion(64, 64, memory_efficient=memory_efficient)
+        saved[memory_efficient] = saved_activation_bytes(
+            lambda level=level: level(student, teacher).losses, [*level.parameters(), teacher]
+        )
+    size = student.numel() * 4
+    assert 50 * size < saved[False] < 60 * size
+    assert saved[True] < 13 * size
+
+
+def test_trajectory_is_kept_only_on_request():
+    """By default, the samples of the denoising steps are freed in the forward pass."""
     student, teacher = features()
     level = FeatureDiffusion(6, 8)
     noised = []
     level.denoiser.register_forward_pre_hook(lambda module, args: noised.append(args[0]))
     output = level(student, teacher, return_trajectory=True)
     assert len(output.trajectory) == 6
-    for sample, seen in zip(output.trajectory, noised[:5]):  # its sixth pass is that of the teacher
-        torch.testing.assert_close(sample, seen)
+    for sample, expected in zip(output.trajectory, noised[:5]):  # the denoiser's sixth call is for the diffusion loss
+        torch.testing.assert_close(sample, expected)
 
     alive = []
-    level = FeatureDiffusion(6, 8, memory_efficient=True)
+    level = FeatureDiffusion(6, 8, memory_efficient=False)  # True saves the samples to recompute
     step = level.scheduler.step
 
-    def note(*args):
+    def recorded_step(*args):
         sample = step(*args)
         alive.append(weakref.ref(sample))
         return sample
 
-    level.scheduler.step = note
+    level.scheduler.step = recorded_step
     output = level(student, teacher)
     assert not output.trajectory and len(alive) == 5 and not any(sample() is not None for sample in alive[:-1])
 
 
 def test_gradient_through_the_last_steps_only():
-    """Of earlier steps only their part past the denoiser is left: the student still learns, scaled by the schedule."""
+    """Earlier steps backpropagate past the denoiser, so the student still gets a gradient, scaled by the schedule."""
     student, teacher = features()
     level = FeatureDiffusion(6, 8, num_grad_steps=1)
     level(student, teacher).losses['loss_kd'].backward()
@@ -201,12 +258,9 @@ def test_gradient_through_the_last_steps_only():
 
 
 def test_gradient_through_the_last_steps_under_autocast():
-    """Steps without a gradient leave no weights behind in autocast's cache that others would take."""
+    """Later steps must not reuse weights that autocast cached in steps without gradient."""
     student, teacher = features()
-    level = FeatureDiffusion(6, 8, num_grad_steps=1)
-    for module in level.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(lambda *_: None)  # as with SyncBatchNorm, chains run plainly
+    level = FeatureDiffusion(6, 8, num_grad_steps=1, memory_efficient=False)
     with torch.autocast('cpu', torch.bfloat16):
         losses = level(student, teacher).losses
     sum(losses.values()).backward()
@@ -214,7 +268,7 @@ def test_gradient_through_the_last_steps_under_autocast():
 
 
 @pytest.mark.parametrize('denoise', [True, False])
-def test_a_distance_may_ask_for_a_view(denoise):
+def test_distance_may_call_view(denoise):
     class Flat(nn.Module):
         def forward(self, student, teacher):
             return (student.view(2, 8, 35) - teacher.view(2, 8, 35)).abs().mean()
@@ -225,19 +279,19 @@ def test_a_distance_may_ask_for_a_view(denoise):
     assert level(student, teacher).losses['loss_kd'] > 0
 
 
-def test_gradient_past_the_denoiser_is_that_of_the_schedule():
-    """With a denoiser that predicts the same for all, nothing but the scales of the steps is left."""
+def test_gradient_past_the_denoiser_follows_the_schedule():
+    """If the prediction is constant, the gradient contains only the scales of the steps."""
     student, teacher = features()
     levels = []
     for steps in (1, 5):
         torch.manual_seed(0)
         levels.append(FeatureDiffusion(6, 8, num_grad_steps=steps))
         nn.init.zeros_(levels[-1].denoiser.layers[-1].weight)
-    ours, theirs = (gradients(level, student, teacher)[1] for level in levels)
-    torch.testing.assert_close(ours, theirs)
+    last_step, all_steps = (gradients(level, student, teacher)[1] for level in levels)
+    torch.testing.assert_close(last_step, all_steps)
 
 
-def test_different_batches():
+def test_different_batch_sizes():
     with pytest.raises(ValueError, match=r'\(1, 6, 5, 7\) and teacher \(2, 8, 5, 7\) must have the same batch size'):
         FeatureDiffusion(6, 8)(torch.randn(1, 6, 5, 7), torch.randn(2, 8, 5, 7))
 
@@ -248,30 +302,29 @@ def test_different_batches():
         (dict(denoise=False, latent_channels=4), 'latent_channels=4 has no effect'),
         (dict(align=False), 'align=False needs denoise=False'),
         (dict(denoise=False, num_grad_steps=1), 'num_grad_steps=1 has no effect with denoise=False'),
-        (dict(denoise=False, memory_efficient=True), 'memory_efficient=True has no effect with denoise=False'),
         (dict(num_grad_steps=0), 'num_grad_steps=0 must be between 1 and scheduler.num_inference_steps=5'),
         (dict(num_grad_steps=6), 'num_grad_steps=6 must be between 1 and'),
-        (dict(denoise=False, align=False), 'the student has 6 channels and the teacher 8'),
+        (dict(denoise=False, align=False), 'the student has 6 channels and the teacher has 8'),
     ],
 )
-def test_options_that_do_not_go_together(options, message):
+def test_incompatible_options(options, message):
     with pytest.raises(ValueError, match=message):
         FeatureDiffusion(6, 8, **options)
 
 
-def test_classes_must_agree_where_classes_are_compared():
+def test_class_losses_need_equal_classes():
     for distance in ('KLDivergence', 'DISTLoss'):
         with pytest.raises(ValueError, match='class by class, but the student has 19 classes and the teacher 150; tap'):
             FeatureDiffusion(19, 150, loss_kd=dict(type=f'mmdiffkd.{distance}'))
 
 
-def test_one_channel_is_no_distribution():
+def test_class_losses_need_several_channels():
     with pytest.raises(ValueError, match='compares distributions over classes, but there is only one channel'):
         FeatureDiffusion(1, 1, loss_kd=dict(type='mmdiffkd.DISTLoss'))
 
 
-def test_pooled_features_meet_pooled_features():
-    """A vector is no pixel in the middle of a map."""
+def test_map_is_pooled_if_the_other_feature_is_a_vector():
+    """A vector is compared with the mean of a map, not with its center pixel."""
     level = FeatureDiffusion(6, 6, denoise=False, align=False)
     vector, feature = torch.randn(2, 6, 1, 1), torch.randn(2, 6, 5, 7)
     expected = nn.functional.mse_loss(vector, feature.mean(dim=(2, 3), keepdim=True))
@@ -286,9 +339,11 @@ def test_mask_is_resized_to_the_feature(denoise):
     level = FeatureDiffusion(4, 4, denoise=denoise, loss_kd=dict(type='mmdiffkd.KLDivergence')).eval()
     mask = torch.ones(2, 1, 32, 48, dtype=torch.bool)
     mask[:, :, :, 24:] = False
-    draws = NoiseInputs(torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6), torch.tensor([3, 900]))
-    output = level(student, teacher, draws, mask)
+    noise_inputs = NoiseInputs(torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6), torch.tensor([3, 900]))
+    output = level(student, teacher, noise_inputs, mask)
     expected = level.loss_kd(output.denoised[..., :3], output.teacher_latent[..., :3])
     torch.testing.assert_close(output.losses['loss_kd'], expected)
-    plain = FeatureDiffusion(4, 4, denoise=denoise).eval()  # distances of features take none
-    torch.testing.assert_close(plain(student, teacher, draws, mask).losses, plain(student, teacher, draws).losses)
+    plain = FeatureDiffusion(4, 4, denoise=denoise).eval()  # distances between features do not take a mask
+    torch.testing.assert_close(
+        plain(student, teacher, noise_inputs, mask).losses, plain(student, teacher, noise_inputs).losses
+    )

@@ -19,7 +19,7 @@ def test_timesteps(options, timesteps):
     assert DDIMScheduler(**options).timesteps == timesteps
 
 
-def test_steps_follow_the_textbook_formula():
+def test_steps_match_the_ddim_formula():
     scheduler = DDIMScheduler(num_inference_steps=3)
     alphas = scheduler.alphas_cumprod
     sample, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
@@ -32,8 +32,8 @@ def test_steps_follow_the_textbook_formula():
 
 
 @pytest.mark.parametrize('prediction_type', ['epsilon', 'sample', 'v_prediction'])
-def test_perfect_predictions_lead_back_to_the_clean_feature(prediction_type):
-    """What the denoiser is trained to predict is what the steps take, whatever it is."""
+def test_perfect_predictions_recover_the_clean_feature(prediction_type):
+    """``target()`` and ``step()`` use the same prediction type."""
     scheduler = DDIMScheduler(prediction_type=prediction_type)
     clean, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     sample = scheduler.add_noise(clean, noise, torch.tensor([400, 400]))
@@ -43,7 +43,7 @@ def test_perfect_predictions_lead_back_to_the_clean_feature(prediction_type):
     torch.testing.assert_close(sample, clean, rtol=1e-4, atol=1e-5)
 
 
-def test_is_float32_under_autocast_and_not_in_checkpoints():
+def test_float32_under_autocast_and_not_in_checkpoints():
     scheduler = DDIMScheduler()
     half = torch.randn(1, 4, 2, 2, dtype=torch.bfloat16)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -62,6 +62,6 @@ def test_is_float32_under_autocast_and_not_in_checkpoints():
         (dict(prediction_type='noise'), "prediction_type='noise' must be one of 'epsilon', 'sample', 'v_prediction'"),
     ],
 )
-def test_impossible_schedules(options, message):
+def test_invalid_settings(options, message):
     with pytest.raises(ValueError, match=message):
         DDIMScheduler(**options)

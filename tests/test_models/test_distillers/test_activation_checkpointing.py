@@ -1,4 +1,4 @@
-"""Taps inside and outside of checkpointed parts: the right gradient or a clear error, never a gradient of zero."""
+"""Taps inside and outside checkpointed modules have the correct gradient or raise an error."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests import tiny
 
 
 def reentrant_config(model):
-    """``activation_checkpointing`` of a config, as the Runner turns it on."""
+    """Checkpoint two layers as the Runner does if a config sets ``activation_checkpointing``."""
     turn_on_activation_checkpointing(model, ['backbone.layer3', 'backbone.layer4'])
 
 
@@ -25,14 +25,14 @@ def non_reentrant(model):
 
 
 def wrapped(model):
-    """As FSDP strategies do; it renames the modules."""
+    """Checkpoint two layers as FSDP strategies do. This renames the modules."""
     layers = (model.backbone.layer3, model.backbone.layer4)
     apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
     assert isinstance(model.backbone.layer3, CheckpointWrapper)
 
 
 def gradients(folder, tap, prepare=None, levels=None, **student):
-    """Gradients of the distillation alone."""
+    """Return the gradients of the distillation losses."""
     distill = dict(feat=dict(student=tap, teacher=tap, levels=levels))
     model = tiny.build(tiny.distiller_cfg(folder, student=tiny.detector(**student), distill=distill))
     if prepare is not None:
@@ -58,7 +58,7 @@ def gradients(folder, tap, prepare=None, levels=None, **student):
         ('backbone.layer3.0.conv2', wrapped, {}),
     ],
 )
-def test_same_gradient(tmp_path, tap, prepare, student):
+def test_gradient_matches_without_checkpointing(tmp_path, tap, prepare, student):
     plain = gradients(tmp_path, tap)
     checkpointed = gradients(tmp_path, tap, prepare, **student)
     assert set(plain) == set(checkpointed)
@@ -79,15 +79,15 @@ def test_lost_gradient_is_an_error(tmp_path, tap, prepare, student):
         gradients(tmp_path, tap, prepare, **student)
 
 
-def test_a_call_inside_the_checkpointed_part_is_left_out(tmp_path):
-    """The block's ReLU is called inside of it and behind it."""
+def test_calls_inside_checkpointed_modules_are_left_out(tmp_path):
+    """A ResNet block calls its ReLU inside its checkpointed part, which is left out, and once after this part."""
     student, tap = {'backbone.with_cp': True}, 'backbone.layer3.1.relu'
-    part = {name for name in gradients(tmp_path, tap, **student) if name.startswith('diffkd.')}
-    assert {name.split('.')[3] for name in part} == {'0'}  # one level
+    names = {name for name in gradients(tmp_path, tap, **student) if name.startswith('diffkd.')}
+    assert {name.split('.')[3] for name in names} == {'0'}  # only one level is distilled
     with pytest.raises(TapError, match="no gradient reaches the student through its tap 'backbone.layer3.1.relu'"):
         gradients(tmp_path, tap, levels=[0], **student)
 
 
-def test_a_frozen_level_asked_for_is_an_error(tmp_path):
-    with pytest.raises(TapError, match=r"tap 'backbone', level 0. Either it is frozen: choose levels=\[2\]"):
+def test_selecting_a_frozen_level_is_an_error(tmp_path):
+    with pytest.raises(TapError, match=r"tap 'backbone', level 0. Either the level is frozen: choose levels=\[2\]"):
         gradients(tmp_path, 'backbone', levels=[0, 2], **{'backbone.frozen_stages': 1})

@@ -26,7 +26,7 @@ def distiller(tmp_path):
     return tiny.build(tiny.distiller_cfg(tmp_path))
 
 
-class TestStudentStaysTheStudent:
+class TestStudent:
     def test_class_and_keys(self, distiller):
         plain = MODELS.build(tiny.detector())
         assert isinstance(distiller, RetinaNet) and isinstance(distiller, DiffKDDistiller)
@@ -37,13 +37,13 @@ class TestStudentStaysTheStudent:
         assert any(name.startswith('diffkd.fpn.levels.4.denoiser') for name in names)
         assert distiller.bbox_head.num_classes == 80
 
-    def test_starts_from_the_weights_it_has_alone(self, tmp_path):
+    def test_initial_weights_match_the_plain_student(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
-        distiller, alone = tiny.build(cfg), tiny.build(tiny.detector())
+        distiller, plain = tiny.build(cfg), tiny.build(tiny.detector())
         own = {name: value for name, value in distiller.state_dict().items() if not name.startswith('diffkd.')}
-        torch.testing.assert_close(own, dict(alone.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(own, dict(plain.state_dict()), rtol=0, atol=0)
 
-    def test_student_losses_are_its_own(self, distiller, tmp_path):
+    def test_losses_match_the_plain_student(self, distiller, tmp_path):
         plain = MODELS.build(tiny.detector()).train()
         plain.load_state_dict({k: v for k, v in distiller.state_dict().items() if not k.startswith('diffkd.')})
         data = tiny.batch(plain)
@@ -51,7 +51,7 @@ class TestStudentStaysTheStudent:
         for name, values in expected.items():
             torch.testing.assert_close(losses[name], values)
 
-    def test_prediction_is_the_students(self, distiller):
+    def test_predictions_match_the_plain_student(self, distiller):
         plain = MODELS.build(tiny.detector()).eval()
         plain.load_state_dict({k: v for k, v in distiller.state_dict().items() if not k.startswith('diffkd.')})
         data = tiny.batch(plain)
@@ -61,12 +61,12 @@ class TestStudentStaysTheStudent:
         for a, b in zip(expected, found):
             torch.testing.assert_close(a.pred_instances.bboxes, b.pred_instances.bboxes)
 
-    def test_built_as_a_class(self, tmp_path):
+    def test_direct_construction(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.pop('type')
         assert isinstance(DiffKDDistiller(**cfg), RetinaNet)
 
-    def test_runner_hands_over_the_preprocessor(self, tmp_path):
+    def test_preprocessor_of_the_runner_is_used(self, tmp_path):
         student = tiny.detector()
         preprocessor = student.pop('data_preprocessor')
         model = MODELS.build(tiny.distiller_cfg(tmp_path, student=student, data_preprocessor=preprocessor))
@@ -91,13 +91,13 @@ class TestStudentStaysTheStudent:
         assert extra and all(lr == 0.1 for lr, _ in extra.values())
 
 
-class TestTeacherIsAGuest:
-    def test_is_nowhere_registered(self, distiller):
+class TestTeacher:
+    def test_teacher_is_not_a_submodule(self, distiller):
         teacher = {id(p) for p in distiller.diffkd_teacher.model.parameters()}
         assert not teacher & {id(p) for p in distiller.parameters()}
         assert all(module is not distiller.diffkd_teacher.model for module in distiller.modules())
 
-    def test_stays_frozen_and_in_eval_mode(self, distiller):
+    def test_teacher_stays_frozen_and_in_eval_mode(self, distiller):
         before = copy.deepcopy(distiller.diffkd_teacher.model.state_dict())
         distiller.train()
         distiller.parse_losses(distiller.loss(*tiny.batch(distiller)))[0].backward()
@@ -106,14 +106,14 @@ class TestTeacherIsAGuest:
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())
         torch.testing.assert_close(model.state_dict(), before)
 
-    def test_copies_share_it(self, distiller):
+    def test_copies_share_the_teacher(self, distiller):
         other = copy.deepcopy(distiller)
         assert type(other) is type(distiller)
         assert other.diffkd_teacher is distiller.diffkd_teacher
         assert other.backbone.conv1.weight is not distiller.backbone.conv1.weight
         other.load_state_dict(distiller.state_dict())
 
-    def test_predicting_needs_neither_its_config_nor_its_weights(self, tmp_path):
+    def test_prediction_works_without_the_files_of_the_teacher(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.teacher = dict(config='gone.py', checkpoint='gone.pth')
         logger = MMLogger.get_instance('missing', log_file=str(tmp_path / 'log'))
@@ -125,7 +125,7 @@ class TestTeacherIsAGuest:
         with pytest.raises(FileNotFoundError, match=r"config file 'gone.py' does not exist"):
             model.init_weights()
 
-    def test_what_keeps_it_from_being_built_waits_for_training(self, tmp_path):
+    def test_build_error_of_the_teacher_is_deferred_to_training(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.teacher.config = dict(type='NoSuchDetector', neck=dict(type='FPN'), bbox_head=dict(), _scope_='mmdet')
         model = MODELS.build(cfg).eval()
@@ -133,7 +133,7 @@ class TestTeacherIsAGuest:
         with pytest.raises(KeyError, match='NoSuchDetector'):
             model.init_weights()
 
-    def test_other_errors_are_raised_at_once(self, tmp_path):
+    def test_errors_of_the_distiller_are_not_deferred(self, tmp_path):
         class Broken(DiffKDDistiller):
             def read_pairs(self, *args):
                 return {}['a mistake']
@@ -154,17 +154,17 @@ class TestLosses:
         model.parse_losses(model.loss(*tiny.batch(model)))[0].backward()
         missing = [name for name, p in model.named_parameters() if p.grad is None]
         assert not missing
-        still = [name for name, p in model.named_parameters() if name.startswith('diffkd.') and not p.grad.any()]
-        # a bias in front of a BatchNorm has the gradient zero, up to rounding
-        assert not [name for name in still if not name.endswith('.bias')]
+        zero = [name for name, p in model.named_parameters() if name.startswith('diffkd.') and not p.grad.any()]
+        # the gradient of a bias before a BatchNorm is zero up to rounding
+        assert not [name for name in zero if not name.endswith('.bias')]
 
-    def test_distillation_alone_trains_the_backbone(self, distiller):
+    def test_distillation_loss_trains_the_backbone(self, distiller):
         losses = distiller.loss(*tiny.batch(distiller))
         losses['diffkd.fpn.loss_kd'].backward()
         assert distiller.backbone.conv1.weight.grad.any()
         assert distiller.bbox_head.retina_cls.weight.grad is None
 
-    def test_names_and_sums(self, distiller):
+    def test_names_and_sums_of_losses(self, distiller):
         losses = distiller.loss(*tiny.batch(distiller))
         total, log_vars = distiller.parse_losses(losses)
         summed = [name for name in losses if 'loss' in name]
@@ -178,16 +178,16 @@ class TestLosses:
         assert all(0 < gamma < 1 for gamma in gammas)
 
     @pytest.mark.parametrize('tap', ['backbone.bn1', 'backbone.layer4.1.bn2', 'bbox_head.cls_convs.3.conv', 'neck'])
-    def test_no_distance_between_equal_models(self, tmp_path, tap):
-        """Wherever the tap lies: layers behind it that work in place change neither feature."""
+    def test_distance_of_equal_models_is_zero(self, tmp_path, tap):
+        """In-place layers after the tap do not change the recorded features."""
         pair = dict(student=tap, teacher=tap, neck=dict(denoise=False, align=False))
         model = tiny.build(tiny.distiller_cfg(tmp_path, teacher=tiny.detector(), distill=dict(same=pair)))
         model.eval().load_state_dict(model.diffkd_teacher.model.state_dict())
         torch.testing.assert_close(model.loss(*tiny.batch(model))['diffkd.same.loss_kd'], torch.tensor(0.0))
 
     @pytest.mark.parametrize('config', ['dino/dino-4scale_r50_8xb2-12e_coco.py', 'detr/detr_r50_8xb2-150e_coco.py'])
-    def test_models_that_change_their_config(self, tmp_path, config):
-        """Detection transformers do so while they are built, and they are built more than once."""
+    def test_models_that_modify_their_config(self, tmp_path, config):
+        """Building a detection transformer modifies its config, and models are built more than once."""
         detector = get_model_cfg(resolve_config(f'mmdet::{config}'))
         detector.backbone.init_cfg = None
         detector.num_queries = 20  # the images are small
@@ -196,7 +196,7 @@ class TestLosses:
         model.parse_losses(model.loss(*tiny.batch(model)))[0].backward()
         assert model.neck.convs[0].conv.weight.grad.any()
 
-    def test_levels_that_are_named(self, tmp_path):
+    def test_selected_levels(self, tmp_path):
         model = tiny.build(tiny.distiller_cfg(tmp_path, distill=dict(fpn=dict(levels=[1, 2]))))
         losses = model.loss(*tiny.batch(model))
         assert 'diffkd.fpn.gamma.2' in losses and 'diffkd.fpn.gamma.0' not in losses
@@ -212,8 +212,8 @@ class TestLosses:
         with pytest.raises(FloatingPointError, match=r'iteration 0: diffkd\.fpn\.loss_kd'):
             distiller.parse_losses(losses)
 
-    def test_different_levels_and_widths_meet(self, tmp_path):
-        """A two-stage teacher has strides 4 - 64, the student 8 - 128."""
+    def test_different_levels_and_widths(self, tmp_path):
+        """The two-stage teacher has strides 4 to 64, the student 8 to 128."""
         teacher = tiny.detector(tiny.FASTER_RCNN, **{'neck.out_channels': 24, 'rpn_head.in_channels': 24})
         teacher.roi_head.bbox_roi_extractor.out_channels = teacher.roi_head.bbox_head.in_channels = 24
         model = tiny.build(tiny.distiller_cfg(tmp_path, teacher=teacher))
@@ -223,7 +223,7 @@ class TestLosses:
         ]
 
 
-class TestRegressionOfRoIHeads:
+class TestRoIHeadRegression:
     PAIR = dict(
         student='roi_head.bbox_head.fc_reg',
         teacher='roi_head.bbox_head.fc_reg',
@@ -234,7 +234,7 @@ class TestRegressionOfRoIHeads:
         student = tiny.detector(tiny.FASTER_RCNN)
         cfg = tiny.distiller_cfg(tmp_path, student=student, teacher=student, distill=dict(reg=self.PAIR))
         model = tiny.build(cfg)
-        # a teacher with the student's weights and BatchNorm mode sees what the student sees: no distance is left
+        # with the same weights, BatchNorm mode and RoIs, the distance is zero
         model.eval().load_state_dict(model.diffkd_teacher.model.state_dict())
         losses = model.loss(*tiny.batch(model))
         torch.testing.assert_close(losses['diffkd.reg.loss_kd'], torch.tensor(0.0))
@@ -243,10 +243,10 @@ class TestRegressionOfRoIHeads:
 
     def test_one_stage_student_is_refused(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path, teacher=tiny.detector(tiny.FASTER_RCNN), distill=dict(reg=self.PAIR))
-        with pytest.raises(ValueError, match='the student RetinaNet has none; leave this pair out'):
+        with pytest.raises(ValueError, match='the student RetinaNet has no RoI head; leave this pair out'):
             MODELS.build(cfg)
 
-    def test_boxes_that_are_coded_otherwise_are_refused(self, tmp_path):
+    def test_different_box_coders_are_refused(self, tmp_path):
         teacher = tiny.detector(tiny.FASTER_RCNN)
         teacher.roi_head.bbox_head.bbox_coder.target_stds = [1.0] * 4
         cfg = tiny.distiller_cfg(tmp_path, tiny.detector(tiny.FASTER_RCNN), teacher, distill=dict(reg=self.PAIR))
@@ -260,7 +260,7 @@ class TestRegressionOfRoIHeads:
             (dict(student='rpn_head.rpn_reg', teacher='rpn_head.rpn_reg'), 'not run when RoI heads are compared'),
         ],
     )
-    def test_pairs_that_do_not_go_with_it(self, tmp_path, pair, message):
+    def test_incompatible_pairs(self, tmp_path, pair, message):
         detector = tiny.detector(tiny.FASTER_RCNN)
         cfg = tiny.distiller_cfg(tmp_path, detector, detector, distill=dict(reg=self.PAIR, other=pair))
         with pytest.raises(ValueError, match=message):
@@ -268,19 +268,19 @@ class TestRegressionOfRoIHeads:
 
 
 class TestCheckpoints:
-    def test_plain_checkpoint_starts_the_student_without_complaint(self, distiller, caplog):
+    def test_plain_checkpoint_initializes_the_student(self, distiller, caplog):
         plain = MODELS.build(tiny.detector())
         _load_checkpoint_to_model(distiller, dict(state_dict=plain.state_dict()), strict=True)
         torch.testing.assert_close(distiller.backbone.conv1.weight, plain.backbone.conv1.weight)
 
-    def test_checkpoint_loads_where_nothing_is_distilled(self, distiller, tmp_path):
+    def test_checkpoint_loads_without_a_teacher(self, distiller, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.teacher = None
-        alone = MODELS.build(cfg)
-        _load_checkpoint_to_model(alone, dict(state_dict=distiller.state_dict()), strict=True)
-        assert not any(key.startswith('diffkd.') for key in alone.state_dict())
+        plain = MODELS.build(cfg)
+        _load_checkpoint_to_model(plain, dict(state_dict=distiller.state_dict()), strict=True)
+        assert not any(key.startswith('diffkd.') for key in plain.state_dict())
 
-    def test_damaged_part_is_not_overlooked(self, distiller):
+    def test_partly_missing_diffusion_keys_are_an_error(self, distiller):
         state = distiller.state_dict()
         state.pop('diffkd.fpn.levels.0.proj.0.weight')
         with pytest.raises(RuntimeError, match=r'diffkd\.fpn\.levels\.0\.proj\.0\.weight'):
@@ -294,18 +294,18 @@ class TestCheckpoints:
             tiny.build(tiny.distiller_cfg(tmp_path, student=tiny.detector(**{'backbone.init_cfg': init_cfg})))
         assert not trace.exists()
 
-    def test_init_cfg_of_the_student_leaves_the_part_alone(self, tmp_path):
+    def test_init_cfg_of_the_student_does_not_affect_the_diffusion_module(self, tmp_path):
         init_cfg = dict(type='Constant', layer='Conv2d', val=0.5)
         model = tiny.build(tiny.distiller_cfg(tmp_path, student=tiny.detector(init_cfg=init_cfg)))
         assert model.diffkd['fpn'].levels[0].proj[0].weight.unique().numel() > 1
 
 
-class TestInherit:
+class TestInitFromTeacher:
     def test_modules_start_from_the_teacher(self, tmp_path):
         model = tiny.build(tiny.distiller_cfg(tmp_path, init_from_teacher=['bbox_head']))
         torch.testing.assert_close(model.bbox_head.state_dict(), model.diffkd_teacher.model.bbox_head.state_dict())
 
-    def test_what_does_not_fit_is_named(self, tmp_path):
+    def test_modules_that_differ_are_an_error(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path, init_from_teacher=['neck'])
         with pytest.raises(ValueError, match=r"from_teacher=\['neck'\] needs the same module.*neck\.lateral_convs"):
             tiny.build(cfg)
@@ -315,7 +315,7 @@ class TestInherit:
             MODELS.build(tiny.distiller_cfg(tmp_path, init_from_teacher=['bbox_haed']))
 
 
-class TestBadInput:
+class TestInvalidConfig:
     @pytest.mark.parametrize(
         'options, message',
         [
@@ -334,7 +334,7 @@ class TestBadInput:
             (dict(distill=dict(fpn='neck')), "distill.fpn='neck' must be a dict"),
         ],
     )
-    def test_options(self, tmp_path, options, message):
+    def test_invalid_options(self, tmp_path, options, message):
         with pytest.raises(ValueError, match=message):
             MODELS.build(tiny.distiller_cfg(tmp_path, **options))
 
@@ -346,38 +346,38 @@ class TestBadInput:
             (tiny.RETINANET, r'must be dict\(config=..., checkpoint=...\)'),
         ],
     )
-    def test_teacher_keys(self, tmp_path, teacher, message):
+    def test_invalid_teacher(self, tmp_path, teacher, message):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.teacher = teacher
         with pytest.raises(ValueError, match=message):
             MODELS.build(cfg)
 
-    def test_channels_that_must_agree(self, tmp_path):
+    def test_different_channels_need_align(self, tmp_path):
         teacher = tiny.detector(base_channels=16)
         teacher.neck.out_channels = teacher.bbox_head.in_channels = 24
         cfg = tiny.distiller_cfg(
             tmp_path, teacher=teacher, distill=dict(fpn=dict(neck=dict(denoise=False, align=False)))
         )
-        with pytest.raises(ValueError, match='the student has 16 channels and the teacher 24; set align=True'):
+        with pytest.raises(ValueError, match='the student has 16 channels and the teacher has 24; set align=True'):
             MODELS.build(cfg)
 
-    def test_teacher_that_is_a_distiller(self, tmp_path):
+    def test_teacher_must_not_be_a_distiller(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         with pytest.raises(ValueError, match=r'is a distillation config\. Use the config of the plain'):
             MODELS.build(tiny.distiller_cfg(tmp_path) | dict(teacher=dict(config=cfg, checkpoint='x.pth')))
 
-    def test_student_that_is_a_distiller(self, tmp_path):
+    def test_student_must_not_be_a_distiller(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         with pytest.raises(ValueError, match='use its student'):
             MODELS.build(cfg | dict(student=cfg))
 
-    def test_missing_checkpoint_before_the_first_iteration(self, tmp_path):
+    def test_missing_checkpoint_is_reported_before_the_first_iteration(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path)
         cfg.teacher.checkpoint = str(tmp_path / 'absent.pth')
         with pytest.raises(FileNotFoundError, match=r"absent.pth' does not exist"):
             tiny.build(cfg)
 
-    def test_module_that_no_forward_pass_calls(self, tmp_path):
+    def test_tap_that_is_never_called(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path, distill=dict(fpn=dict(student='bbox_head.cls_convs')))
         with pytest.raises(ValueError, match="module 'bbox_head.cls_convs', but a forward pass does not call it"):
             MODELS.build(cfg)

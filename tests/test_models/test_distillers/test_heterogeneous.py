@@ -1,4 +1,4 @@
-"""Student and teacher of other packages, designs, widths, levels and strides."""
+"""Students and teachers that differ in package, architecture, width, levels and strides."""
 
 import pytest
 import torch
@@ -10,29 +10,29 @@ from tests.test_upstream.models import resnet_classifier, shrunk, vit_classifier
 
 
 def imagenet_convnext():
-    """A classifier; its backbone pools, its stages do not."""
+    """A classifier whose backbone returns a pooled vector, although its stages return feature maps."""
     return models.convnext_classifier()
 
 
 def train(tmp_path, student, teacher, num_classes=80, size=160, **options):
-    """A step; returns the model and which of the student's and the teacher's levels were compared."""
+    """Run a training step; return the model and the matched (student, teacher) levels of every pair."""
     model = tiny.build(tiny.distiller_cfg(tmp_path, student, teacher, **options))
     total, _ = model.parse_losses(model.loss(*tiny.batch(model, size=size, num_classes=num_classes)))
     total.backward()
-    part = [p.grad for name, p in model.named_parameters() if name.startswith('diffkd.')]
-    assert part and all(gradient is not None for gradient in part)
+    gradients = [p.grad for name, p in model.named_parameters() if name.startswith('diffkd.')]
+    assert gradients and all(gradient is not None for gradient in gradients)
     return model, {name: matches for name, (matches,) in model.matched_levels.items()}
 
 
 @pytest.mark.parametrize(
     'teacher, tap, level',
     [
-        (vit_classifier, 'backbone.layers.3', 2),  # tokens of stride 16 behind a class token
+        (vit_classifier, 'backbone.layers.3', 2),  # returns a class token, followed by tokens of stride 16
         (imagenet_convnext, 'backbone.stages.3', 3),
         (resnet_classifier, 'backbone.layer3', 2),
     ],
 )
-def test_classifier_teaches_a_detectors_backbone(tmp_path, teacher, tap, level):
+def test_classifier_to_detector_backbone(tmp_path, teacher, tap, level):
     distill = dict(feat=dict(student='backbone', teacher=tap))
     init_default_scope('mmdet')
     model, matches = train(tmp_path, tiny.detector(), teacher(), distill=distill)
@@ -41,7 +41,7 @@ def test_classifier_teaches_a_detectors_backbone(tmp_path, teacher, tap, level):
     assert model.diffkd_teacher.model_cfg['_scope_'] == 'mmpretrain'
 
 
-def test_classifier_teaches_a_segmentors_backbone(tmp_path):
+def test_classifier_to_segmentor_backbone(tmp_path):
     init_default_scope('mmseg')
     student = models.convnext_segmentor()
     cfg = tiny.distiller_cfg(
@@ -53,13 +53,13 @@ def test_classifier_teaches_a_segmentors_backbone(tmp_path):
     assert [tuple(feature.shape) for feature in features] == [(2, 24, 4, 6)]
 
 
-def test_two_stage_teacher_of_a_one_stage_student(tmp_path):
-    """Strides 4 - 64 teach strides 8 - 128: what both have."""
+def test_two_stage_teacher_and_one_stage_student(tmp_path):
+    """The teacher has strides 4 to 64, the student 8 to 128. Only the common strides are compared."""
     _, matches = train(tmp_path, tiny.detector(), tiny.detector(tiny.FASTER_RCNN, base_channels=16))
     assert matches == dict(fpn=[(0, 1), (1, 2), (2, 3), (3, 4)])
 
 
-def test_other_classes_width_and_levels(tmp_path):
+def test_different_classes_width_and_levels(tmp_path):
     teacher = tiny.detector(**{'bbox_head.num_classes': 20, 'neck.out_channels': 24, 'neck.num_outs': 3})
     teacher.bbox_head.in_channels = 24
     teacher.bbox_head.anchor_generator.strides = [8, 16, 32]
@@ -68,8 +68,8 @@ def test_other_classes_width_and_levels(tmp_path):
     assert [level.align.weight.shape[:2] for level in model.diffkd['fpn'].levels] == [(24, 16)] * 3
 
 
-def test_other_strides_of_logits(tmp_path):
-    """A dilated teacher's logits have four times the pixels; the student's are resized."""
+def test_logits_of_different_strides(tmp_path):
+    """The logits of a dilated teacher are four times as high and as wide; those of the student are resized."""
     init_default_scope('mmseg')
     fcn = dict(
         pretrained=None,
@@ -95,15 +95,15 @@ def test_other_strides_of_logits(tmp_path):
     assert outputs[0].denoised.shape == outputs[0].teacher_latent.shape == (2, 19, 8, 16)
 
 
-def test_classifier_tapped_at_a_detectors_neck(tmp_path):
-    """Its neck pools; the message says so."""
+def test_pooled_teacher_tap_is_refused(tmp_path):
+    """The neck of the classifier returns vectors; the message suggests its backbone."""
     init_default_scope('mmdet')
     cfg = tiny.distiller_cfg(tmp_path, tiny.detector(), resnet_classifier(), distill=dict(fpn=dict(tiny.FPN)))
-    with pytest.raises(ValueError, match=r"maps of stride 8, .*the teacher's vectors.*teacher='backbone'"):
+    with pytest.raises(ValueError, match=r"maps of stride 8, .*the teacher's tap returns vectors.*teacher='backbone'"):
         tiny.build(cfg)
 
 
-def test_other_classes_of_tapped_logits(tmp_path):
+def test_logits_of_different_classes_are_refused(tmp_path):
     init_default_scope('mmseg')
     student, teacher = models.convnext_segmentor(), models.convnext_segmentor()
     teacher.decode_head.num_classes = teacher.auxiliary_head.num_classes = 19
@@ -113,10 +113,10 @@ def test_other_classes_of_tapped_logits(tmp_path):
         tiny.build(tiny.distiller_cfg(tmp_path, student, teacher, distill=distill))
 
 
-def test_tokens_that_form_no_grid(tmp_path):
-    """Deformable DETR's encoder returns the tokens of all levels in one row."""
+def test_tokens_without_a_grid_are_refused(tmp_path):
+    """Deformable DETR's encoder returns the tokens of all levels in one sequence."""
     init_default_scope('mmdet')
     cfg = shrunk('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py', backbone__init_cfg=None)
     distill = dict(memory=dict(student='encoder', teacher='encoder'))
-    with pytest.raises(ValueError, match="'encoder' returns .* tokens, which form no grid"):
+    with pytest.raises(ValueError, match="'encoder' returns .* tokens, which do not form a grid"):
         tiny.build(tiny.distiller_cfg(tmp_path, cfg, cfg, distill=distill))

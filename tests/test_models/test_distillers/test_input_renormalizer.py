@@ -13,25 +13,25 @@ NONE = dict(pad_size_divisor=32)
 
 @pytest.mark.parametrize('student', [PYTORCH, CAFFE, NONE])
 @pytest.mark.parametrize('teacher', [PYTORCH, CAFFE, BGR, NONE])
-def test_teacher_sees_what_its_own_preprocessor_makes(student, teacher):
-    """Images of unequal size, so that some of the batch is padding."""
+def test_matches_the_preprocessor_of_the_teacher(student, teacher):
+    """The images differ in size, so the batch contains padding."""
 
     def batch(cfg):
         data = demo_mm_inputs(2, [[3, 48, 64], [3, 60, 40]])
         return DetDataPreprocessor(**cfg)(data, training=True)
 
-    own, seen = batch(teacher), batch(student)
-    images = InputRenormalizer(student, teacher)(seen['inputs'], seen['data_samples'])
-    torch.testing.assert_close(images, own['inputs'], rtol=1e-4, atol=1e-3)
+    expected, student_batch = batch(teacher)['inputs'], batch(student)
+    images = InputRenormalizer(student, teacher)(student_batch['inputs'], student_batch['data_samples'])
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_equal_normalisation_costs_nothing():
+def test_equal_normalization_returns_the_same_tensor():
     images = torch.randn(1, 3, 4, 4)
     mmpretrain_style = dict(mean=PYTORCH['mean'], std=PYTORCH['std'], to_rgb=True)
     assert InputRenormalizer(PYTORCH, mmpretrain_style)(images, None) is images
 
 
-def test_students_images_are_not_touched():
+def test_input_images_are_not_modified():
     images = torch.randn(1, 3, 4, 4)
     before = images.clone()
     InputRenormalizer(PYTORCH, CAFFE)(images, None)

@@ -9,7 +9,7 @@ def tap(*strides, requires_grad=None):
 
 ONE_STAGE, TWO_STAGE = tap(8.0, 16.0, 32.0, 64.0, 128.0), tap(4.0, 8.0, 16.0, 32.0, 64.0)
 DILATED = tap(4.0, 8.0, 8.0, 8.0)
-WITH_ABSENT = FeatureInfo([0, 16], [None, 32.0], 1)
+WITH_NONE = FeatureInfo([0, 16], [None, 32.0], 1)
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,17 @@ WITH_ABSENT = FeatureInfo([0, 16], [None, 32.0], 1)
         (tap(None, None), tap(None, None), None, [(0, 0), (1, 1)]),
         (DILATED, DILATED, None, [(0, 0), (1, 1), (2, 2), (3, 3)]),
         (tap(4.0, 8.0, 16.0, 32.0), DILATED, None, [(0, 0), (1, 1)]),
-        (DILATED, tap(4.0, 8.0, 16.0, 32.0), None, [(0, 0), (1, 1)]),  # deep levels are not taught by a shallow one
+        (DILATED, tap(4.0, 8.0, 16.0, 32.0), None, [(0, 0), (1, 1)]),  # no teacher level is used twice
         (DILATED, tap(4.0, 8.0, 16.0, 32.0), [3], [(3, 1)]),
         (tap(32.0), tap(None), None, [(0, 0)]),
-        (WITH_ABSENT, WITH_ABSENT, None, [(1, 1)]),  # Inception's auxiliary output is None when it predicts
+        (WITH_NONE, WITH_NONE, None, [(1, 1)]),  # Inception's auxiliary output is None in prediction
         (tap(4.0, 8.0, requires_grad=[False, True]), tap(4.0, 8.0), None, [(1, 1)]),
-        (tap(4.0, 8.0, requires_grad=[False, True]), tap(4.0, 8.0), [0], [(0, 0)]),  # the first step finds it out
+        (
+            tap(4.0, 8.0, requires_grad=[False, True]),
+            tap(4.0, 8.0),
+            [0],
+            [(0, 0)],
+        ),  # error in the first iteration
     ],
 )
 def test_matches(student, teacher, levels, expected):
@@ -46,17 +51,22 @@ def test_matches(student, teacher, levels, expected):
         (tap(8.0, 16.0), tap(32.0, 64.0), [0], r"student's level 0 has stride 8.*strides are 32, 64"),
         (ONE_STAGE, ONE_STAGE, [7], r'names level 7.*levels 0, 1, 2, 3, 4 with strides 8, 16, 32, 64, 128'),
         (tap(None), tap(None, None), None, r'return 1 \(student\) and 2 \(teacher\) vectors'),
-        (TWO_STAGE, tap(None), None, r"returns maps of stride 4, .*the teacher's vectors.*teacher='backbone'"),
+        (
+            TWO_STAGE,
+            tap(None),
+            None,
+            r"returns maps of stride 4, .*the teacher's tap returns vectors.*teacher='backbone'",
+        ),
         (
             tap(4.0, requires_grad=[False]),
             tap(4.0),
             None,
-            r'no gradient reaches the student through its tap; it is frozen',
+            r'no gradient reaches the student through its tap. Either the tap is frozen',
         ),
         (ONE_STAGE, ONE_STAGE, [], r'distill\.fpn\.levels is empty'),
         (tap(None), TWO_STAGE, None, r"student's tap returns vectors"),
     ],
 )
-def test_what_cannot_be_matched(student, teacher, levels, message):
+def test_mismatches_are_errors(student, teacher, levels, message):
     with pytest.raises(ValueError, match=message):
         match_levels('fpn', student, teacher, levels)

@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdiffkd.models.distillers import optimize_inference as optimize_inference
+from mmdiffkd.models.distillers import optimize_inference
 from mmdiffkd.models.distillers.feature_info import infer_feature_info
 from mmdiffkd.models.distillers.teacher import Teacher
 from tests import tiny
@@ -17,14 +17,14 @@ from tests import tiny
 
 @MODELS.register_module()
 class OddBackbone(BaseModule):
-    """What folding or another memory format does not go with."""
+    """A backbone that cannot be fused or copied, or that needs contiguous memory, depending on ``kind``."""
 
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
         self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.second = nn.Conv2d(8, 6 if kind == 'width' else 8, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(8)  # of the first
+        self.norm = nn.BatchNorm2d(8)  # follows self.first, not self.second
         if kind == 'lock':
             self.lock = threading.Lock()
 
@@ -46,7 +46,7 @@ def odd_teacher(kind, tmp_path):
 
 
 def scramble(model):
-    """Statistics that a wrong fold would show."""
+    """Randomize BatchNorms so that an incorrect fusion changes the features."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
@@ -65,12 +65,12 @@ def detector_teacher(tmp_path, **options):
 
 
 @pytest.mark.parametrize('channels_last', [False, True])
-def test_features_stay_and_batch_norms_go(tmp_path, channels_last):
+def test_fusion_removes_batch_norms_and_preserves_features(tmp_path, channels_last):
     teacher, model = detector_teacher(tmp_path, channels_last=channels_last)
     inputs, samples = tiny.batch(model)
     with torch.no_grad():
         expected = model.extract_feat(inputs)
-    for _ in range(2):  # the first batch and one after it
+    for _ in range(2):  # the first batch optimizes the teacher
         features = teacher.features(inputs, samples)
         torch.testing.assert_close(features['neck'], list(expected), rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in teacher._optimized.modules())
@@ -84,31 +84,31 @@ def test_features_stay_and_batch_norms_go(tmp_path, channels_last):
 @pytest.mark.parametrize(
     'kind, reason',
     [
-        ('order', "it would change the features of 'backbone'"),
-        ('view', 'it fails'),
-        ('width', 'it fails (shape'),
-        ('lock', "it fails (cannot pickle '_thread.lock'"),
+        ('order', "the optimized model computes different features at 'backbone'"),
+        ('view', 'the optimized model fails'),
+        ('width', 'the optimized model fails (shape'),
+        ('lock', "the optimized model fails (cannot pickle '_thread.lock'"),
     ],
 )
-def test_teacher_that_cannot_be_quickened_runs_as_it_is(tmp_path, monkeypatch, kind, reason):
-    said = []
-    monkeypatch.setattr('mmdiffkd.models.distillers.teacher.print_log', lambda text, **_: said.append(text))
+def test_teacher_that_cannot_be_optimized_runs_unchanged(tmp_path, monkeypatch, kind, reason):
+    messages = []
+    monkeypatch.setattr('mmdiffkd.models.distillers.teacher.print_log', lambda text, **_: messages.append(text))
     teacher, model = odd_teacher(kind, tmp_path)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         (expected,) = model.backbone(images)
     for _ in range(2):
         torch.testing.assert_close(teacher.features(images)['backbone'], [expected])
-    assert len(said) == 1 and reason in said[0]
+    assert len(messages) == 1 and reason in messages[0]
 
 
-def test_what_was_folded_away_is_let_go(tmp_path):
+def test_original_model_is_released(tmp_path):
     teacher, model = detector_teacher(tmp_path)
     first = weakref.ref(teacher.model)
     teacher.features(*tiny.batch(model))
     gc.collect()
     assert first() is None
-    torch.testing.assert_close(teacher.model.state_dict(), model.state_dict(), rtol=0, atol=0)  # built again if needed
+    torch.testing.assert_close(teacher.model.state_dict(), model.state_dict(), rtol=0, atol=0)  # built again on access
 
 
 def test_half_precision_images(tmp_path):
@@ -118,8 +118,8 @@ def test_half_precision_images(tmp_path):
     assert all(feature.dtype == torch.float32 and feature.isfinite().all() for feature in features['neck'])
 
 
-def test_first_batch_draws_nothing(tmp_path):
-    """A run that is resumed has a first batch, too."""
+def test_optimization_draws_no_random_numbers(tmp_path):
+    """A resumed run optimizes the teacher again, but must draw the same random numbers."""
     teacher, model = detector_teacher(tmp_path)
     batch = tiny.batch(model)
     teacher.model.backbone.register_forward_hook(lambda *_: torch.rand(1) and None)
@@ -132,16 +132,18 @@ def test_first_batch_draws_nothing(tmp_path):
     torch.testing.assert_close(torch.rand(3), after_first)
 
 
-def test_differing_features_are_found():
-    one = {'neck': [torch.ones(1, 2, 4, 4), None], 'backbone': [torch.zeros(0, 3)]}
-    assert optimize_inference.find_mismatch(one, {key: list(value) for key, value in one.items()}) is None
-    assert optimize_inference.find_mismatch(one, dict(one, neck=[torch.full((1, 2, 4, 4), 1.02), None])) == 'neck'
-    assert optimize_inference.find_mismatch(one, dict(one, neck=[torch.full((1, 2, 4, 4), 1.001), None])) is None
-    assert optimize_inference.find_mismatch(one, dict(one, neck=[torch.full((1, 2, 4, 4), torch.nan), None])) == 'neck'
-    assert optimize_inference.find_mismatch(one, dict(one, neck=[torch.ones(1, 2, 4, 4)])) == 'neck'
+def test_find_mismatch():
+    taps = {'neck': [torch.ones(1, 2, 4, 4), None], 'backbone': [torch.zeros(0, 3)]}
+    assert optimize_inference.find_mismatch(taps, {key: list(value) for key, value in taps.items()}) is None
+    assert optimize_inference.find_mismatch(taps, dict(taps, neck=[torch.full((1, 2, 4, 4), 1.02), None])) == 'neck'
+    assert optimize_inference.find_mismatch(taps, dict(taps, neck=[torch.full((1, 2, 4, 4), 1.001), None])) is None
+    assert (
+        optimize_inference.find_mismatch(taps, dict(taps, neck=[torch.full((1, 2, 4, 4), torch.nan), None])) == 'neck'
+    )
+    assert optimize_inference.find_mismatch(taps, dict(taps, neck=[torch.ones(1, 2, 4, 4)])) == 'neck'
 
 
-def test_parts_between_taps_are_compiled():
+def test_modules_between_taps_are_compiled():
     model = nn.ModuleDict(
         dict(
             backbone=nn.ModuleDict(dict(stem=ConvModule(3, 4, 1), layers=nn.ModuleList([nn.Conv2d(4, 4, 1)]))),

@@ -1,4 +1,4 @@
-"""Mixed precision, accumulated and clipped gradients."""
+"""Distill with mixed precision, gradient accumulation and gradient clipping."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests import tiny
 
 
 class CPUAmpOptimWrapper(OptimWrapper):
-    """What ``AmpOptimWrapper``, which refuses the CPU, does around the forward pass."""
+    """Runs the forward pass under autocast on the CPU, which ``AmpOptimWrapper`` does not support."""
 
     def optim_context(self, model):
         return autocast(device_type='cpu', dtype=torch.bfloat16)
@@ -39,29 +39,29 @@ def runner(tmp_path, shapes):
     OPTIM_WRAPPERS.module_dict.pop('CPUAmpOptimWrapper')
 
 
-def trained(run):
-    """The logs of every iteration, and a weight of student and diffusion module before each and after all."""
+def train(run):
+    """Return the losses of every iteration, and a weight of each module before every iteration and at the end."""
     logs, weights = [], []
-    student, part = run.model.bbox_head.retina_cls.weight, run.model.diffkd['fpn'].levels[0].align.weight
-    run.model.backbone.register_forward_pre_hook(lambda *_: weights.append((student.clone(), part.clone())))
+    student, diffusion = run.model.bbox_head.retina_cls.weight, run.model.diffkd['fpn'].levels[0].align.weight
+    run.model.backbone.register_forward_pre_hook(lambda *_: weights.append((student.clone(), diffusion.clone())))
     parse = run.model.parse_losses
     run.model.parse_losses = lambda losses: (logs.append(losses), parse(losses))[1]
     run.train()
-    return logs, [*weights, (student.clone(), part.clone())]
+    return logs, [*weights, (student.clone(), diffusion.clone())]
 
 
-def test_bfloat16_run_is_near_the_float32_run(runner):
-    logs, _ = trained(runner())
+def test_bfloat16_losses_are_close_to_float32(runner):
+    logs, _ = train(runner())
     torch.manual_seed(0)
-    amp_logs, _ = trained(runner(type='CPUAmpOptimWrapper'))
+    amp_logs, _ = train(runner(type='CPUAmpOptimWrapper'))
     for log in amp_logs:
         assert {value.dtype for name, value in log.items() if name.startswith('diffkd.')} == {torch.float32}
     for name in ('diffkd.fpn.loss_kd', 'diffkd.fpn.loss_diffusion'):
         torch.testing.assert_close(amp_logs[0][name], logs[0][name], rtol=0.1, atol=0.02)
 
 
-def test_loss_scaling_reaches_every_parameter(tmp_path):
-    """As ``AmpOptimWrapper(loss_scale=512.)`` does it; in bfloat16, where small gradients do not vanish without."""
+def test_gradients_scale_with_the_loss(tmp_path):
+    """As with ``AmpOptimWrapper(loss_scale=512.)``, but in bfloat16, where small gradients do not underflow."""
     model = tiny.build(tiny.distiller_cfg(tmp_path))
     inputs = tiny.batch(model)
     gradients = []
@@ -83,37 +83,37 @@ def test_teacher_in_half_precision(tmp_path, dtype):
     full = tiny.build(cfg)
     half = tiny.build(tiny.ConfigDict(cfg, teacher=dict(cfg.teacher, dtype=dtype)))
     inputs, samples = tiny.batch(full)
-    ours, theirs = (model.diffkd_teacher.features(inputs, samples)['neck'] for model in (full, half))
-    for one, two in zip(ours, theirs):
-        assert two.dtype == torch.float32
-        assert not torch.equal(one, two)
-        torch.testing.assert_close(two, one, rtol=0.05, atol=0.05 * one.abs().max().item())
+    full_features, half_features = (model.diffkd_teacher.features(inputs, samples)['neck'] for model in (full, half))
+    for expected, actual in zip(full_features, half_features):
+        assert actual.dtype == torch.float32
+        assert not torch.equal(actual, expected)
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
     assert all(parameter.dtype == torch.float32 for parameter in half.diffkd_teacher.model.parameters())
     assert half.diffkd_teacher.fingerprint == full.diffkd_teacher.fingerprint
 
 
-def test_unknown_precision_of_the_teacher():
+def test_unknown_teacher_dtype():
     with pytest.raises(ValueError, match="teacher.dtype='bf16' must be one of 'bfloat16', 'float16'"):
         Teacher(tiny.RETINANET, dtype='bf16')
 
 
-def test_accumulated_gradients(runner):
-    _, weights = trained(runner(accumulative_counts=2))
+def test_gradient_accumulation(runner):
+    _, weights = train(runner(accumulative_counts=2))
     for index, moves in enumerate([False, True, False, True]):
         for before, after in zip(weights[index], weights[index + 1]):
             assert torch.equal(before, after) is not moves
 
 
-def test_clipping_covers_the_diffusion_module(runner):
+def test_gradient_clipping_includes_the_diffusion_module(runner):
     run = runner(clip_grad=dict(max_norm=1e-3))
     norms = []
-    run_step = run.model.parameters
+    parameters = run.model.parameters
 
-    def note(*_):
-        gradients = [p.grad for p in run_step() if p.grad is not None]
+    def record_norm(*_):
+        gradients = [p.grad for p in parameters() if p.grad is not None]
         norms.append(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients])).item())
 
     run.optim_wrapper = run.build_optim_wrapper(run.optim_wrapper)
-    run.optim_wrapper.optimizer.register_step_pre_hook(note)
+    run.optim_wrapper.optimizer.register_step_pre_hook(record_norm)
     run.train()
     assert norms == pytest.approx([1e-3] * 4, rel=1e-3)

@@ -7,7 +7,7 @@ from mmdiffkd.models.distillers.recorders import ModuleOutputsRecorder, Tokens, 
 
 
 class Toy(nn.Module):
-    """A stem, and a head that is called once for every level."""
+    """Model with a stem, and a head that is called once per level."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +21,7 @@ class Toy(nn.Module):
         return [self.after(level) for level in levels]
 
 
-def test_one_feature_a_call():
+def test_one_feature_per_call():
     model, images = Toy(), torch.randn(2, 3, 8, 8)
     with ModuleOutputsRecorder(model, ['stem', 'head'], 'student') as taps:
         model(images)
@@ -32,20 +32,20 @@ def test_one_feature_a_call():
 
 def test_stops_after_the_last_tap():
     model = Toy()
-    model.after.forward = None  # a call would fail
+    model.after.forward = None  # calling this module would fail
     with ModuleOutputsRecorder(model, ['stem', 'head'], 'teacher', stop_after=dict(stem=1, head=2)) as taps:
         model(torch.randn(2, 3, 8, 8))
     assert len(taps.outputs['head']) == 2
 
 
-def test_hooks_are_gone_after_an_error():
+def test_hooks_are_removed_after_an_error():
     model = Toy()
     with pytest.raises(RuntimeError), ModuleOutputsRecorder(model, ['stem'], 'student'):
         model(torch.randn(2, 5, 8, 8))
     assert not model.stem._forward_hooks
 
 
-def test_unknown_path_lists_the_nearest():
+def test_unknown_path_suggests_the_nearest():
     with pytest.raises(ValueError, match="teacher Toy has no module 'haed' to tap; the nearest are 'head'"):
         find_module(Toy(), 'haed', 'teacher')
 
@@ -58,23 +58,27 @@ def test_unknown_path_lists_the_nearest():
         ((2, 196, 4), (224, 224), (2, 4, 14, 14)),
         ((2, 197, 4), (224, 224), (2, 4, 14, 14)),
         ((2, 50, 4), (40, 80), (2, 4, 5, 10)),
-        ((2, 201, 4), (224, 224), (2, 4, 14, 14)),  # four registers
+        ((2, 201, 4), (224, 224), (2, 4, 14, 14)),  # a class token and four register tokens
     ],
 )
-def test_shapes_become_maps(shape, image, expected):
+def test_as_map(shape, image, expected):
     assert as_map(torch.randn(shape), image, 'x').shape == expected
 
 
-def test_class_token_is_left_out():
+def test_class_token_is_dropped():
     tokens = torch.arange(5.0).view(1, 5, 1)
     assert as_map(tokens, (8, 8), 'x').flatten().tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
     'shape, message',
-    [((2, 7, 4), '7 tokens, which form no grid'), ((2, 9, 4), '9 tokens, which form no grid'), ((2,), r'shape \(2,\)')],
+    [
+        ((2, 7, 4), '7 tokens, which do not form a grid'),
+        ((2, 9, 4), '9 tokens, which do not form a grid'),
+        ((2,), r'shape \(2,\)'),
+    ],
 )
-def test_other_shapes_are_refused(shape, message):
+def test_unsupported_shapes_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         as_map(torch.randn(shape), (8, 8), 'x')
 
@@ -82,17 +86,19 @@ def test_other_shapes_are_refused(shape, message):
 def test_tokens_of_a_known_stride():
     patches = Tokens(stride=16, extra=0)
     assert as_map(torch.randn(2, 98, 4), (112, 224), 'x', patches).shape == (2, 4, 7, 14)
-    # patches that are cut off, and padded ones
+    # incomplete patches are dropped or padded
     assert as_map(torch.randn(2, 33 * 33 + 1, 4), (536, 536), 'x', Tokens(16, 1)).shape == (2, 4, 33, 33)
     assert as_map(torch.randn(2, 20, 4), (128, 144), 'x', Tokens(32, 0)).shape == (2, 4, 4, 5)
-    with pytest.raises(ValueError, match=r'returns 49 tokens on images of 224x224, which is not its grid of stride 16'):
+    with pytest.raises(
+        ValueError, match=r'returns 49 tokens on images of 224x224, which do not form the grid of stride 16'
+    ):
         as_map(torch.randn(2, 49, 4), (224, 224), 'x', patches)
-    with pytest.raises(ValueError, match='returns 197 tokens'):  # one too many
+    with pytest.raises(ValueError, match='returns 197 tokens'):  # one token too many
         as_map(torch.randn(2, 197, 4), (224, 224), 'x', patches)
 
 
-def test_absent_outputs_keep_their_place():
-    """Inception's auxiliary classifier is None in prediction."""
+def test_none_outputs_keep_their_position():
+    """Inception's auxiliary output is None in prediction."""
     recorder = ModuleOutputsRecorder(Toy(), ['head'], 'student')
     recorder.outputs['head'] = [[None, torch.randn(2, 4, 3, 3)]]
     assert [feature is None for feature in recorder.features('head', (12, 12))] == [True, False]
@@ -101,7 +107,7 @@ def test_absent_outputs_keep_their_place():
         flatten(None, 'x')
 
 
-def test_output_that_is_no_tensor():
+def test_output_that_is_not_a_tensor():
     class Strange(nn.Module):
         def forward(self, x):
             return dict(x=x)
@@ -111,7 +117,7 @@ def test_output_that_is_no_tensor():
         model(torch.randn(1))
 
 
-def test_later_work_in_place_does_not_reach_the_feature():
+def test_in_place_layers_do_not_change_the_feature():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True)).eval()
     images = torch.randn(1, 3, 4, 4)
     with ModuleOutputsRecorder(model, ['0'], 'student') as taps:

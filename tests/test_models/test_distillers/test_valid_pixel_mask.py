@@ -1,4 +1,4 @@
-"""Pixels that the student's head ignores."""
+"""Pixels with the ignored label are excluded from distillation."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def samples(labels):
     return [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
 
 
-def test_which_label_is_ignored(segmentor):
+def test_ignore_index_and_mask(segmentor):
     assert find_ignore_index(segmentor, 'decode_head.conv_seg') == 255
     assert find_ignore_index(segmentor, 'backbone') is None
     labels = torch.tensor([[[0, 255], [3, 255]]])
@@ -34,28 +34,28 @@ def test_which_label_is_ignored(segmentor):
     assert valid_pixel_mask(samples(labels), None) is None and valid_pixel_mask(None, 255) is None
 
 
-def distilled(model, inputs, labels):
+def compute_losses(model, inputs, labels):
     torch.manual_seed(0)
     return model.loss(inputs, samples(labels))
 
 
-def test_a_batch_of_ignored_pixels(segmentor):
-    """No distillation, no NaN, and every parameter keeps its gradient: processes may differ in this."""
+def test_batch_of_ignored_pixels(segmentor):
+    """The losses are 0, not NaN, and all parameters have gradients, because other ranks may have valid pixels."""
     labels = torch.full((2, 64, 64), 255)
-    losses = distilled(segmentor, torch.randn(2, 3, 64, 64), labels)
+    losses = compute_losses(segmentor, torch.randn(2, 3, 64, 64), labels)
     assert losses['diffkd.logits.loss_kd'] == losses['diffkd.aux.loss_kd'] == 0
     total, _ = segmentor.parse_losses(losses)
     total.backward()
-    part = {name: p.grad for name, p in segmentor.named_parameters() if name.startswith('diffkd.')}
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in part.values())
+    gradients = {name: p.grad for name, p in segmentor.named_parameters() if name.startswith('diffkd.')}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_ignored_pixels_have_no_say(segmentor):
+def test_ignored_pixels_are_excluded(segmentor):
     labels = torch.zeros(2, 64, 64, dtype=torch.long)
     inputs = torch.randn(2, 3, 64, 64)
-    everywhere = distilled(segmentor, inputs, labels)['diffkd.logits.loss_kd']
+    everywhere = compute_losses(segmentor, inputs, labels)['diffkd.logits.loss_kd']
     labels[:, :32] = 255
-    half = distilled(segmentor, inputs, labels)['diffkd.logits.loss_kd']
+    half = compute_losses(segmentor, inputs, labels)['diffkd.logits.loss_kd']
     assert half > 0 and half != everywhere
-    labels[labels == 0] = 7  # what they are called does not matter
-    torch.testing.assert_close(distilled(segmentor, inputs, labels)['diffkd.logits.loss_kd'], half)
+    labels[labels == 0] = 7  # the labels of valid pixels do not matter
+    torch.testing.assert_close(compute_losses(segmentor, inputs, labels)['diffkd.logits.loss_kd'], half)

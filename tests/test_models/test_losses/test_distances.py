@@ -11,7 +11,7 @@ def maps():
 
 
 @pytest.mark.parametrize('kind', DISTANCES)
-def test_zero_for_equal_weighted_and_differentiable(kind):
+def test_zero_for_equal_features_and_weight_and_gradient(kind):
     student, teacher = maps()
     torch.testing.assert_close(kind()(teacher, teacher), torch.tensor(0.0), atol=1e-5, rtol=0)
     loss = kind()(student, teacher)
@@ -21,16 +21,16 @@ def test_zero_for_equal_weighted_and_differentiable(kind):
     assert student.grad.isfinite().all() and student.grad.any()
 
 
-def test_attention_prefers_where_the_teacher_is_active():
+def test_attention_weights_errors_by_teacher_activation():
     teacher = torch.zeros(1, 4, 1, 2)
     teacher[..., 1] = 2.0
-    off = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    quiet, active = AttentionMSELoss()(teacher + off, teacher), AttentionMSELoss()(teacher + off.flip(3), teacher)
+    error = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    quiet, active = AttentionMSELoss()(teacher + error, teacher), AttentionMSELoss()(teacher + error.flip(3), teacher)
     weights = 2 * torch.tensor([0.0, 2.0 / 0.5]).softmax(0)
     torch.testing.assert_close(torch.stack([quiet, active]), weights / 2)
 
 
-def test_attention_of_a_flat_teacher_is_plain_mse():
+def test_attention_of_a_uniform_teacher_is_mse():
     student, teacher = torch.randn(2, 4, 3, 5), torch.ones(2, 4, 3, 5)
     torch.testing.assert_close(AttentionMSELoss()(student, teacher), MSELoss()(student, teacher))
 
@@ -43,7 +43,7 @@ def test_pkd_is_one_minus_the_correlation():
     torch.testing.assert_close(PKDLoss()(student, teacher), expected, atol=1e-5, rtol=0)
 
 
-def test_cwd_by_definition():
+def test_cwd_matches_its_definition():
     student, teacher = (feature.detach() for feature in maps())
     tau, total = 4.0, 0.0
     for n in range(2):
@@ -55,7 +55,7 @@ def test_cwd_by_definition():
 
 
 @pytest.mark.parametrize('kind', [KLDivergence, DISTLoss])
-def test_every_pixel_is_a_row(kind):
+def test_every_pixel_is_a_sample(kind):
     student, teacher = (feature.detach() for feature in maps())
     rows = [feature.permute(0, 2, 3, 1).reshape(-1, 4) for feature in (student, teacher)]
     torch.testing.assert_close(kind()(student, teacher), kind()(*rows))
@@ -65,16 +65,16 @@ MASKED = [KLDivergence, DISTLoss, ChannelWiseDivergence]
 
 
 def mask():
-    counted = torch.ones(2, 3, 5, dtype=torch.bool)
-    counted[:, 1:, 2:] = False
-    return counted
+    valid = torch.ones(2, 3, 5, dtype=torch.bool)
+    valid[:, 1:, 2:] = False
+    return valid
 
 
 @pytest.mark.parametrize('kind', MASKED)
-def test_pixels_that_do_not_count_have_no_say(kind):
+def test_masked_pixels_are_excluded(kind):
     student, teacher = maps()
-    everything = torch.ones(2, 3, 5, dtype=torch.bool)
-    torch.testing.assert_close(kind()(student, teacher, everything), kind()(student, teacher))
+    all_valid = torch.ones(2, 3, 5, dtype=torch.bool)
+    torch.testing.assert_close(kind()(student, teacher, all_valid), kind()(student, teacher))
     loss = kind(tau=2.0)(student, teacher, mask())
     ignored = (~mask()).unsqueeze(1)
     changed = kind(tau=2.0)(student + 9 * torch.randn_like(student) * ignored, teacher + 9 * ignored, mask())
@@ -84,20 +84,20 @@ def test_pixels_that_do_not_count_have_no_say(kind):
 
 
 @pytest.mark.parametrize('kind', [KLDivergence, DISTLoss])
-def test_masked_is_the_same_as_left_out(kind):
+def test_masking_is_the_same_as_removing_pixels(kind):
     student, teacher = (feature.detach() for feature in maps())
     rows = [feature.permute(0, 2, 3, 1)[mask()] for feature in (student, teacher)]
     torch.testing.assert_close(kind(tau=2.0)(student, teacher, mask()), kind(tau=2.0)(*rows))
 
 
 @pytest.mark.parametrize('kind', MASKED)
-def test_nothing_that_counts(kind):
+def test_fully_masked_batch_and_image(kind):
     student, teacher = maps()
-    nothing = torch.zeros(2, 3, 5, dtype=torch.bool)
-    loss = kind()(student, teacher, nothing)
+    none_valid = torch.zeros(2, 3, 5, dtype=torch.bool)
+    loss = kind()(student, teacher, none_valid)
     assert loss == 0
     loss.backward()
     assert not student.grad.any() and student.grad.isfinite().all()
-    one_image = nothing.clone()
+    one_image = none_valid.clone()
     one_image[0] = True
     torch.testing.assert_close(kind()(student, teacher, one_image), kind()(student[:1], teacher[:1]))

@@ -9,8 +9,8 @@ from tests import golden
 KINDS = dict(dist=DISTLoss, kl=KLDivergence)
 
 
-def distance_named(name):
-    """``dist_beta2_gamma3_tau4`` is ``DISTLoss(beta=2, gamma=3, tau=4)``."""
+def build_distance(name):
+    """Build a distance from its name: ``dist_beta2_gamma3_tau4`` is ``DISTLoss(beta=2, gamma=3, tau=4)``."""
     options = {key: float(value) for key, value in re.findall(r'(beta|gamma|tau)([\d.]+)', name)}
     return KINDS[name.split('_')[0]](**options)
 
@@ -22,7 +22,7 @@ def test_reproduces_the_released_code(path):
     assert names
     for name, expected in names.items():
         logits = data['in/student_logits'].clone().requires_grad_()
-        loss = distance_named(name)(logits, data['in/teacher_logits'])
+        loss = build_distance(name)(logits, data['in/teacher_logits'])
         torch.testing.assert_close(loss, expected.float(), **golden.TOLERANCE)
         loss.backward()
         torch.testing.assert_close(logits.grad, data[f'grad/{name}'], **golden.TOLERANCE)

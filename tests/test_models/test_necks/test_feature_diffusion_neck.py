@@ -9,8 +9,8 @@ from tests import golden
 NECK_FILES = golden.files('in/student')
 
 
-def neck_from(data, **options):
-    """A neck whose widths, denoiser and steps are those of a reference file, with its weights."""
+def build_neck(data, **options):
+    """Build a neck with the channels, denoiser, steps and weights of a reference file."""
     weights = data.group('weight')
     latent = weights['align.weight'].size(0) if 'autoencoder.decoder.weight' in weights else None
     is_mlp = 'denoiser.layers.8.weight' in weights
@@ -33,7 +33,7 @@ def neck_from(data, **options):
     'options',
     [
         dict(),
-        dict(memory_efficient=True),
+        dict(memory_efficient=False),
         pytest.param(dict(compile=True), marks=pytest.mark.slow),
     ],
     ids=lambda options: ''.join(options) or 'default',
@@ -41,18 +41,18 @@ def neck_from(data, **options):
 @pytest.mark.parametrize('path', NECK_FILES, ids=lambda path: path.stem)
 def test_reproduces_the_released_code(path, options):
     data = golden.Golden(path)
-    neck = neck_from(data, **options)
+    neck = build_neck(data, **options)
     level = neck.levels[0]
-    # compilers sum up in another order
+    # compiled kernels sum in a different order
     tolerance = dict(rtol=1e-3, atol=1e-4) if options.get('compile') else golden.TOLERANCE
     assert level.scheduler.timesteps == data['meta/timesteps'].tolist()
     torch.testing.assert_close(level.scheduler.alphas_cumprod, data['meta/alphas_cumprod'])
 
     student = data['in/student'].requires_grad_()
-    draws = NoiseInputs(
+    noise_inputs = NoiseInputs(
         data['draw/adapter_noise'], data['draw/diffusion_noise'], data['draw/diffusion_timesteps'].long()
     )
-    output = neck(student, data['in/teacher'], noise_inputs=draws)
+    output = neck(student, data['in/teacher'], noise_inputs=noise_inputs)
     torch.testing.assert_close(output.gamma, data['out/gamma'], **tolerance)
     torch.testing.assert_close(output.denoised, data['out/refined'], **tolerance)
     torch.testing.assert_close(output.teacher_latent, data['out/target'], **tolerance)
@@ -81,15 +81,15 @@ def test_reproduces_the_released_code(path, options):
 
     neck.eval()
     torch.testing.assert_close(
-        neck(student, data['in/teacher'], noise_inputs=draws).denoised, data['out/refined_eval'], **tolerance
+        neck(student, data['in/teacher'], noise_inputs=noise_inputs).denoised, data['out/refined_eval'], **tolerance
     )
 
 
-def test_reference_files_are_there():
+def test_reference_files_exist():
     assert NECK_FILES, f'no reference files in {golden.FOLDER}'
 
 
-def test_levels_have_parts_of_their_own():
+def test_levels_have_separate_modules():
     neck = FeatureDiffusionNeck([4, 6], [8, 8])
     outputs = neck(
         [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)], [torch.randn(2, 8, 8, 8), torch.randn(2, 8, 4, 4)]
@@ -99,7 +99,7 @@ def test_levels_have_parts_of_their_own():
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
 
 
-def test_levels_may_share_one_part():
+def test_share_levels():
     neck = FeatureDiffusionNeck([6, 6], [8, 8], share_levels=True)
     student = [torch.randn(2, 6, 8, 8, requires_grad=True), torch.randn(2, 6, 4, 4, requires_grad=True)]
     teacher = [torch.randn(2, 8, 8, 8), torch.randn(2, 8, 4, 4)]
@@ -110,13 +110,13 @@ def test_levels_may_share_one_part():
     assert all(feature.grad.any() for feature in student)
     with pytest.raises(ValueError, match=r'needs the same channels on all levels, but student_channels=\[4, 6\]'):
         FeatureDiffusionNeck([4, 6], [8, 8], share_levels=True)
-    with pytest.raises(ValueError, match='has 2 levels, but got 1'):
+    with pytest.raises(ValueError, match='has 2 levels, but received features of 1'):
         neck(student[:1], teacher[:1])
 
 
 @pytest.mark.slow
-def test_compiled_neck_under_autocast_copies_and_saves():
-    """What AMP, EMA and checkpoints ask of it; shapes may change, as with multi-scale training."""
+def test_compiled_neck_supports_autocast_and_copies():
+    """AMP, EMA and checkpoints work, also if shapes change as in multi-scale training."""
     torch.manual_seed(0)
     neck = FeatureDiffusionNeck([6, 6], [8, 8], compile=True)
     for size in (8, 12):
@@ -127,16 +127,16 @@ def test_compiled_neck_under_autocast_copies_and_saves():
         assert {loss.dtype for loss in losses} == {torch.float32}
         sum(losses).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
-    twin = copy.deepcopy(neck)
-    assert list(twin.state_dict()) == list(FeatureDiffusionNeck([6, 6], [8, 8]).state_dict())
-    draws = [NoiseInputs(torch.randn_like(t), torch.randn_like(t), torch.tensor([3, 900])) for t in teacher]
-    ours, theirs = (one.eval()(student, teacher, noise_inputs=draws) for one in (neck, twin))
-    for one, two in zip(ours, theirs):
-        torch.testing.assert_close(one.losses, two.losses, rtol=1e-4, atol=1e-5)
+    copied = copy.deepcopy(neck)
+    assert list(copied.state_dict()) == list(FeatureDiffusionNeck([6, 6], [8, 8]).state_dict())
+    noise_inputs = [NoiseInputs(torch.randn_like(t), torch.randn_like(t), torch.tensor([3, 900])) for t in teacher]
+    outputs, copied_outputs = (module.eval()(student, teacher, noise_inputs=noise_inputs) for module in (neck, copied))
+    for expected, actual in zip(outputs, copied_outputs):
+        torch.testing.assert_close(actual.losses, expected.losses, rtol=1e-4, atol=1e-5)
 
 
-def test_a_shared_part_under_autocast():
-    """A level of one pixel runs as plain layers: it must not find weights in autocast's cache that want no gradient."""
+def test_share_levels_under_autocast():
+    """A single-pixel level must not reuse weights that autocast cached without gradient."""
     neck = FeatureDiffusionNeck([6, 6], [8, 8], share_levels=True)
     student = [torch.randn(1, 6, size, size, requires_grad=True) for size in (4, 1)]
     with torch.autocast('cpu', torch.bfloat16):
@@ -148,14 +148,14 @@ def test_a_shared_part_under_autocast():
 @pytest.mark.parametrize(
     'option', [dict(denoise=False), dict(memory_efficient=True)], ids=lambda option: next(iter(option))
 )
-def test_what_cannot_be_compiled(option):
+def test_options_that_cannot_be_compiled(option):
     with pytest.raises(ValueError, match='compile=True needs denoise=True and memory_efficient=False'):
         FeatureDiffusionNeck(6, 8, compile=True, **option)
 
 
-def test_uneven_levels():
+def test_different_numbers_of_levels():
     with pytest.raises(ValueError, match='one entry per level'):
         FeatureDiffusionNeck([4, 4], [8])
     neck = FeatureDiffusionNeck([4, 4], [8, 8])
-    with pytest.raises(ValueError, match='has 2 levels, but got 1 from the student and 2 from the teacher'):
+    with pytest.raises(ValueError, match='features of 1 levels from the student and 2 from the teacher'):
         neck([torch.randn(2, 4, 3, 3)], [torch.randn(2, 8, 3, 3)] * 2)

@@ -1,4 +1,4 @@
-"""Necks of a user's own, without diffusion and with losses of other names, pass through everything."""
+"""Custom necks without diffusion, with losses of arbitrary names, in training, hooks, previews and export."""
 
 import json
 
@@ -55,7 +55,7 @@ class BoxForegroundNeck(DistillNeck):
 
 @MODELS.register_module()
 class HeadNeck(DistillNeck):
-    """Boxes where the teacher is sure of a class, which needs both outputs of a head together."""
+    """L1 distance of boxes, weighted by the class scores of the teacher; needs both outputs of a head."""
 
     def __init__(self, student_channels, teacher_channels):
         super().__init__()
@@ -65,16 +65,16 @@ class HeadNeck(DistillNeck):
         losses = []
         for ours, scores, theirs in zip(student[1], teacher[0], teacher[1]):
             anchors = theirs.size(1) // 4
-            certainty = scores.sigmoid().unflatten(1, (anchors, -1)).amax(dim=2)
+            confidence = scores.sigmoid().unflatten(1, (anchors, -1)).amax(dim=2)
             error = (ours - theirs).abs().unflatten(1, (anchors, 4)).mean(dim=2)
-            losses.append((certainty * error).mean())
+            losses.append((confidence * error).mean())
         assert context.teacher.bbox_head.num_classes == context.student.bbox_head.num_classes
         return [
             DistillOutput(dict(loss_boxes=torch.stack(losses).sum()), dict(progress=torch.tensor(context.progress)))
         ]
 
 
-def cfg_of(tmp_path, **options):
+def distiller_cfg_with_custom_necks(tmp_path, **options):
     return tiny.distiller_cfg(
         tmp_path,
         distill=dict(
@@ -90,7 +90,7 @@ def cfg_of(tmp_path, **options):
 
 
 def test_losses_logs_and_gradients(tmp_path):
-    model = tiny.build(cfg_of(tmp_path))
+    model = tiny.build(distiller_cfg_with_custom_necks(tmp_path))
     assert model.diffkd['output'].channels == ([[720] * 5, [36] * 5], [[720] * 5, [36] * 5])
     losses = model.loss(*tiny.batch(model))
     own = {name for name in losses if not name.startswith('diffkd.')}
@@ -106,9 +106,9 @@ def test_losses_logs_and_gradients(tmp_path):
     assert 0 < log['diffkd.fpn.share'] < 1
 
 
-def test_through_training_pictures_schedule_report_and_export(tmp_path, shapes):
+def test_training_hooks_report_and_export(tmp_path, shapes):
     cfg = tiny.run_cfg(
-        cfg_of(tmp_path),
+        distiller_cfg_with_custom_necks(tmp_path),
         shapes,
         tmp_path / 'run',
         train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=4, val_begin=99),
@@ -132,18 +132,18 @@ def test_through_training_pictures_schedule_report_and_export(tmp_path, shapes):
     student.load_state_dict(student_weights(str(tmp_path / 'run' / 'iter_4.pth'))['state_dict'])
 
 
-def test_the_schedule_scales_losses_of_any_name(tmp_path):
-    model = tiny.build(cfg_of(tmp_path))
+def test_schedule_scales_losses_of_any_name(tmp_path):
+    model = tiny.build(distiller_cfg_with_custom_necks(tmp_path))
     data = tiny.batch(model)
-    whole = model.loss(*data)
+    full = model.loss(*data)
     model.distill_state.weight = 0.5
     half = model.loss(*data)
     for name in ('diffkd.fpn.loss_foreground', 'diffkd.output.loss_boxes'):
-        torch.testing.assert_close(half[name], 0.5 * whole[name])
+        torch.testing.assert_close(half[name], 0.5 * full[name])
 
 
-def test_preview_and_text_to_paste(tmp_path, monkeypatch):
-    result = preview(Config(dict(model=cfg_of(tmp_path), default_scope='mmdet')))
+def test_preview_and_config_text(tmp_path, monkeypatch):
+    result = preview(Config(dict(model=distiller_cfg_with_custom_necks(tmp_path), default_scope='mmdet')))
     rows = [row for row in result['pairs'] if row['pair'] == 'fpn']
     assert [row['adapter'] for row in rows] == ['16 -> 16'] * 5 and rows[0]['loss_weight'] == 2.0
     assert {row['student_tap'] for row in result['pairs'] if row['pair'] == 'output'} == {
@@ -157,7 +157,7 @@ def test_preview_and_text_to_paste(tmp_path, monkeypatch):
     assert distill_to_text(model) == result['distill']
 
 
-def test_in_a_default_pair_of_a_preset(tmp_path):
+def test_custom_neck_in_a_default_pair(tmp_path):
     cfg = tiny.distiller_cfg(
         tmp_path, preset='plus', distill=dict(fpn=dict(neck=dict(type='BoxForegroundNeck')), cls={})
     )
@@ -196,7 +196,7 @@ class Misnamed(DistillNeck):
         (Described, r'Described\.forward must take \(student, teacher, context\)'),
     ],
 )
-def test_missing_parts_are_named_when_the_model_is_built(tmp_path, neck, message):
+def test_invalid_necks_are_refused_at_build(tmp_path, neck, message):
     distill = dict(fpn=dict(student='neck', teacher='neck', neck=dict(type=neck)))
     with pytest.raises(ValueError, match=message):
         MODELS.build(tiny.distiller_cfg(tmp_path, distill=distill))
@@ -209,7 +209,7 @@ def test_missing_parts_are_named_when_the_model_is_built(tmp_path, neck, message
         (dict(log='my_loss'), "logs 'my_loss': a value with 'loss' in its name would be optimized"),
     ],
 )
-def test_names_that_mmengine_would_misread(tmp_path, names, message):
+def test_invalid_loss_and_log_names(tmp_path, names, message):
     distill = dict(fpn=dict(student='neck', teacher='neck', neck=dict(type=Misnamed, **names)))
     model = tiny.build(tiny.distiller_cfg(tmp_path, distill=distill))
     with pytest.raises(ValueError, match=message):
@@ -221,7 +221,7 @@ def test_names_that_mmengine_would_misread(tmp_path, names, message):
     [
         (
             dict(student=['neck', 'backbone'], teacher=['neck']),
-            'distill.fpn names 2 taps of the student and 1 of the teacher; give one for each',
+            'distill.fpn names 2 taps of the student and 1 of the teacher; use equal numbers',
         ),
         (
             dict(student=['neck', 'backbone'], teacher=['neck', 'backbone']),
@@ -229,6 +229,6 @@ def test_names_that_mmengine_would_misread(tmp_path, names, message):
         ),
     ],
 )
-def test_taps_that_do_not_fit(tmp_path, pair, message):
+def test_incompatible_taps(tmp_path, pair, message):
     with pytest.raises(ValueError, match=message):
         MODELS.build(tiny.distiller_cfg(tmp_path, distill=dict(fpn=pair)))
