@@ -10,7 +10,7 @@ from mmdiffkd.models.losses.naming import LEVEL_KEY_RE, LOSS, PAIR_KEY_RE
 
 from .charts import Chart, Line, common_limits, draw, draw_ends, lines_of
 from .logs import WEIGHT
-from .runs import Group, last, main_metrics
+from .runs import Group, main_metrics
 
 TERMS = {
     'kd': 'distance to teacher',
@@ -18,7 +18,8 @@ TERMS = {
     'reconstruction': 'autoencoder error',
     'gamma': 'share of student kept',
 }
-OWN_TERMS = 8  # maximum number of charts of the student's losses; transformers log dozens
+OWN_TERMS = 8  # maximum number of charts of the student's losses; detection transformers log dozens of losses
+# metrics whose values are percentages
 PERCENT = re.compile(r'(aAcc|mIoU|mAcc|mDice|.*/top\d+|.*(PQ|SQ|RQ))')
 
 
@@ -54,11 +55,11 @@ def unit(metric: str) -> str:
 
 
 def teachers(groups: Sequence[Group], metric: str) -> Dict[str, float]:
-    """Return the metrics of teachers: of a run named ``teacher``, and as measured before each distillation."""
+    """Return a metric of each teacher: a run named ``teacher``, and teachers that ``TeacherCheckHook`` evaluated."""
     values = {}
     for group in groups:
-        if group.is_teacher and len(groups) > 1 and (found := group.spread(lambda run: last(run.metric(metric)))):
-            values['teacher'] = found[0]
+        if group.is_teacher and len(groups) > 1 and (found := group.spread(lambda run: run.result(metric))):
+            values['teacher' if group.is_validated else 'teacher (test)'] = found[0]
     for group in groups:
         for run in group.runs:
             value = run.teacher.get(metric)
@@ -98,14 +99,13 @@ def _validation(trained: Sequence[Group], groups: Sequence[Group], metric: str) 
 
 
 def _pair(groups: Sequence[Group], pair: str) -> Section:
-    section = Section(
-        f'Distillation: {pair}',
-        'Losses are multiplied by their weights, as in the total loss. Gamma is the share of the student feature that '
-        'is kept; 1 adds no noise.',
-    )
-    levels = _levels(groups, pair)
+    levels, terms = _levels(groups, pair), _terms(groups, pair)
+    text = 'Losses are multiplied by their weights, as in the total loss.'
+    if 'gamma' in terms:
+        text += ' Gamma is the share of the student feature that is kept; 1 adds no noise.'
+    section = Section(f'Distillation: {pair}', text)
     limits = dict(gamma=_limits_of_gamma(groups, pair, levels))
-    for name in _terms(groups, pair):
+    for name in terms:
         term = name[len(LOSS) :] if name.startswith(LOSS) else name
         what = TERMS.get(term, name)
         title = f'{pair}: {name}' + (', mean over levels' if term == name and levels else '')
@@ -128,7 +128,7 @@ def _by_level(groups: Sequence[Group], pair: str, term: str, levels: Sequence[in
 
 
 def _limits_of_gamma(groups: Sequence[Group], pair: str, levels: Sequence[int]) -> Optional[Tuple[float, float]]:
-    """Return limits from the lowest gamma, rounded down to a tenth, to 1."""
+    """Return the limits of the gamma axis: the lowest gamma, rounded down to a tenth, and slightly above 1."""
     keys = [f'{PREFIX}{pair}.gamma', *(f'{PREFIX}{pair}.gamma.{level}' for level in levels)]
     low = [mean for key in keys for line in _logged(groups, key) for mean in line.mean if math.isfinite(mean)]
     return (math.floor(min(low) * 10) / 10, 1.01) if low else None
@@ -144,7 +144,7 @@ def _pairs(groups: Sequence[Group]) -> List[str]:
 
 
 def _terms(groups: Sequence[Group], pair: str) -> List[str]:
-    """Return the names of the values logged for a pair, those of DiffKD first."""
+    """Return the names of the values logged for a pair; the values in ``TERMS`` come first."""
     matches = map(PAIR_KEY_RE.fullmatch, _keys(groups))
     found = {match['term']: None for match in matches if match and match['pair'] == pair}
     known = [term if term == 'gamma' else f'{LOSS}{term}' for term in TERMS]

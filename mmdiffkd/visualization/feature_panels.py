@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mmdiffkd.models.diffusion.feature_diffusion import DiffusionOutput
 
-from .palette import COLORS, INK, SOFT
+from .palette import COLORS, ERROR_COLORMAP, INK, SOFT
 
 SIDE, DPI = 2.2, 110  # width of a panel in inches, and dots per inch
+# font sizes in points, still readable when a page shrinks a row of eight panels from 1936 to 1100 pixels
+TITLE, LABEL, TICK = 14, 12.5, 11
 TEACHER, STUDENT = COLORS[:2]
 
 
@@ -41,10 +43,10 @@ def draw_comparison(name: str, image: Tensor, output: DiffusionOutput, iteration
     features.append(('teacher', target))
     before, after = error_maps([student, denoised], target)
     similar = [cosine_similarity(x, target) for x in (student, denoised)]
-    facts = f'cosine similarity to the teacher {similar[0]:.2f}'
+    facts = f'cosine similarity to the teacher: {similar[0]:.2f}'
     if has_diffusion:
-        facts = f'gamma {output.gamma[0].item():.3f}   {facts} → {similar[1]:.2f}'
-    title = f'{name}   iteration {iteration}   {facts}'
+        facts = f'gamma {output.gamma[0].item():.3f}, {facts} before, {similar[1]:.2f} after'
+    title = f'{name}, iteration {iteration}\n{facts}'
     if target[0].numel() == 1:
         return _draw_vectors(title, image, features)
 
@@ -62,7 +64,7 @@ def draw_comparison(name: str, image: Tensor, output: DiffusionOutput, iteration
     for axis, (label, error) in zip(axes[1 + len(features) :], errors):
         shown = _show(axis, f'{label}: {_rms(error):.3g}', _enlarge(error[..., None], image)[..., 0], top)
     bar = figure.colorbar(shown, ax=list(axes), fraction=0.008, pad=0.006, aspect=12)
-    bar.ax.tick_params(labelsize=6, color=SOFT, labelcolor=SOFT)
+    bar.ax.tick_params(labelsize=TICK, color=SOFT, labelcolor=SOFT)
     bar.outline.set_visible(False)
     return _pixels(figure)
 
@@ -88,7 +90,8 @@ def draw_steps(name: str, output: DiffusionOutput, timesteps: Sequence[int], ite
     features = [_first(sample) for sample in output.trajectory] + [_first(output.denoised), target]
     paint = FeatureColors(target)
     ratio = target.size(1) / target.size(2)
-    figure, axes = _figure(len(features), ratio, f'{name}   iteration {iteration}   features after each denoising step')
+    title = f'{name}, iteration {iteration}\nfeatures after each denoising step'
+    figure, axes = _figure(len(features), ratio, title, label_lines=2)
     for axis, label, feature, error in zip(axes, labels, features, error_maps(features, target)):
         _show(axis, f'{label}\nerror {_rms(error):.3g}', _enlarge(paint(feature)))
     return _pixels(figure)
@@ -107,11 +110,11 @@ def _draw_vectors(title: str, image: Tensor, features: List[Tuple[str, Tensor]])
     }
     for label, feature in features:
         right.plot(feature.flatten()[order].numpy(), label=label, **styles[label])
-    right.set_xlabel("channels, sorted by the teacher's values", fontsize=7, color=SOFT)
+    right.set_xlabel("channels, sorted by the teacher's values", fontsize=TICK, color=SOFT)
     right.xaxis.get_major_locator().set_params(integer=True)
-    right.tick_params(labelsize=6, colors=SOFT)
+    right.tick_params(labelsize=TICK, colors=SOFT)
     right.spines[['top', 'right']].set_visible(False)
-    right.legend(fontsize=7, frameon=False)
+    right.legend(fontsize=TICK, frameon=False)
     return _pixels(figure)
 
 
@@ -124,7 +127,7 @@ def _rms(error: Tensor) -> float:
 
 
 def _enlarge(picture: Tensor, like: Optional[Tensor] = None) -> Tensor:
-    """Resize to the size of an image by repeating pixels. Padding can make the aspect ratios differ."""
+    """Resize a picture to the size of the image ``like``. The aspect ratios differ if the batch was padded."""
     if like is None:
         return picture
     return F.interpolate(picture.permute(2, 0, 1)[None].float(), like.shape[-2:], mode='nearest-exact')[0].permute(
@@ -132,30 +135,32 @@ def _enlarge(picture: Tensor, like: Optional[Tensor] = None) -> Tensor:
     )
 
 
-def _figure(panels: int, ratio: float, title: str, widths: Optional[Sequence[float]] = None):
+def _figure(panels: int, ratio: float, title: str, label_lines: int = 1, widths: Optional[Sequence[float]] = None):
     columns = sum(widths) if widths else panels
-    figure = Figure((columns * SIDE, SIDE * ratio + 0.6), dpi=DPI, layout='constrained')
+    height = SIDE * ratio + 0.7 + 0.22 * label_lines  # inches; the title has two lines
+    figure = Figure((columns * SIDE, height), dpi=DPI, layout='constrained')
+    figure.get_layout_engine().set(h_pad=0.07)  # inches between the title and the labels
     axes = figure.subplots(1, panels, width_ratios=widths)
-    figure.suptitle(title, x=0.005, ha='left', fontsize=9.5, color=INK)
+    figure.suptitle(title, x=0.005, ha='left', fontsize=TITLE, linespacing=1.3, color=INK)
     return figure, axes
 
 
 def _show(axis: Axes, label: str, picture: Tensor, top: Optional[float] = None):
-    axis.set_title(label, fontsize=8, color=INK, loc='left')
+    axis.set_title(label, fontsize=LABEL, color=INK, loc='left')
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
-    options = {} if top is None else dict(cmap='magma', vmin=0, vmax=top)
+    options = {} if top is None else dict(cmap=ERROR_COLORMAP, vmin=0, vmax=top)
     return axis.imshow(picture.numpy(), interpolation='nearest', **options)
 
 
 def _pixels(figure: Figure) -> np.ndarray:
-    canvas = FigureCanvasAgg(figure)  # unlike pyplot, keeps no global list of figures and opens no windows
+    canvas = FigureCanvasAgg(figure)  # pyplot would keep figures in a global list and open windows
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-MAX_POSITIONS = 1024  # positions to use; enough to estimate three components
+MAX_POSITIONS = 1024  # maximum number of positions for the SVD; enough to estimate three components
 
 
 class FeatureColors:

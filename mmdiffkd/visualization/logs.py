@@ -1,6 +1,6 @@
 """Read the log of one start of a run, which ``LocalVisBackend`` writes to ``WORK_DIR/TIMESTAMP/vis_data/scalars.json``.
 
-A run that is resumed has several starts, each in a folder of its own.
+A run that is resumed has several starts, each in a separate folder.
 """
 
 import json
@@ -24,7 +24,7 @@ ENVIRONMENT = {
     'GPU': r'^ +GPU [\d,]+: (.+)',
     'seed': r'^ +seed: (\d+)',
 }
-PACKAGES = re.compile(r'- Versions: (mmdiffkd .*)')  # the distiller logs them after the config
+PACKAGES = re.compile(r'- Versions: (mmdiffkd .*)')  # the distiller logs this line after the config
 
 
 class DamagedLogError(ValueError):
@@ -80,7 +80,7 @@ def read_log(folder: Path) -> Log:
             log.teacher.update(_numbers(record, TEACHER))
         else:
             step = record['step']
-            if step == epoch:  # epoch-based loops log the epoch of a validation
+            if step == epoch:  # in epoch-based loops, the step of a validation is its epoch
                 after = step * epoch_length if epoch_length else iteration
             else:  # iteration-based loops log step 0 with LoggerHook(log_metric_by_epoch=True)
                 after = step or iteration
@@ -90,14 +90,19 @@ def read_log(folder: Path) -> Log:
     return log
 
 
+def read_versions(folder: Path) -> Dict[str, str]:
+    """Read the software versions of one start of a run, as far as its text log lists them."""
+    return _versions(_text(folder))
+
+
 def _records(file: Path) -> Tuple[List[dict], int]:
     """Return the readable records of a file and the number of damaged lines."""
     lines = [line for line in file.read_text(errors='replace').splitlines() if line.strip()]
     records = [record for record in map(_parsed, lines) if record is not None]
     if not records:
         raise DamagedLogError(
-            f'{file} has no readable record: it is damaged or was not written by mmengine. To skip it, remove the '
-            f'folder {file.parent}.'
+            f'{file} has no readable record: it is damaged or was not written by mmengine. To skip this start of the '
+            'run, remove its folder, which contains vis_data.'
         )
     last_is_broken = _parsed(lines[-1]) is None
     return records, len(lines) - len(records) - last_is_broken
@@ -117,7 +122,7 @@ def _parsed(line: str):
 
 
 def _numbers(record: dict, prefix: str = '') -> Dict[str, float]:
-    """Return the metrics of a record whose keys start with a prefix, without the prefix."""
+    """Return the metrics of a record whose keys start with ``prefix``; the returned keys omit the prefix."""
     return {
         key[len(prefix) :]: float(value)
         for key, value in record.items()
@@ -154,5 +159,6 @@ def _check_keys(file: Path, keys: set) -> None:
         more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
         raise ValueError(
             f'{file} has distillation keys that are unknown to this version: {", ".join(unknown[:3])}{more}. Known '
-            f'keys look like {PREFIX}<pair>.loss_kd and {PREFIX}<pair>.kd.<level>; use the mmdiffkd version of the run.'
+            f'keys look like {PREFIX}<pair>.loss_kd and {PREFIX}<pair>.kd.<level>; use the mmdiffkd version that wrote '
+            'the log.'
         )

@@ -1,12 +1,12 @@
-"""Embed the first and last pictures of the distillation in a page, within a size limit."""
+"""Embed the last and first pictures of the distillation in a page, within a size limit."""
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Dict, List, Sequence, Tuple
 
-from PIL import Image  # comes with matplotlib
+from PIL import Image  # Pillow is a dependency of matplotlib
 
 from .runs import Group, Picture
 
@@ -20,43 +20,57 @@ class Shown:
     """A picture on the page.
 
     Args:
-        caption (str): Caption below the picture.
+        has_steps (bool): Whether the picture shows the denoising steps.
         uri (str): Data URI of the picture.
-        width (int): Width in pixels. Small screens scroll instead of shrinking the picture.
+        width (int): Width of the file in pixels. The embedded picture can have fewer.
     """
 
-    caption: str
+    has_steps: bool
     uri: str
     width: int
 
 
-def shown_pictures(groups: Sequence[Group]) -> Tuple[Dict[str, List[Shown]], List[str]]:
-    """Embed the first and last picture of each pair and level. Only the first seed with pictures is shown.
+@dataclass
+class Panel:
+    """The pictures of one level in one iteration.
+
+    Args:
+        title (str): Level and iteration.
+        pictures (list[Shown]): Features and errors, then the denoising steps.
+    """
+
+    title: str
+    pictures: List[Shown] = field(default_factory=list)
+
+
+def panels_by_pair(groups: Sequence[Group]) -> Tuple[Dict[str, List[Panel]], List[str]]:
+    """Embed the last and first pictures of each pair and level. Only the first seed with pictures is shown.
 
     Args:
         groups (list[Group]): The runs.
 
     Returns:
-        tuple[dict[str, list[Shown]], list[str]]: Pictures by run, pair and level, and notes on pictures that were left
-            out.
+        tuple[dict[str, list[Panel]], list[str]]: Panels by run and pair, the newest first, and notes on pictures that
+            were left out.
     """
-    chosen = [(group, picture) for group in groups for picture in _first_and_last(_of_first_seed(group))]
+    chosen = [(group, picture) for group in groups for picture in _last_and_first(_of_first_seed(group))]
     notes = []
     if len(chosen) > MOST:
         notes.append(
             f'{len(chosen) - MOST} of {len(chosen)} pictures were left out; write a report on fewer runs to see them.'
         )
         chosen = chosen[:MOST]
-    shown: Dict[str, List[Shown]] = {}
+    panels: Dict[str, Dict[str, Panel]] = {}
     for group, picture in chosen:
         try:
             uri, width = _embedded(picture, BYTES // len(chosen))
         except (OSError, SyntaxError):  # Pillow raises these for incomplete files of killed runs
             notes.append(f'{picture.path.name} of {group.name} is damaged and was left out.')
             continue
-        title = f'{group.name}: {picture.pair}, level {picture.level}'
-        shown.setdefault(title, []).append(Shown(_caption(picture), uri, width))
-    return shown, notes
+        title = f'Level {picture.level}, iteration {picture.iteration}'
+        panel = panels.setdefault(f'{group.name}: {picture.pair}', {}).setdefault(title, Panel(title))
+        panel.pictures.append(Shown(picture.steps, uri, width))
+    return {pair: list(found.values()) for pair, found in panels.items()}, notes
 
 
 def data_uri(content: bytes, kind: str = 'png') -> str:
@@ -68,8 +82,8 @@ def _of_first_seed(group: Group) -> List[Picture]:
     return next((run.pictures for run in group.runs if run.pictures), [])
 
 
-def _first_and_last(pictures: Sequence[Picture]) -> List[Picture]:
-    """Return the first and last comparison and the first and last steps of each pair and level."""
+def _last_and_first(pictures: Sequence[Picture]) -> List[Picture]:
+    """Return the last and first pictures of each pair, level and kind: by pair, then from the newest to the oldest."""
 
     def kind(picture):
         return picture.pair, picture.level, picture.steps
@@ -78,18 +92,14 @@ def _first_and_last(pictures: Sequence[Picture]) -> List[Picture]:
     for _, found in groupby(sorted(pictures, key=lambda p: (*kind(p), p.iteration)), kind):
         found = list(found)
         chosen += found[:1] + found[1:][-1:]
-    return chosen
-
-
-def _caption(picture: Picture) -> str:
-    return f'{"Denoising steps" if picture.steps else "Features and errors"}, iteration {picture.iteration}'
+    return sorted(chosen, key=lambda p: (p.pair, -p.iteration, p.level, p.steps))
 
 
 def _embedded(picture: Picture, most: int) -> Tuple[str, int]:
-    """Return data URI and width: of the picture itself if it is small enough, else of the widest JPEG that is."""
+    """Return a picture as data URI, and its width. Files above ``most`` bytes become the widest JPEG that fits."""
     content, kind = picture.path.read_bytes(), 'png'
     with Image.open(io.BytesIO(content)) as opened:
-        image = opened.convert('RGB')  # decodes the whole file, so that damage raises here
+        image = opened.convert('RGB')  # decode the whole file here, to find damaged files
     for width in WIDTHS:
         if len(content) <= most:
             break
@@ -98,5 +108,4 @@ def _embedded(picture: Picture, most: int) -> Tuple[str, int]:
         file = io.BytesIO()
         small.save(file, format='JPEG', quality=88)
         content, kind = file.getvalue(), 'jpeg'
-    with Image.open(io.BytesIO(content)) as final:
-        return data_uri(content, kind), final.width
+    return data_uri(content, kind), image.width

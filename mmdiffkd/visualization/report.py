@@ -1,6 +1,7 @@
 """Write the report: a self-contained HTML page on one or more runs."""
 
 import ast
+import math
 import re
 import shlex
 from itertools import chain
@@ -13,8 +14,9 @@ import mmdiffkd
 
 from .charts import color, css_style
 from .curves import Section, sections, unit
-from .pictures import data_uri, shown_pictures
-from .runs import Group, Run, best, last, main_metrics, metrics_of, read_groups
+from .differences import baseline_of, difference, stdtrit
+from .pictures import data_uri, panels_by_pair
+from .runs import NO_OBJECTS, Group, Run, best, last, main_metrics, metrics_of, read_groups
 
 MIB_IN_GIB = 1024
 PAGE = 'report.html'
@@ -25,7 +27,9 @@ def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command
 
     Args:
         named (list[tuple[str | None, Path]]): Name (or None) and work dir of each run. Runs with the same name are
-            seeds of one setup. A run named ``teacher`` is drawn as a reference line.
+            seeds of one setup. A run named ``teacher`` is drawn as a reference line, and the table shows differences
+            to a run named ``alone``. A run without training logs, but with a test, is the work dir of
+            ``tools/test.py``.
         out (Path): Output folder.
         command (list[str]): Command that reproduces the page, to print on it.
 
@@ -33,7 +37,7 @@ def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command
         Path: Path of the page.
 
     Raises:
-        FileNotFoundError: If a work dir does not exist or has no logs.
+        FileNotFoundError: If a work dir does not exist, or has neither logs nor a test.
         ValueError: If a work dir is given twice or its logs cannot be read.
         OSError: If the folder cannot be written.
     """
@@ -49,7 +53,7 @@ def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command
                 (out / f'{chart.name}.png').write_bytes(chart.png)
         (out / PAGE).write_text(page, encoding='utf-8')
     except OSError as error:
-        raise OSError(f'{out} cannot be written: {error.strerror}.') from error
+        raise OSError(f'{out} cannot be written: {error.strerror}. Choose another folder with -o.') from error
     return out / PAGE
 
 
@@ -62,10 +66,11 @@ def _charts_of_page(out: Path) -> List[Path]:
 
 def _content(groups: Sequence[Group], drawn: Sequence[Section]) -> dict:
     """Collect the variables of the template."""
-    metrics = main_metrics(groups)
-    rows = [_row(group, metrics) for group in groups]
+    metrics, baseline = main_metrics(groups), baseline_of(groups)
+    rows = [_row(group, metrics, baseline) for group in groups]
     runs = [(group, run) for group in groups for run in group.runs]
-    pictures, missing = shown_pictures(groups)
+    pictures, missing = panels_by_pair(groups)
+    final = [value for _, run in runs if run.val for value in run.val[max(run.val)].values()]
     return dict(
         groups=groups,
         runs=runs,
@@ -78,6 +83,11 @@ def _content(groups: Sequence[Group], drawn: Sequence[Section]) -> dict:
         notes=[*_notes(groups), *missing],
         versions=list({name: None for _, run in runs for name in run.versions}),
         version=mmdiffkd.__version__,
+        baseline=baseline,
+        tested=[group.name for group in groups if metrics_of(group) and not group.is_validated],
+        has_interval=any(' to ' in cells['versus'] for row in rows for cells in row['cells']),
+        has_no_objects=NO_OBJECTS in final,
+        has_nan=any(map(math.isnan, final)),
         has_seeds=len(runs) > len(groups),
         has_test=any(metric in run.test for _, run in runs for metric in metrics),
         has_memory=any(run.memory for _, run in runs),
@@ -94,34 +104,47 @@ def _environment() -> Environment:
     return environment
 
 
-def _row(group: Group, metrics: Sequence[str]) -> dict:
+def _row(group: Group, metrics: Sequence[str], baseline: Optional[Group]) -> dict:
     """Return the table row of a group."""
     student, teacher = describe_models(group.runs[0].config)
     return dict(
         group=group,
-        cells=[_metric_cells(group, metric) for metric in metrics],
+        cells=[_metric_cells(group, metric, baseline) for metric in metrics],
         student=student,
         teacher=teacher,
-        iterations=_cell(group, lambda run: run.iterations, 0),
+        iterations=_cell(group, lambda run: run.iterations or None, 0),
         seconds=_cell(group, lambda run: run.seconds, 3),
         memory=_cell(group, lambda run: run.memory and run.memory / MIB_IN_GIB, 2),
     )
 
 
-def _metric_cells(group: Group, metric: str) -> dict:
+def _metric_cells(group: Group, metric: str, baseline: Optional[Group]) -> dict:
     values = dict(
         last=lambda run: last(run.metric(metric)),
         best=lambda run: best(metric, run.metric(metric)),
         test=lambda run: run.test.get(metric),
     )
-    return {name: _cell(group, value, _digits(metric)) for name, value in values.items()}
+    cells = {name: _cell(group, value, _digits(metric)) for name, value in values.items()}
+    return dict(cells, versus=_versus(group, metric, baseline))
+
+
+def _versus(group: Group, metric: str, baseline: Optional[Group]) -> str:
+    """Return the difference to the baseline, e.g. ``+0.031 (+0.012 to +0.050)``."""
+    found = None if baseline in (None, group) else difference(group, baseline, metric)
+    if found is None:
+        return '–'
+    (mean, half), digits = found, _digits(metric)
+    if math.isnan(mean):
+        return 'nan'
+    interval = '' if half is None else f' ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})'
+    return f'{mean:+.{digits}f}{interval}'
 
 
 def _everything(groups: Sequence[Group]) -> List[Tuple[str, List[str]]]:
-    """Return all metrics of the last validations, as text by metric."""
+    """Return all metrics of the last validations, or of the tests of runs without validation, as text by metric."""
     names = {name: None for group in groups for name in metrics_of(group)}
     return [
-        (name, [_cell(group, lambda run, name=name: last(run.metric(name)), _digits(name)) for group in groups])
+        (name, [_cell(group, lambda run, name=name: run.result(name), _digits(name)) for group in groups])
         for name in names
     ]
 
@@ -152,13 +175,15 @@ def _checked_teachers(groups: Sequence[Group], metrics: Sequence[str]) -> List[T
 
 def _notes(groups: Sequence[Group]) -> List[str]:
     notes = [note for group in groups for run in group.runs for note in run.notes]
-    validated = [group for group in groups if metrics_of(group)]
+    measured = [group for group in groups if metrics_of(group)]
     without = [group.name for group in groups if not metrics_of(group)]
     if without:
-        notes.append(f'No validation was logged by {", ".join(without)}.')
-    if len(validated) > 1 and not set.intersection(*(set(metrics_of(group)) for group in validated)):
-        listed = '; '.join(f'{group.name} has {", ".join(metrics_of(group)[:4])}' for group in validated)
+        notes.append(f'No validation was logged by {", ".join(without)}; to compare metrics, set val_interval.')
+    if len(measured) > 1 and not set.intersection(*(set(metrics_of(group)) for group in measured)):
+        listed = '; '.join(f'{group.name} has {", ".join(metrics_of(group)[:4])}' for group in measured)
         notes.append(f'The runs have no metric in common, so their results cannot be compared: {listed}.')
+    if baseline_of(groups) and any(len(group.runs) > 1 for group in groups) and stdtrit is None:
+        notes.append('Differences have no interval, because scipy is not installed: run pip install scipy.')
     for group in groups:
         lengths = {run.iterations for run in group.runs}
         if len(lengths) > 1:

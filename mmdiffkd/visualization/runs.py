@@ -10,13 +10,14 @@ from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from mmdiffkd.engine.checkpoint import PREFIX
 
-from .logs import NO_METRICS, DamagedLogError, Log, read_log
+from .logs import NO_METRICS, DamagedLogError, Log, read_log, read_versions
 
 PICTURE = re.compile(
     re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<level>\d+)(?P<steps>\.steps)?_(?P<iteration>\d+)\.png',
 )
-# main metrics of common data sets; the rest is only in the table of all metrics
+# main metrics of common data sets; the table of all metrics lists the rest
 MAIN_METRIC = re.compile(r'.*(\bmAP|_mAP|bbox_AP|segm_AP|mIoU|top1|PQ)')
+NO_OBJECTS = -1.0  # value of COCO's metrics if no image has such objects, e.g. of a size
 Series = Dict[int, float]  # values by iteration
 
 
@@ -33,7 +34,7 @@ class Picture:
 
 @dataclass
 class Run:
-    """A run with all its starts. A run that is resumed has several.
+    """A run with all its starts; a resumed run has several starts. A checkpoint that was only tested is also a run.
 
     Args:
         folder (Path): Work dir.
@@ -62,7 +63,7 @@ class Run:
         return max([*self.train, *self.val], default=0)
 
     def logged(self, key: str) -> Series:
-        """Return a value of the training records by iteration."""
+        """Return the training values with the log key ``key``, by iteration."""
         return {i: float(record[key]) for i, record in self.train.items() if _is_number(record.get(key))}
 
     def own_losses(self) -> List[str]:
@@ -84,8 +85,12 @@ class Run:
         }
 
     def metric(self, name: str) -> Series:
-        """Return a validation metric by iteration."""
-        return {i: record[name] for i, record in self.val.items() if name in record}
+        """Return a validation metric by iteration, without validations that had no objects to measure it."""
+        return {i: record[name] for i, record in self.val.items() if record.get(name, NO_OBJECTS) != NO_OBJECTS}
+
+    def result(self, name: str) -> Optional[float]:
+        """Return a metric of the last validation, or of the newest test if no validation was logged."""
+        return last(self.metric(name)) if self.val else self.test.get(name)
 
     @property
     def seconds(self) -> Optional[float]:
@@ -101,7 +106,7 @@ class Run:
 
 @dataclass
 class Group:
-    """Runs with the same name, which are seeds of one setup."""
+    """Runs with the same name: one setup, trained with several seeds."""
 
     name: str
     runs: List[Run]
@@ -111,10 +116,14 @@ class Group:
     def is_teacher(self) -> bool:
         return self.name == 'teacher'
 
+    @property
+    def is_validated(self) -> bool:
+        return any(run.val for run in self.runs)
+
     def spread(self, value: Callable[[Run], Optional[float]]) -> Optional[Tuple[float, Optional[float]]]:
         """Return mean and standard deviation (n - 1) over the runs that have the value.
 
-        The deviation is None if only one run has the value. The result is None if no run has it.
+        The deviation is None if only one run has the value. The result is None if no run has the value.
         """
         values = [v for v in map(value, self.runs) if v is not None]
         if not values:
@@ -133,25 +142,29 @@ def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
 
     Raises:
         ValueError: If a work dir is given twice or its logs cannot be read.
-        FileNotFoundError: If a work dir does not exist or has no logs.
+        FileNotFoundError: If a work dir does not exist, or has neither logs nor a test.
     """
     folders = [folder.resolve() for _, folder in named]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise ValueError(f'The work dir {folder} is given twice.')
+            raise ValueError(f'The work dir {folder} is given twice; give it once.')
     short = [folder.name for (name, _), folder in zip(named, folders) if name is None]
     together: Dict[str, List[Run]] = {}
     for (name, given), folder in zip(named, folders):
-        if name is None:  # equal folder names do not group runs; only given names do
+        if name is None:  # runs are grouped only by given names, so the name of the folder must be unique
             name = folder.name if short.count(folder.name) == 1 else str(given)
         together.setdefault(name, []).append(read_run(given))
     return [Group(name, runs, index) for index, (name, runs) in enumerate(together.items())]
 
 
 def read_run(folder: Path) -> Run:
-    """Read and merge all starts of a run. From its first iteration on, a later start replaces the earlier ones."""
+    """Read and merge all starts of a run. A later start replaces earlier records from its first iteration on."""
     run = Run(folder)
-    for log in _logs(folder, run.notes):
+    tested, run.test = _newest_test(folder)
+    logs = _logs(folder, run.notes)
+    if tested and not logs:  # the work dir of tools/test.py
+        run.starts, run.config, run.versions = [tested.name], _config(tested), read_versions(tested)
+    for log in logs:
         begin = min([*log.train, *log.val], default=float('inf'))
         run.train = {**_before(run.train, begin), **log.train}
         run.val = {**_before(run.val, begin), **log.val}
@@ -163,7 +176,6 @@ def read_run(folder: Path) -> Run:
         run.versions = log.versions or run.versions
         run.config = _config(log.folder) or run.config
         run.notes += _notes(folder, log)
-    run.test = _test(folder)
     skipped = run.logged('diffkd.skipped')
     if skipped and max(skipped.values()):
         run.notes.append(f'{folder.name}: {max(skipped.values()):.0f} iterations with non-finite values were skipped.')
@@ -171,17 +183,18 @@ def read_run(folder: Path) -> Run:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Return the standard deviation (n - 1), or NaN if a value is not finite, where ``statistics`` would fail."""
+    """Return the standard deviation (n - 1), or NaN if a value is not finite: ``statistics`` would raise an error."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def metrics_of(group: Group) -> List[str]:
-    """Return the names of all validation metrics of a group."""
-    return list({name: None for run in group.runs for record in run.val.values() for name in record})
+    """Return the names of all validation metrics of a group, or of its tests if no validation was logged."""
+    records = [record for run in group.runs for record in run.val.values()] or [run.test for run in group.runs]
+    return list({name: None for record in records for name in record})
 
 
 def main_metrics(groups: Iterable[Group]) -> List[str]:
-    """Return the metrics to compare: the main metrics, and the first metric of each group without a main metric."""
+    """Return the metrics to compare: all main metrics, and for each group without main metrics, its first metric."""
     names = {name: None for group in groups for name in metrics_of(group)}
     known = [name for name in names if MAIN_METRIC.fullmatch(name)]
     without = [group for group in groups if not set(known) & set(metrics_of(group))]
@@ -200,26 +213,35 @@ def best(name: str, series: Series) -> Optional[float]:
 
 
 def _starts(folder: Path) -> List[Path]:
-    """Return the folders of all starts with logs, oldest first."""
+    """Return the folders of all starts with logs, oldest first; none if the folder has only a test."""
     if not folder.is_dir():
-        raise FileNotFoundError(f'The folder {folder} does not exist.')
-    starts = sorted(file.parent.parent for file in folder.glob('*/vis_data/scalars.json'))
-    if starts:
+        raise FileNotFoundError(f'The folder {folder} does not exist; give the work dir of a training or a test.')
+    starts = _with_logs(folder)
+    if starts or _newest_test(folder)[0]:
         return starts
     if (folder / 'vis_data' / 'scalars.json').is_file():
-        raise FileNotFoundError(f'{folder} is a single start of a run; give its work dir, {folder.parent}.')
-    below = sorted(file.parent.parent.parent for file in folder.glob('*/*/vis_data/scalars.json'))
+        raise FileNotFoundError(f'{folder} is a single start of a run; give the folder above it.')
+    below = [path.name for path in sorted(folder.glob('*/')) if _with_logs(path) or _newest_test(path)[0]]
     if below:
-        raise FileNotFoundError(f'{folder} is not a work dir but contains some: give {", ".join(map(str, below[:3]))}.')
+        listed = ', '.join(below[:3]) + (f' and {len(below) - 3} more' if len(below) > 3 else '')
+        raise FileNotFoundError(f'{folder} is not a work dir but contains some; give one or more of them: {listed}.')
     if list(folder.glob('*.log.json')):
-        raise FileNotFoundError(f'{folder} has only logs from before MMEngine (*.log.json), which cannot be read.')
+        raise FileNotFoundError(
+            f'{folder} has only logs from before MMEngine (*.log.json), which cannot be read; test its checkpoint with '
+            'tools/test.py and give the work dir of the test.'
+        )
     raise FileNotFoundError(
-        f"{folder} has no logs (*/vis_data/scalars.json); train with dict(type='LocalVisBackend') in vis_backends."
+        f'{folder} has neither training logs (*/vis_data/scalars.json) nor a test; train with '
+        "dict(type='LocalVisBackend') in vis_backends, or give the work dir of tools/test.py."
     )
 
 
+def _with_logs(folder: Path) -> List[Path]:
+    return sorted(file.parent.parent for file in folder.glob('*/vis_data/scalars.json'))
+
+
 def _logs(folder: Path, notes: List[str]) -> List[Log]:
-    """Read the logs of all starts. A start without a readable record, e.g. killed early, is skipped with a note."""
+    """Read the logs of all starts. A start without readable records, e.g. killed early, is skipped with a note."""
     logs, errors = [], []
     for start in _starts(folder):
         try:
@@ -227,7 +249,7 @@ def _logs(folder: Path, notes: List[str]) -> List[Log]:
         except DamagedLogError as error:
             errors.append(error)
             notes.append(f'{folder.name}/{start.name}: left out because its log has no readable record.')
-    if not logs:
+    if errors and not logs:
         raise errors[-1]
     return logs
 
@@ -257,16 +279,17 @@ def _notes(folder: Path, log: Log) -> List[str]:
     return [f'{folder.name}/{log.folder.name}: {log.unreadable} damaged {lines} left out.']
 
 
-def _test(folder: Path) -> Dict[str, float]:
-    """Return the metrics of the newest test in the work dir."""
+def _newest_test(folder: Path) -> Tuple[Optional[Path], Dict[str, float]]:
+    """Return folder and metrics of the newest test in the work dir, or None and an empty dict."""
     for file in sorted(folder.glob('*/*.json'), reverse=True):
         try:
             content = json.loads(file.read_text(errors='replace'))
         except ValueError:
             continue
         if file.stem == file.parent.name and isinstance(content, dict):
-            return {key: value for key, value in content.items() if _is_number(value) and key not in NO_METRICS}
-    return {}
+            numbers = {key: value for key, value in content.items() if _is_number(value) and key not in NO_METRICS}
+            return file.parent, {key: value for key, value in numbers.items() if value != NO_OBJECTS}
+    return None, {}
 
 
 def _is_number(value) -> bool:

@@ -1,4 +1,4 @@
-"""The page of real and written logs."""
+"""Reports on real runs and on written logs."""
 
 import re
 from html.parser import HTMLParser
@@ -19,14 +19,15 @@ VOID = {'meta', 'link', 'img', 'br', 'hr', 'input', 'col'}
 
 
 class Page(HTMLParser):
-    """What is in a page; it is well-formed, and needs nothing from elsewhere."""
+    """Content of a page. Asserts that the page is well-formed and loads no external files."""
 
     def __init__(self, file):
         super().__init__()
         self.open, self.pictures, self.text = [], 0, ''
+        self.ids, self.links = set(), set()
         self.source = file.read_text()
         self.feed(self.source)
-        assert self.open == []
+        assert self.open == [] and self.links <= self.ids
 
     def handle_starttag(self, tag, attributes):
         if tag not in VOID:
@@ -35,6 +36,8 @@ class Page(HTMLParser):
         assert tag not in ('script', 'link', 'iframe')
         for name, value in attributes:
             assert name not in ('src', 'href') or value.startswith(('data:image/', '#')), value[:80]
+            self.ids |= {f'#{value}'} if name == 'id' else set()
+            self.links |= {value} if name == 'href' else set()
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -52,7 +55,7 @@ def report(*runs, out):
 
 @pytest.fixture
 def run(tmp_path, shapes):
-    """A real run that was drawn and validated."""
+    """Work dir of a real run with visualization and validation."""
     folder = tmp_path / 'run'
     Runner.from_cfg(
         tiny.run_cfg(
@@ -70,11 +73,11 @@ def run(tmp_path, shapes):
     return folder
 
 
-def test_a_real_run(run, tmp_path):
+def test_real_run(run, tmp_path):
     page = report(f'small={run}', out=tmp_path / 'out')
     files = {path.name for path in (tmp_path / 'out').iterdir()}
     assert {'report.html', 'loss.png', 'fpn-loss_kd.png', 'fpn-gamma-0.png', 'validation-coco_bbox_mAP.png'} <= files
-    for text in ('small', 'coco/bbox_mAP', 'gamma', 'fpn, level 0', 'Denoising steps, iteration 1', 'DiffKDDistiller'):
+    for text in ('coco/bbox_mAP', 'gamma', 'small: fpn', 'Level 0, iteration 1', 'error can rise', 'DiffKDDistiller'):
         assert text in page.text, text
     assert re.search(r'The teacher of small, measured before training: coco/bbox_mAP \d\.\d{3}\.', page.text)
     versions = re.search(r'<th>mmdiffkd</th><th>mmdet</th>', page.source)
@@ -89,16 +92,16 @@ def test_seeds_side_by_side(tmp_path):
     runs = [f'{name}={tmp_path}/{name}{seed}' for name in ('alone', 'DiffKD') for seed in (0, 1)]
     page = report(*runs, out=tmp_path / 'out')
     cells = re.sub(r'\s+', ' ', page.text)
-    assert '0.220 ± 0.028' in cells and '0.320 ± 0.028' in cells
+    assert '0.220 ± 0.028' in cells and '0.320 ± 0.028' in cells and '+0.100 (+0.100 to +0.100)' in cells
 
 
-def test_runs_without_a_common_metric_are_told(tmp_path):
+def test_runs_without_a_common_metric(tmp_path):
     logs.write(tmp_path / 'a', [logs.train(10), logs.val(10, 0.3)])
     logs.write(tmp_path / 'b', [logs.train(10), dict(mIoU=30.0, step=10)])
     assert 'no metric in common' in report(tmp_path / 'a', tmp_path / 'b', out=tmp_path / 'out').text
 
 
-def test_large_pictures_are_made_smaller(tmp_path):
+def test_large_pictures_are_downscaled(tmp_path):
     folder = logs.write(tmp_path / 'run', [logs.train(10)])
     images = folder / '20260101_000000' / 'vis_data' / 'vis_image'
     images.mkdir()
@@ -116,12 +119,12 @@ def test_large_pictures_are_made_smaller(tmp_path):
     'records, message',
     [
         (None, 'does not exist'),
-        ([], 'has no logs'),
+        ([], 'has neither training logs'),
         (['broken'], 'has no readable record'),
         ([logs.train(10, **{'diffkd.old': 1.0})], 'unknown to this version: diffkd.old'),
     ],
 )
-def test_mistakes(tmp_path, records, message):
+def test_invalid_runs(tmp_path, records, message):
     folder = tmp_path / 'run'
     if records is not None:
         folder.mkdir()

@@ -18,7 +18,7 @@ def differs(picture, other):
     return picture.shape != other.shape or (picture != other).any()
 
 
-def test_comparison_is_a_picture_of_what_it_was_given():
+def test_comparison_depends_on_image_and_features():
     image, output = torch.rand(3, 48, 72), output_of()
     picture = draw_comparison('fpn, level 0', image, output, 7)
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
@@ -30,20 +30,20 @@ def test_comparison_is_a_picture_of_what_it_was_given():
     assert differs(picture, draw_comparison('fpn, level 0', image.flip(2), output, 7))
 
 
-def test_the_second_image_is_left_alone():
+def test_only_the_first_image_is_drawn():
     image, output = torch.rand(3, 48, 72), output_of()
     changed = output._replace(teacher_latent=torch.cat([output.teacher_latent[:1], -output.teacher_latent[1:]]))
     assert not differs(draw_comparison('fpn', image, output, 7), draw_comparison('fpn', image, changed, 7))
 
 
-def test_without_denoising_there_are_four_panels_and_no_steps():
+def test_four_panels_and_no_steps_without_denoising():
     image, output = torch.rand(3, 48, 72), output_of(denoise=False)
     plain, denoised = draw_comparison('fpn', image, output, 7), draw_comparison('fpn', image, output_of(), 7)
     assert plain.shape[1] == pytest.approx(denoised.shape[1] * 4 / 7, rel=0.01)
     assert draw_steps('fpn', output, (), 7) is None
 
 
-def test_steps_are_a_strip():
+def test_steps_are_drawn_in_a_row():
     output = output_of()
     strip = draw_steps('fpn', output, TIMESTEPS, 7)
     assert strip.shape[1] > 5 * strip.shape[0]
@@ -52,7 +52,7 @@ def test_steps_are_a_strip():
     assert differs(strip, draw_steps('fpn', output._replace(trajectory=samples), TIMESTEPS, 7))
 
 
-def test_vectors_are_curves():
+def test_vectors_are_drawn_as_curves():
     image, output = torch.rand(3, 48, 48), output_of(size=(1, 1))
     picture = draw_comparison('logits', image, output, 7)
     assert differs(picture, draw_comparison('logits', image, output._replace(denoised=-output.denoised), 7))

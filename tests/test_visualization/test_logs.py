@@ -18,7 +18,7 @@ def test_records_by_iteration(tmp_path):
     assert log.teacher == {'coco/bbox_mAP': 0.5}
 
 
-def test_validations_that_count_epochs_and_versions(tmp_path):
+def test_validation_by_epoch_and_versions(tmp_path):
     text = ' Python: 3.11.7 (main)\n PyTorch: 2.12.1\n seed: 3\nEpoch(train)  [1][ 5/30]  lr: 1\n'
     log = read(
         tmp_path, [logs.train(5, epoch=1), logs.val(1, 0.1), logs.train(35, epoch=2), logs.val(2, 0.2)], text=text
@@ -27,13 +27,13 @@ def test_validations_that_count_epochs_and_versions(tmp_path):
     assert log.versions == dict(Python='3.11.7', PyTorch='2.12.1', seed='3')
 
 
-def test_versions_stand_behind_the_config(tmp_path):
+def test_versions_after_the_config(tmp_path):
     line = '2026/01/01 00:00:00 - mmengine - INFO - Versions: mmdiffkd 0.1.0, mmdet 3.5.1+cu1\n'
     log = read(tmp_path, [logs.train(5)], text=' PyTorch: 2.12.1\n' + 'model = dict()\n' * 5000 + line)
     assert log.versions == dict(PyTorch='2.12.1', mmdiffkd='0.1.0', mmdet='3.5.1+cu1')
 
 
-def test_a_run_that_was_killed_has_half_a_line(tmp_path):
+def test_incomplete_last_line_is_ignored(tmp_path):
     log = read(tmp_path, [logs.train(10), '{"loss": 0.'])
     assert list(log.train) == [10] and log.unreadable == 0
 
@@ -47,6 +47,6 @@ def test_no_readable_record(tmp_path):
         read(tmp_path, ['not a log'])
 
 
-def test_distillation_values_of_another_version(tmp_path):
+def test_distillation_keys_of_a_different_version(tmp_path):
     with pytest.raises(ValueError, match='unknown to this version: diffkd.loss_fpn_old'):
         read(tmp_path, [logs.train(10, **{'diffkd.loss_fpn_old': 1.0})])

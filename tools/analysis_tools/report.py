@@ -13,8 +13,8 @@ def parse_args():
         'runs',
         nargs='+',
         metavar='[NAME=]WORK_DIR',
-        help="work dirs of runs; runs with the same name are seeds of one setup, and a run named 'teacher' is a "
-        'reference line',
+        help='work dirs of trainings, or of tests with tools/test.py; runs with the same name are seeds of one setup, '
+        "a run named 'teacher' is a reference line, and the table compares all runs with a run named 'alone'",
     )
     parser.add_argument(
         '-o', '--out', type=Path, default=Path('work_dirs/report'), help='folder (default: %(default)s)'
@@ -37,7 +37,7 @@ def main():
         from mmdiffkd.visualization.report import write_report
 
         page = write_report([named(run) for run in args.runs], args.out, command)
-    print(f'{page}: open it in a browser.')
+    print(f'Open {page} in a browser.')
 
 
 if __name__ == '__main__':

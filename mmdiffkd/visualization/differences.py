@@ -1,0 +1,54 @@
+"""Compare the results of a run with those of the run named ``alone``, seed by seed."""
+
+import math
+import statistics
+from typing import Optional, Sequence, Tuple
+
+from .runs import Group, deviation
+
+try:
+    from scipy.special import stdtrit  # comes with mmdet and mmseg, but not with mmpretrain
+except ImportError:
+    stdtrit = None
+
+BASELINE = 'alone'
+
+
+def baseline_of(groups: Sequence[Group]) -> Optional[Group]:
+    """Return the run to compare with, or None if there is none or nothing to compare."""
+    return next((group for group in groups if group.name == BASELINE and len(groups) > 1), None)
+
+
+def difference(group: Group, baseline: Group, metric: str) -> Optional[Tuple[float, Optional[float]]]:
+    """Return the mean difference of a metric to the baseline, and the half width of its 95% interval.
+
+    Seeds are paired by their order, if both runs have the same number of seeds and every seed has the metric.
+    Otherwise, the difference of the means is returned.
+
+    Args:
+        group (Group): The run.
+        baseline (Group): The run to subtract.
+        metric (str): Name of the metric.
+
+    Returns:
+        tuple[float, float | None], optional: Mean and half width, in the unit of the metric. The half width is None if
+            fewer than two seeds are paired, or if scipy is not installed. The result is None if a run does not have
+            the metric.
+    """
+    pairs = _paired(group, baseline, metric)
+    if not pairs:
+        means = [found.spread(lambda run: run.result(metric)) for found in (group, baseline)]
+        return (means[0][0] - means[1][0], None) if all(means) else None
+    differences = [value - other for value, other in pairs]
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 2 or stdtrit is None:
+        return mean, None
+    return mean, float(stdtrit(count - 1, 0.975)) * deviation(differences) / math.sqrt(count)
+
+
+def _paired(group: Group, baseline: Group, metric: str) -> Sequence[Tuple[float, float]]:
+    """Return the values of paired seeds; an empty list if the seeds cannot be paired."""
+    values, others = ([run.result(metric) for run in found.runs] for found in (group, baseline))
+    if len(values) != len(others) or None in values + others:
+        return []
+    return list(zip(values, others))
