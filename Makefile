@@ -1,4 +1,4 @@
-# Two commands do everything on a machine with Python 3.10 - 3.12, git and a C++ compiler: `make demo` and `make test`.
+# `make demo` and `make test` need only Python 3.11 or 3.12, git and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OPENMMLAB ?= .venv-openmmlab
@@ -8,22 +8,29 @@ READY_OPENMMLAB := $(VENV_OPENMMLAB)/.ready
 .PHONY: help env demo test test-all lint docs env-openmmlab test-openmmlab test-all-openmmlab clean
 
 help:
-	@echo "make demo            train student alone, with plain MSE and DiffKD on generated images; at most 5 minutes"
-	@echo "                     ARGS=--help lists the options"
-	@echo "make test            run the quick tests, which cover every behavior; up to 10 minutes"
-	@echo "make test-all        run all tests: also every config and model family, killed processes, wheels"
-	@echo "make env             the environment in $(VENV) that both need (made by them if it is not there)"
-	@echo "make lint            check formatting and lint"
-	@echo "make docs            build the documentation in docs/_build/html"
-	@echo "make test-openmmlab  run the quick tests with the original OpenMMLab packages; test-all-openmmlab runs all"
-	@echo "make env-openmmlab   the environment in $(VENV_OPENMMLAB) that these need (made by them if it is not there)"
+	@echo "Get started:"
+	@echo "  make env                 create the environment in $(VENV), once; up to 18 minutes"
+	@echo "  make demo                train small detectors on generated images, alone and distilled; up to 5 minutes"
+	@echo "                           options: make demo ARGS=--help"
+	@echo "Develop:"
+	@echo "  make test                run the quick tests, which cover every behavior; up to 10 minutes"
+	@echo "                           some tests only: make test ARGS=tests/test_models"
+	@echo "  make test-all            run all tests, also those of every config and model family"
+	@echo "  make lint                check formatting and lint"
+	@echo "  make docs                build the documentation in docs/_build/html"
+	@echo "  make clean               remove environments and built files"
+	@echo "Develop with the original OpenMMLab packages (mmcv, mmdet ...) instead of the maintained ones (onedl-mmcv ...):"
+	@echo "  make env-openmmlab       create the environment in $(VENV_OPENMMLAB)"
+	@echo "  make test-openmmlab      run the quick tests"
+	@echo "  make test-all-openmmlab  run all tests"
+	@echo "Each target creates its environment if it is missing."
 
 demo: $(READY)
 	@echo "The demo takes at most 5 minutes on two idle CPU cores."
 	$(VENV)/bin/python tools/demo.py $(ARGS)
 
-# The tests of a file share what it trained, so they stay in one process. Files with few tests may take long, so they
-# are not put last.
+# --dist loadfile runs all tests of a file in one process, because they share fixtures such as trained models.
+# --no-loadscope-reorder keeps the order of the files. Otherwise, files with few tests, which may be slow, run last.
 PYTEST = $(<D)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
@@ -44,7 +51,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
-	@echo "The documentation begins in docs/_build/html/index.html."
+	@echo "Open docs/_build/html/index.html."
 
 env: $(READY)
 
@@ -53,7 +60,7 @@ env-openmmlab: $(READY_OPENMMLAB)
 $(READY): FAMILY := onedl
 $(READY_OPENMMLAB): FAMILY := openmmlab
 
-# Interrupted, it goes on where it stopped: finished steps are found done.
+# To resume an interrupted setup, run the same target again: make_env.py skips finished steps.
 $(READY) $(READY_OPENMMLAB): requirements/*.txt requirements/*.py setup.py
 	@$(PYTHON) requirements/make_env.py $(@D) --family $(FAMILY)
 

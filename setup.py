@@ -5,7 +5,7 @@ from setuptools import Distribution, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-bdist_wheel = Distribution().get_command_class('bdist_wheel')  # setuptools' own, before 70.1 wheel's
+bdist_wheel = Distribution().get_command_class('bdist_wheel')  # of setuptools 70.1 and newer, or of the package wheel
 
 
 def requirements(name):
@@ -18,17 +18,17 @@ def version():
 
 
 def copy_mim(folder):
-    """What mim looks for in an installed package, and nothing that an earlier build left."""
+    """Copy the files that mim looks for in an installed package, and remove files of earlier builds."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ('configs', 'tools'):  # without weights: the demo trains its teacher there
+    for name in ('configs', 'tools'):  # leave out weights: the demo of an installed package trains its teacher
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '*.pth'))
     shutil.copy2(ROOT / 'model-index.yml', folder)
 
 
 class BuildPackage(build_py):
-    """The package with ``.mim``.
+    """Build the package with the folder ``.mim``, which contains configs and tools.
 
-    An editable install has none: onedl-mim searches the whole repository and refuses a config that it finds twice.
+    Editable installs have no ``.mim``: onedl-mim searches the whole repository, and refuses configs found twice.
     """
 
     def run(self):
@@ -38,16 +38,16 @@ class BuildPackage(build_py):
 
 
 class BuildWheel(bdist_wheel):
-    """A wheel with ``.mim`` in two places.
+    """Build a wheel with ``.mim`` in two folders.
 
-    onedl-mim looks in the folder of the first file that pip recorded. Where package and distribution share their name,
-    that is not the package, where openmim looks, but the ``.dist-info`` beside it.
+    openmim searches the folder of the package. onedl-mim searches the folder of the first file that pip recorded, which
+    is the ``.dist-info`` folder if package and distribution have the same name.
     """
 
     def write_wheelfile(self, wheelfile_base, **kwargs):
         super().write_wheelfile(wheelfile_base, **kwargs)
         packed = Path(self.bdist_dir, 'mmdiffkd', '.mim')
-        if packed.is_dir():  # not in an editable install
+        if packed.is_dir():  # an editable install has no .mim
             shutil.copytree(packed, Path(wheelfile_base, '.mim'))
 
 
@@ -82,7 +82,7 @@ setup(
     ],
     packages=find_packages(include=['mmdiffkd', 'mmdiffkd.*']),
     package_data={'mmdiffkd': ['visualization/*.html']},
-    python_requires='>=3.10',
+    python_requires='>=3.11',
     install_requires=requirements('runtime.txt'),
     extras_require=dict(docs=requirements('docs.txt'), tests=requirements('tests.txt')),
     cmdclass=dict(build_py=BuildPackage, bdist_wheel=BuildWheel),

@@ -1,14 +1,17 @@
-"""Start and exit of the tools. This module does not import torch, so ``--help`` and argument errors return at once."""
+"""Helpers of the command-line tools. This module does not import torch, so that ``--help`` returns at once."""
 
 import atexit
 import gc
+import io
 import re
 import sys
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, redirect_stdout
 from typing import Iterator
 
+# errors that wrong arguments, configs or files cause
 MISTAKES = (ValueError, TypeError, OSError, ImportError, RuntimeError, SyntaxError)
-UNKNOWN_TYPE = re.compile(r'([^\s\'"]+) is not in the \S+ registry')  # mmengine's KeyError
+UNKNOWN_TYPE = re.compile(r'([^\s\'"]+) is not in the \S+ registry')  # in the KeyError of mmengine's registries
 
 
 _is_own_process = False
@@ -35,13 +38,25 @@ def without_gc() -> Iterator[None]:
 def own_process() -> None:
     """Exclude objects created at startup from later garbage collections, including the one at exit.
 
-    Has no effect if a different program runs the script in its own process, because that program's garbage would stay
-    in memory, too.
+    Has no effect if a different program, such as a test, calls the script in its process, because the garbage of that
+    program would then never be freed.
     """
     global _is_own_process
     if sys.argv[0] in sys.orig_argv[1:]:
         _is_own_process = True
         atexit.register(gc.freeze)
+
+
+@contextmanager
+def quiet_packages() -> Iterator[None]:
+    """Hide the output and the warnings of packages during imports and while models are built, but not errors.
+
+    >>> with quiet_packages():
+    ...     from mmdet.datasets import CocoDataset
+    """
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
 
 
 @contextmanager

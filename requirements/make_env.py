@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Create a virtual environment with everything that mmdiffkd needs: ``make env`` and ``make env-openmmlab``.
 
-Runs in the system's Python, before anything is installed. To resume after an interruption, run the same command again.
+The script runs with the system's Python, before anything is installed. To resume after an interruption, run the same
+command again.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from operators import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHONS = ((3, 10), (3, 12))
-ENVIRONMENT_DISK = 9 * GIB  # 6 GiB for the environment, the rest for pip's downloads
+PYTHONS = ((3, 11), (3, 12))
+ENVIRONMENT_DISK = 9 * GIB  # 6 GiB for the environment, 3 GiB for pip's downloads
 FAMILIES = {
     'onedl': dict(
         mmcv='onedl-mmcv',
@@ -51,7 +52,7 @@ FAMILIES = {
 PIP_ACTIVITY = re.compile(
     r'^\s*(Collecting|Downloading|Using cached|Building wheel|Installing collected packages)(.*)$'
 )
-# Prints site-packages, and the version and summary of a distribution.
+# Script that prints the site-packages folder, and the version and summary of an installed distribution.
 DISTRIBUTION = """
 import importlib.metadata, sys, sysconfig
 found = importlib.metadata.distribution(sys.argv[1])
@@ -60,9 +61,9 @@ print(sysconfig.get_path('purelib'), found.version, found.metadata['Summary'], s
 
 
 class Display:
-    """Progress display: finished lines, and a status line below the last one.
+    """Progress display: permanent lines, and below them a status line.
 
-    On a terminal, the status line is rewritten in place. In a log file, it is written once per minute.
+    On a terminal, the status line is rewritten in place. In a log file, the current status is written once per minute.
     """
 
     def __init__(self, stream=None, interval=60):
@@ -77,11 +78,11 @@ class Display:
         self.since = time.monotonic()
 
     def detail(self, text):
-        """Write a permanent line below a step."""
+        """Write a permanent, indented line below the line of a step."""
         self.step(f'      {text}')
 
     def now(self, text):
-        """Update the status line."""
+        """Show the current status in the status line."""
         if self.live:
             width = shutil.get_terminal_size().columns - 7
             print(f'\r\033[K      {text[:width]}', end='', file=self.stream, flush=True)
@@ -102,7 +103,7 @@ class Environment:
         self.build = None
 
     def create(self):
-        """Create the environment, or recreate it if pip does not run in it."""
+        """Create the environment, unless it exists and pip runs in it."""
         if self.python.exists() and call([self.python, '-m', 'pip', '--version']):
             return
         done = subprocess.run(
@@ -118,14 +119,14 @@ class Environment:
             )
 
     def version(self, package):
-        """Return the version of a package in the constraints file."""
+        """Return the version of a package that the constraints file demands."""
         match = re.search(rf'^{re.escape(package)}==(\S+)', self.constraints.read_text(), re.MULTILINE)
         if not match:
             raise SetupError(f'{self.constraints} has no version of {package} (`{package}==...`).')
         return match.group(1)
 
     def requirements(self, *names, without=''):
-        """Return the requirements in the named files, except those of the package ``without``."""
+        """Return the requirements in the named files, leaving out the package ``without``."""
         lines = [line for name in names for line in (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()]
         found = [line.split('#')[0].strip() for line in lines]
         return [line for line in found if line and re.match(r'[\w.-]+', line).group() != without]
@@ -165,7 +166,7 @@ class Environment:
         self.display.now(text)
 
     def wait_for(self, done, activity):
-        """Wait for the build, and show its progress."""
+        """Wait until ``done()`` is true, and show ``activity`` and the progress of the build."""
         began = time.monotonic()
         while not done():
             self.show(activity, began)
@@ -185,10 +186,10 @@ def pip_activity(output):
 
 
 def add_alias(python, name, package):
-    """Register a distribution under a second name by metadata alone, so that mim finds it.
+    """Register an installed distribution under a second name, so that mim finds it. Only metadata are written.
 
-    onedl-mim accepts any installed distribution of the given name. If the metadata lists no files, it looks for them in
-    the folder of that name. pip lists, checks, replaces and uninstalls the alias like any distribution.
+    onedl-mim accepts any installed distribution with the given name. If its metadata list no files, onedl-mim looks for
+    the files in the folder with that name. pip lists, checks, replaces and uninstalls the alias like any distribution.
 
     Returns:
         str: Version of the alias; ``None`` if a real distribution of this name is installed.
@@ -200,7 +201,7 @@ def add_alias(python, name, package):
     site_packages, version, _ = call([python, '-c', DISTRIBUTION, package]).splitlines()
     for old in Path(site_packages).glob(f'{name}-*.egg-info'):
         shutil.rmtree(old)
-    # No list of files and no top_level.txt: otherwise pip would uninstall the package together with the alias.
+    # Do not write a list of files or top_level.txt: with them, pip would uninstall the package together with the alias.
     partial = Path(site_packages, f'.{name}.part')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -213,10 +214,10 @@ def add_alias(python, name, package):
 
 
 def provide_operators(env, display):
-    """Find mmcv's operators, or start compiling them in ``env.build``.
+    """Find a wheel with mmcv's operators, or start to compile them in the background, as ``env.build``.
 
     Returns:
-        Path: The wheel to install; ``None`` if it is already installed or being compiled.
+        Path: The wheel to install; ``None`` if the operators are already installed or being compiled.
     """
     package = env.family['mmcv']
     version = env.version(package)
@@ -236,12 +237,13 @@ def provide_operators(env, display):
     )
     display.detail(f'log: {env.build.log}')
     env.build.start(display.detail, display.now)
-    env.wait_for(env.build.compiling, 'waiting for the first file')  # later steps change the environment
+    # setup.py reads the environment until it starts to compile; later steps change the environment, so wait
+    env.wait_for(env.build.compiling, 'waiting for the first compiled file')
     return None
 
 
 def make(env, display):
-    """Run all steps. Finished steps are detected and take little time."""
+    """Run all steps of the setup. Steps that an earlier run has finished take little time."""
     if not env.python.exists():
         check_disk(env.folder, ENVIRONMENT_DISK, 'the environment')
     env.create()
@@ -256,14 +258,14 @@ def make(env, display):
     env.install(*env.requirements(*env.family['requirements'], without=env.family['mmcv']))
     if env.build is not None:
         display.step("[5/6] mmcv's operators: waiting for the compiler ...")
-        env.wait_for(lambda: not env.build.running(), 'everything else is installed')
+        env.wait_for(lambda: not env.build.running(), 'all other packages are installed')
         wheel = env.build.finish()
         display.detail(f'cached for other environments: {wheel}')
     else:
         display.step("[5/6] mmcv's operators: nothing to compile")
-    if wheel:  # the same version may be installed with operators that do not fit
+    if wheel:  # reinstall, because the same version may be installed with operators that do not fit torch
         env.install('--force-reinstall', '--no-deps', wheel)
-    env.install(wheel or env.family['mmcv'])  # with its dependencies
+    env.install(wheel or env.family['mmcv'])  # also installs the dependencies
     display.step('[6/6] mmdiffkd and an import check of all packages: less than a minute ...')
     env.install('--no-deps', '--editable', ROOT)
     for name, package in env.family['aliases'].items():
@@ -278,19 +280,19 @@ def make(env, display):
 def main():
     parser = argparse.ArgumentParser(description='Create a virtual environment with everything that mmdiffkd needs.')
     parser.add_argument('folder', type=Path, help='folder of the virtual environment')
-    parser.add_argument('--family', choices=FAMILIES, default='onedl', help='maintained or original packages')
+    parser.add_argument('--family', choices=FAMILIES, default='onedl', help='maintained (onedl) or original packages')
     args = parser.parse_args()
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         version = '.'.join(map(str, sys.version_info[:3]))
-        sys.exit(f'Python 3.10 - 3.12 is needed, but this is {version}. Set PYTHON, for example PYTHON=python3.11.')
+        sys.exit(f'Python 3.11 or 3.12 is needed, but this is {version}. Set PYTHON, for example PYTHON=python3.11.')
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit('Terminated. Run the same command again to resume.'))
     display = Display()
     env = Environment(args.folder.absolute(), args.family, display)
     began = time.monotonic()
     display.step(
-        f'Creating the environment in {args.folder}, once. On two idle cores, this takes up to 5 minutes, or up to '
-        "18 if mmcv's operators must be compiled."
+        f'Creating the environment in {args.folder}. On two idle cores, this takes up to 5 minutes, or up to 18 '
+        "minutes if mmcv's operators must be compiled."
     )
     try:
         make(env, display)
@@ -304,7 +306,8 @@ def main():
         if env.build is not None:
             with contextlib.suppress(KeyboardInterrupt):
                 env.build.stop()
-    display.step(f'The environment in {args.folder} is ready after {(time.monotonic() - began) / 60:.1f} minutes.')
+    display.step(f'Ready after {(time.monotonic() - began) / 60:.1f} minutes.')
+    display.step(f'To activate the environment: source {args.folder}/bin/activate')
 
 
 if __name__ == '__main__':

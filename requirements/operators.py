@@ -1,7 +1,8 @@
 """Find a prebuilt wheel of mmcv whose operators fit the installed torch, or compile one.
 
-Used by ``make_env.py``; needs only the standard library. Source, compiled files and wheel are cached in
-``~/.cache/mmdiffkd/operators`` (``XDG_CACHE_HOME``) and shared by all clones and environments.
+``make_env.py`` uses this module, which needs only the standard library. The source, the compiled files and the wheel
+are cached in ``~/.cache/mmdiffkd/operators`` (``XDG_CACHE_HOME`` replaces ``~/.cache``). All clones and environments
+share this cache.
 """
 
 import contextlib
@@ -20,12 +21,12 @@ import zipfile
 from pathlib import Path
 
 GIB = 2**30
-JOB_MEMORY = 2 * GIB  # the largest of mmcv's files takes 1.8 GiB
-BUILD_DISK = 1 * GIB  # objects without debugging symbols, library and wheel
-INDEX_SECONDS = 5  # timeout to reach mim's index of wheels, which many networks block
+JOB_MEMORY = 2 * GIB  # for one compiler process: mmcv's largest file takes 1.8 GiB
+BUILD_DISK = 1 * GIB  # for object files without debug info, the library and the wheel
+INDEX_SECONDS = 5  # timeout for mim's index of wheels, which many networks block
 NINJA_STEP = re.compile(rb'^\[(\d+)/(\d+)\]', re.MULTILINE)
 
-# Prints as JSON the properties of the environment that the operators depend on.
+# Script that prints, as JSON, the properties of the environment on which the operators depend.
 FACTS = """
 import json, os, sys, sysconfig, torch
 from torch.utils import cpp_extension
@@ -37,7 +38,7 @@ print(json.dumps(dict(
     python='%d.%d' % sys.version_info[:2], platform=sysconfig.get_platform(), include=sysconfig.get_path('include'))))
 """
 
-# Loads only the compiled library: mmcv's Python code needs packages that may not be installed yet.
+# Script that loads only the compiled library, because mmcv's Python code needs packages that may not be installed yet.
 LOAD = """
 import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location('_ext', sys.argv[1])
@@ -47,7 +48,7 @@ if sys.argv[2] == 'gpu' and getattr(library, 'get_compiling_cuda_version', str)(
     sys.exit('compiled without CUDA')
 """
 
-# Print the library of the installed package, and the URL of mim's index of wheels.
+# Scripts that print the path of the installed package's library, and the URL of mim's index of wheels.
 FIND_LIBRARY = """
 import glob, importlib.util, os, sys
 spec = importlib.util.find_spec(sys.argv[1])
@@ -59,6 +60,7 @@ from mim.commands.install import get_mmcv_full_find_link
 from mim.utils import DEFAULT_MMCV_BASE_URL
 print(get_mmcv_full_find_link(os.environ.get('MMCV_BASE_URL', DEFAULT_MMCV_BASE_URL)))
 """
+# Script that fails if a URL cannot be opened within some seconds.
 REACH = 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=float(sys.argv[2]))'
 
 
@@ -76,7 +78,7 @@ def call(command, timeout=None):
 
 
 def read_facts(python):
-    """Read torch, Python and platform of an environment, see ``FACTS``."""
+    """Read the properties of an environment that ``FACTS`` prints, such as the versions of torch and Python."""
     done = subprocess.run([str(python), '-W', 'ignore', '-c', FACTS], capture_output=True, text=True)
     if done.returncode:
         raise SetupError(f'torch cannot be imported in {Path(python).parent.parent}:\n{done.stderr.strip()}')
@@ -115,7 +117,7 @@ def installed(python, package, module, version, facts):
 
 
 def find_wheel(python, package, version, facts, say=print):
-    """Find a prebuilt wheel that fits: from an earlier build, from pip, from pip's cache, or from mim's index.
+    """Find a prebuilt wheel that fits: in the cache folder, with pip, in pip's cache, or in mim's index.
 
     Returns:
         Path: The wheel, copied to the cache folder; ``None`` if none fits.
@@ -144,7 +146,7 @@ def find_wheel(python, package, version, facts, say=print):
             lines = (call([*pip, 'cache', 'list', '--format=abspath', stem]) or '').splitlines()
             return [Path(line) for line in lines if Path(line).name.startswith(f'{stem}-{version}-{tag}-')]
 
-        def in_own_index():
+        def in_mims_index():
             index = call([python, '-W', 'ignore', '-c', FIND_INDEX])
             if not index or call([python, '-c', REACH, index, INDEX_SECONDS], timeout=2 * INDEX_SECONDS) is None:
                 return []
@@ -154,18 +156,18 @@ def find_wheel(python, package, version, facts, say=print):
         for where, candidates in (
             ('prebuilt wheel from pip', known_to_pip),
             ("wheel from pip's cache", in_pips_cache),
-            ("wheel from mim's index", in_own_index),
+            ("wheel from mim's index", in_mims_index),
         ):
             for wheel in candidates():
                 if fits(python, wheel, facts):
                     say(f'{where}: {wheel.name}')
                     return keep(wheel, folder)
-                say(f'{where} skipped, does not fit torch {facts["torch"]}: {wheel.name}')
+                say(f'{where} skipped, because it does not fit torch {facts["torch"]}: {wheel.name}')
     return None
 
 
 def keep(wheel, folder):
-    """Copy a wheel into the cache atomically."""
+    """Copy a wheel to the cache folder atomically, and return the path of the copy."""
     folder.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=folder, suffix='.part')
     os.close(handle)
@@ -176,18 +178,19 @@ def keep(wheel, folder):
 
 
 def available_memory():
-    """Return the bytes of free memory, limited by the container's memory."""
+    """Return the free memory in bytes; in a container, at most what the container's limit leaves."""
     with open('/proc/meminfo') as file:
         kib = dict(line.split()[:2] for line in file)
     sizes = [1024 * int(kib['MemAvailable:'])]
-    with contextlib.suppress(OSError, ValueError):  # no container, or 'max'
+    # outside of a container, these files do not exist; without a limit, memory.max contains 'max'
+    with contextlib.suppress(OSError, ValueError):
         limit, used = (int(Path('/sys/fs/cgroup', name).read_text()) for name in ('memory.max', 'memory.current'))
         sizes.append(limit - used)
     return min(sizes)
 
 
 def available_cores():
-    """Return the number of CPU cores of this process, limited by the container's quota."""
+    """Return the number of CPU cores that this process may use; in a container, at most the container's quota."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
         quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())
@@ -204,7 +207,7 @@ def check_build(facts, folder):
     """Check compiler, headers, CUDA toolkit, memory and disk before a build starts.
 
     Raises:
-        SetupError: If something is missing, with how to get it.
+        SetupError: If something is missing. The message says how to get it.
     """
     compiler = shlex.split(os.environ.get('CXX') or 'c++')
     again = 'Then run the same command again.'
@@ -228,9 +231,9 @@ def check_build(facts, folder):
         )
     if facts['gpu'] and not facts['toolkit']:
         raise SetupError(
-            f"torch {facts['torch']} sees a GPU, and compiling mmcv's operators for it needs the CUDA toolkit (nvcc) "
-            f'of the version that torch was built for. Install the toolkit and set CUDA_HOME. To build for the CPU '
-            f'only, put CUDA_VISIBLE_DEVICES= before the command.'
+            f"torch {facts['torch']} sees a GPU, so compiling mmcv's operators needs the CUDA toolkit (nvcc) of the "
+            'version that torch was built for. Install the toolkit and set CUDA_HOME. To build for the CPU only, put '
+            'CUDA_VISIBLE_DEVICES= before the command.'
         )
     memory = available_memory()
     if memory < JOB_MEMORY and 'MAX_JOBS' not in os.environ:
@@ -243,7 +246,7 @@ def check_build(facts, folder):
 
 
 def check_disk(folder, needed, purpose):
-    """Raise a SetupError if the disk of ``folder``, which need not exist yet, has less than ``needed`` bytes free."""
+    """Raise a SetupError if fewer than ``needed`` bytes are free on the disk of ``folder``, which may not exist yet."""
     folder = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -254,7 +257,7 @@ def check_disk(folder, needed, purpose):
 
 
 def fetch_source(python, package, version, folder):
-    """Download and unpack the released source once.
+    """Download and unpack the released source, unless an earlier run has done so.
 
     Returns:
         Path: Folder with setup.py. Compiled files stay in it until the build is complete.
@@ -282,7 +285,7 @@ class Build:
     """Background build of a wheel.
 
     Object files stay in the source folder until the wheel is complete, so an interrupted build resumes with the missing
-    files. A lock keeps two builds from using the same folder: the second waits.
+    files. A lock keeps two builds from using the same folder at the same time: the second build waits.
 
     Args:
         python (Path): Interpreter of the environment.
@@ -304,7 +307,7 @@ class Build:
         self.process = None
         self.lock = None
         self.began = None
-        self.latest = (0, 0.0)  # files compiled in this run, seconds from its start to the last of them
+        self.latest = (0, 0.0)  # number of files compiled in this run, seconds from the start to the last file
 
     def start(self, say=print, show=lambda text: None):
         """Start the compiler. If another setup builds the same operators, wait for it first and show its progress."""
@@ -319,13 +322,14 @@ class Build:
             return self
         fetch_source(self.python, self.package, self.version, self.folder)
         self.began = time.monotonic()
-        flags = {name: f'{os.environ.get(name, "")} -g0'.strip() for name in ('CFLAGS', 'CXXFLAGS')}  # half the time
-        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # for ninja
+        # without debug info, compiling takes half as long
+        flags = {name: f'{os.environ.get(name, "")} -g0'.strip() for name in ('CFLAGS', 'CXXFLAGS')}
+        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is in the environment
         env = dict(os.environ, MMCV_WITH_OPS='1', PATH=path, PYTHONUNBUFFERED='1', MAX_JOBS=str(self.jobs), **flags)
         shutil.rmtree(self.source / 'dist', ignore_errors=True)
         with open(self.log, 'wb') as log:
-            # New session: Ctrl-C ends the build only through stop(). The compiler inherits the lock, so the lock holds
-            # while a compiler runs, even if this process is killed.
+            # In a session of its own, the build does not receive Ctrl-C, and only stop() ends it. The compiler inherits
+            # the lock, so the lock holds while a compiler runs, even if this process is killed.
             self.process = subprocess.Popen(
                 [str(self.python), '-W', 'ignore', 'setup.py', 'bdist_wheel', '--dist-dir', 'dist'],
                 cwd=self.source,
@@ -339,6 +343,7 @@ class Build:
         return self
 
     def locked(self):
+        """Try to take the lock; return whether it succeeded."""
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -352,11 +357,11 @@ class Build:
         return self.process is not None and self.process.poll() is None
 
     def compiling(self):
-        """Check whether setup.py is done reading the environment, so that only the compiler still runs."""
+        """Check whether setup.py no longer reads the environment, because it has started the compiler."""
         return not self.running() or self.step()[1] > 0
 
     def step(self):
-        """Return the number of files compiled in this run, and the number of files that it compiles in total."""
+        """Return how many files this run has compiled, and how many files it compiles in total."""
         steps = NINJA_STEP.findall(self.log.read_bytes()) if self.log.exists() else []
         return tuple(map(int, steps[-1])) if steps else (0, 0)
 
@@ -375,7 +380,7 @@ class Build:
             self.latest = (done, elapsed)
         line = f'operators: file {number + 1} of {total}'
         done, seconds = self.latest
-        if done >= 2 * self.jobs:  # too few files for an estimate before
+        if done >= 2 * self.jobs:  # with fewer files, an estimate would be too inaccurate
             line += f', {minutes_left((seconds * todo / done - elapsed) / 60)}'
         return line
 
@@ -386,7 +391,7 @@ class Build:
             Path: The wheel in the cache folder.
 
         Raises:
-            SetupError: If the build failed, with the compiler's last lines and advice.
+            SetupError: If the build failed. The message contains the last lines of the compiler output and advice.
         """
         if self.process is not None:
             code = self.process.wait()
@@ -428,19 +433,19 @@ def count_files(source):
 
 
 def minutes_left(minutes):
-    """Format the remaining time."""
+    """Describe the remaining time in words."""
     if minutes < 1:
         return 'less than a minute left'
     return f'about {round(minutes)} minute{"s" if round(minutes) > 1 else ""} left'
 
 
 def explain_failure(log, package, facts, lines=20, width=200):
-    """Return the compiler's last lines and advice."""
+    """Return the last lines of the compiler output, followed by advice on the failure."""
     text = log.read_text(errors='replace') if log.exists() else ''
-    # a long traceback of setup.py follows ninja's output; compile commands are thousands of characters long
+    # leave out setup.py's traceback, which follows ninja's output, and compile commands of thousands of characters
     errors = text.split('\nFAILED: ')[1].split('\nninja: ')[0] if '\nFAILED: ' in text else text
     last = [line[:width] for line in errors.splitlines() if line.strip() and not re.search(r'\s-c\s.*\s-o\s', line)]
-    cures = (
+    fixes = (
         (r'Killed signal|out of memory|cannot allocate', 'Not enough memory: run the command again with MAX_JOBS=1.'),
         (r'No space left on device', f'The disk is full: free space in {log.parent} and in the temporary folder.'),
         (r'Python\.h: No such file', f'Install the headers of Python: `apt install python{facts["python"]}-dev`.'),
@@ -454,7 +459,7 @@ def explain_failure(log, package, facts, lines=20, width=200):
             'The CUDA toolkit does not fit torch. To build for the CPU, put CUDA_VISIBLE_DEVICES= before the command.',
         ),
     )
-    found = [cure for pattern, cure in cures if re.search(pattern, '\n'.join(last), re.IGNORECASE)]
+    found = [fix for pattern, fix in fixes if re.search(pattern, '\n'.join(last), re.IGNORECASE)]
     advice = found[0] if found else f'{package} was tested with the torch in requirements/constraints*.txt; install it.'
     return '\n'.join(
         [

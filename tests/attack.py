@@ -2,10 +2,10 @@ import os
 
 
 class Attack:
-    """Code in a pickle: it makes a folder when it is read.
+    """Object whose pickle runs code: unpickling it creates a folder.
 
     Args:
-        path (str): The folder.
+        path (str): Folder to create.
     """
 
     def __init__(self, path):

@@ -13,7 +13,8 @@ import traceback
 import zlib
 from pathlib import Path
 
-# The tests run in parallel, and threads that wait for each other spin. The processes that tests start inherit this.
+# Use one thread: tests run in parallel, and idle threads of a thread pool take CPU time. Processes that tests start
+# inherit these settings.
 os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
 
 import pytest  # noqa: E402
@@ -27,12 +28,12 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption('--rotate', metavar='TEXT', help='start with another file, chosen by a hash of this text')
-    parser.addoption('--until', type=float, metavar='SECONDS', help='skip the tests that would start after this time')
+    parser.addoption('--rotate', metavar='TEXT', help='rotate the order of the files by a hash of this text')
+    parser.addoption('--until', type=float, metavar='SECONDS', help='skip tests that would start after this Unix time')
 
 
 def pytest_collection_modifyitems(config, items):
-    """Put the files in an order that starts with another one for each text."""
+    """Rotate the order of the test files. A hash of the text of ``--rotate`` determines the first file."""
     text = config.getoption('--rotate')
     if text:
         files = sorted({item.path for item in items})
@@ -48,17 +49,17 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def configs_as_they_are():
-    """mmengine has yapf format the config seven times a run, which takes longer than a tiny run."""
+def unformatted_configs():
+    """Skip the formatting of configs: mmengine calls yapf seven times per run, which takes longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ('yapf.yapflib.yapf_api', 'mmengine.config.config'):  # either family imports it from one of them
+        for module in ('yapf.yapflib.yapf_api', 'mmengine.config.config'):  # one module per package family
             patch.setattr(f'{module}.FormatCode', lambda text, **options: (text, False), raising=False)
         yield
 
 
 @pytest.fixture(autouse=True)
 def clean_globals():
-    """Default scope, loggers, message hubs and visualizers are global in mmengine; no test sees another's."""
+    """Clear mmengine's global default scopes, loggers, message hubs and visualizers after each test."""
     yield
     forget_globals()
 
@@ -69,8 +70,8 @@ def forget_globals():
 
 
 @pytest.fixture(autouse=True)
-def give_back_memory():
-    """glibc keeps what tests of large models have freed: gigabytes in every worker."""
+def release_memory():
+    """Return freed memory to the system: after tests of large models, glibc keeps gigabytes per worker."""
     yield
     statm = Path('/proc/self/statm')
     if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') > 2 * 2**30:
@@ -80,7 +81,7 @@ def give_back_memory():
 
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory):
-    """A tiny generated detection set."""
+    """Folder of a tiny generated detection data set."""
     out = tmp_path_factory.mktemp('shapes')
     make_shapes = load_tool('dataset_converters/make_shapes.py')
     for split, count in (('train', 8), ('val', 4)):
@@ -98,7 +99,7 @@ def load_tool(path):
 
 
 def call_tool(path, *args, **options):
-    """Run a script of tools/ in this process, which has imported everything; options and result are those below."""
+    """Run a script of tools/ in this process, which saves importing all packages again. See :func:`in_process`."""
     file = ROOT / 'tools' / path
 
     def start():
@@ -109,21 +110,21 @@ def call_tool(path, *args, **options):
 
 
 def in_process(start, *argv, cwd=ROOT, check=True, env=None):
-    """What ``start`` prints, and the code that it exits with, as of a process of its own.
+    """Run a script in this process with its own arguments, folder and environment; capture output and exit code.
 
     Args:
-        start (callable): Runs a script.
-        *argv: The command line that it sees.
-        cwd (Path): The folder that it is started in.
-        check (bool): Whether it must succeed.
-        env (dict, optional): Added to the environment.
+        start (callable): Runs the script.
+        *argv: Command line of the script.
+        cwd (Path): Working directory.
+        check (bool): Whether to assert that the script succeeds.
+        env (dict, optional): Environment variables to add.
 
     Returns:
-        subprocess.CompletedProcess: With both outputs in ``stdout``.
+        subprocess.CompletedProcess: ``stdout`` contains standard output and standard error.
     """
     output, code = io.StringIO(), 0
     folder, command, path, environment = os.getcwd(), sys.argv, sys.path[:], dict(os.environ)
-    forget_globals()  # loggers write to the output of their time
+    forget_globals()  # remove existing loggers, which write to the original output
     try:
         os.chdir(cwd)
         os.environ.update(env or {})
@@ -150,7 +151,7 @@ def in_process(start, *argv, cwd=ROOT, check=True, env=None):
 
 
 def run_tool(path, *args, cwd=ROOT, check=True, env=None):
-    """Run a script of tools/ as a user would, in a process of its own."""
+    """Run a script of tools/ in a separate process, as a user would."""
     command = [sys.executable, str(ROOT / 'tools' / path), *map(str, args)]
     done = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if check:
@@ -159,6 +160,6 @@ def run_tool(path, *args, cwd=ROOT, check=True, env=None):
 
 
 def logged(work_dir):
-    """All records of the run's JSON logs."""
+    """Return all records of the run's JSON logs."""
     files = sorted(work_dir.glob('*/vis_data/scalars.json'))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Reading the reference numbers of the released code."""
+"""Read reference values that were computed with the code released by the paper's authors."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import torch
 FOLDER = Path(os.environ.get('MMDIFFKD_GOLDEN') or Path(__file__).parent / 'data' / 'golden')
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
-# (names in the released code, names here), first match wins
+# (pattern of names in the released code, names in this package); the first match wins
 RENAMES = [
     (r'^trans\.', 'align.'),
     (r'^ae\.encoder\.', 'autoencoder.encoder.'),
@@ -24,12 +24,12 @@ RENAMES = [
 
 
 def files(with_key):
-    """The reference files that hold an array of that name."""
+    """Return the reference files that contain an array of this name."""
     return [path for path in sorted(FOLDER.glob('*.npz')) if with_key in np.load(path).files]
 
 
 class Golden:
-    """The arrays of one file as tensors, weights under this package's names."""
+    """Arrays of a reference file as tensors. Weights are renamed as in this package."""
 
     def __init__(self, path):
         arrays = np.load(path)
@@ -42,7 +42,7 @@ class Golden:
         return name in self._tensors
 
     def group(self, prefix):
-        """Tensors under ``prefix/``, renamed."""
+        """Return the tensors under ``prefix/``, with the names of this package."""
         prefix += '/'
         return {_rename(k[len(prefix) :]): v for k, v in self._tensors.items() if k.startswith(prefix)}
 

@@ -3,11 +3,11 @@ import torch
 
 
 def assert_same(one, two, path=''):
-    """Compare nested contents bit for bit.
+    """Assert that nested values are bitwise equal.
 
     Args:
         one, two: Dicts, lists, tensors, arrays and plain values.
-        path (str): Where they stand, for the message.
+        path (str): Location of the values, for the message.
     """
     assert type(one) is type(two), path
     if isinstance(one, dict):

@@ -1,4 +1,4 @@
-"""What CI runs, with a ``make`` that only says what it was asked for; and the order and the end of the slow tests."""
+"""Run the CI script with a fake ``make`` that prints its arguments; check order and deadline of the slow tests."""
 
 import os
 import subprocess
@@ -30,12 +30,12 @@ def ci(tmp_path):
 
 
 def rows(output):
-    """Steps, results and tests of the table."""
+    """Return the columns "result" and "tests" of the printed table, by step."""
     cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in output.splitlines() if line.startswith('| ')]
     return {step: (result, tests) for step, result, _, tests in cells[1:]}
 
 
-def test_both_families_and_a_table_of_what_was_run(ci):
+def test_both_families_run_and_a_table_is_printed(ci):
     done = ci()
     assert done.returncode == 0, done.stdout + done.stderr
     found = rows(done.stdout)
@@ -45,14 +45,14 @@ def test_both_families_and_a_table_of_what_was_run(ci):
     assert 'make test-all ARGS=-m slow --rotate' in done.stdout
 
 
-def test_a_failed_step_fails_and_leaves_the_slow_tests_out(ci):
+def test_failed_step_fails_and_skips_the_slow_tests(ci):
     done = ci('test')
     found = rows(done.stdout)
     assert done.returncode != 0 and found['test'] == ('FAILED', '')
     assert found['test-openmmlab'][0] == 'passed' and 'test-all, slow' not in found
 
 
-def test_without_an_environment_nothing_is_run(ci):
+def test_failed_environment_skips_all_steps(ci):
     done = ci('env')
     assert done.returncode != 0 and list(rows(done.stdout)) == ['env']
 
@@ -61,7 +61,7 @@ def config(**options):
     return SimpleNamespace(getoption=lambda name: options.get(name[2:]))
 
 
-def test_files_start_elsewhere_for_another_commit():
+def test_first_file_depends_on_the_commit():
     def order(commit):
         items = [SimpleNamespace(path=Path(name), number=number) for name in 'abcde' for number in (1, 2)]
         pytest_collection_modifyitems(config(rotate=commit), items)
@@ -73,7 +73,7 @@ def test_files_start_elsewhere_for_another_commit():
     assert all(''.join(files[::2]) in 'a1b1c1d1e1' * 2 and sorted(files) == sorted(orders[0]) for files in orders)
 
 
-def test_no_test_starts_when_the_time_is_over():
+def test_no_test_starts_after_the_deadline():
     pytest_runtest_setup(SimpleNamespace(config=config(until=time.time() + 60)))
     pytest_runtest_setup(SimpleNamespace(config=config()))
     with pytest.raises(pytest.skip.Exception, match='no time left'):

@@ -2,25 +2,26 @@ import gc
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from mmengine.registry import MODELS
 
-from mmdiffkd.cli import exit_on_mistake, without_gc
+from mmdiffkd.cli import exit_on_mistake, quiet_packages, without_gc
 from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
     'error', [ValueError, FileNotFoundError, PermissionError, ModuleNotFoundError, RuntimeError, SyntaxError, TypeError]
 )
-def test_mistakes_end_with_their_sentence(error, capsys):
+def test_user_errors_exit_with_their_message(error, capsys):
     with pytest.raises(SystemExit) as ended, exit_on_mistake():
         raise error('The file is absent; give another.')
     assert ended.value.code == 2
     assert capsys.readouterr() == ('', 'Error: The file is absent; give another.\n')
 
 
-def test_types_that_are_not_registered(capsys):
+def test_unregistered_type(capsys):
     with pytest.raises(SystemExit) as ended, exit_on_mistake():
         MODELS.build(dict(type='Absent'))
     assert ended.value.code == 2
@@ -31,20 +32,30 @@ def test_types_that_are_not_registered(capsys):
     )
 
 
-def test_faults_of_ours_are_raised():
+def test_internal_errors_are_raised():
     for error in (KeyError('x'), AttributeError('x'), ZeroDivisionError()):
         with pytest.raises(type(error)), exit_on_mistake():
             raise error
 
 
-def test_nothing_happens_without_an_error(capsys):
+def test_quiet_packages(capsys, recwarn):
+    with quiet_packages():
+        print('imported')
+        warnings.warn('old name', stacklevel=2)
+    with pytest.raises(ValueError, match='is raised'), quiet_packages():
+        raise ValueError('is raised')
+    print('done')
+    assert capsys.readouterr() == ('done\n', '') and not recwarn.list
+
+
+def test_no_error(capsys):
     with exit_on_mistake():
         print('done')
     assert capsys.readouterr() == ('done\n', '')
 
 
-def test_garbage_collection_is_off_for_a_while():
-    """In another's process nothing else changes: what is there is collected as before."""
+def test_garbage_collection_is_off_within_the_context():
+    """After the context, the old setting is restored. No objects are frozen, because other code owns the process."""
     frozen = gc.get_freeze_count()
     with pytest.raises(ValueError), without_gc():
         assert not gc.isenabled()
@@ -60,15 +71,15 @@ def test_garbage_collection_is_off_for_a_while():
 
 
 @pytest.mark.parametrize('is_own', [True, False])
-def test_what_is_there_is_kept_in_a_process_of_its_own(tmp_path, is_own):
+def test_objects_are_frozen_only_in_own_process(tmp_path, is_own):
     script = tmp_path / 'script.py'
     script.write_text(
         'import gc, sys\nfrom mmdiffkd.cli import own_process, without_gc\n'
         'own_process()\nwith without_gc():\n    pass\n'
         'print(gc.isenabled(), gc.get_freeze_count() > 0, "torch" in sys.modules)'
     )
-    another = 'import runpy, sys\nsys.argv = sys.stdin.read().split()\nrunpy.run_path(sys.argv[0], run_name="__main__")'
-    command = [sys.executable, str(script)] if is_own else [sys.executable, '-c', another]
+    wrapper = 'import runpy, sys\nsys.argv = sys.stdin.read().split()\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+    command = [sys.executable, str(script)] if is_own else [sys.executable, '-c', wrapper]
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     done = subprocess.run(command, env=env, input=str(script), capture_output=True, text=True, check=True)
     assert done.stdout.split() == ['True', str(is_own), 'False']
@@ -77,7 +88,7 @@ def test_what_is_there_is_kept_in_a_process_of_its_own(tmp_path, is_own):
 @pytest.mark.parametrize(
     'tool', ['train.py', 'test.py', 'analysis_tools/preview.py', 'misc/make_config.py', 'analysis_tools/report.py']
 )
-def test_tools_read_their_arguments_before_they_import_torch(tool):
+def test_tools_parse_arguments_before_importing_torch(tool):
     code = f'import runpy, sys\nrunpy.run_path({str(ROOT / "tools" / tool)!r})\nprint("torch" in sys.modules)'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == 'False'

@@ -1,4 +1,4 @@
-"""Every shipped config is run for real: a step, a checkpoint, and a step from there in a second run."""
+"""Run every shipped config: one step, a checkpoint, and one step of a second run resumed from it."""
 
 import json
 import tempfile
@@ -13,6 +13,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import Dataset
 
 from mmdiffkd.engine.checkpoint import read_checkpoint
+from mmdiffkd.models import DiffKDPreset
 from mmdiffkd.utils import get_model_cfg, resolve_config, zoo_checkpoint
 from mmdiffkd.utils.dummy_inputs import fit_to, random_items, without_pretrained
 from tests import tiny
@@ -21,14 +22,14 @@ from tests.conftest import logged
 CONFIGS = Path(__file__).parent.parent / 'configs'
 SHIPPED = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts)
 ATTENTION = [path for path in SHIPPED if path.stem.startswith('diffkd-attention')]
-# one for each task, and all that are small; the others are slow
+# configs in the quick tests: one per task, and all small ones
 QUICK = {
     'diffkd_retinanet_r101_r50',
     'diffkd_resnet34_resnet18_100e_in1k',
     'diffkd_segformer-b2_segformer-b0_160k_ade20k',
 }
 QUICK |= {path.stem for name in ('camvid', 'shapes', 'shape_classes') for path in CONFIGS.glob(f'{name}/*.py')}
-SIZES = {'diffkd_dino-swin-l_dino-r50_12e_coco': 224}  # as many tokens as it has queries
+SIZES = {'diffkd_dino-swin-l_dino-r50_12e_coco': 224}  # with smaller images, DINO would have fewer tokens than queries
 
 
 @DATASETS.register_module(force=True)
@@ -51,7 +52,7 @@ class RandomItems(Dataset):
 
 
 class RecordHook(Hook):
-    """Keep the weights before and after a step."""
+    """Record the weights before and after a step."""
 
     def before_train_iter(self, runner, *args, **kwargs):
         self.before = {name: p.detach().clone() for name, p in runner.model.named_parameters() if p.requires_grad}
@@ -61,11 +62,11 @@ class RecordHook(Hook):
 
 
 class Stopped(Exception):
-    """Enough steps."""
+    """Raised to end a run."""
 
 
 class StopHook(Hook):
-    """End a run, whose schedule is the config's, when the checkpoint of a step is written."""
+    """End a run after a number of steps and their checkpoints, without changing the schedule of its config."""
 
     priority = 'LOWEST'
 
@@ -77,19 +78,19 @@ class StopHook(Hook):
             raise Stopped
 
     def after_train_epoch(self, runner):
-        if runner.epoch + 1 == self.steps:  # an epoch has one step
+        if runner.epoch + 1 == self.steps:  # one step per epoch
             raise Stopped
 
 
 @pytest.fixture
 def folder():
-    """Emptied at once: the checkpoints of all configs together are large."""
+    """Folder that is deleted after each test, because the checkpoints of all configs are large."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path)
 
 
 def run(path, folder, steps, resume=False):
-    """A run of so many steps; returns the model's first and last weights, and the folder of its logs."""
+    """Train for a number of steps. Return the hook that recorded the weights."""
     size = SIZES.get(path.stem, 128 if 'cityscapes' in path.parts or 'camvid' in path.parts else 160)
     cfg = tiny.unformatted(Config.fromfile(path))
     cfg.work_dir, cfg.resume = str(folder / 'run'), resume
@@ -110,7 +111,7 @@ def run(path, folder, steps, resume=False):
     cfg.train_dataloader = ConfigDict(loader)
     cfg.default_hooks.checkpoint.interval = cfg.default_hooks.logger.interval = 1
     cfg.auto_scale_lr = None
-    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':  # it refuses the CPU
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':  # AmpOptimWrapper needs a GPU
         cfg.optim_wrapper.type = 'OptimWrapper'
     for split in ('val', 'test'):
         for part in ('dataloader', 'evaluator', 'cfg'):
@@ -133,9 +134,9 @@ def run(path, folder, steps, resume=False):
 )
 def test_step_and_resume(path, folder):
     first = run(path, folder, steps=1)
-    moved = {part_of(name) for name, weight in first.before.items() if (weight != first.after[name]).any()}
-    # each part moves; a lone parameter's gradient may be zero on this batch
-    assert {part_of(name) for name in first.before if '.' in name} <= moved
+    updated = {module_of(name) for name, weight in first.before.items() if (weight != first.after[name]).any()}
+    # every module is updated; a parameter outside of modules may have a zero gradient on this batch
+    assert {module_of(name) for name in first.before if '.' in name} <= updated
     second = run(path, folder, steps=2, resume=True)
     assert all(torch.equal(weight, first.after[name]) for name, weight in second.before.items())
     assert any((weight != second.after[name]).any() for name, weight in second.before.items())
@@ -145,23 +146,23 @@ def test_step_and_resume(path, folder):
     pairs = (cfg.model.get('distill') or {}) if 'student' in cfg.model else {}
     assert {f'diffkd.{pair}.loss_kd' for pair in pairs} <= set(records[1])
     checkpoint = read_checkpoint((folder / 'run' / 'last_checkpoint').read_text())
-    part = any(key.startswith('diffkd.') for key in checkpoint['state_dict'])
-    assert part or not path.stem.startswith('diffkd')  # what is compared as it is has no weights
+    has_weights = any(key.startswith('diffkd.') for key in checkpoint['state_dict'])
+    assert has_weights or not path.stem.startswith('diffkd')  # a baseline without an adapter has no weights
 
 
-def part_of(name):
-    """The student's module, or a pair's level and the part in it: ``diffkd.fpn.levels.0.denoiser``."""
+def module_of(name):
+    """Return the module of a parameter, for example ``backbone`` or ``diffkd.fpn.levels.0.denoiser``."""
     words = name.split('.')
     return '.'.join(words[:5] if words[0] == 'diffkd' else words[:1])
 
 
 @pytest.mark.parametrize('path', ATTENTION, ids=lambda path: path.stem)
-def test_attention_variants_differ_in_the_distance_alone(path):
+def test_attention_variants_differ_only_in_the_distance(path):
     attention, plain = Config.fromfile(path), Config.fromfile(path.with_name(path.name.replace('-attention', '')))
-    distance = attention.model.distill.fpn.neck.loss_kd
-    assert distance.type == 'mmdiffkd.AttentionMSELoss'
-    distance.type = 'mmdiffkd.MSELoss'
+    neck = attention.model.distill.fpn.pop('neck')
     assert attention.to_dict() == plain.to_dict()
+    default = DiffKDPreset().default_distance(plain.model.student)
+    assert neck.to_dict() == dict(loss_kd=dict(default, type='mmdiffkd.AttentionMSELoss'))
 
 
 ZOO = [path for pattern in ('.', 'ade20k', 'cityscapes', 'imagenet') for path in CONFIGS.glob(f'{pattern}/diffkd*.py')]
@@ -173,27 +174,27 @@ def test_teachers_have_weights_in_the_zoo(path):
     assert teacher.checkpoint == 'zoo' and Path(zoo_checkpoint(teacher.config)).suffix in ('.pth', '.pkl')
 
 
-def test_the_shortest_config_is_as_short_as_promised():
+def test_shortest_config_has_at_most_12_lines():
     text = (CONFIGS / 'deeppcb' / 'diffkd_retinanet-r50_retinanet-r18_24e_deeppcb.py').read_text()
     assert len(text.splitlines()) <= 12
 
 
 @pytest.mark.parametrize('name', ['diffkd_retinanet_r101_r50.py', 'imagenet/diffkd_resnet34_resnet18_100e_in1k.py'])
-def test_defaults_are_the_papers(name):
-    """Without ``distill`` a pair is distilled as the paper's config spells it out, but for the regression term."""
+def test_defaults_match_the_paper(name):
+    """The default pairs equal the explicit pairs of the paper's config, which may also have a regression pair."""
     cfg = Config.fromfile(CONFIGS / name)
     init_default_scope(cfg.default_scope)
     cfg.model.data_preprocessor = cfg.get('data_preprocessor')  # as the Runner does
     cfg.model.teacher.checkpoint = 'unused.pth'
-    spelt_out = MODELS.build(cfg.model)
+    explicit = MODELS.build(cfg.model)
     cfg.model.pop('distill')
     default = MODELS.build(cfg.model)
-    assert {name: spelt_out.pairs[name] for name in default.pairs} == default.pairs
-    assert set(spelt_out.diffkd) - set(default.diffkd) <= {'reg'}
+    assert {name: explicit.pairs[name] for name in default.pairs} == default.pairs
+    assert set(explicit.diffkd) - set(default.diffkd) <= {'reg'}
 
 
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('cityscapes/*.py')), ids=lambda path: path.stem)
-def test_the_papers_schedule_on_cityscapes(path):
+def test_cityscapes_schedule_matches_the_paper(path):
     cfg = Config.fromfile(path)
     assert cfg.train_cfg.max_iters == cfg.param_scheduler[0].end == 40000
     assert cfg.train_dataloader.batch_size * 4 == cfg.auto_scale_lr.base_batch_size == 16
@@ -203,8 +204,8 @@ def test_the_papers_schedule_on_cityscapes(path):
     assert cfg.model.student.data_preprocessor['size'] == (512, 1024)
 
 
-def test_reloaded_configs_are_the_same(tmp_path):
-    """What a run writes into its folder can be trained from."""
+def test_dumped_configs_reload_unchanged(tmp_path):
+    """A run can be started from the config that an earlier run dumped."""
     for path in (
         CONFIGS / 'cityscapes' / 'diffkd_deeplabv3-r101_pspnet-r18_40k_cityscapes.py',
         CONFIGS / 'coco/diffkd_rtmdet-l_rtmdet-s_300e_coco.py',

@@ -1,4 +1,4 @@
-"""The code blocks of README and docs are run."""
+"""Run the code blocks of README and docs, and check what the pages say about files, messages and figures."""
 
 import ast
 import os
@@ -17,6 +17,7 @@ from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
 
 from mmdiffkd.utils import with_preprocessor
 from mmdiffkd.utils.dummy_inputs import without_pretrained
+from mmdiffkd.version import __version__
 from tests.conftest import ROOT, call_tool, in_process
 
 DOCS = ROOT / 'docs'
@@ -44,26 +45,26 @@ COMMANDS = [
 
 
 def first(page, mark):
-    """The first block of a page with these characters in it."""
+    """Return the first Python block of a page that contains this text."""
     return next(block for block in blocks_of(ROOT / page, 'python') if mark in block)
 
 
-# the configs that the pages take their reader to have
-READERS = dict(
+# configs that the pages assume the reader has written
+READER_CONFIGS = dict(
     my_diffkd_config=first('README.md', 'DiffKDDistiller'),
-    my_diffkd_segmentor=first('docs/guides/segmentation.md', 'DiffKDDistiller'),
-    my_diffkd_classifier=first('docs/guides/classification.md', 'DiffKDDistiller'),
+    my_diffkd_segmentor=first('docs/tasks/segmentation.md', 'DiffKDDistiller'),
+    my_diffkd_classifier=first('docs/tasks/classification.md', 'DiffKDDistiller'),
     my_student="_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'",
     my_teacher="_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'",
-    fsdp=first('docs/distributed.md', 'FSDPStrategy'),
+    fsdp=first('docs/run/multi_gpu.md', 'FSDPStrategy'),
 )
 
 
 def write(folder, name, text):
-    """Write a config, and beside it those that it names."""
+    """Write a config and, next to it, the configs that it refers to."""
     (folder / f'{name}.py').write_text(text)
     for other in re.findall(r"'(?:\./|\{\{ fileDirname \}\}/)(\w+)\.py'", text):
-        write(folder, other, READERS[other])
+        write(folder, other, READER_CONFIGS[other])
     return folder / f'{name}.py'
 
 
@@ -78,8 +79,8 @@ def build(cfg):
 @pytest.mark.parametrize('page, block', CONFIGS)
 def test_config(page, block, tmp_path):
     cfg = Config.fromfile(write(tmp_path, 'block', block), import_custom_modules=False)
-    says = {target.id for node in ast.parse(block).body if isinstance(node, ast.Assign) for target in node.targets}
-    if 'model' in says:
+    assigned = {target.id for node in ast.parse(block).body if isinstance(node, ast.Assign) for target in node.targets}
+    if 'model' in assigned:
         model = build(cfg)
         assert set(model.diffkd) == set(cfg.model.get('distill', model.pairs))
     if 'type' in cfg.get('strategy', {}):
@@ -94,15 +95,15 @@ def test_statements(page, block, tmp_path):
     scope = {}
     exec(compile(block, page, 'exec'), scope)
     for name, value in scope.items():
-        if isinstance(value, dict) and not name.startswith('_'):  # a distill of README's config
-            cfg = Config.fromfile(write(tmp_path, 'block', READERS['my_diffkd_config']))
+        if isinstance(value, dict) and not name.startswith('_'):  # an example of model.distill
+            cfg = Config.fromfile(write(tmp_path, 'block', READER_CONFIGS['my_diffkd_config']))
             cfg.model.distill = value
             assert set(build(cfg).diffkd) == set(value), name
 
 
 @cache
 def help_of(*command):
-    """What a script (its path), a module (``-m`` and its name) or a command of mim prints for ``--help``."""
+    """Return the help of a script (its path), a module (``-m`` and its name) or a command of mim."""
     if command[0] == '-m':
         _, module, *words = command
         return in_process(lambda: runpy.run_module(module, run_name='__main__'), module, *words, '--help').stdout
@@ -122,22 +123,22 @@ def test_command(page, command):
         module = ['-m', 'mim', words[1]] if words[0] == 'mim' else words[1:3] if words[1] == '-m' else words[1:2]
         usage = help_of(*module)
         for word in words:
-            assert not word.startswith('--') or re.search(rf'{word}\b', usage), f'{word} is no option of {words[1]}'
+            assert not word.startswith('--') or re.search(rf'{word}\b', usage), f'{word} is not an option of {words[1]}'
     elif words[0] == 'bash':
         subprocess.run(['bash', '-n', words[1]], cwd=ROOT, check=True)
-    else:  # run by the environment itself
-        assert words[0] == 'pip', f'{page} has a command that nothing tests: {command}'
+    else:  # pip commands are not run, because they would change the environment
+        assert words[0] == 'pip', f'{page} has an untested command: {command}'
     for word in words:
         if word.startswith(('configs/', 'tools/')):
             assert (ROOT / word).exists(), word
 
 
 @pytest.mark.slow
-def test_the_first_distillation_runs(tmp_path):
-    """The commands of "Get started", one after the other in an empty folder, on fewer images."""
+def test_get_started_commands_run(tmp_path):
+    """Run the commands of "Get started" in order in an empty folder, on fewer images."""
     for name in ('configs', 'tools'):
         (tmp_path / name).symlink_to(ROOT / name)
-    text = (DOCS / 'get_started.md').read_text().split('## The first distillation')[1]
+    text = (DOCS / 'get_started' / 'quick_start.md').read_text().split('## The first distillation')[1]
     commands = ''.join(re.findall(r'^```shell\n(.*?)^```', text, re.DOTALL | re.MULTILINE)).replace('\\\n', ' ')
     fewer = {'--train 200 --val 50': '--train 16 --val 4'}
     for old, new in fewer.items():
@@ -153,7 +154,7 @@ def test_the_first_distillation_runs(tmp_path):
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_files_that_are_named_exist(page):
+def test_named_files_exist(page):
     text = page.read_text()
     for path in re.findall(r'[(`]((?:benchmarks|configs|docs|mmdiffkd|requirements|tests|tools)/[\w./-]+)[)`\s]', text):
         assert (ROOT / path).exists(), path
@@ -163,7 +164,7 @@ def test_files_that_are_named_exist(page):
 
 @cache
 def messages():
-    """The texts in the package's code, with ... for what is filled in."""
+    """Return the strings in the package's code, with ``...`` for the variable parts."""
     texts = set()
     for file in (ROOT / 'mmdiffkd').rglob('*.py'):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -176,27 +177,50 @@ def messages():
 
 
 def quoted_messages():
-    """First cells of the trouble-shooting tables that are one message of ours; upstream's stand in a sentence."""
-    rows = re.findall(r'^\| `([^|]*)` \|', (DOCS / 'troubleshooting.md').read_text(), re.MULTILINE)
+    """Return the cells of the troubleshooting tables that quote a single message of this package and nothing else."""
+    rows = re.findall(r'^\| `([^|]*)` \|', (DOCS / 'help' / 'troubleshooting.md').read_text(), re.MULTILINE)
     return [row for row in rows if '`' not in row]
 
 
 @pytest.mark.parametrize('message', quoted_messages())
-def test_messages_are_those_of_the_code(message):
+def test_quoted_messages_match_the_code(message):
     parts = [part for part in message.split('...') if part.strip()]
     pattern = re.compile('.*'.join(map(re.escape, parts)), re.DOTALL)
     assert any(pattern.search(text) for text in messages())
 
 
-def test_model_zoo_names_every_config_with_its_figures():
-    rows = [line for line in (DOCS / 'model_zoo.md').read_text().splitlines() if '](../configs/' in line]
+def test_model_zoo_lists_every_config_and_its_figures():
+    rows = [line for line in (DOCS / 'results' / 'model_zoo.md').read_text().splitlines() if '](../../configs/' in line]
     named = set()
     for row in rows:
-        files = [(DOCS / path).resolve() for path in re.findall(r'\]\((\.\./configs/[\w./-]+)\)', row)]
+        files = [(DOCS / 'results' / path).resolve() for path in re.findall(r'\]\((\.\./\.\./configs/[\w./-]+)\)', row)]
         comments = ' '.join(line for file in files for line in file.read_text().splitlines() if line.startswith('#'))
         for figure in re.findall(r'\| (\d+\.\d+)(?= \|)', row):
             assert re.search(rf'(?<![\d.]){figure}(?!\d)', comments), (figure, row)
         named.update(files)
     shipped = {file for file in (ROOT / 'configs').rglob('*.py') if file.parent.name != '_base_'}
-    short_name = ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py'  # of a config in configs/coco
-    assert shipped - named <= {short_name, ROOT / 'configs/cifar/resnet18_200e_cifar100.py'}  # a base of another
+    short_name = ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py'  # inherits a config of configs/coco
+    only_a_base = ROOT / 'configs/cifar/resnet18_200e_cifar100.py'
+    assert shipped - named <= {short_name, only_a_base}
+
+
+def test_readme_is_short():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 130
+
+
+def test_version_is_the_same_everywhere():
+    assert re.search(rf'^version: {re.escape(__version__)}$', (ROOT / 'CITATION.cff').read_text(), re.MULTILINE)
+    assert re.search(rf'^## {re.escape(__version__)}\b', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)
+
+
+def test_titles_are_unique():
+    titles = [re.search(r'^# (.+)', page.read_text(), re.MULTILINE) for page in PAGES if DOCS in page.parents]
+    titles = [title.group(1) for title in titles if title]
+    assert len(set(titles)) == len(titles) > 40
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if DOCS in page.parents], ids=lambda page: page.name)
+def test_code_fits_the_width_of_the_site(page):
+    blocks = re.findall(r'^```(?:python|shell|text)\n(.*?)^```', page.read_text(), re.DOTALL | re.MULTILINE)
+    for line in '\n'.join(blocks).splitlines():
+        assert len(line) <= 85 or re.match(r'(mim search|https?:)', line), line

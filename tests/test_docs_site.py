@@ -1,4 +1,4 @@
-"""The site is built without a warning, its links lead somewhere, and the reference is complete."""
+"""The documentation site builds without warnings, its links resolve, and its API reference is complete."""
 
 import importlib
 import subprocess
@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 for name in ('sphinx', 'myst_parser', 'furo'):
     pytest.importorskip(name, reason=f'{name} is not installed: requirements/docs.txt')
 
-# what users meet in configs and scripts
+# modules whose names users write in configs and scripts
 PUBLIC = (
     'mmdiffkd.models.diffusion',
     'mmdiffkd.models.distillers',
@@ -25,7 +25,7 @@ PUBLIC = (
 
 
 class Page(HTMLParser):
-    """The ids and the links of a page."""
+    """Ids and links of a page."""
 
     def __init__(self, file):
         super().__init__()
@@ -50,7 +50,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_links_lead_somewhere(site):
+def test_links_resolve(site):
     checked = 0
     for file, page in site.items():
         for link in page.links:
@@ -66,10 +66,10 @@ def test_links_lead_somewhere(site):
 
 
 @pytest.mark.slow
-def test_nothing_is_loaded_from_elsewhere(site):
+def test_no_external_files_are_loaded(site):
     for file, page in site.items():
-        elsewhere = [link for link in page.links if urlsplit(link).netloc and link.endswith(('.js', '.css', '.svg'))]
-        assert not elsewhere, file.name
+        external = [link for link in page.links if urlsplit(link).netloc and link.endswith(('.js', '.css', '.svg'))]
+        assert not external, file.name
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""model-index.yml and its metafiles, which mim searches, say of every distillation config what the config says."""
+"""The model index and its metafiles, which mim searches, agree with the distillation configs."""
 
 from functools import cache
 
@@ -16,7 +16,7 @@ MODELS = [model for metafile in INDEX for model in load(ROOT / metafile)['Models
 config_of = cache(Config.fromfile)
 
 
-def test_the_format_is_the_one_that_mim_reads():
+def test_mim_reads_the_index():
     index = load_model_index(str(ROOT / 'model-index.yml'))
     assert index.check(silent=True) == []
     assert len(list(index.models)) == len(MODELS) == len({model['Name'] for model in MODELS})
@@ -53,7 +53,7 @@ def test_entries_agree_with_their_configs(model):
 
     for result in model.get('Results', []):
         assert result['Dataset'] == model['Metadata']['Training Data']
-        for name, value in result['Metrics'].items():  # nothing was trained by this project
+        for name, value in result['Metrics'].items():  # all results are those of the paper
             assert name.startswith('paper ') and f'distilled {value}' in file.read_text()
 
 
@@ -62,7 +62,7 @@ def path_of(config):
 
 
 def architecture(cfg):
-    """A model's config without its scope, and without weights to start from, which a config may leave out."""
+    """Return the config of a model without scope and pretrained weights, which may differ."""
     if isinstance(cfg, dict):
         return {key: architecture(value) for key, value in cfg.items() if key not in ('_scope_', 'pretrained')}
     return [architecture(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg

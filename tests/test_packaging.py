@@ -1,4 +1,4 @@
-"""The wheel beside the packages of this environment, in an environment of its own, and what mim finds of it there."""
+"""Build the wheel, install it in a new environment with the packages of this one, and use it with mim."""
 
 import re
 import shlex
@@ -33,12 +33,12 @@ def run(*command, cwd, check=True):
 
 
 def copy_source(folder):
-    """The repository's files, without what builds and runs have left in it."""
+    """Copy the repository without the files of earlier builds and runs."""
     return shutil.copytree(ROOT, folder, ignore=NO_SOURCE)
 
 
 def build(source, out):
-    """Build a wheel of a folder or an sdist without the package index."""
+    """Build a wheel from a folder or an sdist, without the package index."""
     options = ('--no-deps', '--no-build-isolation', '--no-index', '--wheel-dir', out)
     run(sys.executable, '-m', 'pip', 'wheel', source, *options, cwd=out.parent)
     return next(out.glob('*.whl'))
@@ -55,7 +55,7 @@ def wheel(tmp_path_factory):
 
 
 class Environment:
-    """A virtual environment with all packages of this one, but for mmdiffkd."""
+    """A virtual environment with all packages of this one except mmdiffkd."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -70,7 +70,7 @@ class Environment:
         (self.packages / 'packages.pth').write_text(f'{packages}\n')
 
     def __call__(self, *args, check=True):
-        """What its interpreter prints, started elsewhere than in the repository."""
+        """Run the interpreter outside of the repository and return its output."""
         return run(self.python, '-W', 'ignore', *args, cwd=self.folder, check=check)
 
     def pip(self, *args):
@@ -87,7 +87,7 @@ def installed(wheel, tmp_path_factory):
     return environment
 
 
-def test_wheel_has_what_mim_looks_for_and_no_more(wheel):
+def test_wheel_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = ['model-index.yml', *(path.relative_to(ROOT).as_posix() for path in files_of('configs', 'tools'))]
     package = {path.relative_to(ROOT).as_posix() for path in files_of('mmdiffkd')}
@@ -99,10 +99,10 @@ def test_wheel_has_what_mim_looks_for_and_no_more(wheel):
 def files_of(*folders):
     paths = [path for folder in folders for path in (ROOT / folder).rglob('*')]
     files = [path for path in paths if path.is_file() and not {'__pycache__', '.mim'} & set(path.parts)]
-    return [path for path in files if path.suffix != '.pth']  # the demo's teacher is for those who have the repository
+    return [path for path in files if path.suffix != '.pth']  # the demo's teacher is only in the repository
 
 
-def test_a_build_keeps_nothing_of_an_earlier_one(tmp_path):
+def test_build_ignores_earlier_builds(tmp_path):
     source = copy_source(tmp_path / 'source')
     first = set(zipfile.ZipFile(build(source, tmp_path / 'first')).namelist())
     (source / 'configs' / 'shapes' / CONFIG).unlink()
@@ -111,7 +111,7 @@ def test_a_build_keeps_nothing_of_an_earlier_one(tmp_path):
     assert not (source / 'mmdiffkd' / '.mim').exists()
 
 
-def test_installing_changes_no_other_package(wheel, tmp_path):
+def test_installation_leaves_other_packages_unchanged(wheel, tmp_path):
     environment = Environment(tmp_path)
     before = environment.pip('freeze').splitlines()
     planned = environment.pip('install', '--no-index', '--dry-run', wheel)
@@ -124,7 +124,7 @@ def test_installing_changes_no_other_package(wheel, tmp_path):
     assert [path.name for path in environment.packages.iterdir()] == ['packages.pth']
 
 
-def test_every_config_loads_where_mim_finds_it(installed):
+def test_installed_configs_load(installed):
     script = """
 from pathlib import Path
 from mim.utils import get_installed_path
@@ -144,22 +144,24 @@ for path in folder.rglob('*.py'):
     assert shipped <= set(installed('-c', script).splitlines())
 
 
-def test_mim_lists_and_searches(installed):
+def test_mim_list_and_search(installed):
     assert ['mmdiffkd', __version__] in [line.split() for line in installed.mim('list').splitlines()]
     listed = [model['Name'] for model in MODELS]
     assert str(listed) in installed.mim('search', 'mmdiffkd', '--valid-config')
     found = installed.mim('search', 'mmdiffkd', '--model', 'diffkd', '--dataset', 'coco', '--condition', 'epochs<24')
     assert 'diffkd_atss-r101_atss-r50_1x_coco' in found and 'retinanet' not in found
-    for command in re.findall(r'^mim (search .*)', (ROOT / 'docs' / 'install.md').read_text(), re.MULTILINE):
+    for command in re.findall(
+        r'^mim (search .*)', (ROOT / 'docs' / 'get_started' / 'installation.md').read_text(), re.MULTILINE
+    ):
         assert 'configs/' in installed.mim(*shlex.split(command))
     found = installed.mim(
         'search', 'mmdiffkd', '--config', 'diffkd_resnet34_resnet18_100e_in1k', '--field', 'config', 'paper_top'
     )
-    assert 'configs/imagenet/' in found and '72.22' in found  # in a table whose long cells are wrapped
+    assert 'configs/imagenet/' in found and '72.22' in found  # the table wraps long cells
 
 
 def test_tools_run_from_the_package(installed):
-    assert len({tool.stem for tool in TOOLS}) == len(TOOLS)  # mim finds them by name
+    assert len({tool.stem for tool in TOOLS}) == len(TOOLS)  # unique names, because mim finds tools by name
     script = """
 import contextlib, runpy, sys
 from pathlib import Path
@@ -180,7 +182,7 @@ def test_mim_run(installed):
     assert 'BottleneckDenoiser, 5 steps' in installed.mim('run', 'mmdiffkd', 'preview', config)
 
 
-def test_the_demo_reads_and_writes_where_it_is_started(installed, monkeypatch):
+def test_demo_uses_the_working_directory(installed, monkeypatch):
     (installed.folder / 'work_dirs' / 'demo').mkdir(parents=True)
     (installed.folder / 'work_dirs' / 'demo' / 'settings.json').write_text('{}')
     done = installed('-m', 'mim', 'run', 'mmdiffkd', 'demo', check=False)
@@ -190,7 +192,7 @@ def test_the_demo_reads_and_writes_where_it_is_started(installed, monkeypatch):
     assert load_tool('demo.py').parse_args().work_dir == installed.folder / 'work_dirs' / 'demo'
 
 
-def test_mim_train_finds_a_config_of_a_folder(installed, shapes, tmp_path):
+def test_mim_train_finds_config_by_name(installed, shapes, tmp_path):
     teacher = Config.fromfile(ROOT / 'configs' / 'shapes' / 'retinanet-r18-half_16e_shapes.py')
     options = (
         *(f'{loader}.dataset.data_root={shapes}/' for loader in LOADERS),
@@ -199,7 +201,7 @@ def test_mim_train_finds_a_config_of_a_folder(installed, shapes, tmp_path):
         'train_cfg.max_epochs=1',
         'train_cfg.val_interval=1',
         'default_hooks.logger.interval=1',
-        'model.student.test_cfg.score_thr=0.0',  # barely trained, it has detections all the same
+        'model.student.test_cfg.score_thr=0.0',  # keep detections of a barely trained model
     )
     where = ('--gpus', 0, '--work-dir', tmp_path / 'run')
     done = installed.mim('train', 'mmdiffkd', CONFIG, *where, '--cfg-options', *options)
@@ -209,13 +211,13 @@ def test_mim_train_finds_a_config_of_a_folder(installed, shapes, tmp_path):
 
 
 def test_editable(tmp_path):
-    """The tree is the package: no copies, and nothing twice for onedl-mim, which searches all of it."""
+    """An editable install copies no configs: onedl-mim searches the whole repository and must find each config once."""
     source = copy_source(tmp_path / 'source')
     environment = Environment(tmp_path)
     environment.pip('install', '--no-index', '--no-deps', '--no-build-isolation', '--editable', source)
     assert environment('-c', 'import mmdiffkd; print(mmdiffkd.__file__)') == f'{source}/mmdiffkd/__init__.py\n'
     assert not [path for folder in (source, environment.packages) for path in folder.rglob('.mim')]
-    if detection() == 'mmdetection':  # openmim looks into site-packages
+    if detection() == 'mmdetection':  # not for openmim, which searches only site-packages
         script = (
             'from mim.utils import get_installed_path, recursively_find as find\n'
             f"print(find(get_installed_path('mmdiffkd'), '{CONFIG}', followlinks=True))"

@@ -14,17 +14,17 @@ ROOT = Path(__file__).parent.parent
 RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 FPN = dict(student='neck', teacher='neck')
-# P7 is a single pixel on tiny images, and BatchNorm needs more than one value a channel
+# Image height and width. P7 is a single pixel, so BatchNorm needs at least two images for its statistics.
 SIZE = 128
 
 
 def detector(config=RETINANET, base_channels=8, **changes):
-    """A detector of the package with a thin ResNet-18 and a thin FPN, trained from scratch.
+    """Return the config of a detector with a thin ResNet-18 and FPN, trained from scratch.
 
     Args:
         config (str): ``pkg::path`` of the config.
         base_channels (int): Channels of the first stage.
-        **changes: Merged into the model's config.
+        **changes: Model settings to override, with dotted keys.
     """
     cfg = resolve_config(config)
     widths = [base_channels * 2**i for i in range(4)]
@@ -46,7 +46,7 @@ def detector(config=RETINANET, base_channels=8, **changes):
             {
                 'model.bbox_head.in_channels': 16,
                 'model.bbox_head.feat_channels': 16,
-                'model.test_cfg.score_thr': 0.0,  # barely trained, it has detections all the same
+                'model.test_cfg.score_thr': 0.0,  # keep detections of a barely trained model
             }
         )
     else:
@@ -73,7 +73,7 @@ def write_checkpoint(model_cfg, path, seed=0):
 
 
 def distiller_cfg(folder, student=None, teacher=None, **options):
-    """Config of a distiller whose teacher's weights stand in ``folder``."""
+    """Return the config of a distiller, and write the teacher's checkpoint to ``folder``."""
     student, teacher = student or detector(), teacher or detector(base_channels=16)
     checkpoint = write_checkpoint(teacher, folder / 'teacher.pth', seed=1)
     cfg = dict(type='mmdiffkd.DiffKDDistiller', student=student, teacher=dict(config=teacher, checkpoint=checkpoint))
@@ -81,7 +81,7 @@ def distiller_cfg(folder, student=None, teacher=None, **options):
 
 
 def build(cfg, seed=0):
-    """Build a distiller and start it as the Runner does before training."""
+    """Build a distiller and initialize it as the Runner does before training."""
     torch.manual_seed(seed)
     model = MODELS.build(cfg)
     model.init_weights()
@@ -89,25 +89,25 @@ def build(cfg, seed=0):
 
 
 def batch(model, count=2, size=SIZE, num_classes=80):
-    """Preprocessed images of that size with random boxes: what ``loss`` takes."""
+    """Return preprocessed images and data samples with random boxes, as arguments of ``loss``."""
     data = demo_mm_inputs(count, [[3, size, size]] * count, num_items=[3] * count, num_classes=num_classes)
     data = model.data_preprocessor(data, training=True)
     return data['inputs'], data['data_samples']
 
 
 def unformatted(cfg):
-    """The config, to be written as it is: mmengine formats it five times a run, which takes longer than a tiny run."""
+    """Return a config that is not formatted: mmengine formats configs often, which takes longer than a tiny run."""
     return Config(cfg.to_dict(), format_python_code=False)
 
 
 def run_cfg(model_cfg, data_root, work_dir, **options):
-    """Config of a real run on the ``shapes`` fixture: the shipped data set, one image size, no workers.
+    """Return the config of a real run on the ``shapes`` fixture, with one image size and no workers.
 
     Args:
-        model_cfg (dict): The model.
+        model_cfg (dict): Config of the model.
         data_root (Path): Folder of the data set.
-        work_dir (Path): Where to write.
-        **options: Merged into the config, with ``__`` for dots.
+        work_dir (Path): Work dir of the run.
+        **options: Settings to override, with ``__`` for dots.
     """
     cfg = unformatted(Config.fromfile(ROOT / 'configs' / '_base_' / 'shapes.py'))
     cfg.model = model_cfg
@@ -116,10 +116,10 @@ def run_cfg(model_cfg, data_root, work_dir, **options):
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
         loader.dataset.data_root = f'{data_root}/'
-        loader.dataset.pop('metainfo')  # the detectors know COCO's 80 classes
+        loader.dataset.pop('metainfo')  # the detectors have COCO's 80 classes
         for transform in loader.dataset.pipeline:
             if transform.type == 'Resize':
-                transform.scale = (SIZE, SIZE)  # goes before scale_factor
+                transform.scale = (SIZE, SIZE)  # takes precedence over scale_factor
     cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = f'{data_root}/annotations/val.json'
     cfg.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
     return cfg

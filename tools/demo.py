@@ -72,15 +72,27 @@ class Demo:
     def run(self) -> None:
         self.check_settings()
         rows = self.missing()
-        trained = [name for name in RUNS if name != TEACHER or not self.teacher_weights]
-        print(f'{len(trained)} trainings, {min(available_cores(), len(trained))} in parallel with one CPU thread each.')
-        print(f'Results: {shown(self.work_dir)}. Press Ctrl-C to stop; run the same command to continue.\n', flush=True)
+        print(self.introduction(rows), flush=True)
         if not (self.data / 'annotations' / 'val.json').exists():
-            self.do([self.tool('generate images', 'dataset_converters', 'make_shapes.py', self.data)])
-        self.do(self.training_jobs(rows), self.keep)
+            self.run_jobs([self.tool('generate images', 'dataset_converters', 'make_shapes.py', self.data)])
+        self.run_jobs(self.training_jobs(rows), self.save_result)
         # trainings that were interrupted between their last checkpoint and its validation
-        self.do([self.test_job(name, *self.files(name)) for name in self.missing()], self.keep)
+        self.run_jobs([self.test_job(name, *self.files(name)) for name in self.missing()], self.save_result)
         self.finish()
+
+    def introduction(self, rows: Sequence[str]) -> str:
+        """Say what is going to be trained, and where the results are."""
+        trained = [name for name in rows if name != TEACHER or not self.teacher_weights]
+        what = 'All trainings are finished.'
+        if trained:
+            what = f'Training small detectors on generated images: {"; ".join(trained)}.'
+            if self.teacher_weights:
+                what += ' The teacher is already trained.'
+            what += (
+                f'\n{min(available_cores(), len(trained))} trainings in parallel, with one CPU thread each. '
+                'Press Ctrl-C to stop; run the same command to continue.'
+            )
+        return f'{what}\nResults: {shown(self.work_dir)}\n'
 
     def check_settings(self) -> None:
         """Exit if the folder was made with different settings, so that results are not mixed."""
@@ -115,7 +127,7 @@ class Demo:
         folder = self.folder(name)
         return folder / RUNS[name], (folder / 'last_checkpoint').read_text().strip()
 
-    def do(self, jobs: List[Job], on_done: Optional[Callable[[JobResult], None]] = None) -> None:
+    def run_jobs(self, jobs: List[Job], on_done: Optional[Callable[[JobResult], None]] = None) -> None:
         """Run jobs. Exit if one of them failed."""
         results = run_parallel(jobs, on_done=on_done) if jobs else []
         failed = [result.name for result in results if not result.ok and result.returncode is not None]
@@ -168,7 +180,7 @@ class Demo:
         log = self.work_dir / 'logs' / f'{config.stem}_test.log'
         return Job(name, [*command, *(['--cfg-options', *options] if options else [])], log, metric=METRIC)
 
-    def keep(self, result: JobResult) -> None:
+    def save_result(self, result: JobResult) -> None:
         """Save the metric of a row and its training time as soon as both are known."""
         folder = self.folder(result.name)
         logs = sorted(folder.glob('*/vis_data/scalars.json'))
@@ -204,23 +216,26 @@ class Demo:
             ),
         ]
         report = ['-o', work_dir / 'report']
-        reported = [name for name in RUNS if name != TEACHER or not self.teacher_weights]
-        runs = [f'{name.replace("student, ", "").replace("student ", "")}={self.folder(name)}' for name in reported]
+        runs = [f'{name.replace("student, ", "").replace("student ", "")}={self.reported(name)}' for name in RUNS]
         jobs.append(self.tool('write the report', 'analysis_tools', 'report.py', *runs, *report))
         models = [part for name in (TEACHER, 'student alone') for part in ('--model', name, *self.files(name))]
         models += ['--model', distilled, *student]
         picture = ['analysis_tools', 'visualize_detections.py', work_dir / 'detections.png']
         jobs.insert(1, self.tool('draw detections', *picture, *models, after=[export]))
-        self.do(jobs)
+        self.run_jobs(jobs)
         rows = [self.row(name) for name in RUNS]
         metric = tested_metric(tested, METRIC)
         if metric != rows[-1]['mAP']:
             sys.exit(f'The exported student has mAP {metric}, but it had {rows[-1]["mAP"]} in training.')
-        rows.append({**rows[-1], 'name': 'the same, exported, in plain mmdet', 'seconds': None})
+        rows.append({**rows[-1], 'name': 'exported student, in plain mmdet', 'seconds': None})
         table = as_table(rows)
         (work_dir / 'table.md').write_text(table)
         (work_dir / 'table.json').write_text(json.dumps(rows, indent=2))
         print(self.summary(table))
+
+    def reported(self, name: str) -> Path:
+        """Return the work dir of a row for the report: that of its training, or of its test if it was only tested."""
+        return self.folder(name) / 'tested' if name == TEACHER and self.teacher_weights else self.folder(name)
 
     def row(self, name: str) -> dict:
         """Return a row of the table."""
@@ -240,15 +255,16 @@ class Demo:
             [
                 '',
                 table,
-                f'mAP on {len(list(self.data.glob("images/val/*")))} generated images, for seed {self.args.seed} only. '
-                'README.md has the results of three seeds.',
-                'Training time is wall time with one CPU thread per training and several trainings in parallel.'
-                + (' The teacher was already trained.' if self.teacher_weights else ''),
+                f'mAP on {len(list(self.data.glob("images/val/*")))} generated images, seed {self.args.seed}. One seed '
+                'cannot rank methods; docs/results/benchmarks.md compares them on real images.',
+                'Training time is wall time, with one CPU thread per training and several trainings in parallel.',
+                'Parameters and multiply-adds are those of the deployed model, for one image.',
                 '',
                 *(f'{file:{width}}  {what}' for file, what in files),
                 '',
-                'To distill your own models, write a config from those of student and teacher, train it and export:',
+                'To distill your own models: write a config, check it, train, and export the student.',
                 '  python tools/misc/make_config.py STUDENT.py TEACHER.py --checkpoint TEACHER.pth -o distill.py',
+                '  python tools/analysis_tools/preview.py distill.py',
                 '  python tools/train.py distill.py',
                 '  python tools/model_converters/export_student.py distill.py work_dirs/distill/CHECKPOINT.pth '
                 'student.pth --config-out student.py',

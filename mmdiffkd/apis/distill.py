@@ -51,7 +51,7 @@ def distill(
     Returns:
         dict: Paths and metrics:
 
-        * ``config``, ``checkpoint``: the distillation config and its last checkpoint.
+        * ``config``, ``checkpoint``: the distillation config and the last checkpoint of the run.
         * ``student_config``, ``student_checkpoint``: the exported student, which loads without mmdiffkd.
         * ``metrics``: metrics of the last validation; empty without validation.
 
@@ -63,7 +63,7 @@ def distill(
     cfg.work_dir, cfg.resume = str(work_dir), resume
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *custom_hooks]
     cfg.merge_from_dict(cfg_options or {})
-    # mmengine caches visualizers by name: a second run in this process would draw into the first run's folder
+    # use a new name: mmengine caches visualizers by name, so a second run would write to the first run's folder
     cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
     cfg.visualizer.name = f'{work_dir}_{time.time_ns()}'
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
@@ -79,7 +79,10 @@ def _run_config(
         raise ValueError('student_config is already a distillation config; train it with tools/train.py or a Runner.')
     if isinstance(teacher, Config):
         if checkpoint == 'zoo':
-            raise ValueError("teacher_checkpoint='zoo' needs teacher_config='pkg::path'; give a path or URL instead.")
+            raise ValueError(
+                "teacher_checkpoint='zoo' needs teacher_config='pkg::path'; for other configs, give the path or URL of "
+                'the weights.'
+            )
         kept = ('model', 'default_scope', 'data_preprocessor', 'custom_imports')
         teacher = {key: value for key, value in teacher.to_dict().items() if key in kept}
     elif checkpoint == 'zoo':
@@ -100,7 +103,7 @@ def _run_config(
 
 
 def _export(runner: Runner, work_dir: Path) -> dict:
-    checkpoint = runner.message_hub.get_info('last_ckpt')  # the hook may write outside work_dir
+    checkpoint = runner.message_hub.get_info('last_ckpt')  # CheckpointHook(out_dir=...) may write outside work_dir
     config, plain_config, plain_checkpoint = (
         str(work_dir / name) for name in ('distill.py', 'student.py', 'student.pth')
     )

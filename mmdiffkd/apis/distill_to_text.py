@@ -8,10 +8,10 @@ from torch import nn
 from mmdiffkd.models import DiffKDDistiller, FeatureDiffusionNeck
 from mmdiffkd.models.diffusion.feature_diffusion import FeatureDiffusion
 
-# arguments that the distiller or the neck sets, not the config
+# arguments that the distiller or the neck passes, so that configs do not contain them
 WIDTHS = ('student_channels', 'teacher_channels')
 GIVEN = ('channels', 'num_train_timesteps')
-# settings of a pair without denoising
+# the only settings that a pair without denoising uses
 PLAIN = ('denoise', 'align', 'loss_kd', 'share_levels')
 
 

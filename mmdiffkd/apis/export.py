@@ -28,7 +28,7 @@ def student_weights(checkpoint: str) -> dict:
 def student_config(cfg: Config) -> Config:
     """Convert a distillation config to the config of the plain student.
 
-    Settings other than the distillation, such as data and schedule, are kept.
+    Settings that are not part of the distillation, such as data and schedule, are kept.
 
     Args:
         cfg (Config): A config with a ``DiffKDDistiller``.
@@ -46,9 +46,9 @@ def student_config(cfg: Config) -> Config:
     content = ConfigDict(cfg.to_dict())
     model = content.model.student
     if model.get('_scope_') == content.get('default_scope'):
-        model.pop('_scope_', None)  # like upstream's configs, a plain config relies on default_scope
+        model.pop('_scope_', None)  # redundant, since default_scope names the same package
     content.model = model
-    if content.get('resume'):  # dumped by a resumed run
+    if content.get('resume'):  # set if the distillation was resumed; the plain student has no run to resume
         content.resume = False
     kept, imports = get_custom_imports(cfg), content.pop('custom_imports', None)
     if kept:

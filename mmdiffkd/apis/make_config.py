@@ -13,7 +13,7 @@ from mmdiffkd.utils.config import get_custom_imports, zoo_checkpoint
 from .build import build_distiller
 from .distill_to_text import distill_to_text
 
-# mmengine resolves a base `mmseg::...` only with the original mmsegmentation, not with its maintained fork
+# packages whose configs are inherited by file path: mmengine resolves `mmseg::...` only for the original package
 BY_PATH = ('mmseg',)
 TEMPLATE = """\
 # Distill {teacher_name} into {student_name}.
@@ -28,11 +28,11 @@ model = dict(
         checkpoint={checkpoint!r},  # a path, a URL, or 'zoo'
     ),
     # Default pairs. Uncomment to change taps, levels or settings; tune neck.loss_kd.loss_weight first.
-    # To reduce the cost: neck=dict(latent_channels=64), neck=dict(memory_efficient=True).
-    # Extended preset: preset='plus' (docs/pairs.md), in configs without distill.
+    # To reduce the cost: neck=dict(latent_channels=64).
+    # For the extended preset, set preset='plus' and leave out distill (docs/configure/methods.md).
 {distill}
 )
-# Atomic checkpoints and a fixed seed: a killed run resumes to the same weights.
+# Atomic checkpoints and a fixed seed: a run that is killed and resumed ends with the same weights.
 default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
 randomness = dict(seed=0)
 # Save images of the compared features (in vis_data/vis_image), and validate the teacher before training:
@@ -70,7 +70,7 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
     student_cfg, teacher_cfg = read_config(student), read_config(teacher)
     for source, cfg in ((student, student_cfg), (teacher, teacher_cfg)):
         if 'student' in cfg.model:
-            raise ValueError(f"'{source}' is already a distillation config; give the plain config.")
+            raise ValueError(f"'{source}' is already a distillation config; give the config of a plain model.")
     if checkpoint == 'zoo':
         zoo_checkpoint(teacher)
     elif '://' not in checkpoint and not os.path.isfile(checkpoint):
@@ -100,10 +100,10 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
 
 
 def _defaults(text: str, student: str) -> str:
-    """Return the default pairs of a config text as config text. Paths in ``text`` must be absolute."""
+    """Build the config in ``text``, whose paths must be absolute, and return its default pairs as config text."""
     try:
         cfg = Config.fromstring(text, '.py')
-    except RuntimeError as error:  # mmengine does not mix its two config styles
+    except RuntimeError as error:  # a text config cannot inherit a pure Python config
         raise ValueError(
             f"The student's config '{student}' is a pure Python config, which cannot be inherited here; give a config "
             'whose types are strings.'
@@ -120,7 +120,7 @@ def _base(student: str, folder: Optional[Path]) -> str:
 
 
 def _file(source: str, folder: Optional[Path], here: str = '') -> str:
-    """Return the literal for a config path in the file to write."""
+    """Return the Python literal for a path in the generated config, relative to its folder if there is one."""
     if '::' in source:
         return repr(source)
     path = Path(source).resolve()

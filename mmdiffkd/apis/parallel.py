@@ -19,12 +19,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# On a busy machine, OpenMP threads wait for each other ten times longer than they compute.
+# One thread per job: if jobs share cores, OpenMP threads wait for each other ten times longer than they compute.
 ONE_THREAD = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), '1')
 TAIL = 25  # lines to show from the log of a failed job
 POLL, REFRESH = 0.1, 0.5  # seconds
 GRACE = 5.0  # seconds to wait for jobs to end after each signal
-# mmengine's log: 'Epoch(train)  [3][25/75] ... eta: 0:01:20', 'Iter(train) [  50/1500] ...', 'Epoch(val) [3][13/13]'
+# STEP and ETA match lines of mmengine's log, such as 'Epoch(train)  [3][25/75] ... eta: 0:01:20',
+# 'Iter(train) [  50/1500] ...' and 'Epoch(val) [3][13/13]'
 STEP = re.compile(
     r' (?:Epoch|Iter)\((?P<mode>train|val|test)\) *(?:\[ *(?P<epoch>\d+)\])?\[ *(?P<step>\d+)/(?P<steps>\d+)\]'
 )
@@ -96,9 +97,9 @@ def run_parallel(
     """Run commands in parallel, with one CPU thread each, and show their progress.
 
     On a terminal, each job has a line with a progress bar. In a file or a pipe, each running job prints a plain line
-    every ``interval`` seconds and for every new metric. A failed job does not stop the others; the end of its log is
-    shown. Ctrl-C, SIGTERM and a closed terminal end all running jobs and their subprocesses before this function
-    raises.
+    with the time of day every ``interval`` seconds and for every new metric. A failed job does not stop the others; the
+    end of its log is shown. Ctrl-C, SIGTERM and a closed terminal end all running jobs and their subprocesses before
+    this function raises.
 
     Args:
         jobs (list[Job]): Jobs, started in this order as workers become free. Put the longest first.
@@ -154,14 +155,14 @@ class _Process:
 
     def __init__(self, job: Job):
         self.job = job
-        self.status, self.fraction = 'starting', None
+        self.status, self.fraction = 'running', None
         self.metric: Optional[str] = None
         self._ends_at: Optional[float] = None
         self._max_epochs: Optional[int] = None
         command = [str(part) for part in (job.command() if callable(job.command) else job.command)]
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open('wb') as log:
-            # new session: the terminal's Ctrl-C reaches only this process, which then ends the jobs
+            # in a new session, jobs do not receive the terminal's Ctrl-C; run_parallel ends them in order
             self.popen = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -172,7 +173,7 @@ class _Process:
             )
         self.start = time.monotonic()
         self._log = job.log.open(encoding='utf-8', errors='replace')
-        self._rest = ''  # last line, still incomplete
+        self._rest = ''  # start of the last line, which the job has not finished writing
 
     def follow(self) -> None:
         """Read the new lines of the log."""
@@ -229,12 +230,11 @@ class _Lines:
 
     def __init__(self, console: Console, interval: float):
         self._console, self._interval = console, interval
-        self._start = time.monotonic()
         self._printed: Dict[str, float] = {}  # time of the last line per job
         self._metrics: Dict[str, Optional[str]] = {}
 
     def started(self, process: _Process) -> None:
-        self._line(process.job.name, f'started; its log is {process.job.log}')
+        self._line(process.job.name, f'started, log: {_shorten(process.job.log)}')
 
     def ended(self, name: str, text: str) -> None:
         self._line(name, text)
@@ -252,9 +252,8 @@ class _Lines:
                 self._line(name, process.describe())
 
     def _line(self, name: str, text: str) -> None:
-        now = self._printed[name] = time.monotonic()
-        seconds = round(now - self._start)
-        self._console.print(Text(f'{seconds // 60:3d}:{seconds % 60:02d}  {name}: {text}'), soft_wrap=True)
+        self._printed[name] = time.monotonic()
+        self._console.print(Text(f'{time.strftime("%H:%M:%S")}  {name}: {text}'), soft_wrap=True)
 
 
 class _Bars:
@@ -302,7 +301,7 @@ def _display(jobs: Sequence[Job], file: TextIO, interval: float) -> Iterator[Uni
 
 
 def _end(result: JobResult, process: Optional[_Process], display: Union[_Lines, _Bars], on_done) -> None:
-    """Report how a job ended, and show the end of its log if it failed."""
+    """Report how a job ended, and show the end of the log if the job failed."""
     minutes = f'{result.seconds:.0f} s' if result.seconds < 60 else f'{result.seconds / 60:.1f} min'
     if result.ok:
         metric = f', {process.metric}' if process.metric else ''
@@ -314,9 +313,15 @@ def _end(result: JobResult, process: Optional[_Process], display: Union[_Lines, 
         why = f'with exit code {code}' if code > 0 else f'with signal {_signal_name(-code)}'
         display.ended(result.name, f'failed {why} after {minutes}')
         lines = result.log.read_text(encoding='utf-8', errors='replace').splitlines()[-TAIL:]
-        display.show('\n'.join([f'The end of {result.log}:', *(f'    {line}' for line in lines)]))
+        display.show('\n'.join([f'The end of {_shorten(result.log)}:', *(f'    {line}' for line in lines)]))
     if on_done is not None:
         on_done(result)
+
+
+def _shorten(path: Path) -> Path:
+    """Return a path relative to the working directory if it is inside."""
+    path, here = Path(path).absolute(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _signal_name(number: int) -> str:
@@ -326,7 +331,7 @@ def _signal_name(number: int) -> str:
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind the stack like Ctrl-C; by default, they end the process at once."""
+    """Make SIGTERM and SIGHUP raise SystemExit, so that the jobs are ended before this process exits."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
@@ -351,7 +356,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
             end = time.monotonic() + GRACE
             while time.monotonic() < end and any(process.poll() is None for process in processes):
                 time.sleep(POLL)
-    finally:  # also after a second Ctrl-C
+    finally:  # a second Ctrl-C ends the jobs at once
         for process in processes:
             _signal_group(process, signal.SIGKILL)
             process.wait()

@@ -35,14 +35,14 @@ from mmdiffkd.utils.meta_device import (
 from .build import build_distiller
 from .distill_to_text import distill_to_text
 
-# bytes per float32 parameter: the weight, for the diffusion module also the gradient and the momentum of SGD
+# bytes per parameter in float32: the teacher needs only the weight, the diffusion module also gradient and momentum
 WEIGHT_BYTES = dict(teacher=4, diffusion_module=12)
 UNTRIED = 'The student does not run on random images here, so its taps were not checked in a training pass.'
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread: on small images, several threads busy-wait longer than they compute."""
+    """Use a single CPU thread, because several threads wait longer than they compute on small images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,9 +58,8 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
     Args:
         config (str or Config): Path of the config, or a loaded config.
         cfg_options (dict, optional): Overrides, as on the command line.
-        size (tuple[int, int], optional): Height and width of the images. None uses the training size: the first that
-            is set of the student's preprocessor, ``image_size`` of the config and the training pipeline, or else the
-            usual size of the package. Defaults to None.
+        size (tuple[int, int], optional): Height and width of the images. None uses the size of the training images,
+            see ``mmdiffkd.utils.config.image_size``. Defaults to None.
 
     Returns:
         dict: The report:
@@ -68,8 +67,8 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         * ``size``: height and width of the images.
         * ``pairs``: one dict per pair, tap and level.
         * ``parameters``: number of parameters of ``student``, ``teacher`` and ``diffusion_module``.
-        * ``gmacs``: 1e9 multiply-adds per image: student forward, teacher forward up to its last tap, diffusion module
-          forward and backward; None if they cannot be counted.
+        * ``gmacs``: multiply-adds per image in units of 1e9: of the student's forward pass, of the teacher's forward
+          pass up to the last tap, and of the diffusion module's forward and backward pass; None if unknown.
         * ``kept_mib``: MiB that the diffusion module saves for the backward pass per image; None if unknown.
         * ``weights_mb``: MB of the teacher's weights, and of the diffusion module's weights, gradients and momentum of
           SGD.
@@ -100,7 +99,7 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         teacher=sum(p.numel() for p in teacher_net.parameters()),
         diffusion_module=sum(p.numel() for p in model.diffkd.parameters()),
     )
-    step = gmacs['student'] and 3 * gmacs['student']  # the backward pass costs two forward passes
+    step = gmacs['student'] and 3 * gmacs['student']  # a backward pass costs about two forward passes
     known = None not in gmacs.values()
     return dict(
         size=list(size),
@@ -125,8 +124,8 @@ def list_taps(
     """List the modules of a model that can be tapped, with their output shapes for one image.
 
     Args:
-        config (str or Config): Config of a distillation or of a plain model. A plain model ignores ``owner``.
-        owner (str): ``'student'`` or ``'teacher'``. Defaults to ``'student'``.
+        config (str or Config): Config of a distillation or of a plain model.
+        owner (str): ``'student'`` or ``'teacher'``; ignored for a plain model. Defaults to ``'student'``.
         size (tuple[int, int], optional): Height and width of the images, as in :func:`preview`. Defaults to None.
         cfg_options (dict, optional): Overrides, as on the command line.
 
@@ -135,7 +134,7 @@ def list_taps(
 
     Raises:
         ValueError: If ``owner`` is ``'teacher'`` and the config has no teacher.
-        RuntimeError: If the model does not run at that size.
+        RuntimeError: If the model does not run at this image size.
     """
     cfg = read_config(config, cfg_options)
     size = size or image_size(cfg)
@@ -152,7 +151,7 @@ def list_taps(
         def hook(module, inputs, output):
             try:
                 tensors = flatten(output, path)
-            except ValueError:  # not an output of tensors
+            except ValueError:  # the module does not return tensors, so it cannot be tapped
                 return
             maps = [list(tensor.shape) for tensor in tensors if tensor is not None and tensor.dim() in (2, 3, 4)]
             if maps:
@@ -200,8 +199,8 @@ def _grid(stride: Optional[float], size: Size) -> List[int]:
 
 
 def _count_pass(net: nn.Module, size: Size, stop_after: Optional[Dict[str, int]] = None) -> Optional[float]:
-    """Count 1e9 multiply-adds of a forward pass on one image; None if the model does not run on the meta device."""
-    net.to('meta')  # some models can only be built on the CPU
+    """Return the multiply-adds of a forward pass on one image in units of 1e9, or None if they cannot be counted."""
+    net.to('meta')  # move models that had to be built on the CPU
     with MultiplyAddCounter() as counter, QuickMeta():
         try:
             with ModuleOutputsRecorder(net, stop_after or (), 'teacher', stop_after=stop_after or None):
@@ -228,7 +227,7 @@ def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
 
 
 def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:
-    """Count 1e9 multiply-adds of the diffusion module, forward and backward, and its saved bytes, per image."""
+    """Return multiply-adds (1e9, forward and backward) and saved bytes of the diffusion module, both per image."""
     necks = copy.deepcopy(model.diffkd).to('meta').train()
 
     losses: List[Tensor] = []
@@ -249,13 +248,13 @@ def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optiona
             sides[0].append(student)
             sides[1].append(teacher)
         inputs[name] = sides if len(pair.student_taps) > 1 else (sides[0][0], sides[1][0])
-    there: List[Tensor] = [*necks.parameters(), *_tensors(inputs)]
+    not_saved: List[Tensor] = [*necks.parameters(), *_tensors(inputs)]
     try:
         with MultiplyAddCounter() as counter, QuickMeta():
-            kept = saved_activation_bytes(forward, there)
+            kept = saved_activation_bytes(forward, ignore=not_saved)
             sum(losses).backward()
         return counter.total / 2e9, kept // 2
-    except Exception:  # for example a distance that reads tensor values
+    except Exception:  # for example, a custom distance reads tensor values, which meta tensors do not have
         return None, None
 
 
@@ -290,7 +289,7 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
 
 
 def _pairs_with_class_mismatch(model: nn.Module, ours: Optional[int], theirs: Optional[int]) -> List[str]:
-    """Find pairs that compare scores of different classes: head layers with multiples of ``num_classes`` channels."""
+    """Find pairs that compare class scores, although student and teacher have different numbers of classes."""
     if ours is None or theirs is None or ours == theirs:
         return []
     found = {}
@@ -298,6 +297,7 @@ def _pairs_with_class_mismatch(model: nn.Module, ours: Optional[int], theirs: Op
         for student_tap, teacher_tap, matches in zip(pair.student_taps, pair.teacher_taps, model.matched_levels[name]):
             infos = model.student_info[student_tap], model.diffkd_teacher.taps[teacher_tap]
             widths = [(infos[0].channels[s], infos[1].channels[t]) for s, t in matches]
+            # layers of a head with a multiple of num_classes as channels return class scores
             if 'head' in student_tap and any(s != t and s % ours == t % theirs == 0 for s, t in widths):
                 found[name] = None
     return list(found)
@@ -306,7 +306,7 @@ def _pairs_with_class_mismatch(model: nn.Module, ours: Optional[int], theirs: Op
 def _num_classes(model_cfg: dict) -> Optional[int]:
     roi_head = model_cfg.get('roi_head') or {}
     for head in (*(model_cfg.get(name) for name in ('bbox_head', 'decode_head', 'head')), roi_head.get('bbox_head')):
-        last = head[-1] if isinstance(head, (list, tuple)) else head  # a cascade of heads
+        last = head[-1] if isinstance(head, (list, tuple)) else head  # in a cascade, the last head predicts the result
         if isinstance(last, dict) and 'num_classes' in last:
             return last['num_classes']
     return None
@@ -337,7 +337,7 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
         except TapError:
             raise
         except Exception:
-            continue  # small image, operator that needs a GPU, failed initialization: training will show
+            continue  # for example, the image is too small or an operator needs a GPU; training shows real errors
         for name, pair in model.pairs.items():
             for tap, matches in zip(pair.student_taps, model.matched_levels[name]):
                 info = model.student_info[tap]
@@ -353,12 +353,12 @@ def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int):
     torch.default_generator.manual_seed(0)
     with QuickInit(), _silent_log():  # init_weights() logs every parameter
         student = revert_sync_batchnorm(MODELS.build(fit_to(get_model_cfg(plain), size)))
-        student.init_weights()  # some parameters are uninitialized memory until then
+        student.init_weights()  # before this call, some parameters are uninitialized memory
     student.train()
     recorder = ModuleOutputsRecorder(student, model.student_info, 'student')
     data = student.data_preprocessor(random_batch(plain, size), True)
     inputs = data['inputs']
-    is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # not views or clips
+    is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # otherwise several views or video clips
     if not is_images:
         model.record_encoder_inputs()  # raises if the encoder is not found
     with recorder, nullcontext() if is_images else ModuleInputsRecorder(student, model.encoder_path) as views:

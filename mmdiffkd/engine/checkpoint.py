@@ -42,8 +42,8 @@ class DamagedFileError(ValueError):
 def read_checkpoint(source: str) -> dict:
     """Read a checkpoint from a path or URL onto the CPU, with torch's ``weights_only`` reader.
 
-    Besides tensors, it accepts the objects that mmengine stores in checkpoints (history buffers, NumPy scalars and
-    arrays). Downloads are verified against the hash in the file name and cached only when complete.
+    Besides tensors, the reader accepts the objects that mmengine stores in checkpoints (history buffers, NumPy scalars
+    and arrays). Downloads are verified against the hash in the file name and cached only when complete.
 
     Args:
         source (str): Path or http(s) URL.
@@ -62,7 +62,7 @@ def read_checkpoint(source: str) -> dict:
 
 
 def check_is_data(source: str) -> None:
-    """Check that a checkpoint contains only plain data, because mmengine's loader may execute code in it.
+    """Check that a checkpoint contains only plain data, because mmengine's loader may execute code in the file.
 
     Folders (sharded checkpoints) and other URL schemes, such as ``torchvision://`` and ``s3://``, are not checked.
 
@@ -106,7 +106,7 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
     """
     state = OrderedDict((re.sub(r'^module\.', '', key), value) for key, value in state_dict.items())
     state = without_diffusion_module(state)
-    # upstream's hooks convert old keys according to the versions in the metadata
+    # modules read the versions in _metadata to convert the keys of old checkpoints
     state._metadata = getattr(state_dict, '_metadata', None)
     own = model.state_dict()
     misshapen = [
@@ -117,7 +117,7 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
     if misshapen:
         raise ValueError(f'The weights of {source} do not fit {model_name}: {_some(misshapen)}.')
     result = model.load_state_dict(state, strict=False)
-    # keys that an upstream hook removed from the file are not missing: the model computes their values itself
+    # keys that a module's load hook removed are not missing: the module computes the values itself
     missing = [key for key in result.missing_keys if key not in state and not key.endswith('num_batches_tracked')]
     problems = [
         f'{kind} {_some(keys)}' for kind, keys in (('missing', missing), ('unexpected', result.unexpected_keys)) if keys
@@ -131,9 +131,9 @@ def _read_data(source: str):
     is_url = source.startswith(('http://', 'https://'))
     path = _download(source) if is_url else osp.expanduser(source)
     if osp.isdir(path):
-        raise ValueError(f"The checkpoint '{source}' is a folder, probably a sharded checkpoint; use a single file.")
+        raise ValueError(f"The checkpoint '{source}' is a folder, probably a sharded checkpoint; give a single file.")
     if not osp.isfile(path):
-        raise FileNotFoundError(f"The checkpoint '{source}' does not exist (looked from {osp.abspath('.')}).")
+        raise FileNotFoundError(f"The checkpoint '{source}' does not exist (working directory: {osp.abspath('.')}).")
     name = f'{source} (cached as {path})' if is_url else source
     if executable := executable_format(path):
         raise ValueError(
@@ -142,7 +142,7 @@ def _read_data(source: str):
         )
     try:
         return load_data(path)
-    except Exception as error:  # damaged files raise many errors, such as EINVAL for a seek to a negative offset
+    except Exception as error:  # damaged files raise many kinds of errors, such as EINVAL for a negative offset
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         refused = re.search(r'GLOBAL ([\w.]+)', str(error))
@@ -156,7 +156,7 @@ def _read_data(source: str):
             # an interrupted download may have left a partial file, which the next run must not use
             with suppress(FileNotFoundError):
                 os.remove(path)
-            problem += ' It was removed; the next run downloads it again.'
+            problem += ' The file was removed; the next run downloads it again.'
         raise DamagedFileError(problem) from None
 
 
@@ -168,7 +168,7 @@ def _download(url: str) -> str:
     path = osp.join(folder, name)
     digest = URL_HASH.search(path)
     problem = None
-    for my_turn in (is_main_process(), True):  # rank 0 downloads first, for all ranks that share its cache
+    for my_turn in (is_main_process(), True):  # rank 0 downloads first; ranks with the same cache then find the file
         if my_turn and not osp.isfile(path):
             os.makedirs(folder, exist_ok=True)
             try:
@@ -176,7 +176,7 @@ def _download(url: str) -> str:
                 torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
             except (OSError, RuntimeError) as error:
                 problem = error
-        barrier()  # also after an error: the other ranks wait
+        barrier()  # also after a failed download, because the other ranks wait here
     if not osp.isfile(path):
         raise ValueError(f'The checkpoint {url} could not be downloaded: {problem}.') from problem
     return path
@@ -211,12 +211,13 @@ def _some(items: list, count: int = 4) -> str:
     return ', '.join(items[:count]) + rest
 
 
+# methods that pickled history buffers and one-cycle schedulers refer to
 BUFFER_METHODS = ('min', 'max', 'mean', 'current')
-ANNEALING = ('_annealing_cos', '_annealing_linear')
+ANNEALING_METHODS = ('_annealing_cos', '_annealing_linear')
 
 
 def executable_format(path: str) -> Optional[str]:
-    """Return the format of a file that may run code despite ``weights_only`` before torch 2.6, or else None."""
+    """Return a file's format if torch before 2.6 may run code in it despite ``weights_only``, else None."""
     if tarfile.is_tarfile(path):
         return "in torch's tar format from before 2018"  # CVE-2025-32434
     if zipfile.is_zipfile(path):
@@ -227,7 +228,7 @@ def executable_format(path: str) -> Optional[str]:
 
 
 def load_data(path: str):
-    """Read a file with torch's ``weights_only`` reader, or before torch 2.4, with one that accepts the same objects."""
+    """Read a file with torch's ``weights_only`` reader, or before torch 2.4, with an equally strict unpickler."""
     admitted = _admitted_globals()
     if hasattr(torch.serialization, 'safe_globals'):
         with torch.serialization.safe_globals(admitted):
@@ -248,9 +249,9 @@ def _admitted_globals() -> list:
         np.dtype,
         _under_name(_known_method, 'builtins', 'getattr'),
     ]
-    admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # for pickled bytes
+    admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # used in pickled bytes
     admitted += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # names in NumPy 1 and 2
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # module names in NumPy 1 and 2
         admitted += [_under_name(getattr(multiarray, name), module, name) for name in ('_reconstruct', 'scalar')]
     return admitted
 
@@ -279,29 +280,29 @@ def restricted_pickle(admitted: list) -> SimpleNamespace:
 
 
 def _known_method(owner: type, name: str):
-    """Replace ``getattr``, with which history buffers and one scheduler are pickled; return only their methods."""
-    if name not in {HistoryBuffer: BUFFER_METHODS, OneCycleParamScheduler: ANNEALING}.get(owner, ()):
+    """Stand-in for ``getattr`` while a checkpoint is unpickled: returns a few known methods, refuses all else."""
+    if name not in {HistoryBuffer: BUFFER_METHODS, OneCycleParamScheduler: ANNEALING_METHODS}.get(owner, ()):
         raise UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r})')
     return getattr(owner, name)
 
 
 def _under_name(function, module: str, name: str):
-    """Wrap a function so that the reader finds it under the name that checkpoints use."""
+    """Wrap a function, so that the unpickler finds it under the module and name that checkpoints use."""
 
-    def stand_in(*args):
+    def wrapper(*args):
         return function(*args)
 
-    stand_in.__module__, stand_in.__name__, stand_in.__qualname__ = module, name, name
-    return stand_in
+    wrapper.__module__, wrapper.__name__, wrapper.__qualname__ = module, name, name
+    return wrapper
 
 
-OF_A_RUN = ('meta', 'message_hub')  # keys of a resumable checkpoint besides the weights
+RESUME_KEYS = ('meta', 'message_hub')  # keys that a checkpoint needs, besides the weights, to be resumed
 
 
 def file_to_load(
     load_from: Optional[str], resume: Union[bool, str, None], work_dir: str, folder: str, filename_tmpl: str
 ) -> Optional[str]:
-    """Choose the file that a run loads or resumes. All ranks must call it and get the same file.
+    """Choose the file that a run loads or resumes. All ranks must call this function, and get the same file.
 
     Args:
         load_from (str, optional): Path or URL, as in the config.
@@ -319,15 +320,15 @@ def file_to_load(
     named = resume if isinstance(resume, str) else load_from
     problem = None
     try:
-        if named is not None:  # every rank reads the file, which may differ between machines
+        if named is not None:  # every rank checks the file, because machines may have different files
             check_is_data(named)
         elif resume and is_main_process():
             named = newest_checkpoint(work_dir, folder, filename_tmpl)
     except (OSError, ValueError) as error:
         problem = str(error)
-    for other in all_gather_object(problem):
-        if other is not None:
-            raise ValueError(other)
+    for rank_problem in all_gather_object(problem):
+        if rank_problem is not None:
+            raise ValueError(rank_problem)
     answer = [named]
     broadcast_object_list(answer)
     return answer[0]
@@ -351,9 +352,9 @@ def newest_checkpoint(work_dir: str, folder: str, filename_tmpl: str) -> Optiona
     for file in files:
         try:
             if not osp.isdir(file):  # sharded checkpoints are folders
-                missing = [key for key in OF_A_RUN if key not in read_checkpoint(file)]
+                missing = [key for key in RESUME_KEYS if key not in read_checkpoint(file)]
                 if missing:
-                    raise DamagedFileError(f"'{file}' cannot be resumed: it has no '{missing[0]}'.")
+                    raise DamagedFileError(f"'{file}' cannot be resumed: the file has no key '{missing[0]}'.")
             return file
         except (OSError, DamagedFileError) as error:
             print_log(f'{error} Trying the previous checkpoint.', logger='current', level=WARNING)
@@ -369,8 +370,8 @@ def newest_checkpoint(work_dir: str, folder: str, filename_tmpl: str) -> Optiona
 def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str) -> List[str]:
     """List the checkpoints of a run, newest first.
 
-    The file named in ``last_checkpoint`` comes first. The rest are sorted by time, since an older run may have left
-    checkpoints with higher numbers.
+    The file named in ``last_checkpoint`` comes first. The rest are sorted by modification time instead of number, since
+    an older run may have left checkpoints with higher numbers.
     """
     before, after = re.split(r'\{.*?\}', filename_tmpl, maxsplit=1)
     pattern = re.compile(re.escape(before) + r'\d+' + re.escape(after))
@@ -421,7 +422,7 @@ class AtomicBackend(LocalBackend):
 
 
 def _sync_folder(folder: str) -> None:
-    """Make the rename itself survive a power failure, if the file system supports it."""
+    """Flush a folder to disk, so that a rename in the folder survives a power failure. Ignore errors."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

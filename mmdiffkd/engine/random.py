@@ -20,7 +20,7 @@ def seed_iteration(seed: int, iteration: int, purpose: str) -> None:
     """
     purposes = ('train', 'load')
     entropy = np.random.SeedSequence([seed, get_rank(), iteration, purposes.index(purpose)])
-    # 63 bits, as torch takes a signed 64-bit seed
+    # keep 63 bits, because torch takes a signed 64-bit seed
     number = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
@@ -30,7 +30,8 @@ def seed_iteration(seed: int, iteration: int, purpose: str) -> None:
 class SeededBatches:
     """Batches of an iteration-based loop, with the random generators seeded before each batch.
 
-    A hook cannot do this: a resumed loop calls no hook between skipping the old batches and loading the first new one.
+    A hook cannot seed the first batch: a resumed loop calls no hook between skipping the old batches and loading the
+    first new batch.
 
     Args:
         batches (Iterator): ``dataloader_iterator`` of the loop.
@@ -51,6 +52,6 @@ class SeededBatches:
         return next(self._batches)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Skip batches. Recent releases of mmengine call this method; older ones draw the batches one by one."""
+        """Skip batches. Recent releases of mmengine call this method; older releases draw the batches one by one."""
         self._count += num_iters
         self._batches.skip_iter(num_iters)

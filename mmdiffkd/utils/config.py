@@ -25,7 +25,7 @@ RENAMED_KEYS = dict(
 def resolve_config(source: ConfigSource) -> Config:
     """Read a config by name, from a file, or from a dict.
 
-    ``pkg::path`` is resolved by import name, which works for the original and the maintained packages.
+    ``pkg`` is the name that Python imports, so the original OpenMMLab packages and their maintained forks work.
 
     Args:
         source (str, Path or dict): ``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``, a local file, or a dict with
@@ -68,7 +68,9 @@ def read_config(config: Union[str, Path, Config], cfg_options: Optional[dict] = 
     try:
         cfg = copy.deepcopy(config) if isinstance(config, Config) else resolve_config(config)
     except SyntaxError as error:
-        raise ValueError(f"The config '{config}', or one that it inherits, is not valid Python: {error}.") from error
+        raise ValueError(
+            f"The config '{config}', or a config that it inherits, is not valid Python: {error}."
+        ) from error
     cfg.merge_from_dict(cfg_options or {})
     return cfg
 
@@ -94,7 +96,7 @@ def get_preprocessor_cfg(cfg: Config) -> Optional[dict]:
 
 
 def get_custom_imports(cfg: Config) -> List[str]:
-    """Return the ``custom_imports`` of a config, except mmdiffkd's."""
+    """Return the modules in ``custom_imports`` of a config, except modules of mmdiffkd."""
     names = (cfg.get('custom_imports') or {}).get('imports') or []
     return [name for name in ([names] if isinstance(names, str) else names) if name.split('.')[0] != 'mmdiffkd']
 
@@ -114,12 +116,12 @@ def zoo_checkpoint(source: ConfigSource) -> str:
         str: URL of the weights.
 
     Raises:
-        ValueError: If ``source`` is not ``pkg::path``, or the model index lists no weights for it.
+        ValueError: If ``source`` is not ``pkg::path``, or the model index lists no weights for the config.
     """
     if not isinstance(source, str) or '::' not in source:
         raise ValueError(
             f"checkpoint='zoo' needs a config of an installed package such as 'mmdet::retinanet/...', not "
-            f'{_name(source)}; give a path or URL instead.'
+            f'{_name(source)}; give the path or URL of the weights instead.'
         )
     mim, path = _split(source)
     wanted = Path(path).with_suffix('').as_posix()
@@ -142,8 +144,8 @@ def _config_file(source: str) -> str:
     if '::' not in source:
         if not osp.isfile(source):
             raise FileNotFoundError(
-                f"The config file '{source}' does not exist (looked from {osp.abspath('.')}); configs of a package are "
-                "named like 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'."
+                f"The config file '{source}' does not exist (working directory: {osp.abspath('.')}); configs of a "
+                "package have names like 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'."
             )
         return source
     mim, path = _split(source)
@@ -161,7 +163,7 @@ def _split(source: str) -> Tuple[Path, str]:
         raise ModuleNotFoundError(f"The package '{package}' of the config '{source}' is not installed.")
     mim = Path(list(spec.submodule_search_locations)[0]) / '.mim'
     if not mim.is_dir():
-        raise FileNotFoundError(f"The package '{package}' ships no configs (no folder {mim}).")
+        raise FileNotFoundError(f"The package '{package}' ships no configs (the folder {mim} does not exist).")
     return mim, path
 
 
@@ -171,7 +173,7 @@ def _name(source: ConfigSource) -> str:
 
 Size = Tuple[int, int]
 USUAL_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
-SIZE_KEYS = ('crop_size', 'scale', 'scales', 'img_scale')  # arguments of transforms, as (width, height)
+SIZE_KEYS = ('crop_size', 'scale', 'scales', 'img_scale')  # arguments of transforms that give (width, height)
 
 
 def image_size(cfg: Config) -> Size:
@@ -198,7 +200,7 @@ def image_size(cfg: Config) -> Size:
 
 
 def _dataset_size(dataset: Optional[dict]) -> Optional[Size]:
-    """Return the width and height that the pipeline of a dataset, or else of its inner dataset, gives images."""
+    """Return the width and height of the images of a dataset, from its pipeline or that of the dataset it wraps."""
     if isinstance(dataset, (list, tuple)):
         dataset = dataset[0]
     if dataset is None:
@@ -219,14 +221,13 @@ def _pipeline_size(steps: Sequence[dict]) -> Optional[Size]:
 def _step_size(step: dict) -> Optional[Size]:
     size = next((step[key] for key in SIZE_KEYS if step.get(key)), None)
     if isinstance(size, (list, tuple)) and isinstance(size[0], (list, tuple)):
-        size = size[-1]  # several scales, the last is the largest
+        size = size[-1]  # the last of several scales is the largest
     if isinstance(size, int):
         size = (size, size)
-    if not isinstance(size, (list, tuple)) or not all(
-        isinstance(side, int) for side in size
-    ):  # such as a relative crop
-        return None
-    return (max(size), min(size)) if step.get('keep_ratio') else tuple(size)  # most images are landscape
+    if not isinstance(size, (list, tuple)) or not all(isinstance(side, int) for side in size):
+        return None  # for example, relative crops have fractions
+    # keep_ratio accepts both orders; assume landscape images
+    return (max(size), min(size)) if step.get('keep_ratio') else tuple(size)
 
 
 def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
@@ -237,7 +238,7 @@ def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
 
 
 def refuse_old_keys(keys: Iterable[str], where: str) -> None:
-    """Reject renamed config keys.
+    """Raise an error if a config uses the old name of a renamed key.
 
     Args:
         keys (iterable[str]): Keys of a config.
@@ -248,4 +249,4 @@ def refuse_old_keys(keys: Iterable[str], where: str) -> None:
     """
     for key in keys:
         if key in RENAMED_KEYS:
-            raise ValueError(f"{where} has no key '{key}': it is called '{RENAMED_KEYS[key]}' now.")
+            raise ValueError(f"{where} has no key '{key}': the key is now called '{RENAMED_KEYS[key]}'.")

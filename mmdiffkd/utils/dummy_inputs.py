@@ -27,11 +27,11 @@ def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[
         seed (int): Random seed; does not affect the pipeline's augmentation. Defaults to 0.
 
     Returns:
-        list[dict]: Items with ``inputs`` and ``data_samples``. There are fewer than ``count`` if one item holds several
-        images, as in re-identification and tracking.
+        list[dict]: Items with ``inputs`` and ``data_samples``. There are fewer items than ``count`` if an item holds
+        several images, as in re-identification and tracking.
 
     Raises:
-        ValueError: If the config belongs to a different package.
+        ValueError: If the config is not for one of these packages.
     """
     rng = np.random.default_rng(seed)
     scope = cfg.get('default_scope') or DefaultScope.get_current_instance().scope_name
@@ -50,13 +50,13 @@ def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0) -> dict:
 
 
 def random_image(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Create a smooth random image (size, size, 3) of dtype uint8; pure noise would vanish in the first pooling."""
+    """Create a random uint8 image of large squares, (size, size, 3). Pooling would average out noise per pixel."""
     coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return np.kron(coarse, np.ones((-(-size // 8), -(-size // 8), 1), dtype=np.uint8))[:size, :size]
 
 
 def num_classes_of(model_cfg: dict) -> int:
-    """Return the smallest ``num_classes`` in the config of a model; labels below it are valid in all its heads."""
+    """Return the smallest ``num_classes`` in a model's config. Labels below this number are valid in all heads."""
     return min(_values(model_cfg, 'num_classes'), default=1)
 
 
@@ -115,7 +115,7 @@ def _metainfo(size: int, number: int) -> dict:
         scale_factor=(1.0, 1.0),
         flip=False,
         flip_direction=None,
-        border=[0, size, 0, size],  # for CenterNet
+        border=[0, size, 0, size],  # CenterNet needs the border
         homography_matrix=np.eye(3, dtype=np.float32),
     )
 
@@ -133,7 +133,8 @@ def _instances(cfg: Config, rng, size: int) -> InstanceData:
     boxes = _boxes(rng, size, BOXES)
     things = next(_values(cfg.model, 'num_things_classes'), None) or num_classes_of(cfg.model)
     instances = InstanceData(bboxes=boxes, labels=torch.from_numpy(rng.integers(0, things, BOXES)))
-    pipelines = repr(cfg.get('train_dataloader'))  # some box detectors misread masks
+    # no masks for configs that do not load masks: some box detectors would misread them
+    pipelines = repr(cfg.get('train_dataloader'))
     if "'with_mask': True" not in pipelines and 'Panoptic' not in pipelines:
         return instances
     masks = np.zeros((BOXES, size, size), dtype=np.uint8)
@@ -149,7 +150,7 @@ def _semantic_classes(model_cfg: dict) -> int:
 
 
 def _semi_supervised(cfg: Config, rng, size: int, count: int) -> List[dict]:
-    """Create labeled images, and a weakly and a strongly augmented view of unlabeled images."""
+    """Create items with SoftTeacher's views: labeled, unlabeled for the teacher, and unlabeled for the student."""
     items = []
     for number in range(count):
         views = {view: _detection_sample(cfg, rng, size, number) for view in ('sup', 'unsup_teacher', 'unsup_student')}
@@ -172,7 +173,7 @@ def _tracking(cfg: Config, rng, size: int) -> List[dict]:
 
 
 def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> List[dict]:
-    """Create one item of upright images, several per identity for the triplet loss."""
+    """Create one item with images of several people. The triplet loss needs more than one image per person."""
     from mmdet.structures import ReIDDataSample
 
     labels = torch.arange(identities).repeat_interleave(images)
@@ -181,7 +182,7 @@ def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> List[di
 
 
 def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) -> List[dict]:
-    """Create images with straight lanes, in the fixed size that the lane priors assume."""
+    """Create images with straight lanes. The image size is fixed, because CLRNet's lane priors assume this size."""
     from mmdet.registry import TRANSFORMS
 
     to_array = TRANSFORMS.build(dict(type='LinesToArray', img_height=height, img_width=width))
@@ -218,7 +219,7 @@ def _classification(cfg: Config, rng, size: int, count: int) -> List[dict]:
         dataset = dataset['dataset']
     steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
-    # grayscale images have no channel dimension
+    # the transforms expect grayscale images without a channel dimension, so squeeze() below removes it
     channels = image_channels(get_preprocessor_cfg(cfg))
     is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
     batch = []
@@ -251,7 +252,7 @@ def without_pretrained(cfg) -> None:
 
 
 def fit_to(model_cfg: ConfigDict, size: int) -> ConfigDict:
-    """Set the image size of a preprocessor that pads to a fixed size, in place. Layers are not changed."""
+    """Set the image size in a preprocessor that pads to a fixed size, in place. The model itself is not changed."""
     preprocessor = model_cfg.get('data_preprocessor') or {}
     if 'size' in preprocessor:
         preprocessor['size'] = (size, size)

@@ -21,7 +21,7 @@ ELEMENTWISE = (
     aten.threshold_backward.default,
 )
 RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
-# prime, so that no two filters of a layer get the same values
+# number of values that QuickInit repeats; a prime number, so that no two filters of a layer get the same values
 BLOCK = 65521
 
 
@@ -75,7 +75,7 @@ class _LinspaceOnCPU(TorchFunctionMode):
 
 
 class QuickInit(TorchDispatchMode):
-    """Fill large CPU tensors by repeating one block of random numbers, in a fifth of the time.
+    """Initialize large CPU tensors by repeating one block of random numbers, which is five times as fast.
 
     Use it for models whose weights are loaded afterwards or that only run in a check.
 
@@ -98,7 +98,7 @@ class QuickInit(TorchDispatchMode):
 class QuickMeta(TorchDispatchMode):
     """Run batch normalization and elementwise arithmetic on meta tensors without torch's slow decompositions.
 
-    Output shapes are the same. Operators not listed here run as usual.
+    Output shapes stay the same. All other operators run as usual.
 
     >>> with torch.device('meta'), QuickMeta():
     ...     model(images)
@@ -122,17 +122,17 @@ def _batch_norm(x: Tensor, *others) -> tuple:
 
 
 def _batch_norm_backward(gradient: Tensor, x: Tensor, *others) -> tuple:
-    of_x, *of_affine = others[-1]  # output_mask
-    return torch.empty_like(x) if of_x else None, *(_statistic(x) if wanted else None for wanted in of_affine)
+    needs_x, *needs_affine = others[-1]  # output_mask: which gradients autograd needs
+    return torch.empty_like(x) if needs_x else None, *(_statistic(x) if needed else None for needed in needs_affine)
 
 
 def _statistic(x: Tensor) -> Tensor:
-    """Return one value per channel, in float32 or wider."""
+    """Return an empty tensor with one value per channel, in float32 or wider."""
     return x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _elementwise(args: tuple) -> Optional[Tensor]:
-    """Return the output for floating-point tensors of equal shape, dtype and strides and for numbers, else None."""
+    """Return an empty output for numbers and floating-point tensors of equal shape, dtype and strides, else None."""
     first, *others = args
     for other in others:
         if not isinstance(other, Tensor):
@@ -172,15 +172,15 @@ def saved_activation_bytes(forward: Callable, ignore: Iterable[Tensor] = ()) -> 
     Returns:
         int: Bytes; each storage is counted once.
     """
-    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}  # meta tensors have no data pointer
-    kept = {}
+    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}  # not data_ptr(), which meta tensors lack
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in ignored:
-            kept[storage._cdata] = storage  # keep it alive, so that its address is not reused
+            saved[storage._cdata] = storage  # keep the storage alive, so that no other storage gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())

@@ -1,4 +1,4 @@
-"""Faults on demand, for the processes that the tests start: ``FAULT=name`` in the environment chooses one."""
+"""Fault injection for the processes that tests start: the environment variable ``FAULT`` chooses the fault."""
 
 import os
 import resource
@@ -10,13 +10,13 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-KILL_AT = 6  # second iteration of the second epoch of four
-SAVED = 'epoch_2.pth'
+FAULT_ITER = 6  # in the middle of the second epoch
+CHECKPOINT = 'epoch_2.pth'
 
 
 @HOOKS.register_module()
 class FaultHook(Hook):
-    """Make the chosen fault happen."""
+    """Inject the chosen fault."""
 
     priority = 'LOWEST'
 
@@ -26,7 +26,7 @@ class FaultHook(Hook):
             sync = os.fsync
 
             def fsync(descriptor):
-                if os.path.realpath(f'/proc/self/fd/{descriptor}').endswith(f'{SAVED}.tmp'):
+                if os.path.realpath(f'/proc/self/fd/{descriptor}').endswith(f'{CHECKPOINT}.tmp'):
                     os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
                     os.kill(os.getpid(), signal.SIGKILL)
                 sync(descriptor)
@@ -34,18 +34,18 @@ class FaultHook(Hook):
             os.fsync = fsync
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if self.fault == 'nan image' and runner.iter == KILL_AT:
+        if self.fault == 'nan image' and runner.iter == FAULT_ITER:
             data_batch['inputs'][0] = torch.full_like(data_batch['inputs'][0], float('nan'), dtype=torch.float32)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if self.fault == 'kill rank 1' and get_rank() == 1 and runner.epoch == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if runner.iter != KILL_AT:
+        if runner.iter != FAULT_ITER:
             return
         if self.fault == 'kill':
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == 'disk full':
-            # the kernel lets no file grow beyond this any more
+            # from now on, the kernel refuses to write more than 100 kB to a file
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         if self.fault == 'replace teacher':
             shutil.copy(os.environ['OTHER_TEACHER'], runner.cfg.model.teacher.checkpoint)

@@ -1,4 +1,4 @@
-"""The table in docs/faults.md is made by the tests: each writes, or else checks, its own row."""
+"""Rows of the table in docs/help/faults.md: each test checks or writes its own row."""
 
 import fcntl
 import os
@@ -6,42 +6,42 @@ import re
 
 from tests.conftest import ROOT
 
-FILE = ROOT / 'docs' / 'faults.md'
+FILE = ROOT / 'docs' / 'help' / 'faults.md'
 FAULTS = {
     'NaN in an image of the batch',
     "NaN in an image of the batch, `NonFiniteHook(policy='skip')`",
-    'a batch of one image',
-    'all checkpoints damaged',
+    'all checkpoints are damaged',
+    'batch of one image',
     'code in a checkpoint (teacher, `load_from`, `--resume`, `tools/test.py`)',
-    "download of the teacher's weights breaks off, a hash in the file's name",
-    "download of the teacher's weights breaks off, no hash in the file's name",
-    'images of unequal size in a batch',
-    'newest checkpoint truncated or damaged',
+    'disk full while a checkpoint is written (simulated by a limit of the file size)',
+    'images of different sizes in a batch',
+    "interrupted download of the teacher's weights, hash in the file name",
+    "interrupted download of the teacher's weights, no hash in the file name",
+    'newest checkpoint is truncated or damaged',
     'no ground truth in one image',
     'no ground truth in the batch',
-    'no room left while a checkpoint is written (here: the kernel lets no file grow)',
-    'one of two processes dies',
-    'process killed (SIGKILL) in the middle of an epoch',
-    'process killed (SIGKILL) in the middle of writing a checkpoint, `max_keep_ckpts=1`',
-    'teacher file replaced during the run',
+    'one of two processes is killed (SIGKILL)',
+    'process is killed (SIGKILL) in the middle of an epoch',
+    'process is killed (SIGKILL) while it writes a checkpoint, `max_keep_ckpts=1`',
+    'teacher file is replaced during the run',
 }
-HEAD = '| fault | what happens | what is said |\n|---|---|---|\n'
+HEAD = '| fault | behavior | message |\n|---|---|---|\n'
 
 
-def row(fault: str, happens: str, said: str = '') -> None:
-    """Compare a row with the table; with ``MMDIFFKD_WRITE_FAULTS=1`` write it.
+def row(fault: str, behavior: str, message: str = '') -> None:
+    """Check that the table contains a row; with ``MMDIFFKD_WRITE_FAULTS=1``, write it.
 
     Args:
-        fault (str): What goes wrong.
-        happens (str): What the test has seen.
-        said (str): The message, as printed; paths and sizes are left out.
+        fault (str): One of ``FAULTS``.
+        behavior (str): Behavior that the test has verified.
+        message (str): Printed message. Paths and sizes are removed from it. Defaults to ''.
     """
     assert fault in FAULTS, fault
-    said = re.sub(r"'?/[^\s:')]*/([^\s/:')]*)'?", r'\1', said)
-    said = re.sub(r'\d+\.\d+ MB', '... MB', said).replace('|', '/')
-    line = f'| {fault} | {happens} | {said} |'
+    message = re.sub(r"'?/[^\s:')]*/([^\s/:')]*)'?", r'\1', message)
+    message = re.sub(r'\d+\.\d+ MB', '... MB', message).replace('|', '/')
+    line = f'| {fault} | {behavior} | {message} |'
     if not os.environ.get('MMDIFFKD_WRITE_FAULTS'):
-        assert line in FILE.read_text().splitlines(), f'docs/faults.md does not say:\n{line}'
+        assert line in FILE.read_text().splitlines(), f'docs/help/faults.md lacks this row:\n{line}'
         return
     with open(FILE, 'r+') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -55,5 +55,5 @@ def row(fault: str, happens: str, said: str = '') -> None:
 
 
 def name_of(line: str) -> str:
-    """The fault of a row."""
+    """Return the fault of a row."""
     return line[2:].split(' | ')[0]

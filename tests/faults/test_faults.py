@@ -1,4 +1,4 @@
-"""What goes wrong in long runs, made to happen in real runs; see docs/faults.md, whose table these tests make."""
+"""Inject faults into real runs, and check the table in docs/help/faults.md."""
 
 import hashlib
 import http.server
@@ -26,9 +26,9 @@ HOOKS = [dict(type='EMAHook'), dict(type='mmdiffkd.DistillScheduleHook', warmup=
 
 @pytest.fixture
 def run(tmp_path, shapes):
-    """Write the config of a run over three epochs of four iterations and return what starts it."""
+    """Write the config of a run with three epochs of four iterations. Return functions to change and start the run."""
 
-    def options(hooks=(), **changes):
+    def write_config(hooks=(), **changes):
         cfg = tiny.run_cfg(
             tiny.distiller_cfg(tmp_path),
             shapes,
@@ -61,13 +61,13 @@ def run(tmp_path, shapes):
         assert done.returncode == 0 or not check, output[-4000:]
         return SimpleNamespace(code=done.returncode, output=output)
 
-    options()
-    return SimpleNamespace(options=options, start=start, folder=tmp_path / 'run')
+    write_config()
+    return SimpleNamespace(write_config=write_config, start=start, folder=tmp_path / 'run')
 
 
 @pytest.fixture(scope='module')
-def undisturbed():
-    """Weights that the same run reaches without a fault; filled by the first test that needs them."""
+def uninterrupted():
+    """Weights of the same run without a fault. The first test that needs them fills this dict."""
     return {}
 
 
@@ -76,15 +76,15 @@ def weights(folder):
     return {key: content[key] for key in ('state_dict', 'ema_state_dict', 'optimizer')}
 
 
-def same_as_undisturbed(run, undisturbed):
-    if not undisturbed:
-        run.start(work_dir='undisturbed', check=True)
-        undisturbed.update(weights(run.folder.parent / 'undisturbed'))
-    assert_same(weights(run.folder), undisturbed)
+def assert_same_as_uninterrupted(run, uninterrupted):
+    if not uninterrupted:
+        run.start(work_dir='uninterrupted', check=True)
+        uninterrupted.update(weights(run.folder.parent / 'uninterrupted'))
+    assert_same(weights(run.folder), uninterrupted)
 
 
 def message(done, pattern):
-    """The one line of the output that says it."""
+    """Return the last output line that matches ``pattern``, without the text before the match."""
     found = re.findall(f'.*?(?:Error: |WARNING - )?({pattern}.*)', done.output)
     assert found, done.output[-3000:]
     return found[-1].strip()
@@ -95,43 +95,42 @@ def files(folder):
 
 
 @pytest.mark.slow
-def test_killed_in_an_iteration(run, undisturbed):
+def test_killed_in_an_epoch(run, uninterrupted):
     done = run.start(fault='kill')
     assert done.code == -signal.SIGKILL and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
     done = run.start('--resume', check=True)
-    same_as_undisturbed(run, undisturbed)
+    assert_same_as_uninterrupted(run, uninterrupted)
     row(
-        'process killed (SIGKILL) in the middle of an epoch',
-        'resumed from the last checkpoint; the final weights, optimizer and EMA are bit for bit those of an undisturbed'
-        ' run',
+        'process is killed (SIGKILL) in the middle of an epoch',
+        'resumes from the last checkpoint; the final weights, optimizer state and EMA weights are bit-exact',
         message(done, 'resumed epoch'),
     )
 
 
 @pytest.mark.slow
-def test_killed_while_saving(run, undisturbed):
+def test_killed_while_saving(run, uninterrupted):
     done = run.start(fault='kill while saving')
     assert done.code == -signal.SIGKILL
-    assert files(run.folder) == ['epoch_1.pth', 'epoch_2.pth.tmp', 'last_checkpoint']  # the old one is still there
+    assert files(run.folder) == ['epoch_1.pth', 'epoch_2.pth.tmp', 'last_checkpoint']  # the previous checkpoint is kept
     done = run.start('--resume', check=True)
-    same_as_undisturbed(run, undisturbed)
+    assert_same_as_uninterrupted(run, uninterrupted)
     assert files(run.folder) == [LAST, 'last_checkpoint']
     row(
-        'process killed (SIGKILL) in the middle of writing a checkpoint, `max_keep_ckpts=1`',
-        'the checkpoint before it is there and whole; resumed from it to the same weights bit for bit',
+        'process is killed (SIGKILL) while it writes a checkpoint, `max_keep_ckpts=1`',
+        'the previous checkpoint is intact; resumes from it; the final weights are bit-exact',
         message(done, 'resumed epoch'),
     )
 
 
-def test_truncated_checkpoint(run, undisturbed):
-    run.options(default_hooks__checkpoint__max_keep_ckpts=2)
+def test_truncated_checkpoint(run, uninterrupted):
+    run.write_config(default_hooks__checkpoint__max_keep_ckpts=2)
     run.start(check=True)
     (run.folder / LAST).write_bytes((run.folder / LAST).read_bytes()[:20000])
     done = run.start('--resume', check=True)
-    same_as_undisturbed(run, undisturbed)
+    assert_same_as_uninterrupted(run, uninterrupted)
     row(
-        'newest checkpoint truncated or damaged',
-        'the one before it is resumed, to the same weights bit for bit',
+        'newest checkpoint is truncated or damaged',
+        'resumes from the previous checkpoint; the final weights are bit-exact',
         message(done, "'.*is not a PyTorch checkpoint"),
     )
 
@@ -141,70 +140,69 @@ def test_all_checkpoints_damaged(run):
     (run.folder / 'epoch_1.pth').write_bytes(b'damaged')
     done = run.start('--resume')
     assert done.code == 1 and files(run.folder) == ['epoch_1.pth']
-    row('all checkpoints damaged', 'stops before training; nothing is overwritten', message(done, 'None of the'))
+    row('all checkpoints are damaged', 'stops before training; nothing is overwritten', message(done, 'None of the'))
 
 
 @pytest.mark.slow
-def test_disk_full(run, undisturbed):
+def test_disk_full(run, uninterrupted):
     done = run.start(fault='disk full')
     assert done.code == 1 and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
-    said = message(done, "'.*could not be written")
+    text = message(done, "'.*could not be written")
     run.start('--resume', check=True)
-    same_as_undisturbed(run, undisturbed)
+    assert_same_as_uninterrupted(run, uninterrupted)
     row(
-        'no room left while a checkpoint is written (here: the kernel lets no file grow)',
-        'stops; no half file is left, the older checkpoint is whole; with room again, resumed to the same weights',
-        said,
+        'disk full while a checkpoint is written (simulated by a limit of the file size)',
+        'stops; no partial file is left; resumes when there is free space; the final weights are bit-exact',
+        text,
     )
 
 
-def test_teacher_replaced(run, undisturbed):
+def test_teacher_replaced(run, uninterrupted):
     teacher = run.folder.parent / 'teacher.pth'
     before = teacher.read_bytes()
     other = tiny.write_checkpoint(tiny.detector(base_channels=16), run.folder.parent / 'other.pth', seed=7)
     run.start(fault='replace teacher', OTHER_TEACHER=other, check=True)
     assert teacher.read_bytes() != before
-    same_as_undisturbed(run, undisturbed)
+    assert_same_as_uninterrupted(run, uninterrupted)
     done = run.start('--resume')
     assert done.code == 1
     row(
-        'teacher file replaced during the run',
-        'no effect on the run, which holds the weights in memory; a resumed run refuses the other teacher',
+        'teacher file is replaced during the run',
+        'no effect on the run, which has the weights in memory; it cannot be resumed with the different teacher',
         message(done, 'The weights of the teacher'),
     )
 
 
 @pytest.mark.slow
-def test_a_rank_dies(run):
+def test_killed_rank(run):
     done = run.start(fault='kill rank 1', ranks=2)
     assert done.code == 1 and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
-    said = re.sub(r'\d{3,}', '...', message(done, r'Signal 9 \(SIGKILL\) received by PID'))
+    text = re.sub(r'\d{3,}', '...', message(done, r'Signal 9 \(SIGKILL\) received by PID'))
     run.start('--resume', ranks=2, check=True)
-    run.start(work_dir='undisturbed', ranks=2, check=True)
-    assert_same(weights(run.folder), weights(run.folder.parent / 'undisturbed'))
+    run.start(work_dir='uninterrupted', ranks=2, check=True)
+    assert_same(weights(run.folder), weights(run.folder.parent / 'uninterrupted'))
     row(
-        'one of two processes dies',
-        'the launcher ends the other one and reports which one died; resumed to the weights of an undisturbed run'
-        ' of two processes, bit for bit',
-        said,
+        'one of two processes is killed (SIGKILL)',
+        'the launcher stops the other process and reports the killed one; resumes; the final weights are bit-exact',
+        text,
     )
 
 
 @pytest.mark.parametrize('policy', ['raise', 'skip'])
 def test_nan_in_the_batch(run, policy):
-    run.options([dict(type='mmdiffkd.NonFiniteHook', policy=policy)] if policy == 'skip' else [])
+    run.write_config([dict(type='mmdiffkd.NonFiniteHook', policy=policy)] if policy == 'skip' else [])
     done = run.start(fault='nan image')
     if policy == 'raise':
         assert done.code == 1 and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
-        said = message(done, 'The loss is not finite in iteration 6')
-        row('NaN in an image of the batch', 'stops before the weights are touched', said)
+        text = message(done, 'The loss is not finite in iteration 6')
+        row('NaN in an image of the batch', 'stops before the weights change', text)
         return
     assert done.code == 0
     state = weights(run.folder)['state_dict']
-    assert all(value.isfinite().all() for value in state.values())  # buffers of BatchNorm included
+    assert all(value.isfinite().all() for value in state.values())  # parameters and BatchNorm's statistics
     row(
         "NaN in an image of the batch, `NonFiniteHook(policy='skip')`",
-        'the step is left out; weights and running statistics stay finite',
+        'the step is skipped; weights and running statistics stay finite',
         message(done, 'Iteration 6 was skipped'),
     )
 
@@ -215,8 +213,8 @@ def test_code_in_a_checkpoint(run, kind):
     evil = run.folder.parent / 'evil.pth'
     torch.save(dict(state_dict={}, meta=Attack(str(trace))), evil)
     if kind == 'test':
-        # the hook, which refuses such a file as well, does not stand in for the tool
-        run.options(default_hooks__checkpoint__type='CheckpointHook')
+        # use upstream's hook, because mmdiffkd.CheckpointHook would refuse the file before tools/test.py can
+        run.write_config(default_hooks__checkpoint__type='CheckpointHook')
         done = call_tool('test.py', run.folder.parent / 'config.py', evil, check=False)
         done = SimpleNamespace(code=done.returncode, output=done.stdout)
     else:
@@ -230,14 +228,14 @@ def test_code_in_a_checkpoint(run, kind):
     assert done.code == 1 and not trace.exists()
     row(
         'code in a checkpoint (teacher, `load_from`, `--resume`, `tools/test.py`)',
-        'refused before it is run',
+        'refused; the code does not run',
         message(done, 'The checkpoint .*refused'),
     )
 
 
 @pytest.mark.parametrize('has_hash', [True, False])
 def test_interrupted_download(run, has_hash):
-    """The server closes the connection half-way."""
+    """Download from a server that closes the connection halfway."""
     content = (run.folder.parent / 'teacher.pth').read_bytes()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -256,9 +254,9 @@ def test_interrupted_download(run, has_hash):
         done = run.start(*options, TORCH_HOME=str(cache), NO_PROXY='127.0.0.1')
         server.shutdown()
     assert done.code == 1 and not list(cache.rglob('teacher*'))
-    said = message(done, 'The checkpoint .*could not be' if has_hash else "'http.*is not a PyTorch checkpoint")
+    text = message(done, 'The checkpoint .*could not be' if has_hash else "'http.*is not a PyTorch checkpoint")
     row(
-        f"download of the teacher's weights breaks off, {'a' if has_hash else 'no'} hash in the file's name",
-        'stops before training; no half file is left that the next run would take',
-        re.sub(r'\(.*?\)', '(...)', re.sub(r'http://[\d.:]+/[-\w.]+', 'teacher.pth', said)),
+        f"interrupted download of the teacher's weights, {'' if has_hash else 'no '}hash in the file name",
+        'stops before training; no partial file is left in the cache',
+        re.sub(r'\(.*?\)', '(...)', re.sub(r'http://[\d.:]+/[-\w.]+', 'teacher.pth', text)),
     )

@@ -1,4 +1,4 @@
-"""Batches that are unusual but no fault of anyone: the run goes on."""
+"""Training continues with unusual but valid batches."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.faults.table import row
 
 
 def losses_of(model, images, boxes):
-    """Losses and gradients of one step on images of these sizes with so many boxes each."""
+    """Train one step on images of the given sizes and numbers of boxes; check the gradients and return the losses."""
     from mmdet.testing import demo_mm_inputs
 
     data = demo_mm_inputs(len(images), [[3, *size] for size in images], num_items=boxes, num_classes=80)
@@ -22,19 +22,24 @@ def losses_of(model, images, boxes):
 
 
 @pytest.mark.parametrize(
-    'fault, happens, images, boxes',
+    'fault, behavior, images, boxes',
     [
-        ('no ground truth in the batch', 'goes on', [(128, 128)] * 2, [0, 0]),
-        ('no ground truth in one image', 'goes on', [(128, 128)] * 2, [0, 3]),
-        ('a batch of one image', 'goes on, also on levels of one pixel', [(128, 128)], [3]),
-        ('images of unequal size in a batch', 'goes on; padded as upstream does', [(128, 128), (97, 160)], [2, 2]),
+        ('no ground truth in the batch', 'training continues', [(128, 128)] * 2, [0, 0]),
+        ('no ground truth in one image', 'training continues', [(128, 128)] * 2, [0, 3]),
+        ('batch of one image', 'training continues, also with feature maps of one pixel', [(128, 128)], [3]),
+        (
+            'images of different sizes in a batch',
+            'training continues; images are padded as upstream',
+            [(128, 128), (97, 160)],
+            [2, 2],
+        ),
     ],
 )
-def test_the_run_goes_on(tmp_path, fault, happens, images, boxes):
+def test_training_continues(tmp_path, fault, behavior, images, boxes):
     model = tiny.build(tiny.distiller_cfg(tmp_path))
     losses = losses_of(model, images, boxes)
     assert losses['diffkd.fpn.loss_kd'] > 0
-    row(fault, happens)
+    row(fault, behavior)
 
 
 def test_last_batch_of_an_epoch_is_one_image(tmp_path, shapes):

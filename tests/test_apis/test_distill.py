@@ -1,4 +1,4 @@
-"""The call of notebooks: real runs."""
+"""Real runs of ``distill``, the function for notebooks."""
 
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.conftest import logged
 
 @pytest.fixture
 def student(tmp_path, shapes):
-    """A plain run of two iterations and a validation."""
+    """Config of a plain run with two iterations and a validation."""
     cfg = tiny.run_cfg(
         tiny.detector(),
         shapes,
@@ -46,7 +46,7 @@ def test_trains_and_exports(student, teacher, tmp_path):
     weights = torch.load(result['student_checkpoint'], weights_only=True)['state_dict']
     trained = torch.load(result['checkpoint'], weights_only=False)['state_dict']
     assert set(weights) == {key for key in trained if not key.startswith('diffkd.')} != set(trained)
-    # without this package: a plain runner tests it to the same numbers
+    # a plain runner without this package measures the same metric
     plain = Config.fromfile(result['student_config'])
     assert 'mmdiffkd' not in plain.pretty_text
     plain.work_dir, plain.load_from = str(tmp_path / 'plain'), result['student_checkpoint']
@@ -55,7 +55,7 @@ def test_trains_and_exports(student, teacher, tmp_path):
     assert Config.fromfile(result['config']).model.teacher.checkpoint == teacher[1]
 
 
-def test_goes_on_where_it_stopped(student, teacher, tmp_path):
+def test_resume(student, teacher, tmp_path):
     distill(student, *teacher, work_dir=tmp_path / 'run')
     more = {'train_cfg.max_iters': 3}
     result = distill(student, *teacher, work_dir=tmp_path / 'run', cfg_options=more, resume=True)
@@ -63,7 +63,7 @@ def test_goes_on_where_it_stopped(student, teacher, tmp_path):
     assert [record['step'] for record in logged(tmp_path / 'run') if 'loss' in record] == [1, 2, 3]
 
 
-def test_two_runs_in_a_process_keep_their_logs_apart(student, teacher, tmp_path):
+def test_two_runs_in_one_process_have_separate_logs(student, teacher, tmp_path):
     for name in ('a', 'b'):
         distill(student, *teacher, work_dir=tmp_path / name)
     for name in ('a', 'b'):
@@ -92,14 +92,14 @@ def test_checkpoints_in_another_folder(student, teacher, tmp_path):
     assert (tmp_path / 'run' / 'student.pth').is_file()
 
 
-def test_one_process_writes_the_files(student, teacher, tmp_path, monkeypatch):
+def test_only_the_main_process_writes_files(student, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(import_module('mmdiffkd.apis.distill'), 'is_main_process', lambda: False)
     result = distill(student, *teacher, work_dir=tmp_path / 'run')
     assert Path(result['checkpoint']).is_file() and result['metrics']
     assert not Path(result['student_checkpoint']).exists() and not Path(result['config']).exists()
 
 
-def test_mistakes(student, teacher, tmp_path):
+def test_invalid_arguments(student, teacher, tmp_path):
     with pytest.raises(ValueError, match="teacher_checkpoint='zoo' needs"):
         distill(student, teacher[0], work_dir=tmp_path / 'run')
     with pytest.raises(FileNotFoundError, match='nearest'):
@@ -107,4 +107,4 @@ def test_mistakes(student, teacher, tmp_path):
     nested = Config(dict(student.to_dict(), model=tiny.distiller_cfg(tmp_path)))
     with pytest.raises(ValueError, match='is already a distillation config'):
         distill(nested, *teacher, work_dir=tmp_path / 'run')
-    assert MODELS.build(student.model)  # the config is still a plain one
+    assert MODELS.build(student.model)  # distill did not change the student's config

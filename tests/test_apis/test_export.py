@@ -1,10 +1,17 @@
+import importlib
+import re
+
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmpretrain.apis import get_model, inference_model
 
 from mmdiffkd.apis import student_config, student_weights
 from mmdiffkd.utils import resolve_config
 from tests import tiny
+from tests.test_apis.conftest import PAGE, SIZE
 
 
 def config(**changes):
@@ -18,7 +25,7 @@ model = dict(_delete_=True, type='mmdiffkd.DiffKDDistiller', student=_base_.mode
     return Config.fromstring(text, '.py')
 
 
-def test_config_is_the_base_again():
+def test_exported_config_equals_the_base():
     plain, base = student_config(config()), resolve_config(tiny.RETINANET)
     assert plain.model.to_dict() == base.model.to_dict()
     assert plain.custom_imports.imports == ['os']
@@ -34,7 +41,7 @@ def test_single_import_as_a_string():
     assert 'custom_imports' not in student_config(cfg)
 
 
-def test_config_of_a_resumed_run():
+def test_resume_is_turned_off():
     cfg = config()
     cfg.resume = True
     assert student_config(cfg).resume is False
@@ -45,7 +52,7 @@ def test_plain_config_is_an_error():
         student_config(resolve_config(tiny.RETINANET))
 
 
-def test_weights_are_slim(tmp_path):
+def test_only_student_weights_are_exported(tmp_path):
     model = tiny.build(tiny.distiller_cfg(tmp_path))
     content = dict(
         state_dict=model.state_dict(),
@@ -53,7 +60,35 @@ def test_weights_are_slim(tmp_path):
         meta=dict(dataset_meta=dict(classes=('a',)), epoch=3, cfg='long text'),
     )
     torch.save(content, tmp_path / 'epoch_3.pth')
-    slim = student_weights(str(tmp_path / 'epoch_3.pth'))
-    assert set(slim) == {'state_dict', 'meta'}
-    assert not any(key.startswith('diffkd.') for key in slim['state_dict'])
-    assert slim['meta'] == dict(dataset_meta=dict(classes=('a',)), epoch=3)
+    exported = student_weights(str(tmp_path / 'epoch_3.pth'))
+    assert set(exported) == {'state_dict', 'meta'}
+    assert not any(key.startswith('diffkd.') for key in exported['state_dict'])
+    assert exported['meta'] == dict(dataset_meta=dict(classes=('a',)), epoch=3)
+
+
+def test_exported_files_do_not_need_this_package(exported):
+    assert 'mmdiffkd' not in Config.fromfile('student.py').pretty_text
+    assert not any(key.startswith('diffkd.') for key in torch.load('student.pth', weights_only=True)['state_dict'])
+
+
+def test_inference(exported):
+    """Run the calls in the table of the page "Export and deploy" that belong to the student's package."""
+    row = re.search(rf'^\| {exported} \| `(.*)` \| `(\w+)`(?:, `(\w+)`)? \|$', PAGE.read_text(), re.MULTILINE)
+    inferencer, init, infer = row.groups()
+    apis = importlib.import_module(f'{exported}.apis')
+    mmcv.imwrite(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8), 'image.png')
+    assert eval(inferencer, vars(apis))('image.png')
+    model = getattr(apis, init)('student.py', 'student.pth', device='cpu')
+    if infer is not None:
+        assert getattr(apis, infer)(model, 'image.png')
+    weights = torch.load('student.pth', weights_only=True)['state_dict']
+    from_run = getattr(apis, init)('student.py', 'run.pth', device='cpu')  # with the diffusion module
+    for loaded in (model, from_run):
+        assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize('exported', ['mmpretrain'], indirect=True)
+def test_inference_model_of_mmpretrain_needs_its_zoo(exported):
+    model = get_model('student.py', 'student.pth')
+    with pytest.raises(NotImplementedError, match='No available inferencer'):
+        inference_model(model, 'image.png')

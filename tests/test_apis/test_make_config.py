@@ -14,7 +14,7 @@ TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
 
 
 def pairs_of(config):
-    """Taps, matched levels, and all that the neck is built of."""
+    """Return the taps, the matched levels and the neck's config of each pair."""
     _, model = build_distiller(str(config))
     text = Config.fromstring(distill_to_text(model), '.py').distill
     return {
@@ -24,7 +24,7 @@ def pairs_of(config):
 
 
 def uncommented(text):
-    """The config with everything in it that can be turned."""
+    """Return the text of a config with all commented settings enabled."""
     return re.sub(r'^( *)# (?= *(distill|custom_hooks|[\w*.]+[=(]|[\])]))', r'\1', text, flags=re.MULTILINE)
 
 
@@ -40,7 +40,7 @@ def uncommented(text):
         ('mmpretrain::resnet/resnet18_8xb32_in1k.py', 'mmpretrain::resnet/resnet34_8xb32_in1k.py'),
     ],
 )
-def test_it_distils_by_default_what_its_comments_say(student, teacher, tmp_path):
+def test_commented_settings_equal_the_defaults(student, teacher, tmp_path):
     text = make_config(student, teacher, output=str(tmp_path / 'new' / 'small.py'))
     file = tmp_path / 'new' / 'small.py'
     assert file.read_text() == text and [path.name for path in file.parent.iterdir()] == ['small.py']
@@ -56,7 +56,7 @@ def test_it_distils_by_default_what_its_comments_say(student, teacher, tmp_path)
     assert {name: pair.neck for name, pair in cfg.model.distill.items()} == {n: pair[3] for n, pair in default.items()}
 
 
-def test_hooks_and_imports_of_the_student_stay(tmp_path):
+def test_hooks_and_imports_of_the_student_are_kept(tmp_path):
     student = tmp_path / 'mine' / 'student.py'
     student.parent.mkdir()
     student.write_text(
@@ -71,7 +71,7 @@ def test_hooks_and_imports_of_the_student_stay(tmp_path):
     assert cfg.custom_hooks[0].type == 'EMAHook' and len(cfg.custom_hooks) == 3
 
 
-def test_local_files_are_found_from_everywhere(tmp_path, monkeypatch):
+def test_local_files_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / 'teacher.pth').touch()
     folder = ROOT / 'configs' / 'deeppcb'
     local = [str(folder / name) for name in ('retinanet-r18_24e_deeppcb.py', 'retinanet-r50_24e_deeppcb.py')]
@@ -82,13 +82,13 @@ def test_local_files_are_found_from_everywhere(tmp_path, monkeypatch):
     assert pairs_of('printed.py')['fpn'][:2] == ('neck', 'neck')
 
 
-def test_mistakes(tmp_path):
+def test_invalid_arguments(tmp_path):
     def error(kind, match, *args, **options):
         with pytest.raises(kind, match=match) as caught:
             make_config(*args, output=str(tmp_path / 'new' / 'small.py'), **options)
         assert not (tmp_path / 'new').exists()
         message = str(caught.value).replace(str(tmp_path), '').replace(str(ROOT), '')
-        assert tempfile.gettempdir() not in message  # files that nobody but the function knows
+        assert tempfile.gettempdir() not in message  # the message does not name internal temporary files
 
     local = str(ROOT / 'configs' / 'deeppcb' / 'retinanet-r50_24e_deeppcb.py')
     distillation = str(ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py')
@@ -97,7 +97,7 @@ def test_mistakes(tmp_path):
     error(ValueError, 'is already a distillation config', distillation, TEACHER)
     error(ValueError, "checkpoint='zoo' needs", STUDENT, local)
     error(FileNotFoundError, "checkpoint 'gone.pth' does not exist", STUDENT, TEACHER, checkpoint='gone.pth')
-    error(ValueError, 'There is no default tap.*name one', STUDENT, 'mmpretrain::resnet/resnet34_8xb32_in1k.py')
+    error(ValueError, 'There is no default tap.*set the taps', STUDENT, 'mmpretrain::resnet/resnet34_8xb32_in1k.py')
     broken = tmp_path / 'broken.py'
     broken.write_text(f"_base_ = '{STUDENT}'\nmodel = dict(backbone=dict(type='ResNett'))\n")
     error(ValueError, '^The config cannot be distilled.*ResNett', STUDENT, str(broken), checkpoint='https://x/a.pth')
@@ -105,14 +105,14 @@ def test_mistakes(tmp_path):
     error(ValueError, 'broken.py.*is not valid Python', str(broken), TEACHER)
 
 
-def test_configs_in_pure_python_are_refused(tmp_path):
+def test_pure_python_configs_are_refused(tmp_path):
     student = tmp_path / 'lazy.py'
     student.write_text('from mmdet.models import RetinaNet\nmodel = dict(type=RetinaNet)\n')
     with pytest.raises(ValueError, match=f"'{student}' is a pure Python config"):
         make_config(str(student), TEACHER)
 
 
-def test_a_config_that_it_wrote_trains(tmp_path, shapes):
+def test_written_config_trains(tmp_path, shapes):
     for name, model in (('student', tiny.detector()), ('teacher', tiny.detector(base_channels=16))):
         cfg = tiny.run_cfg(
             model,
@@ -133,7 +133,7 @@ def test_a_config_that_it_wrote_trains(tmp_path, shapes):
     assert (tmp_path / 'run' / 'iter_2.pth').is_file()
 
 
-def test_no_file_is_written_over(tmp_path):
+def test_existing_file_is_not_overwritten(tmp_path):
     (tmp_path / 'small.py').write_text('x = 1')
     with pytest.raises(FileExistsError, match='small.py'):
         make_config(STUDENT, TEACHER, output=str(tmp_path / 'small.py'))

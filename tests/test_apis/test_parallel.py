@@ -13,7 +13,7 @@ import pytest
 from mmdiffkd.apis import Job, available_cores, run_parallel
 from tests.conftest import ROOT
 
-# what mmengine's logger prints
+# script that prints lines in the format of mmengine's logger
 LOG = """\
 import time
 def log(line):
@@ -30,7 +30,7 @@ def python(code, name, folder, **kwargs):
     return Job(name, [sys.executable, '-c', code], folder / f'{name}.log', **kwargs)
 
 
-def test_jobs_run_side_by_side_with_one_thread_each(tmp_path):
+def test_jobs_run_in_parallel_with_one_thread_each(tmp_path):
     meet = """\
 import os, pathlib, sys, time
 folder, own, other = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -52,7 +52,7 @@ print('met', (folder / other).exists(), os.environ['OMP_NUM_THREADS'], os.enviro
     assert all(result.log.read_text() == 'met True 1 1\n' for result in results)
 
 
-def test_one_worker_takes_one_at_a_time_in_order(tmp_path):
+def test_one_worker_runs_jobs_in_order(tmp_path):
     trace = tmp_path / 'trace'
     code = f"""\
 import time
@@ -65,7 +65,7 @@ for word in ('begins', 'ends'):
     assert trace.read_text().split() == [word for name in 'cba' for word in (name, 'begins', name, 'ends')]
 
 
-def test_a_failure_is_shown_and_stops_nothing_but_what_needs_it(tmp_path):
+def test_failure_is_shown_and_skips_only_dependent_jobs(tmp_path):
     jobs = [
         python("print('before'); raise RuntimeError('no [red] space')", 'bad', tmp_path),
         python('print(1)', 'needs bad', tmp_path, after=['bad']),
@@ -84,7 +84,7 @@ def test_a_failure_is_shown_and_stops_nothing_but_what_needs_it(tmp_path):
     assert 'needs bad: not started: a required job failed' in text
 
 
-def test_a_command_may_be_known_only_when_the_job_starts(tmp_path):
+def test_command_can_be_made_when_the_job_starts(tmp_path):
     file = tmp_path / 'file'
     first = python(f"open(r'{file}', 'w').write('written')", 'first', tmp_path)
     second = Job(
@@ -94,8 +94,8 @@ def test_a_command_may_be_known_only_when_the_job_starts(tmp_path):
     assert second.log.read_text() == 'written\n'
 
 
-def test_plain_lines(tmp_path):
-    """In a file: start, progress and each new metric, end; no control characters, no line wrapped."""
+def test_progress_in_a_file(tmp_path):
+    """A file gets a line for each start, progress, new metric and end, without control characters or line wrapping."""
     vis_data = tmp_path / 'work_dir' / '20260101_000000' / 'vis_data'
     vis_data.mkdir(parents=True)
     (vis_data / 'config.py').write_text('train_cfg = dict(max_epochs=2)\n')
@@ -104,15 +104,15 @@ def test_plain_lines(tmp_path):
     out = io.StringIO()
     run_parallel([job], workers=1, file=out, interval=0.2)
     lines = out.getvalue().splitlines()
-    assert all(re.fullmatch(r'  0:\d\d  a student with quite a long name: [ -~]+', line) for line in lines)
+    assert all(re.fullmatch(r'\d\d:\d\d:\d\d  a student with quite a long name: [ -~]+', line) for line in lines)
     texts = [line.split(': ', 1)[1] for line in lines]
-    assert texts[0] == f'started; its log is {job.log}'
+    assert texts[0] == f'started, log: {job.log}'
     assert 'epoch 1 of 2, 1.5 min left' in texts
     assert texts.index('validating, bbox_mAP 0.1230') > texts.index('epoch 1 of 2, 1.5 min left')
     assert re.fullmatch(r'done after \d s, bbox_mAP 0.1230', texts[-1])
 
 
-def test_bars_on_a_terminal(tmp_path):
+def test_progress_bars_on_a_terminal(tmp_path):
     code = f"""\
 import sys
 from pathlib import Path
@@ -128,7 +128,7 @@ run_parallel([Job('first', command, Path('first.log')), Job('second', command, P
     while select.select([main], [], [], 60)[0]:
         try:
             output += os.read(main, 65536)
-        except OSError:  # its other end is closed
+        except OSError:  # the process has closed its end of the terminal
             break
     os.close(main)
     assert process.wait() == 0, output.decode()
@@ -141,10 +141,10 @@ INTERRUPTED = """\
 import sys
 from pathlib import Path
 from mmdiffkd.apis import Job, run_parallel
-# a process that starts another and, the second, one that does not listen to Ctrl-C
+# each process starts a child; the second one ignores Ctrl-C
 code = '''
 import signal, subprocess, sys, time
-if sys.argv[1] == 'deaf':
+if sys.argv[1] == 'ignores':
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])
 print(child.pid, flush=True)
@@ -153,7 +153,7 @@ try:
 except KeyboardInterrupt:
     print('interrupted', flush=True)
 '''
-jobs = [Job(name, [sys.executable, '-c', code, name], Path(f'{name}.log')) for name in ('listens', 'deaf', 'waits')]
+jobs = [Job(name, [sys.executable, '-c', code, name], Path(f'{name}.log')) for name in ('handles', 'ignores', 'waits')]
 run_parallel(jobs, workers=2)
 """
 
@@ -167,17 +167,17 @@ def test_interruption_ends_all_jobs(tmp_path, number):
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # where the tests run in the background of a shell, they are deaf to Ctrl-C themselves
+        # restore Ctrl-C: background jobs of a shell ignore it, and their processes inherit this setting
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    logs = [tmp_path / f'{name}.log' for name in ('listens', 'deaf')]
+    logs = [tmp_path / f'{name}.log' for name in ('handles', 'ignores')]
     end = time.monotonic() + 60
     while not all(log.exists() and log.read_text().endswith('\n') for log in logs) and time.monotonic() < end:
         time.sleep(0.1)
     children = [int(log.read_text().split()[0]) for log in logs]
     process.send_signal(number)
     output = process.communicate(timeout=60)[0].decode()
-    # some libraries catch a KeyboardInterrupt that nobody handles, and exit with 1
+    # some libraries handle an uncaught KeyboardInterrupt and exit with 1
     codes = (-number, 1) if number == signal.SIGINT else (128 + number,)
     assert process.returncode in codes and 'started' in output, output
     assert 'interrupted' in logs[0].read_text() and not (tmp_path / 'waits.log').exists()
@@ -193,7 +193,7 @@ def is_running(pid):
         return False
 
 
-def test_mistakes(tmp_path):
+def test_invalid_jobs(tmp_path):
     with pytest.raises(ValueError, match="Two jobs are named 'a'"):
         run_parallel([python('', 'a', tmp_path), python('', 'a', tmp_path)])
     with pytest.raises(ValueError, match="'a' comes after 'b', which is not listed before it"):
@@ -202,7 +202,7 @@ def test_mistakes(tmp_path):
         run_parallel([Job('a', [str(tmp_path / 'no such program')], tmp_path / 'log')], file=io.StringIO())
 
 
-def test_available_cores_follow_the_affinity():
+def test_available_cores_respect_the_affinity():
     code = 'import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); '
     code += 'from mmdiffkd.apis import available_cores; print(available_cores())'
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}

@@ -10,17 +10,17 @@ def load(tmp_path, **options):
     return load_run_config(Namespace(config=str(tmp_path / 'my_run.py'), **dict(defaults, **options)))
 
 
-def test_the_local_rank_of_the_launcher_stays(tmp_path, monkeypatch):
+def test_local_rank_of_the_launcher_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
     load(tmp_path)
     assert os.environ['LOCAL_RANK'] == '1'
 
 
-def test_the_local_rank_of_the_command_line(tmp_path, monkeypatch):
+def test_local_rank_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.delenv('LOCAL_RANK', raising=False)
     load(tmp_path, local_rank=1)
     assert os.environ['LOCAL_RANK'] == '1'
-    monkeypatch.delenv('LOCAL_RANK')  # which the function has set, not this test
+    monkeypatch.delenv('LOCAL_RANK')  # set by load_run_config, so monkeypatch does not restore it
 
 
 def test_work_dir(tmp_path):

@@ -30,7 +30,7 @@ RUNS = dict.fromkeys(
     for name in GROUPS
     for group in groups_of(name)
     for method in methods_of(name, group)
-    if group != 'weights' or ', weight ' not in method  # the same with other numbers
+    if group != 'weights' or ', weight ' not in method  # these methods differ only in the loss weight
 )
 QUICK = [(name, method) for name in ('deeppcb', 'camvid') for method in methods_of(name, 'preset')]
 METRICS = ['coco/bbox_mAP']
@@ -56,7 +56,7 @@ def test_rows(tmp_path):
     rows = rows_of(tmp_path / 'deeppcb', 'recipes')
     assert [list(row.values()) for row in rows] == [
         ['alone', '21.0 ± 1.0', ''],
-        ['steps=3', '24.0 ± 1.0', '+3.0 (+0.5 ... +5.5)'],  # 4.303 * 1 / sqrt(3)
+        ['steps=3', '24.0 ± 1.0', '+3.0 (+0.5 ... +5.5)'],  # half width: Student's t (4.303) * deviation (1) / sqrt(3)
     ]
     result(tmp_path / 'deeppcb', 'diffkd', 0, 0.5)
     result(tmp_path / 'deeppcb', 'diffkd', 1, 0.25)
@@ -68,22 +68,22 @@ def test_rows(tmp_path):
     assert (rows['alone']['time'], rows['alone']['memory, MiB']) == ('1.50', '70')
 
 
-def test_a_rival_stands_in_every_group():
+def test_every_group_contains_its_baseline():
     for name in GROUPS:
         for group, methods in GROUPS[name].items():
             assert BASELINES[group] in methods and runs_of(name, group)[BASELINES[group]][:3] == [0, 1, 2]
 
 
-def test_cells_of_two_teachers_are_no_table(tmp_path):
+def test_results_of_different_teachers_are_refused(tmp_path):
     for method, teacher in (('teacher', 'a'), ('alone', None), ('diffkd', 'a'), ('steps=3', 'b')):
         result(tmp_path / 'deeppcb', method, 0, 0.1, teacher)
     with pytest.raises(
-        ValueError, match='^steps_3-0.json in .* had another teacher than that of .*teacher.json: remove'
+        ValueError, match='^steps_3-0.json in .* were distilled from a different teacher than .*teacher.json. Remove'
     ):
         table.write_page('deeppcb', 'recipes', tmp_path, METRICS, [0])
 
 
-def test_methods_of_more_seeds_and_of_fewer(tmp_path):
+def test_methods_with_different_numbers_of_seeds(tmp_path):
     folder = tmp_path / 'deeppcb'
     for seed, ap in enumerate((0.20, 0.22, 0.24)):
         result(folder, 'alone', seed, ap)
@@ -93,20 +93,20 @@ def test_methods_of_more_seeds_and_of_fewer(tmp_path):
     assert runs_of('deeppcb', 'variants')['GroupNorm'] == runs_of('deeppcb', 'weights')['diffkd'] == [0]
     table.write_page('deeppcb', 'variants', tmp_path, METRICS)
     page = (tmp_path / 'deeppcb-variants.md').read_text()
-    assert 'Validation split, seeds 0, 1, 2 or the first of them' in page
-    assert '| GroupNorm | 1 | 21.0 | +1.0 | -2.0 |' in page  # against the same seed of the others
+    assert 'Validation split, seeds 0, 1, 2 (fewer for some methods)' in page
+    assert '| GroupNorm | 1 | 21.0 | +1.0 | -2.0 |' in page  # differences to results of the same seed
     assert 'benchmarks.accuracy.run deeppcb variants\n' in page
-    assert 'with intervals; one seed has none](deeppcb-variants.png)' in page
+    assert 'with intervals (none for a single seed)](deeppcb-variants.png)' in page
 
 
-def test_a_set_has_groups_of_its_own(monkeypatch, capsys):
+def test_unknown_group_is_refused(monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['run', 'camvid', 'detection'])
     with pytest.raises(SystemExit):
         run.parse_args()
     assert 'camvid has no group detection; it has tried, preset, segmentation, weights.' in capsys.readouterr().err
 
 
-def test_a_table_of_some_seeds_is_printed_only(tmp_path, capsys):
+def test_table_of_given_seeds_is_only_printed(tmp_path, capsys):
     for method, ap in (('teacher', 0.5), ('alone', 0.2), ('diffkd', 0.25)):
         result(tmp_path / 'deeppcb', method, 0, ap)
     table.write_page('deeppcb', 'recipes', tmp_path, METRICS, [0])
@@ -129,10 +129,10 @@ def test_shipped_results_are_those_of_the_pages(name, tmp_path):
     for group in groups_of(name):
         table.write_page(name, group, tmp_path, run.SETS[name]['metrics'])
         page = f'{name}-{group}.md'
-        assert (tmp_path / page).read_text() == (RESULTS / page).read_text(), f'write {page} anew: --page-only'
+        assert (tmp_path / page).read_text() == (RESULTS / page).read_text(), f'update {page} with --page-only'
 
 
-def test_one_seed_has_no_spread(tmp_path):
+def test_single_seed_has_no_standard_deviation(tmp_path):
     result(tmp_path / 'deeppcb', 'alone', 0, 0.2)
     result(tmp_path / 'deeppcb', 'diffkd', 0, 0.25)
     rows = rows_of(tmp_path / 'deeppcb', 'recipes', [0])
@@ -141,12 +141,12 @@ def test_one_seed_has_no_spread(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """A run of the command in which processes write results, and train nothing; returns what they were."""
+    """Return a function that runs the command without training and returns the options of its processes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(GROUPS['deeppcb'], 'recipes', ['alone', 'diffkd'])
     folder = tmp_path / 'results' / 'deeppcb'
 
-    def teach(weights, finished=True):
+    def save_teacher(weights, finished=True):
         teacher = tmp_path / 'work_dirs/accuracy/deeppcb_teacher'
         teacher.mkdir(parents=True, exist_ok=True)
         torch.save(dict(state_dict=dict(weight=weights)), teacher / 'epoch_24.pth')
@@ -154,13 +154,13 @@ def command(tmp_path, monkeypatch):
         if finished:
             result(folder, 'teacher', 0, 0.5, fingerprint(dict(weight=weights)))
 
-    def of(name='deeppcb', group='recipes'):
+    def run_command(name='deeppcb', group='recipes'):
         started, weights = [], torch.ones(1)
 
         def start(args, *options):
             started.append(' '.join(map(str, options)))
             if options[0] == '--teacher':
-                teach(weights)
+                save_teacher(weights)
             elif options[0] == '--run':
                 result(folder.with_name(name), options[1], options[2], 0.2, fingerprint(dict(weight=weights)))
             else:
@@ -173,11 +173,11 @@ def command(tmp_path, monkeypatch):
         run.main()
         return started
 
-    of.teach, of.folder = teach, folder
-    return of
+    run_command.save_teacher, run_command.folder = save_teacher, folder
+    return run_command
 
 
-def test_a_table_from_nothing(command):
+def test_command_trains_everything(command):
     runs = [f'--run {method} {seed}' for seed in range(3) for method in ('alone', 'diffkd')]
     assert command() == ['--teacher', *runs, '--costs']
     assert (
@@ -186,7 +186,7 @@ def test_a_table_from_nothing(command):
     )
 
 
-def test_what_is_longer_has_the_same_teacher_and_costs(command):
+def test_longer_training_shares_teacher_and_costs(command):
     longer = 'deeppcb-longer', 'preset'
     runs = [f'--run {method} {seed}' for seed in range(3) for method in sorted(methods_of(*longer))]
     assert command(*longer) == ['--teacher', *runs]
@@ -195,7 +195,7 @@ def test_what_is_longer_has_the_same_teacher_and_costs(command):
     assert command()[0] == '--run alone 0'
 
 
-def test_a_table_that_is_there_takes_no_teacher(command, tmp_path):
+def test_complete_results_need_no_teacher(command, tmp_path):
     command()
     (tmp_path / 'work_dirs/accuracy/deeppcb_teacher/last_checkpoint').unlink()
     (command.folder.parent / 'deeppcb-recipes.md').unlink()
@@ -203,54 +203,54 @@ def test_a_table_that_is_there_takes_no_teacher(command, tmp_path):
     assert (command.folder.parent / 'deeppcb-recipes.md').exists()
 
 
-def test_a_result_that_was_removed_is_made_again(command):
+def test_removed_result_is_trained_again(command):
     command()
     table.run_file(command.folder, 'diffkd', 1).unlink()
     assert command() == ['--run diffkd 1']
 
 
-def test_the_student_alone_takes_no_teacher(command, tmp_path):
+def test_student_alone_needs_no_teacher(command, tmp_path):
     command()
     (tmp_path / 'work_dirs/accuracy/deeppcb_teacher/last_checkpoint').unlink()
     table.run_file(command.folder, 'alone', 1).unlink()
     assert command() == ['--run alone 1']
 
 
-def test_an_interrupted_teacher_goes_on(command):
-    command.teach(torch.zeros(1), finished=False)
+def test_interrupted_teacher_is_resumed(command):
+    command.save_teacher(torch.zeros(1), finished=False)
     assert command()[0] == '--teacher'
 
 
-def test_results_of_another_teacher_are_not_added_to(command):
+def test_results_of_a_different_teacher_are_not_extended(command):
     command()
     table.run_file(command.folder, 'diffkd', 1).unlink()
-    command.teach(torch.zeros(1), finished=False)
-    with pytest.raises(SystemExit, match='^The teacher of .*deeppcb is not in .*--results FOLDER'):
+    command.save_teacher(torch.zeros(1), finished=False)
+    with pytest.raises(SystemExit, match='^The results in .*deeppcb belong to a teacher .*--results to a new folder'):
         command()
     assert not table.run_file(command.folder, 'diffkd', 1).exists()
 
 
 @pytest.fixture(scope='module')
 def teacher_of(tmp_path_factory):
-    """The teacher of a set, with random weights."""
+    """Return a function that saves a data set's teacher with random weights and returns its path."""
 
     @functools.lru_cache
-    def of(name):
+    def save(name):
         teacher = resolve_config(str(run.CONFIGS / f'{base_of(name)}_teacher.py'))
         init_default_scope(teacher.default_scope)
         file = tmp_path_factory.mktemp(name) / 'teacher.pth'
         torch.save(dict(state_dict=MODELS.build(get_model_cfg(teacher)).state_dict()), file)
         return file
 
-    return of
+    return save
 
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch, teacher_of):
-    """Those of a run on a set whose teacher is there."""
+    """Return a function that makes the arguments of the command, with a finished teacher in the teacher's folder."""
     monkeypatch.chdir(tmp_path)
 
-    def of(name, data=None):
+    def make(name, data=None):
         args = Namespace(set=name, data=data, results=tmp_path)
         folder = run.teacher_folder(args)
         folder.mkdir(parents=True)
@@ -258,21 +258,21 @@ def arguments(tmp_path, monkeypatch, teacher_of):
         init_default_scope(run.config_of(args, 'teacher', folder, 0).default_scope)
         return args
 
-    return of
+    return make
 
 
-def test_data_elsewhere(arguments):
+def test_data_folder(arguments):
     cfg = run.run_config(arguments('deeppcb', 'elsewhere'), 'diffkd', 0)
     assert cfg.train_dataloader.dataset.data_root == 'elsewhere/'
     assert cfg.test_evaluator.ann_file == 'elsewhere/annotations/test.json'
 
 
-class Enough(Exception):
+class StopTraining(Exception):
     pass
 
 
-class Seen(Hook):
-    """Notes the student's first weights and the first images, then ends the training."""
+class RecordHook(Hook):
+    """Record the initial weights of the student and the first images, then stop the training."""
 
     def __init__(self):
         self.images = []
@@ -282,25 +282,25 @@ class Seen(Hook):
             self.weights = fingerprint(without_diffusion_module(runner.model.state_dict()))
         self.images += data_batch['inputs']
         if batch_idx == 3:
-            raise Enough
+            raise StopTraining
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'name', [pytest.param('deeppcb', marks=needs_deeppcb), pytest.param('camvid', marks=needs_camvid)]
 )
-def test_methods_see_the_same(name, arguments):
-    seen = []
+def test_methods_share_images_and_initial_weights(name, arguments):
+    records = []
     args = arguments(name, dict(deeppcb=DEEPPCB, camvid=CAMVID)[name].resolve())
     for method in ('alone', 'plus'):
         cfg = run.run_config(args, method, 1)
         cfg.custom_hooks, cfg.val_cfg, cfg.val_dataloader, cfg.val_evaluator = [], None, None, None
         runner = Runner.from_cfg(cfg)
-        seen.append(Seen())
-        runner.register_hook(seen[-1])
-        with pytest.raises(Enough):
+        records.append(RecordHook())
+        runner.register_hook(records[-1])
+        with pytest.raises(StopTraining):
             runner.train()
-    alone, plus = seen
+    alone, plus = records
     assert alone.weights == plus.weights
     assert len(plus.images) == len(alone.images) and all(map(torch.equal, plus.images, alone.images))
     assert not torch.equal(alone.images[0], alone.images[1])
@@ -317,10 +317,10 @@ def test_costs(arguments):
 @pytest.mark.parametrize(
     'name, method', [pytest.param(*names, marks=[] if names in QUICK else pytest.mark.slow) for names in RUNS]
 )
-def test_every_cell_can_be_built(name, method, arguments):
+def test_every_run_can_be_built(name, method, arguments):
     args = arguments(name)
     cfg = run.run_config(args, method, 3)
-    assert not cfg.get('resume')  # a result that was removed is made again, not tested again
+    assert not cfg.get('resume')  # if a result is removed, its run starts from scratch
     assert cfg.randomness == dict(seed=3) and cfg.train_cfg.val_interval == cfg.train_cfg.get(
         'max_epochs', cfg.train_cfg.get('max_iters')
     )
@@ -336,7 +336,7 @@ def test_every_cell_can_be_built(name, method, arguments):
         denoised = [level for neck in model.diffkd.values() for level in neck.levels if level.denoise]
         assert {level.num_grad_steps for level in denoised} == {1}
         heads = {key: pair for key, pair in model.pairs.items() if key in HEAD}
-        for key, pair in heads.items():  # what others have beside it
+        for key, pair in heads.items():  # the baselines have the same pairs
             assert (pair.student, pair.teacher) == (HEAD[key]['student'], HEAD[key]['teacher'])
             assert pair.neck == dict(HEAD[key]['neck'], type='mmdiffkd.FeatureDiffusionNeck')
     else:
@@ -347,16 +347,17 @@ def test_every_cell_can_be_built(name, method, arguments):
     if method.endswith('not denoised'):
         (level, *_) = next(iter(model.diffkd.values())).levels
         assert not level.denoising
-    is_learnt = any(key.startswith(PREFIX) for key in model.state_dict())
-    assert is_learnt is (method != 'head' and changes.get('neck', {}).get('align', True))
+    has_learned_parts = any(key.startswith(PREFIX) for key in model.state_dict())
+    assert has_learned_parts is (method != 'head' and changes.get('neck', {}).get('align', True))
 
 
 @pytest.mark.parametrize('name', ['deeppcb', 'camvid'])
-def test_longer_is_but_longer(name, arguments, tmp_path):
+def test_longer_training_differs_only_in_length(name, arguments, tmp_path):
     short = arguments(name)
     longer = Namespace(**dict(vars(short), set=f'{name}-longer'))
     assert table.teacher_file(tmp_path, longer.set) == table.teacher_file(tmp_path, name)
-    assert run.has_costs(Namespace(**dict(vars(longer), group='preset')))  # an iteration costs the same
+    # no costs are measured, because an iteration costs as much as in the shorter training
+    assert run.has_costs(Namespace(**dict(vars(longer), group='preset')))
     for method in methods_of(longer.set, 'preset'):
         cfgs = [run.run_config(args, method, 3).to_dict() for args in (short, longer)]
         lengths = [
@@ -371,18 +372,18 @@ def test_longer_is_but_longer(name, arguments, tmp_path):
         assert cfgs[0] == cfgs[1]
 
 
-def test_every_cell_has_a_file_of_its_own(tmp_path):
+def test_every_run_has_its_own_file(tmp_path):
     for name in WEIGHTS:
         runs = {*METHODS, *methods_of(name, 'weights')}
         assert len({table.run_file(tmp_path, method, 0) for method in runs}) == len(runs)
 
 
-def test_a_preset_has_no_one_weight():
+def test_weight_of_several_distances_is_refused():
     with pytest.raises(ValueError, match='plus has several distances'):
         changes_of('deeppcb', 'plus, weight 2')
 
 
-def test_costs_are_measured_anew_for_a_method_that_was_added(tmp_path):
+def test_costs_are_measured_again_for_a_new_method(tmp_path):
     args = Namespace(set='deeppcb', group='detection', results=tmp_path)
     assert not run.has_costs(args)
     run.write(
@@ -396,13 +397,13 @@ def test_costs_are_measured_anew_for_a_method_that_was_added(tmp_path):
     assert run.has_costs(args) and run.has_costs(Namespace(set='deeppcb', group='weights', results=tmp_path))
 
 
-def test_weights():
+def test_loss_weight_in_method_name():
     assert changes_of('deeppcb', 'pkd, weight 2')['neck']['loss_kd'] == dict(type='mmdiffkd.PKDLoss', loss_weight=2.0)
     assert changes_of('camvid', 'diffkd, weight 3')['neck']['loss_kd'] == dict(
         type='mmdiffkd.DISTLoss', loss_weight=3.0
     )
     assert changes_of('camvid', 'pkd of features, weight 2')['distill']['feat']['neck']['loss_kd']['loss_weight'] == 2
-    assert changes_of('deeppcb', 'pkd') == METHODS['pkd']  # as it was
+    assert changes_of('deeppcb', 'pkd') == METHODS['pkd']  # without a weight, the method is unchanged
 
 
 def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
@@ -417,7 +418,7 @@ def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
     assert '| pkd, weight 2 | 40.0 |' in page
 
 
-def test_metrics_of_numpy_are_written(tmp_path):
+def test_numpy_metrics_are_written(tmp_path):
     run.write(tmp_path / 'set' / 'run.json', dict(test={'mIoU': np.float32(37.5)}))
     assert json.loads((tmp_path / 'set' / 'run.json').read_text()) == dict(test={'mIoU': 37.5})
 
@@ -432,7 +433,7 @@ def test_gamma_curves():
     assert curves == {'diffkd.fpn.gamma.0': [0.5, 0.5, 1.0, 1.0], 'diffkd.fpn.gamma': [0.5]}
 
 
-def test_page_with_pictures(tmp_path):
+def test_page_with_charts(tmp_path):
     folder = tmp_path / 'deeppcb'
     result(folder, 'teacher', 0, 0.5)
     for method, ap in (('alone', 0.2), ('diffkd', 0.3), ('gamma=1', 0.31)):
@@ -441,7 +442,7 @@ def test_page_with_pictures(tmp_path):
     table.write_page('deeppcb', 'parts', tmp_path, METRICS)
     page = (tmp_path / 'deeppcb-parts.md').read_text()
     assert '| gamma=1 | 32.0 ± 1.0 | +11.0 (+11.0 ... +11.0) | +1.0 (+1.0 ... +1.0) |' in page
-    assert 'Not all seeds were trained of: `gamma=0.9`, `start_timestep=500`, ' in page
+    assert 'Methods with missing seeds: `gamma=0.9`, `start_timestep=500`, ' in page
     for picture in ('deeppcb-parts.png', 'deeppcb-parts-gamma.png'):
         assert f']({picture})' in page
         assert plt.imread(tmp_path / picture).std() > 0.01

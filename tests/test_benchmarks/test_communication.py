@@ -1,4 +1,4 @@
-"""Its numbers against counts of the plain models and of the paper's layers."""
+"""Compare the estimate with parameter counts of the plain models and of the paper's layers."""
 
 import re
 
@@ -30,37 +30,37 @@ def bottleneck(channels, hidden):
 
 
 def diffusion_module(channels=256, levels=5, timesteps=1000):
-    """Without the autoencoder; the pair of the regression adds nothing."""
+    """Return the number of parameters without an autoencoder. The pair of regression outputs has no parameters."""
     denoiser = timesteps * channels + 2 * bottleneck(channels, channels // 4) + conv(channels, channels) + 2 * channels
     adapter = bottleneck(channels, channels // 8) + channels * 2 + 2
     return levels * (conv(channels, channels) + denoiser + adapter + conv(channels, channels) + 2 * channels)
 
 
-def test_numbers():
+def test_parameters_and_traffic():
     text = call_tool(TOOL, CONFIG).stdout
-    text = text[text.index('                  parameters') :]  # behind warnings of upstream
+    text = text[text.index('                  parameters') :]  # skip upstream's warnings
     found = dict(re.findall(r'^(student|diffusion module|both|teacher) +([\d,]+)', text, re.MULTILINE))
     found = {name: int(number.replace(',', '')) for name, number in found.items()}
     student = count('mmdet::retinanet/retinanet_r50_fpn_2x_coco.py', trainable_only=True)
-    part = diffusion_module()
+    diffusion = diffusion_module()
     assert found == dict(
         student=student,
-        both=student + part,
+        both=student + diffusion,
         teacher=count('mmdet::retinanet/retinanet_r101_fpn_2x_coco.py', trainable_only=False),
-        **{'diffusion module': part},
+        **{'diffusion module': diffusion},
     )
-    assert f'adds {100 * part / student:.1f}%' in text
+    assert f'adds {100 * diffusion / student:.1f}%' in text
     rows = [list(map(float, line.split())) for line in text.splitlines() if re.match(r' +\d', line)]
     assert [row[0] for row in rows] == [2, 8, 64]
     for gpus, *figures in rows:
-        sent = [2 * (gpus - 1) / gpus * 4 * size for size in (student, part, student + part)]
+        sent = [2 * (gpus - 1) / gpus * 4 * size for size in (student, diffusion, student + diffusion)]
         assert figures == pytest.approx(
             [size / 1e6 for size in sent] + [size / 12.5e9 * 1e3 for size in sent], abs=0.051
         )
-    assert text.strip() in (ROOT / 'docs' / 'distributed.md').read_text()
+    assert text.strip() in (ROOT / 'docs' / 'run' / 'multi_gpu.md').read_text()
 
 
-def test_other_links(capsys):
+def test_bandwidth(capsys):
     communication.print_traffic(1_000_000, 500_000, [4], 0.5)
     row = capsys.readouterr().out.splitlines()[-1]
     assert row.split() == ['4', '6.0', '3.0', '9.0', '12.0', '6.0', '18.0']

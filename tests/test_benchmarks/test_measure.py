@@ -20,21 +20,21 @@ SMALL = {
 }
 
 
-def test_ways_run_in_turn():
+def test_functions_run_in_turn():
     calls = []
-    ways = {name: lambda name=name: calls.append(name) for name in ('one', 'two')}
-    times = measure.in_turn(ways, rounds=3, warmup=1)
+    functions = {name: lambda name=name: calls.append(name) for name in ('one', 'two')}
+    times = measure.in_turn(functions, rounds=3, warmup=1)
     assert calls == ['one', 'two'] * 4
     assert {name: len(seconds) for name, seconds in times.items()} == dict(one=3, two=3)
 
 
-def test_ratios_are_those_of_neighbours():
+def test_ratios_are_per_round():
     figures = measure.ratios([2.0, 30.0, 4.0], [1.0, 10.0, 2.0])
     low, median, high = statistics.quantiles([2, 3, 2], n=4)
     assert figures == dict(ms=4000.0, ratio=median, low=low, high=high)
 
 
-def test_peak():
+def test_peak_memory():
     x = torch.ones(2**18)
 
     def step():
@@ -46,8 +46,8 @@ def test_peak():
 
 
 def test_table():
-    rows = [dict(way='one', ms=1), dict(way='two', ms=2)]
-    assert measure.markdown(rows) == '| way | ms |\n| --- | ---: |\n| one | 1 |\n| two | 2 |'
+    rows = [dict(name='one', ms=1), dict(name='two', ms=2)]
+    assert measure.markdown(rows) == '| name | ms |\n| --- | ---: |\n| one | 1 |\n| two | 2 |'
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ from benchmarks.paper_scale import BATCHES, PAIRS, SIZES, schedule_of, write_pag
 from tests.conftest import ROOT
 
 
-def test_every_config_is_there_and_measured():
+def test_every_config_exists_and_is_measured():
     measured = {pair.config for pair in PAIRS if pair.same_as is None}
     for pair in PAIRS:
         assert (ROOT / 'configs' / f'{pair.config}.py').exists()
         assert pair.same_as is None or pair.same_as in measured
-    of_the_paper = {f'coco/{path.stem}' for path in (ROOT / 'configs' / 'coco').glob('diffkd-attention_*.py')}
-    assert of_the_paper == {pair.config for pair in PAIRS if 'attention' in pair.config}
+    attention_configs = {f'coco/{path.stem}' for path in (ROOT / 'configs' / 'coco').glob('diffkd-attention_*.py')}
+    assert attention_configs == {pair.config for pair in PAIRS if 'attention' in pair.config}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_schedules(config, images, gpus):
         'cityscapes/diffkd_deeplabv3-r101_deeplabv3-r18_40k_cityscapes',
     ],
 )
-def test_batches_have_the_size(config):
+def test_image_sizes(config):
     (pair,) = (pair for pair in PAIRS if pair.config == config)
     cfg = Config.fromfile(ROOT / 'configs' / f'{config}.py')
     batch = random_batch_of(cfg, *SIZES[pair.data], BATCHES[pair.data])
@@ -57,5 +57,5 @@ def test_page(tmp_path):
     page = Path(tmp_path) / 'page.md'
     write_page(page, dict(machine='a CPU', versions='versions'), results)
     lines = [line for line in page.read_text().splitlines() if 'dist_train' in line]
-    assert len(lines) == 2  # the attention-weighted variant takes as long
+    assert len(lines) == 2  # the attention-weighted variant repeats the time
     assert lines[0].endswith('| 37.4 -> 39.7 |  | 0.1 | 2.00 | 1.50 | 2 |')

@@ -1,4 +1,4 @@
-"""A sample of the model zoo, and what the check says of models that do not work."""
+"""Check a sample of the model zoo, and the reports about models that do not run."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SAMPLE = [
     ('mmseg', 'bisenetv2 deeplabv3 mask2former ocrnet pidnet pspnet segformer segmenter stdc upernet'),
     ('mmpretrain', 'arcface deit inception_v3 lenet mlp_mixer mobilenet_v2 resnet simclr swin_transformer van'),
 ]
-QUICK = ('yolox', 'bisenetv2', 'mobilenet_v2')  # one of each package
+QUICK = ('yolox', 'bisenetv2', 'mobilenet_v2')  # families in the quick tests: one per package
 FAMILIES = [(package, family) for package, families in SAMPLE for family in families.split()]
 
 
@@ -32,61 +32,61 @@ def zoo():
     ],
 )
 def test_families(zoo, package, family):
-    """What the committed table says of them is still true."""
-    results = json.loads((ROOT / 'docs' / 'zoo.json').read_text())[f'{package}/{family}']
+    """Compare the results with those in docs/results/supported_models.json."""
+    results = json.loads((ROOT / 'docs' / 'results' / 'supported_models.json').read_text())[f'{package}/{family}']
     expected = next(row for row in results if row['distilled'] == 'ok')
     found = zoo.check(package, expected, 1200)
     assert (found['plain'], found['distilled']) == ('ok', 'ok')
     assert found['taps'] == expected['taps']
 
 
-def test_survey_takes_the_smallest_and_the_next_of_its_build(zoo):
-    (row,) = zoo.in_a_process(zoo.survey, 300, 'mmpretrain', 'seresnet')
+def test_survey_chooses_student_and_teacher(zoo):
+    (row,) = zoo.run_in_process(zoo.survey, 300, 'mmpretrain', 'seresnet')
     assert row['config'] == 'seresnet/seresnext50-32x4d_8xb32_in1k.py' and row['model'] == 'ImageClassifier'
     assert row['teacher'] == 'seresnet/seresnext101-32x4d_8xb32_in1k.py'
 
 
-def test_a_process_that_dies_or_takes_too_long(zoo):
+def test_dead_or_slow_process_is_an_error(zoo):
     with pytest.raises(RuntimeError, match='died'):
-        zoo.in_a_process(os._exit, 60, 1)
+        zoo.run_in_process(os._exit, 60, 1)
     with pytest.raises(RuntimeError, match='longer than 0.5 seconds'):
-        zoo.in_a_process(time.sleep, 0.5, 60)
+        zoo.run_in_process(time.sleep, 0.5, 60)
 
 
-def test_a_distilled_step_that_dies_is_a_failure(zoo, monkeypatch):
+def test_dead_distilled_step_is_a_failure(zoo, monkeypatch):
     monkeypatch.setattr(zoo, 'plain_step', lambda package, found: dict(plain='ok', size=64))
     monkeypatch.setattr(zoo, 'distilled_step', lambda package, found: os._exit(1))
     row = zoo.check('mmdet', zoo.row(config='x.py'), 60)
     assert row['plain'] == 'ok' and 'died' in row['distilled']
 
 
-def test_table_tells_failed_from_untried(zoo):
+def test_table_separates_failed_and_untested(zoo):
     ok = zoo.row(
         config='a/a_r18.py', teacher='a/a_r50.py', size=128, plain='ok', distilled='ok', taps=dict(fpn=['neck'] * 2)
     )
-    ok.update(taps=dict(fpn=['neck', 'neck', 5]), date='2026-01-02')
-    failed = zoo.row(model='B', plain='ok', distilled='TapError: no | such tap (taps.py:1)')
-    untried = zoo.row(model='C', plain='RuntimeError: lap: not installed (c.py:2)', date='2026-02-03')
-    table = zoo.as_table({'mmdet/a': [ok, failed], 'mmdet/c': [untried], 'mmseg/b': [failed]})
-    assert '| mmdet | 2 | 1 | 0 | 1 | 1 of 2 |' in table and '| mmseg | 1 | 0 | 1 | 0 | 0 of 1 |' in table
-    assert 'run on 2026-01-02 - 2026-02-03 on a CPU' in table
-    assert '1 of the 3 models whose plain step runs also run distilled.' in table
-    assert '| mmseg/b | B | TapError: no / such tap (taps.py:1) |' in table
-    assert '| mmdet/c | C | RuntimeError: lap: not installed (c.py:2) |' in table
-    assert '| mmdet::a/a_r18.py | a/a_r50.py | 128 | fpn `neck`: 5 |' in table
+    ok.update(taps=dict(fpn=['neck', 'neck', 5]), date='2026-01-02', model='A')
+    failed = zoo.row(model='B', plain='ok', distilled='TapError: no | such tap (recorders.py)')
+    untested = zoo.row(model='C', plain='RuntimeError: lap: not installed (c.py)', date='2026-02-03')
+    table = zoo.as_table({'mmdet/a': [ok, failed], 'mmdet/c': [untested], 'mmseg/b': [failed]})
+    assert '| mmdet | 1 of 1 | 1 of 2 | 1 |' in table and '| mmseg | 0 of 1 | 0 of 1 | 0 |' in table
+    assert 'ran on 2026-01-02 - 2026-02-03 on a CPU' in table
+    assert '1 of the 3 models that train without distillation also train with it.' in table
+    assert '\n* mmdet/a (B), mmseg/b (B): ``TapError: no | such tap (recorders.py)``\n' in table
+    assert '\n* mmdet/c (C): ``RuntimeError: lap: not installed (c.py)``\n' in table
+    assert '\n* **a** (A): `fpn` at `neck` (5); student a_r18.py, teacher a_r50.py\n' in table
 
 
-def test_reasons_name_no_folder_of_the_machine(zoo):
+def test_reasons_contain_no_local_paths(zoo):
     try:
         open('/x/lib/site-packages/configs/gone.py')
     except FileNotFoundError as error:
         reason = zoo.reason_of(error)
     assert reason.startswith(
-        "FileNotFoundError: [Errno 2] No such file or directory: 'configs/gone.py' (test_zoo_check.py:"
+        "FileNotFoundError: [Errno 2] No such file or directory: 'configs/gone.py' (test_zoo_check.py)"
     )
 
 
-def test_a_survey_that_dies_does_not_end_the_run(zoo, monkeypatch, tmp_path):
+def test_dead_survey_does_not_stop_the_run(zoo, monkeypatch, tmp_path):
     monkeypatch.setattr(zoo, 'families', lambda package: ['a'])
     monkeypatch.setattr(zoo, 'survey', lambda package, family: os._exit(1))
     monkeypatch.setattr('sys.argv', ['zoo_check.py', str(tmp_path / 'zoo.json'), '--package', 'mmdet'])

@@ -1,4 +1,4 @@
-"""Real processes over gloo, and what they train: a tiny distilled detector whose noise comes from outside."""
+"""Launch real processes over gloo, and build the tiny distillation models that they train."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ WORLD = 2
 FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 LATENT = 8
 PAIRS = dict(
-    fpn=dict(neck=dict(latent_channels=LATENT)),  # with the autoencoder, so that every loss is there
+    fpn=dict(neck=dict(latent_channels=LATENT)),  # latent_channels adds an autoencoder, so that every loss is covered
     reg=dict(
         student='bbox_head.retina_reg',
         teacher='bbox_head.retina_reg',
@@ -30,23 +30,23 @@ PAIRS = dict(
 
 
 def retinanet(folder):
-    """The pairs of the shipped RetinaNet config on tiny detectors."""
+    """Tiny RetinaNets with the pairs of the shipped config."""
     return tiny.distiller_cfg(folder, distill=PAIRS)
 
 
-def cheap(folder):
-    """One part for all levels that computes again what it needs, and sends little gradient through the denoiser."""
-    neck = dict(latent_channels=LATENT, share_levels=True, memory_efficient=True, num_grad_steps=1)
+def low_memory(folder):
+    """Tiny RetinaNets with one module for all levels, which backpropagates through the last denoising step only."""
+    neck = dict(latent_channels=LATENT, share_levels=True, num_grad_steps=1)
     return tiny.distiller_cfg(folder, distill=dict(fpn=dict(neck=neck)))
 
 
 def compiled(folder):
-    """The default, compiled."""
+    """Tiny RetinaNets with a compiled diffusion module."""
     return tiny.distiller_cfg(folder, distill=dict(fpn=dict(neck=dict(latent_channels=LATENT, compile=True))))
 
 
 def fcos(folder):
-    """FCOS, whose losses are divided by numbers that all ranks share."""
+    """Tiny FCOS models, whose losses are normalized by averages over all ranks."""
     norm_cfg = dict(type='GN', num_groups=4, requires_grad=True)
     student, teacher = (
         tiny.detector(FCOS, channels, **{'bbox_head.norm_cfg': norm_cfg, 'data_preprocessor.std': [58.0] * 3})
@@ -56,12 +56,12 @@ def fcos(folder):
 
 
 def launch(worker, folder, *args):
-    """Run ``worker(rank, *args)`` in processes that form a group, and return what each returned.
+    """Run ``worker(rank, *args)`` in a process group and return the results of all ranks.
 
     Args:
-        worker (callable): A function of an importable module.
-        folder (Path): An empty folder. The processes meet in a file of it, so no port can be taken.
-        *args: What pickle takes.
+        worker (callable): Function of an importable module.
+        folder (Path): Empty folder for the results and for the rendezvous file, which needs no free port.
+        *args: Picklable arguments.
     """
     multiprocessing.spawn(_process, (worker, str(folder), args), nprocs=WORLD)
     return [torch.load(folder / f'{rank}.pt', weights_only=False) for rank in range(WORLD)]
@@ -69,7 +69,7 @@ def launch(worker, folder, *args):
 
 def _process(rank, worker, folder, args):
     torch.set_num_threads(1)
-    logging.disable(logging.INFO)  # of initialised weights
+    logging.disable(logging.INFO)  # hide messages about initialized weights
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD)
     init_default_scope('mmdet')
@@ -79,10 +79,10 @@ def _process(rank, worker, folder, args):
 
 
 def dist_train(config, **env):
-    """Train by the launch script."""
-    with socket.socket() as infer_feature_info:
-        infer_feature_info.bind(('127.0.0.1', 0))
-        port = infer_feature_info.getsockname()[1]
+    """Train with ``tools/dist_train.sh``."""
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        port = sock.getsockname()[1]
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     env = dict(os.environ, PATH=path, PORT=str(port), **env)
     command = ['bash', str(tiny.ROOT / 'tools' / 'dist_train.sh'), str(config), str(WORLD)]
@@ -90,30 +90,30 @@ def dist_train(config, **env):
 
 
 def build(cfg, ranks):
-    """A distiller whose BatchNorms, those of the diffusion module too, take their running statistics.
+    """Build a distiller whose BatchNorms, including those of the diffusion module, use their running statistics.
 
     Args:
         cfg (dict): Config of the distiller.
-        ranks (sequence[int]): Ranks whose draws it is fed, each for its share of the batch.
+        ranks (sequence[int]): Ranks whose noise inputs the distiller uses. Each rank has an equal share of the batch.
     """
     model = tiny.build(cfg)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.copy_(torch.rand(module.running_mean.shape, generator=generator) * 0.1)
-            module.weight.data.fill_(1.0)  # some start with 0, and what lies behind them gets no gradient
+            module.weight.data.fill_(1.0)  # some layers start with a weight of 0, which blocks the gradient
             module.eval()
-    feed_draws(model.diffkd['fpn'], ranks)
+    set_noise_inputs(model.diffkd['fpn'], ranks)
     return model
 
 
-def feed_draws(neck, ranks):
-    """Make a neck use draws that depend on rank and call alone."""
+def set_noise_inputs(neck, ranks):
+    """Replace the noise inputs of a neck by random numbers that depend only on the rank and the call."""
     generators = [torch.Generator().manual_seed(1000 + rank) for rank in ranks]
     forward, high = neck.forward, neck.levels[0].scheduler.num_train_timesteps
 
-    def fed(student, teacher, context):
-        draws = []
+    def forward_with_noise(student, teacher, context):
+        noise_inputs = []
         for level in teacher:
             share = (level.size(0) // len(ranks), LATENT, *level.shape[2:])
             parts = [
@@ -124,19 +124,19 @@ def feed_draws(neck, ranks):
                 )
                 for generator in generators
             ]
-            draws.append(NoiseInputs(*map(torch.cat, zip(*parts))))
-        return forward(student, teacher, context, draws)
+            noise_inputs.append(NoiseInputs(*map(torch.cat, zip(*parts))))
+        return forward(student, teacher, context, noise_inputs)
 
-    neck.forward = fed
+    neck.forward = forward_with_noise
 
 
 def images(model, ranks, same_boxes=False, size=tiny.SIZE):
-    """Preprocessed batches of two images a rank, joined.
+    """Concatenate the preprocessed batches of some ranks; every rank has two images.
 
     Args:
-        model (nn.Module): With the preprocessor.
-        ranks (sequence[int]): Whose batches.
-        same_boxes (bool): Whether all ranks have the boxes of the first, which gives them as many positives.
+        model (nn.Module): Model with the preprocessor.
+        ranks (sequence[int]): Ranks whose batches are included.
+        same_boxes (bool): Whether all ranks have the boxes of rank 0, and thus the same number of positives.
     """
     data = demo_mm_inputs(2 * WORLD, [[3, size, size]] * 2 * WORLD, num_items=[3, 2, 5, 1], num_classes=80)
     if same_boxes:
@@ -147,10 +147,10 @@ def images(model, ranks, same_boxes=False, size=tiny.SIZE):
     return model.data_preprocessor(data, training=True)
 
 
-def trainable(model, part=None):
-    """Number of trainable parameters; of the diffusion module (True), of the student (False), or of both."""
+def num_trainable(model, diffusion=None):
+    """Count the trainable parameters of the diffusion module (True), the student (False), or both (None)."""
     return sum(
         param.numel()
         for name, param in model.named_parameters()
-        if param.requires_grad and (part is None or name.startswith('diffkd.') == part)
+        if param.requires_grad and (diffusion is None or name.startswith('diffkd.') == diffusion)
     )

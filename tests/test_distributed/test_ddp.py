@@ -1,20 +1,26 @@
-"""Two processes with a batch each train what one process with both batches does."""
+"""Two processes with one batch each compute the same gradients as one process with both batches."""
 
 import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from .processes import WORLD, build, cheap, compiled, fcos, images, launch, retinanet, trainable
+from .processes import WORLD, build, compiled, fcos, images, launch, low_memory, num_trainable, retinanet
 
 pytestmark = pytest.mark.slow
-# RetinaNet divides by its own rank's positives, upstream too: both ranks get as many
-CASES = {'retinanet': (retinanet, True), 'fcos': (fcos, False), 'cheap': (cheap, True), 'compiled': (compiled, True)}
-PASSES = 2  # DDP complains in the pass after one that left a parameter without gradient
+# Functions that build the config, and whether all ranks have the same boxes. RetinaNet needs the same boxes, because it
+# divides its losses by the number of positives of each rank instead of the average.
+CASES = {
+    'retinanet': (retinanet, True),
+    'fcos': (fcos, False),
+    'low_memory': (low_memory, True),
+    'compiled': (compiled, True),
+}
+PASSES = 2  # two, because DDP reports a parameter without a gradient only in the next pass
 
 
 def run(model, forward, data):
-    """Losses of every pass and the sum of the gradients."""
+    """Return the losses of every pass and the accumulated gradients."""
     logs = []
     for _ in range(PASSES):
         loss, log = model.parse_losses(forward(**data, mode='loss'))
@@ -24,10 +30,10 @@ def run(model, forward, data):
 
 
 def worker(rank, configs):
-    return {case: reduce(cfg, rank, CASES[case][1]) for case, cfg in configs.items()}
+    return {case: run_ddp(cfg, rank, CASES[case][1]) for case, cfg in configs.items()}
 
 
-def reduce(cfg, rank, same_boxes):
+def run_ddp(cfg, rank, same_boxes):
     model = build(cfg, [rank])
     wrapped = MMDistributedDataParallel(model, broadcast_buffers=False)
     nbytes, reduced = [], set()
@@ -45,7 +51,7 @@ def reduce(cfg, rank, same_boxes):
         logs=logs,
         gradients=gradients,
         nbytes=sum(nbytes),
-        trainable=trainable(model),
+        trainable=num_trainable(model),
         teacher=len(teacher),
         shared=len(teacher & (reduced | wrapper)),
         buffers_of_teacher=[name for name in wrapped.state_dict() if 'teacher' in name],
@@ -54,7 +60,7 @@ def reduce(cfg, rank, same_boxes):
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
-    """What the processes found, and the configs."""
+    """Results of all ranks, and the configs."""
     configs = {}
     for case, (make, _) in CASES.items():
         configs[case] = make(tmp_path_factory.mktemp(case))
@@ -62,32 +68,32 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_gradients_are_those_of_one_large_batch(ranks, case):
+def test_gradients_match_one_large_batch(ranks, case):
     results, configs = ranks
-    every = list(range(WORLD))
-    model = build(configs[case], every)
-    logs, gradients = run(model, model, images(model, every, CASES[case][1]))
-    alive = [name for name, gradient in gradients.items() if gradient.any()]
-    assert len(alive) > 0.95 * len(gradients)  # a few channels of tiny models are dead
-    assert sum(name.startswith('diffkd.') for name in alive) > (20 if case == 'cheap' else 100)
+    all_ranks = list(range(WORLD))
+    model = build(configs[case], all_ranks)
+    logs, gradients = run(model, model, images(model, all_ranks, CASES[case][1]))
+    nonzero = [name for name, gradient in gradients.items() if gradient.any()]
+    assert len(nonzero) > 0.95 * len(gradients)  # some gradients are zero, because tiny models have dead channels
+    assert sum(name.startswith('diffkd.') for name in nonzero) > (20 if case == 'low_memory' else 100)
     for result in results:
         assert set(result[case]['gradients']) == set(gradients)
         for name, expected in gradients.items():
-            # sums of another order: what cancels out is off by parts of the largest
+            # the order of summation differs, so the error scales with the largest value
             tolerance = dict(rtol=1e-4, atol=1e-5 * expected.abs().max().item())
             torch.testing.assert_close(result[case]['gradients'][name], expected, **tolerance, msg=name)
-    # the whole loss, term by term
+    # compare every term of the loss
     for number, expected in enumerate(logs):
         for name, value in expected.items():
             mean = sum(result[case]['logs'][number][name] for result in results) / WORLD
             assert mean == pytest.approx(value, rel=1e-5), name
-    # each rank has images and noise of its own
+    # the losses differ between ranks, because images and noise differ
     first, second = (result[case]['logs'][0]['diffkd.fpn.loss_diffusion'] for result in results)
     assert first != second
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_the_teacher_is_not_communicated(ranks, case):
+def test_teacher_is_not_communicated(ranks, case):
     for result in ranks[0]:
         found = result[case]
         assert found['teacher'] > 0 and found['shared'] == 0

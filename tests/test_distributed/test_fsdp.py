@@ -1,4 +1,4 @@
-"""Sharded training over gloo gives the weights that DDP gives, and checkpoints with the student's names."""
+"""Sharded training over gloo gives the same weights as DDP, and checkpoints with the student's keys."""
 
 import re
 
@@ -14,18 +14,18 @@ from mmdiffkd.engine.checkpoint import PREFIX
 from tests import tiny
 from tests.conftest import ROOT
 
-from .processes import WORLD, build, dist_train, images, launch, retinanet, trainable
+from .processes import WORLD, build, dist_train, images, launch, num_trainable, retinanet
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        digit_version(torch.__version__) < digit_version('2.6'), reason='FSDP on the CPU: tried with newer torch only'
+        digit_version(torch.__version__) < digit_version('2.6'), reason='FSDP on the CPU is tested with torch >= 2.6'
     ),
 ]
 STEPS = 2
-DOCS = (ROOT / 'docs' / 'distributed.md').read_text()
+DOCS = (ROOT / 'docs' / 'run' / 'multi_gpu.md').read_text()
 UNITS, STRATEGY, *_, CPU = re.findall(r'```python\n(.*?)```', DOCS, re.DOTALL)
-PARTS = ('backbone', 'neck', 'diffkd.fpn', 'diffkd.fpn.levels.0')
+UNIT_PATHS = ('backbone', 'neck', 'diffkd.fpn', 'diffkd.fpn.levels.0')
 
 
 def by_ddp(model):
@@ -39,14 +39,14 @@ def by_fsdp(units):
         def policy(module, recurse, nonwrapped_numel):
             return recurse or any(module is unit for unit in chosen)
 
-        # without device_id FSDP looks for an accelerator, and with a number it takes a GPU
+        # set device_id: without it, FSDP looks for an accelerator, and a number would select a GPU
         return MMFullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device('cpu'))
 
     return wrap
 
 
 def by_policy(model):
-    """The policy of the documentation."""
+    """Wrap a model with the policy of the documentation."""
     scope = {}
     exec(UNITS, scope)
     called_parts = scope['called_parts']
@@ -67,7 +67,7 @@ def by_fully_shard(units):
 
 
 def full_weights(wrapped):
-    """Weights under the plain model's names."""
+    """Return the full weights with the keys of the plain model."""
     if isinstance(wrapped, MMDistributedDataParallel):
         return {name: value.clone() for name, value in wrapped.module.state_dict().items()}
     if isinstance(wrapped, FullyShardedDataParallel):
@@ -80,7 +80,7 @@ def full_weights(wrapped):
 
 def train(cfg, rank, wrap):
     model = build(cfg, [rank])
-    whole = trainable(model)
+    total = num_trainable(model)
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01, momentum=0.9)
     data = images(model, [rank])
@@ -88,16 +88,16 @@ def train(cfg, rank, wrap):
         loss, _ = model.parse_losses(wrapped(**data, mode='loss'))
         OptimWrapper(optimizer).update_params(loss)
     teacher = {param.data_ptr() for param in model.diffkd_teacher.model.parameters()}
-    held = list(wrapped.parameters())
+    params = list(wrapped.parameters())
     return dict(
         weights=full_weights(wrapped),
         units=sum(isinstance(module, FullyShardedDataParallel) for module in wrapped.modules()),
-        share=sum((param.to_local() if hasattr(param, 'to_local') else param).numel() for param in held) / whole,
-        teacher_is_inside=any(param.data_ptr() in teacher for param in held if not hasattr(param, 'to_local')),
+        share=sum((param.to_local() if hasattr(param, 'to_local') else param).numel() for param in params) / total,
+        teacher_is_inside=any(param.data_ptr() in teacher for param in params if not hasattr(param, 'to_local')),
     )
 
 
-def head_as_unit(cfg, rank):
+def error_of_head_as_unit(cfg, rank):
     try:
         train(cfg, rank, by_fsdp(('backbone', 'bbox_head')))
     except RuntimeError as error:
@@ -107,14 +107,14 @@ def head_as_unit(cfg, rank):
 def worker(rank, cfg):
     wraps = {
         'ddp': by_ddp,
-        'root alone': by_fsdp(()),
-        'parts': by_fsdp(PARTS),
+        'root only': by_fsdp(()),
+        'modules': by_fsdp(UNIT_PATHS),
         'policy': by_policy,
-        # FSDP2 keeps the modules and changes their classes; there the head may be a unit, too
-        'fully_shard': by_fully_shard((*PARTS[:3], 'bbox_head')),
+        # FSDP2 keeps the modules and changes their classes, so the head can be a unit
+        'fully_shard': by_fully_shard((*UNIT_PATHS[:3], 'bbox_head')),
     }
     results = {name: train(cfg, rank, wrap) for name, wrap in wraps.items()}
-    return results, head_as_unit(cfg, rank)
+    return results, error_of_head_as_unit(cfg, rank)
 
 
 @pytest.fixture(scope='module')
@@ -123,8 +123,8 @@ def ranks(tmp_path_factory):
     return launch(worker, tmp_path_factory.mktemp('fsdp'), cfg), cfg
 
 
-@pytest.mark.parametrize('name, units', [('root alone', 1), ('parts', 5), ('policy', None), ('fully_shard', 0)])
-def test_weights_are_those_of_ddp(ranks, name, units):
+@pytest.mark.parametrize('name, units', [('root only', 1), ('modules', 5), ('policy', None), ('fully_shard', 0)])
+def test_weights_match_ddp(ranks, name, units):
     (results, _), cfg = ranks[0][0], ranks[1]
     before, expected, found = build(cfg, [0]).state_dict(), results['ddp']['weights'], results[name]
     changed = [key for key in expected if not torch.equal(expected[key], before[key])]
@@ -136,27 +136,27 @@ def test_weights_are_those_of_ddp(ranks, name, units):
         assert found['units'] == units
 
 
-@pytest.mark.parametrize('name', ['root alone', 'parts', 'policy', 'fully_shard'])
-def test_each_process_holds_its_share(ranks, name):
+@pytest.mark.parametrize('name', ['root only', 'modules', 'policy', 'fully_shard'])
+def test_each_rank_holds_its_shard(ranks, name):
     for results, _ in ranks[0]:
         assert not results[name]['teacher_is_inside']
         assert results[name]['share'] == pytest.approx(1 / WORLD, rel=0.01)
 
 
-def test_full_checkpoint_is_that_of_the_plain_student(ranks):
+def test_full_checkpoint_has_the_keys_of_the_plain_student(ranks):
     student = MODELS.build(tiny.detector())
-    keys = {key for key in ranks[0][0][0]['parts']['weights'] if not key.startswith(PREFIX)}
+    keys = {key for key in ranks[0][0][0]['modules']['weights'] if not key.startswith(PREFIX)}
     assert keys == set(student.state_dict())
 
 
-def test_heads_stay_in_the_root(ranks):
-    """They are called through loss(), which FSDP does not see: their weights are still sharded then."""
+def test_head_cannot_be_a_unit(ranks):
+    """FSDP gathers weights in ``forward()``, but heads are called through ``loss()``."""
     for _, error in ranks[0]:
         assert 'weight' in error
 
 
-def test_strategy_of_mmengine(tmp_path, shapes):
-    """The blocks of the documentation by its command."""
+def test_documented_strategy_trains(tmp_path, shapes):
+    """Run the code blocks of the documentation with the command given there."""
     (tmp_path / 'fsdp_units.py').write_text(UNITS)
     cfg = tiny.run_cfg(
         tiny.distiller_cfg(tmp_path),

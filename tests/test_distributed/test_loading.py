@@ -1,4 +1,4 @@
-"""What is loaded is agreed on: no rank waits for one that has met an error."""
+"""All ranks load the same checkpoint, and an error on one rank is raised on all ranks."""
 
 import functools
 import http.server
@@ -17,28 +17,29 @@ pytestmark = pytest.mark.slow
 
 def worker(rank, address, folder):
     os.environ.update(TORCH_HOME=f'{folder}/cache', NO_PROXY='127.0.0.1')
-    mine = f'{folder}/only-on-rank-0.pth'  # rank 1 has no such file
+    path = f'{folder}/only-on-rank-0.pth'  # this path does not exist for rank 1
     if rank == 1:
-        mine += '.gone'
+        path += '.gone'
 
-    def ask(load_from, resume=False):
+    def choose(load_from, resume=False):
         try:
             return file_to_load(load_from, resume, folder, folder, 'epoch_{}.pth')
         except ValueError as error:
             return f'ValueError: {error}'
 
     return dict(
-        url=ask(f'{address}/weights.pth'),
-        again=ask(f'{address}/weights.pth'),
-        absent_url=ask(f'{address}/absent.pth'),
-        one_rank_without=ask(mine),
-        newest=ask(None, resume=True),
-        none=ask(None),
+        url=choose(f'{address}/weights.pth'),
+        cached_url=choose(f'{address}/weights.pth'),
+        missing_url=choose(f'{address}/absent.pth'),
+        missing_on_rank_1=choose(path),
+        newest=choose(None, resume=True),
+        no_file=choose(None),
     )
 
 
 @pytest.fixture(scope='module')
-def answers(tmp_path_factory):
+def results(tmp_path_factory):
+    """Results of all ranks, the address of the server, and its folder."""
     folder = tmp_path_factory.mktemp('files')
     for name in ('weights.pth', 'only-on-rank-0.pth'):
         torch.save(dict(state_dict=dict(w=torch.ones(2))), folder / name)
@@ -51,20 +52,20 @@ def answers(tmp_path_factory):
         server.shutdown()
 
 
-@pytest.mark.parametrize('case', ['url', 'again'])
-def test_addresses(answers, case):
-    ranks, address, _ = answers
+@pytest.mark.parametrize('case', ['url', 'cached_url'])
+def test_urls(results, case):
+    ranks, address, _ = results
     assert [rank[case] for rank in ranks] == [f'{address}/weights.pth'] * 2
 
 
-def test_an_error_reaches_all_ranks(answers):
-    ranks, *_ = answers
+def test_error_is_raised_on_all_ranks(results):
+    ranks, *_ = results
     for rank in ranks:
-        assert 'absent.pth could not be downloaded' in rank['absent_url']
-        assert "only-on-rank-0.pth.gone' does not exist" in rank['one_rank_without']
+        assert 'absent.pth could not be downloaded' in rank['missing_url']
+        assert "only-on-rank-0.pth.gone' does not exist" in rank['missing_on_rank_1']
 
 
-def test_resume(answers):
-    ranks, _, folder = answers
+def test_resume_uses_the_newest_checkpoint(results):
+    ranks, _, folder = results
     assert [rank['newest'] for rank in ranks] == [str(folder / 'epoch_3.pth')] * 2
-    assert [rank['none'] for rank in ranks] == [None, None]
+    assert [rank['no_file'] for rank in ranks] == [None, None]

@@ -1,4 +1,4 @@
-"""SyncBatchNorm takes in student and diffusion module, and leaves the teacher alone."""
+"""SyncBatchNorm conversion includes the student and the diffusion module, but not the teacher."""
 
 import pytest
 import torch
@@ -25,22 +25,22 @@ def test_student_and_diffusion_module_are_converted(distiller):
     assert model is distiller and list(model.state_dict()) == keys
     assert norms(model, SyncBatchNorm) == norms(model) == before
     assert {name.split('.')[0] for name in before} == {'backbone', 'diffkd'}
-    # the teacher's are outside of what is converted
+    # the teacher is not a submodule
     assert teacher and norms(model.diffkd_teacher.model) == teacher
     assert not norms(model.diffkd_teacher.model, SyncBatchNorm)
     assert not any(module.training for module in model.diffkd_teacher.model.modules())
 
 
-def test_a_converted_model_trains_on_the_cpu_after_reverting(distiller):
+def test_reverted_model_trains_on_the_cpu(distiller):
     keys = list(distiller.state_dict())
-    expected = tiny.batch(distiller)
+    data = tiny.batch(distiller)
     torch.manual_seed(0)
-    whole, _ = distiller.parse_losses(distiller.loss(*expected))
+    expected, _ = distiller.parse_losses(distiller.loss(*data))
     model = revert_sync_batchnorm(convert_sync_batchnorm(distiller, 'torch'))
     assert model is distiller and list(model.state_dict()) == keys
     assert not norms(model, SyncBatchNorm)
     torch.manual_seed(0)
-    loss, _ = model.parse_losses(model.loss(*expected))
-    torch.testing.assert_close(loss, whole)  # in training mode, batch statistics count
+    loss, _ = model.parse_losses(model.loss(*data))
+    torch.testing.assert_close(loss, expected)  # the running statistics, which have changed, are not used in training
     loss.backward()
     assert all(param.grad is not None for param in model.parameters() if param.requires_grad)

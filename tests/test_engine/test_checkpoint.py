@@ -21,7 +21,7 @@ def save(tmp_path, content, name='weights.pth'):
 
 
 class TestRead:
-    def test_what_mmengine_stores(self, tmp_path):
+    def test_mmengine_checkpoint(self, tmp_path):
         buffer = HistoryBuffer([1.0, 2.0], [1, 1])
         hub = dict(log_scalars={'train/loss': buffer}, runtime_info=dict(best=np.float64(0.5), classes=np.arange(3)))
         path = save(tmp_path, dict(state_dict=dict(w=torch.ones(2)), meta=dict(epoch=3), message_hub=hub))
@@ -29,10 +29,10 @@ class TestRead:
         torch.testing.assert_close(content['state_dict']['w'], torch.ones(2))
         assert content['message_hub']['log_scalars']['train/loss'].current() == 2.0
 
-    def test_bare_weights(self, tmp_path):
+    def test_bare_state_dict(self, tmp_path):
         assert set(read_checkpoint(save(tmp_path, dict(w=torch.ones(2))))['state_dict']) == {'w'}
 
-    def test_code_is_refused_and_not_run(self, tmp_path):
+    def test_code_is_refused_and_not_executed(self, tmp_path):
         trace = str(tmp_path / 'trace')
         for number, content in enumerate((dict(state_dict=dict(), x=Attack(trace)), Attack(trace))):
             path = save(tmp_path, content, f'{number}.pth')
@@ -44,7 +44,7 @@ class TestRead:
         assert not os.path.exists(trace)
 
     def test_old_tar_format_is_refused(self, tmp_path):
-        """torch below 2.6 would run the code in it, weights_only or not."""
+        """torch < 2.6 executes code in this format even with ``weights_only=True``."""
         trace = str(tmp_path / 'trace')
         (tmp_path / 'storages').write_bytes(pickle.dumps(Attack(trace)))
         with tarfile.open(tmp_path / 'w.pth', 'w') as file:
@@ -54,12 +54,12 @@ class TestRead:
         assert not os.path.exists(trace)
 
     def test_torchscript_is_refused(self, tmp_path):
-        """torch below 2.6 would run it."""
+        """torch < 2.6 executes the code in a TorchScript file."""
         torch.jit.save(torch.jit.script(nn.Linear(2, 3)), str(tmp_path / 'w.pth'))
         with pytest.raises(ValueError, match='was refused because it is a TorchScript archive'):
             read_checkpoint(str(tmp_path / 'w.pth'))
 
-    def test_check_asks_for_data_not_for_weights(self, tmp_path):
+    def test_check_accepts_any_plain_data(self, tmp_path):
         trace = str(tmp_path / 'trace')
         check_is_data(save(tmp_path, dict(model=dict(w=torch.ones(2)))))
         check_is_data(str(tmp_path))  # a sharded checkpoint
@@ -68,15 +68,15 @@ class TestRead:
             check_is_data(save(tmp_path, dict(model=Attack(trace))))
         assert not os.path.exists(trace)
 
-    def test_getattr_serves_the_methods_of_history_buffers_only(self, tmp_path):
-        class Reach:
+    def test_getattr_is_limited_to_methods_of_history_buffers(self, tmp_path):
+        class GetattrPickle:
             def __reduce__(self):
                 return getattr, (HistoryBuffer, '__init__')
 
         with pytest.raises(ValueError, match='was refused because it holds the object getattr'):
-            read_checkpoint(save(tmp_path, dict(state_dict=dict(), x=Reach())))
+            read_checkpoint(save(tmp_path, dict(state_dict=dict(), x=GetattrPickle())))
 
-    def test_absent_file(self):
+    def test_missing_file(self):
         with pytest.raises(FileNotFoundError, match="checkpoint 'gone.pth' does not exist"):
             read_checkpoint('gone.pth')
 
@@ -101,7 +101,7 @@ class TestRead:
             read_checkpoint(path)
 
     @pytest.mark.parametrize('content', [b'hello', b'Repository not found', b'a: 1', b'', bytes(range(256)) * 9])
-    def test_other_files(self, tmp_path, content):
+    def test_file_that_is_not_a_checkpoint(self, tmp_path, content):
         (tmp_path / 'other.pth').write_bytes(content)
         with pytest.raises(ValueError, match='other.pth. is not a PyTorch checkpoint: it is damaged'):
             read_checkpoint(str(tmp_path / 'other.pth'))
@@ -115,13 +115,13 @@ class TestRead:
             ({3: torch.ones(2)}, "has no valid state dict: '3' is a Tensor"),
         ],
     )
-    def test_no_weights(self, tmp_path, content, message):
+    def test_checkpoint_without_weights(self, tmp_path, content, message):
         with pytest.raises(ValueError, match=message):
             read_checkpoint(save(tmp_path, content))
 
 
 class TestRestrictedPickle:
-    """The reader for torch below 2.4 admits and refuses the same; it runs on every version."""
+    """The reader for torch < 2.4 accepts and refuses the same files as torch. It is tested with every torch version."""
 
     @pytest.fixture(autouse=True)
     def old_torch(self, monkeypatch):
@@ -129,7 +129,7 @@ class TestRestrictedPickle:
         monkeypatch.delattr(torch.serialization, 'add_safe_globals', raising=False)
 
     @pytest.mark.parametrize('zipped', [True, False])
-    def test_reads_what_mmengine_stores(self, tmp_path, zipped):
+    def test_mmengine_checkpoint(self, tmp_path, zipped):
         hub = dict(loss=HistoryBuffer([1.0, 2.0], [1, 1]), best=np.float64(0.5), classes=np.arange(3))
         weights = nn.Linear(2, 3).state_dict()
         content = dict(state_dict=weights, message_hub=hub)
@@ -138,7 +138,7 @@ class TestRestrictedPickle:
         torch.testing.assert_close(dict(read['state_dict']), dict(weights))
         assert read['message_hub']['loss'].mean() == 1.5
 
-    def test_code_is_refused_and_not_run(self, tmp_path):
+    def test_code_is_refused_and_not_executed(self, tmp_path):
         trace = str(tmp_path / 'trace')
         with pytest.raises(ValueError, match='refused because it holds the object .*mkdir'):
             read_checkpoint(save(tmp_path, dict(state_dict=dict(), x=Attack(trace))))
@@ -171,7 +171,7 @@ class TestDownload:
             httpd.shutdown()
             thread.join()
 
-    def test_is_cached(self, server):
+    def test_download_is_cached(self, server):
         url, httpd, _ = server
         assert set(read_checkpoint(url)['state_dict']) == {'w'}
         httpd.shutdown()
@@ -182,7 +182,7 @@ class TestDownload:
         with pytest.raises(ValueError, match=r'http://127.0.0.1:9/w.pth could not be downloaded'):
             read_checkpoint('http://127.0.0.1:9/w.pth')
 
-    def test_wrong_hash_leaves_nothing_behind(self, server):
+    def test_wrong_hash_leaves_no_file(self, server):
         url, _, cache = server
         with pytest.raises(ValueError, match='wrong-12345678.pth could not be downloaded: invalid hash value'):
             read_checkpoint(url.rsplit('/', 1)[0] + '/wrong-12345678.pth')
@@ -196,11 +196,11 @@ class TestLoadStrict:
     def weights(self):
         return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict()
 
-    def test_fits(self):
+    def test_matching_weights(self):
         self.load(self.weights())
         self.load({f'module.{key}': value for key, value in self.weights().items()})
 
-    def test_counter_and_diffusion_module_do_not_matter(self):
+    def test_batch_counters_and_diffusion_weights_are_ignored(self):
         weights = {k: v for k, v in self.weights().items() if 'num_batches' not in k}
         self.load({**weights, 'diffkd.fpn.x': torch.ones(1)})
 
@@ -212,28 +212,28 @@ class TestLoadStrict:
             (lambda w: w.update({'0.weight': torch.ones(4, 2)}), '0.weight .4x2 in the file, 3x2 in the model.'),
         ],
     )
-    def test_misfits_are_named(self, change, message):
+    def test_mismatches_are_listed(self, change, message):
         weights = self.weights()
         change(weights)
         with pytest.raises(ValueError, match=message):
             self.load(weights)
 
-    def test_many_misfits_are_counted(self):
+    def test_many_mismatches_are_counted(self):
         with pytest.raises(ValueError, match=r'missing 0.weight, 0.bias, 1.weight, 1.bias and 2 more'):
             self.load({})
 
-    def test_what_upstream_computes_anew_is_not_missing(self):
-        """Swin V2 leaves the coordinate tables of a file out; those of other windows are misshapen all the same."""
+    def test_recomputed_buffers_are_not_missing(self):
+        """Swin V2 recomputes its coordinate tables, so a file may lack them. A different window size is an error."""
         from mmpretrain.models import SwinTransformerV2
 
         arch = dict(embed_dims=8, depths=[1, 1], num_heads=[1, 1], extra_norm_every_n_blocks=0)
         swin = dict(arch=arch, out_indices=(1,), img_size=64)
         load_strict(SwinTransformerV2(**swin), SwinTransformerV2(**swin).state_dict(), 'the teacher', 'w.pth')
-        other = SwinTransformerV2(**swin, window_size=[4, 4]).state_dict()
+        weights = SwinTransformerV2(**swin, window_size=[4, 4]).state_dict()
         with pytest.raises(ValueError, match='relative_coords_table'):
-            load_strict(SwinTransformerV2(**swin, window_size=[8, 8]), other, 'the teacher', 'w.pth')
+            load_strict(SwinTransformerV2(**swin, window_size=[8, 8]), weights, 'the teacher', 'w.pth')
 
-    def test_position_embeddings_of_another_size_are_misshapen(self):
+    def test_position_embeddings_of_a_different_size(self):
         from mmpretrain.models import VisionTransformer
 
         vit = dict(arch=dict(embed_dims=8, num_layers=1, num_heads=1, feedforward_channels=8), patch_size=16)

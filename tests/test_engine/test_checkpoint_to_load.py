@@ -4,8 +4,8 @@ from pathlib import Path
 from mmdiffkd.engine.checkpoint import saved_checkpoints
 
 
-def test_newest_first_but_not_by_number(tmp_path):
-    """An older run in the same folder has reached a later epoch."""
+def test_checkpoints_are_sorted_by_time_not_by_number(tmp_path):
+    """The folder also contains a checkpoint of a later epoch, from an older run."""
     for index, name in enumerate(('epoch_12.pth', 'epoch_1.pth', 'epoch_2.pth', 'epoch_2.pth.tmp', 'epoch_2_x.pth')):
         (tmp_path / name).write_text('')
         os.utime(tmp_path / name, (index, index))

@@ -1,5 +1,5 @@
 import sys
 from pathlib import Path
 
-# the scripts beside the requirements run before anything is installed, so they are no package
+# the setup scripts run before anything is installed, so they are not part of a package
 sys.path.insert(0, str(Path(__file__).parents[2] / 'requirements'))

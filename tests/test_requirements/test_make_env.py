@@ -1,4 +1,4 @@
-"""What the set-up shows, what it installs, and the alias by which onedl-mim knows mmdet."""
+"""Test the progress display, the requirements, and the alias with which onedl-mim finds mmdet."""
 
 import io
 import json
@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_file_gets_a_line_a_minute(monkeypatch):
+def test_log_file_gets_one_line_per_minute(monkeypatch):
     clock = [0]
     monkeypatch.setattr(make_env.time, 'monotonic', lambda: clock[0])
     stream = io.StringIO()
@@ -35,7 +35,7 @@ def test_a_log_file_gets_a_line_a_minute(monkeypatch):
     assert stream.getvalue().splitlines() == ['[1/2] first', '      second 60', '      second 120']
 
 
-def test_a_terminal_gets_one_line_in_place(monkeypatch):
+def test_terminal_line_is_rewritten_in_place(monkeypatch):
     monkeypatch.setenv('COLUMNS', '40')
     stream = Terminal()
     display = Display(stream)
@@ -47,7 +47,7 @@ def test_a_terminal_gets_one_line_in_place(monkeypatch):
     assert stream.getvalue().count('\n') == 1
 
 
-def test_what_pip_does():
+def test_pip_activity():
     assert pip_activity('') == 'pip is resolving packages'
     output = (
         'Collecting scipy (from mmdet)\n  Downloading scipy-1.17.whl (35.1 MB)\nRequirement already satisfied: six\n'
@@ -69,7 +69,7 @@ def test_requirements(family, tmp_path):
     assert not any('#' in line for line in found)
 
 
-@pytest.mark.parametrize('number, refused', [((3, 9, 1), True), ((3, 13, 0), True), ((3, 12, 4), False)])
+@pytest.mark.parametrize('number, refused', [((3, 10, 1), True), ((3, 13, 0), True), ((3, 12, 4), False)])
 def test_python_version(number, refused, tmp_path):
     script = (
         f'import runpy, sys; sys.version_info = {number}; sys.path.insert(0, "requirements")\n'
@@ -77,11 +77,11 @@ def test_python_version(number, refused, tmp_path):
     )
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode == 1) == refused
-    assert ('Python 3.10 - 3.12 is needed' in done.stderr) == refused
+    assert ('Python 3.11 or 3.12 is needed' in done.stderr) == refused
 
 
-class Copy:
-    """An environment with all packages of this one, in which mmdet may be uninstalled."""
+class EnvironmentCopy:
+    """A virtual environment with the packages of this one and a copy of mmdet, which can be uninstalled."""
 
     def __init__(self, folder):
         subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(folder)], check=True)
@@ -103,7 +103,7 @@ class Copy:
         return done.stdout
 
     def mmdet(self):
-        """Version of the distribution that is called mmdet, and where mim finds it."""
+        """Return the version of the distribution named mmdet, and the folder in which mim finds mmdet."""
         script = 'import json, importlib.metadata as m; from mim.utils import get_installed_path, module_full_name\n'
         script += 'print(json.dumps((m.version("mmdet"), get_installed_path(module_full_name("mmdet")))))'
         return json.loads(subprocess.check_output([str(self.python), '-W', 'ignore', '-c', script], text=True))
@@ -117,19 +117,19 @@ def onedl_version():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not onedl_version(), reason='with the original packages mmdet is called so')
+@pytest.mark.skipif(not onedl_version(), reason='the original packages need no alias')
 def test_alias(tmp_path):
-    env = Copy(tmp_path / 'env')
-    for _ in range(2):  # again in an environment that has it
+    env = EnvironmentCopy(tmp_path / 'env')
+    for _ in range(2):  # the second time, the alias exists
         assert add_alias(env.python, 'mmdet', 'onedl-mmdetection') == onedl_version()
         assert env.mmdet() == [onedl_version(), str(env.packages / 'mmdet')]
     assert 'No broken requirements' in env.pip('check')
     assert re.search(rf'^mmdet +{re.escape(onedl_version())}$', env.pip('list'), re.MULTILINE)
     assert 'already satisfied' in env.pip('install', '--no-index', 'mmdet')
-    # uninstalled, the package is whole
+    # uninstalling the alias keeps the package's files
     assert 'Successfully uninstalled mmdet' in env.pip('uninstall', '--yes', 'mmdet')
     assert not list(env.packages.glob('mmdet-*')) and env.count_files() == env.files
-    # a real one replaces it and is left alone
+    # a real distribution replaces the alias, and add_alias does not replace the distribution
     add_alias(env.python, 'mmdet', 'onedl-mmdetection')
     wheel = tmp_path / 'mmdet-9.0-py3-none-any.whl'
     with zipfile.ZipFile(wheel, 'w') as archive:

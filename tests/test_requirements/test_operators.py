@@ -1,4 +1,4 @@
-"""Checks before a build, progress, and what a failure says; a small real extension built, interrupted and resumed."""
+"""Test checks, progress and error messages of builds. Build, interrupt and resume a small real extension."""
 
 import fcntl
 import shutil
@@ -30,7 +30,7 @@ MODULE = """
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_ext", nullptr, -1, nullptr};
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__ext() { return PyModule_Create(&module); }
 """
-# a compiler that waits at one of the files as long as a file named `hold` lies beside it, and lists what it compiles
+# Fake compiler: it lists the files that it compiles, and waits at slow.cpp while a file `hold` exists next to itself.
 COMPILER = """#!/bin/sh
 here=$(dirname "$0")
 for word in "$@"; do
@@ -46,7 +46,7 @@ def test_jobs_from_cores_and_memory(cores, memory, jobs):
     assert choose_jobs(cores, memory * GIB) == jobs
 
 
-def test_machine_is_read():
+def test_available_cores_and_memory():
     assert operators.available_cores() >= 1
     assert 2**20 < operators.available_memory() < 2**50
 
@@ -64,7 +64,7 @@ def test_no_headers(tmp_path):
 
 
 def with_headers(folder):
-    """Facts of a machine on which a build can start."""
+    """Create ``Python.h``, and return facts with which a build can start."""
     (folder / 'Python.h').touch()
     return dict(FACTS, include=str(folder))
 
@@ -102,7 +102,7 @@ def test_gpu_without_toolkit(tmp_path):
 
 
 def started(folder, log):
-    """A build as it looks while ninja runs."""
+    """Write the files that exist while ninja runs, and return their build."""
     temporary = folder / 'source' / 'build' / 'temp.linux'
     temporary.mkdir(parents=True, exist_ok=True)
     (temporary / 'build.ninja').write_text(NINJA)
@@ -116,11 +116,11 @@ def test_progress(tmp_path, monkeypatch):
     build = started(tmp_path, '[1/78] c++ -c a.cpp -o a.o\n')
     now = time.monotonic()
     monkeypatch.setattr(operators.time, 'monotonic', lambda: now)
-    assert build.status() == 'operators: file 2 of 78'  # one says nothing about the others
+    assert build.status() == 'operators: file 2 of 78'  # one file is too few for an estimate
     build.log.write_text('[1/78] c++ ...\na.cpp: warning [3/4]\n[36/78] c++ ...\n')
     monkeypatch.setattr(operators.time, 'monotonic', lambda: now + 6 * 60)
     assert build.status() == 'operators: file 37 of 78, about 7 minutes left'
-    monkeypatch.setattr(operators.time, 'monotonic', lambda: now + 8 * 60)  # the same file: time goes on
+    monkeypatch.setattr(operators.time, 'monotonic', lambda: now + 8 * 60)  # the same file, later
     assert build.status() == 'operators: file 37 of 78, about 5 minutes left'
     monkeypatch.setattr(operators.time, 'monotonic', lambda: now + 20 * 60)
     assert build.status() == 'operators: file 37 of 78, less than a minute left'
@@ -133,7 +133,7 @@ def test_progress_of_a_resumed_build(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'error, cure',
+    'error, advice',
     [
         ('c++: fatal error: Killed signal terminated program cc1plus', 'MAX_JOBS=1'),
         ('a.s: No space left on device', 'disk is full'),
@@ -142,26 +142,26 @@ def test_progress_of_a_resumed_build(tmp_path):
         ('a.cpp:3: error: no member named x', 'tested with'),
     ],
 )
-def test_failure_says_what_to_do(tmp_path, error, cure):
+def test_failure_message_has_advice(tmp_path, error, advice):
     log = tmp_path / 'build.log'
     command = 'c++ -I/x -c /source/a.cpp -o /source/a.o ' + '-DX ' * 999
     noise = 'Traceback (most recent call last):\n' + '  File "setup.py"\n' * 40
     log.write_text(f'[1/2] {command}\n[2/2] {command}\nFAILED: a.o\n{command}\n{error}\nninja: build stopped\n{noise}')
-    said = explain_failure(log, 'mmcv', FACTS)
-    assert error in said and cure in said and str(log) in said
-    assert 'Traceback' not in said and command not in said
+    message = explain_failure(log, 'mmcv', FACTS)
+    assert error in message and advice in message and str(log) in message
+    assert 'Traceback' not in message and command not in message
 
 
 def test_same_build_waits_for_the_first(tmp_path):
-    (tmp_path / 'mmcv-2.1.0.whl').touch()  # what the other leaves
-    said = []
+    (tmp_path / 'mmcv-2.1.0.whl').touch()  # the first build has finished its wheel
+    messages = []
     with open(tmp_path / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         build = Build(sys.executable, 'mmcv', '2.1.0', tmp_path, FACTS)
-        thread = threading.Thread(target=build.start, args=(said.append, said.append))
+        thread = threading.Thread(target=build.start, args=(messages.append, messages.append))
         thread.start()
         thread.join(0.5)
-        assert thread.is_alive() and 'waiting' in said[0] and said[1] == 'operators: starting'
+        assert thread.is_alive() and 'waiting' in messages[0] and messages[1] == 'operators: starting'
     thread.join(10)
     assert not thread.is_alive() and build.process is None
     assert build.finish() == tmp_path / 'mmcv-2.1.0.whl'
@@ -173,7 +173,7 @@ def test_wheel_without_operators_does_not_fit(tmp_path):
     assert not operators.fits(sys.executable, tmp_path / 'lite.whl', FACTS)
 
 
-def test_half_a_wheel_does_not_fit(tmp_path):
+def test_truncated_wheel_does_not_fit(tmp_path):
     (tmp_path / 'half.whl').write_bytes(b'PK')
     assert not operators.fits(sys.executable, tmp_path / 'half.whl', FACTS)
 
@@ -186,7 +186,7 @@ def test_wheel_for_another_torch_does_not_fit(tmp_path):
 
 
 class TinyBuild:
-    """A real extension of four files, and the compiler of ``COMPILER``."""
+    """Source of a real extension with four files, which ``COMPILER`` compiles."""
 
     def __init__(self, folder, monkeypatch):
         monkeypatch.setenv('XDG_CACHE_HOME', str(folder / 'cache'))
@@ -227,7 +227,7 @@ def wait_until(condition, seconds=120):
 
 
 @pytest.mark.slow
-def test_interrupted_build_goes_on(tiny_build, monkeypatch):
+def test_interrupted_build_is_resumed(tiny_build, monkeypatch):
     tiny_build.hold.touch()
     build = tiny_build.start()
     wait_until(lambda: build.step()[0] == 3)
@@ -240,17 +240,17 @@ def test_interrupted_build_goes_on(tiny_build, monkeypatch):
     assert tiny_build.compiled() == ['ext.cpp', 'first.cpp', 'second.cpp', 'slow.cpp', 'slow.cpp']
     assert operators.fits(sys.executable, wheel, tiny_build.facts)
     assert not (tiny_build.folder / 'source').exists()
-    # found by the next environment, and where pip or the packages' own index has it
+    # the wheel is found in the cache, by pip and in mim's index
     find = (sys.executable, 'tiny-ops', '1.0', tiny_build.facts)
-    said = []
-    assert operators.find_wheel(*find, say=said.append) == wheel
-    assert said == [f'wheel from an earlier setup: {wheel}']
+    messages = []
+    assert operators.find_wheel(*find, say=messages.append) == wheel
+    assert messages == [f'wheel from an earlier setup: {wheel}']
     sources = shutil.copytree(tiny_build.folder, tiny_build.compiler.parent / 'wheels')
     shutil.rmtree(tiny_build.folder)
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('PIP_FIND_LINKS', str(sources))
-    assert operators.find_wheel(*find, say=said.append) == wheel
-    assert said[1:] == [f'prebuilt wheel from pip: {wheel.name}']
+    assert operators.find_wheel(*find, say=messages.append) == wheel
+    assert messages[1:] == [f'prebuilt wheel from pip: {wheel.name}']
     shutil.rmtree(tiny_build.folder)
     monkeypatch.delenv('PIP_FIND_LINKS')
     monkeypatch.setenv('PIP_CONFIG_FILE', '/dev/null')
@@ -259,12 +259,12 @@ def test_interrupted_build_goes_on(tiny_build, monkeypatch):
     index = Path(urlparse(operators.call([sys.executable, '-W', 'ignore', '-c', operators.FIND_INDEX])).path)
     index.parent.mkdir(parents=True)
     index.write_text(f'<a href="{(sources / wheel.name).as_uri()}">{wheel.name}</a>')
-    assert operators.find_wheel(*find, say=said.append) == wheel
-    assert said[2:] == [f"wheel from mim's index: {wheel.name}"]
+    assert operators.find_wheel(*find, say=messages.append) == wheel
+    assert messages[2:] == [f"wheel from mim's index: {wheel.name}"]
 
 
 @pytest.mark.slow
-def test_failed_build_shows_the_compilers_words_and_keeps_the_rest(tiny_build):
+def test_failed_build_shows_compiler_output_and_keeps_compiled_files(tiny_build):
     slow = tiny_build.package / 'slow.cpp'
     slow.write_text('#error "this file cannot be compiled"\n')
     build = tiny_build.start()
@@ -278,7 +278,7 @@ def test_failed_build_shows_the_compilers_words_and_keeps_the_rest(tiny_build):
 
 @pytest.mark.slow
 def test_lock_holds_while_a_compiler_runs(tiny_build):
-    """A set-up that is killed leaves its compiler behind; the next one must not compile beside it."""
+    """A killed setup leaves its compiler running, and the next setup must wait for it."""
     tiny_build.hold.touch()
     script = (
         f'import sys; sys.path.insert(0, {str(Path(operators.__file__).parent)!r})\n'

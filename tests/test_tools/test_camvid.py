@@ -9,13 +9,14 @@ from mmengine.config import Config
 from tests import tiny
 from tests.conftest import ROOT, call_tool, logged
 
-# Where the data is: the converted set and a few files of the download. It is not part of this project.
+# Folder of the converted data set. Next to it, ``raw_layout_samples`` has a few files of the original download. The
+# repository does not contain the data.
 DATA = Path(os.environ.get('MMDIFFKD_CAMVID', ROOT / 'data' / 'camvid11_240x180'))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='set MMDIFFKD_CAMVID to the converted CamVid set')
 
 
 def download(folder):
-    """A folder that looks like the public download: two images a split, of 24x16 pixels."""
+    """Write a folder like the public download, with two images of 24x16 pixels per split."""
     rng = np.random.default_rng(0)
     for split in ('train', 'val', 'test'):
         lines = []
@@ -76,7 +77,7 @@ def test_incomplete_download(tmp_path):
         (np.zeros((16, 24, 3), np.uint8), 'is 24x16 with mode RGB'),
     ],
 )
-def test_masks_of_another_kind(tmp_path, mask, message):
+def test_invalid_masks(tmp_path, mask, message):
     source = download(tmp_path / 'CamVid')
     cv2.imwrite(str(source / 'testannot' / 'a.png'), mask)
     done = convert(source, tmp_path / 'out', check=False)
@@ -86,7 +87,7 @@ def test_masks_of_another_kind(tmp_path, mask, message):
 @needs_data
 @pytest.mark.skipif(not (DATA.parent / 'raw_layout_samples').is_dir(), reason='no files of the download')
 def test_converter_reproduces_the_set(tmp_path):
-    """On files of the real download: masks equal, images up to the JPEG library."""
+    """On files of the real download, masks are equal, and images differ only by the JPEG library."""
     convert(DATA.parent / 'raw_layout_samples' / 'camvid' / 'CamVid', tmp_path)
     files = [path.relative_to(tmp_path) for path in tmp_path.rglob('*.*')]
     assert len(files) == 12
@@ -99,7 +100,7 @@ def test_converter_reproduces_the_set(tmp_path):
 @needs_data
 @pytest.mark.slow
 def test_short_run_on_real_images(tmp_path):
-    """The shipped config, with the path of the data overridden, for two iterations and a validation."""
+    """Run the shipped config on the real data for two iterations and a validation."""
     config = ROOT / 'configs' / 'camvid' / 'diffkd_deeplabv3-r18-half_deeplabv3-r18-quarter_1500i_camvid.py'
     from mmdiffkd.utils import get_model_cfg, resolve_config
 

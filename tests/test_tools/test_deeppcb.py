@@ -10,13 +10,14 @@ from mmengine.config import Config
 from tests import tiny
 from tests.conftest import ROOT, call_tool
 
-# Where the data is: the converted set and a few files of the download. It is not part of this project.
+# Folder of the converted data set. Next to it, ``raw_layout_samples`` has a few files of the original download. The
+# repository does not contain the data.
 DATA = Path(os.environ.get('MMDIFFKD_DEEPPCB', ROOT / 'data' / 'deeppcb_coco320'))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='set MMDIFFKD_DEEPPCB to the converted DeepPCB set')
 
 
 def download(folder, count=12):
-    """A folder that looks like the public download, with drawn boards."""
+    """Write a folder like the public download, with generated boards."""
     rng = np.random.default_rng(0)
     images, boxes = folder / 'group1' / '1', folder / 'group1' / '1_not'
     images.mkdir(parents=True)
@@ -42,7 +43,7 @@ def test_converter(tmp_path):
     source, out = download(tmp_path / 'PCBData'), tmp_path / 'out'
     call_tool('dataset_converters/deeppcb.py', source, out, '--size', 160)
     sizes = {name: len(read(out, name)['images']) for name in ('trainval', 'train', 'val', 'test')}
-    assert sizes == dict(trainval=12, train=11, val=1, test=2)  # the spoilt image is left out
+    assert sizes == dict(trainval=12, train=11, val=1, test=2)  # the broken image is left out
     content = read(out, 'val')
     assert content['images'] == [
         dict(id=1, file_name='trainval/00000009.jpg', width=160, height=160, orig_width=640, orig_height=640)
@@ -65,14 +66,14 @@ def test_incomplete_download(tmp_path):
 @needs_data
 @pytest.mark.skipif(not (DATA.parent / 'raw_layout_samples').is_dir(), reason='no files of the download')
 def test_converter_reproduces_the_set(tmp_path):
-    """On files of the real download: boxes equal, pixels up to the JPEG encoder."""
+    """On files of the real download, boxes are equal, and pixels differ only by the JPEG encoder."""
     call_tool('dataset_converters/deeppcb.py', DATA.parent / 'raw_layout_samples' / 'deeppcb' / 'PCBData', tmp_path)
     for name in ('trainval', 'test'):
         found, expected = read(tmp_path, name), read(DATA, name)
         by_file = {image['file_name']: image for image in expected['images']}
         compared = 0
         for image in found['images']:
-            if image['file_name'] not in by_file:  # the sample's lists are not the official split
+            if image['file_name'] not in by_file:  # the lists of the few files differ from the official split
                 continue
             twin = by_file[image['file_name']]
             boxes = [
@@ -89,7 +90,7 @@ def test_converter_reproduces_the_set(tmp_path):
 @needs_data
 @pytest.mark.slow
 def test_short_run_on_real_images(tmp_path):
-    """The shipped config, with the path of the data overridden, for two iterations and a validation."""
+    """Run the shipped config on the real data for one epoch of two iterations and a validation."""
     config = ROOT / 'configs' / 'deeppcb' / 'diffkd_retinanet-r50_retinanet-r18_24e_deeppcb.py'
     from mmdiffkd.utils import get_model_cfg, resolve_config
 

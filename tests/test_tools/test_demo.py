@@ -8,21 +8,22 @@ import time
 import cv2
 import pytest
 
+from mmdiffkd.visualization.runs import read_run
 from tests.conftest import ROOT, load_tool, run_tool
 
-ROWS = ('teacher', 'student alone', 'student, plain MSE', 'student, DiffKD', 'the same, exported, in plain mmdet')
+ROWS = ('teacher', 'student alone', 'student, plain MSE', 'student, DiffKD', 'exported student, in plain mmdet')
 
 
 def parse(monkeypatch, *options):
-    """The demo with these arguments."""
+    """Return the demo with these arguments."""
     demo = load_tool('demo.py')
     monkeypatch.setattr(sys, 'argv', ['demo.py', *map(str, options)])
     return demo.Demo(demo.parse_args())
 
 
 @pytest.mark.parametrize('option', [['--train-teacher'], ['--epochs', 1], ['--cfg-options', 'a=1'], []])
-def test_order_of_the_trainings(monkeypatch, tmp_path, option):
-    """The longest first; distilled ones wait for a teacher that is trained with other settings than the shipped one."""
+def test_order_of_trainings(monkeypatch, tmp_path, option):
+    """The longest training starts first. If the teacher must be trained, distilled students wait for it."""
     demo = parse(monkeypatch, '--work-dir', tmp_path, *option)
     jobs = {job.name: job for job in demo.training_jobs(demo.missing())}
     students = ['student, DiffKD', 'student, plain MSE', 'student alone']
@@ -48,19 +49,31 @@ def test_folders_and_seeds(monkeypatch, tmp_path):
         parse(monkeypatch, '--seed', 3, '--work-dir', 'a').check_settings()
 
 
+def test_introduction(monkeypatch, tmp_path):
+    """Names the trainings that are left."""
+    demo = parse(monkeypatch, '--work-dir', tmp_path)
+    text = demo.introduction(demo.missing())
+    assert ': student alone; student, plain MSE; student, DiffKD. The teacher is already trained.\n' in text
+    assert f'Results: {tmp_path}' in text and 'Ctrl-C' in text
+    assert 'student alone' not in demo.introduction(['student, DiffKD'])
+    assert demo.introduction(['teacher']).startswith('All trainings are finished.\n')
+    text = parse(monkeypatch, '--work-dir', tmp_path, '--train-teacher').introduction(['teacher', 'student, DiffKD'])
+    assert ': teacher; student, DiffKD.\n2 trainings' in text or ': teacher; student, DiffKD.\n1 trainings' in text
+
+
 def test_preset():
-    """What the demo shows is the recommended preset."""
+    """The demo uses the recommended preset."""
     demo = load_tool('demo.py')
     assert demo.Config.fromfile(demo.config_of('student, DiffKD')).model.preset == 'plus'
 
 
 @pytest.mark.slow
 def test_whole_demo_on_a_few_images(tmp_path, shapes):
-    """Trainings of an epoch that fail, are interrupted, go on; export, test in plain mmdet, report and picture."""
+    """Interrupt, fail and resume trainings of one epoch; then export, test in plain mmdet, report and draw."""
     work_dir = tmp_path / 'demo'
     options = ('--work-dir', work_dir, '--data', shapes, '--epochs', 1)
 
-    # two trainings are running when Ctrl-C is pressed: both end
+    # Ctrl-C ends both running trainings
     command = [sys.executable, ROOT / 'tools' / 'demo.py', *map(str, options)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     logs = [work_dir / 'logs' / f'retinanet-r18-{model}_shapes.log' for model in ('half_16e', 'eighth_8e')]
@@ -81,7 +94,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
     folders = [name for name in sorted(os.listdir(work_dir)) if (work_dir / name / 'result.json').exists()]
     assert len(folders) == 3
 
-    # the rest is done; one that lacks its validation is tested
+    # the failed training runs again; a run without a validation is tested
     broken.unlink()
     student = work_dir / 'retinanet-r18-eighth_8e_shapes'
     (student / 'result.json').unlink()
@@ -95,7 +108,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
     table = (work_dir / 'table.md').read_text()
     assert table in done.stdout and all(row['name'] in table and f'{row["mAP"]:.3f}' in table for row in rows)
     height, width, _ = cv2.imread(str(work_dir / 'detections.png')).shape
-    assert width == 4 * 128 and height > 4 * 128  # truth and three models, each with its name above
+    assert width == 4 * 128 and height > 4 * 128  # ground truth and three models, each below its name
     assert 'DiffKD' in (work_dir / 'report' / 'report.html').read_text()
     assert (student / 'tested').is_dir()
     for line in ('student.pth', 'detections.png', 'report/report.html', 'tools/misc/make_config.py', 'tools/train.py'):
@@ -103,12 +116,13 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
 
 
 @pytest.mark.slow
-def test_the_shipped_teacher_is_tested_only(tmp_path, monkeypatch):
+def test_shipped_teacher_is_only_tested(tmp_path, monkeypatch):
     make_shapes = load_tool('dataset_converters/make_shapes.py')
     for split in make_shapes.SPLITS:
         make_shapes.write_split(tmp_path / 'data', split, 16, 128, 7)
     demo = parse(monkeypatch, '--work-dir', tmp_path, '--data', tmp_path / 'data')
-    demo.do(demo.training_jobs(['teacher']), demo.keep)
+    demo.run_jobs(demo.training_jobs(['teacher']), demo.save_result)
     row = demo.row('teacher')
     assert row['mAP'] > 0.15 and row['seconds'] is None
+    assert read_run(demo.reported('teacher')).result('coco/bbox_mAP') == row['mAP']  # a line in the report
     assert not list(demo.folder('teacher').glob('**/*.pth'))

@@ -1,4 +1,4 @@
-"""Train, interrupt, resume, test, export: real processes of the real tools on a tiny detector."""
+"""Train, interrupt, resume, test and export a tiny detector with the tools, in real processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ for args in json.loads(sys.argv[2]):
     runpy.run_path(script, run_name='__main__')
 """
 
-# a config that adds flipped images
+# a config for test-time augmentation with flipped images
 TTA = """
 _base_ = 'config.py'
 tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
@@ -48,7 +48,7 @@ tta_pipeline = [
 
 @pytest.fixture
 def config(tmp_path, shapes):
-    """Config file of a run over two epochs of four iterations."""
+    """Config file of a run with two epochs of four iterations."""
     cfg = tiny.run_cfg(
         tiny.distiller_cfg(tmp_path),
         shapes,
@@ -70,7 +70,7 @@ def metric(records):
 
 
 def plain_mmdet(script, *runs):
-    """Run a script of mmdet, with each of these lists of arguments; returns what it printed."""
+    """Run a script of mmdet with each of these lists of arguments, and return its output."""
     runs = json.dumps([list(map(str, args)) for args in runs])
     command = [sys.executable, '-c', WITHOUT_PACKAGE, str(script), runs]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -80,7 +80,7 @@ def plain_mmdet(script, *runs):
 
 def map_of_test(work_dir):
     (file,) = work_dir.glob('*/*.json')
-    # mmengine lets every process write this file: behind the first record may stand the end of another's longer one
+    # every process overwrites this file, so the rest of a longer record may follow the first record
     record, _ = json.JSONDecoder().raw_decode(file.read_text())
     return record['coco/bbox_mAP_50']
 
@@ -97,10 +97,10 @@ def test_train_export_and_test_in_plain_mmdet(config, tmp_path):
 
     content = torch.load(run / 'epoch_2.pth', weights_only=False)
     assert not any(key.startswith('teacher') for key in content['state_dict'])
-    part = [key for key in content['state_dict'] if key.startswith('diffkd.')]
-    assert part and set(content['state_dict']) - set(part)
+    diffusion_keys = [key for key in content['state_dict'] if key.startswith('diffkd.')]
+    assert diffusion_keys and set(content['state_dict']) - set(diffusion_keys)
 
-    # the training checkpoint, by the training config, when the teacher is gone
+    # the training config tests its checkpoint without the teacher's weights
     (tmp_path / 'teacher.pth').unlink()
     call_tool('test.py', config, run / 'epoch_2.pth', '--work-dir', tmp_path / 'tested')
     assert map_of_test(tmp_path / 'tested') == pytest.approx(expected)
@@ -111,7 +111,7 @@ def test_train_export_and_test_in_plain_mmdet(config, tmp_path):
     )
     assert 'plain config of RetinaNet' in done.stdout
     assert exported[1].stat().st_size < (run / 'epoch_2.pth').stat().st_size / 3
-    # the training checkpoint opens there, too
+    # plain mmdet also loads the training checkpoint
     output = plain_mmdet(
         MMDET_TEST,
         [*exported, '--work-dir', tmp_path / 'plain'],
@@ -141,7 +141,7 @@ def test_test_time_augmentation(config, tmp_path):
 @pytest.mark.parametrize(
     'text, message', [('x = 1', 'has no model'), ('model = dict(', 'is not valid Python'), (None, 'does not exist')]
 )
-def test_export_of_a_config_that_cannot_be_read(tmp_path, text, message):
+def test_export_of_an_invalid_config(tmp_path, text, message):
     if text is not None:
         (tmp_path / 'mistaken.py').write_text(text)
     tool = 'model_converters/export_student.py'
@@ -168,12 +168,13 @@ def test_killed_run_is_resumed(config, tmp_path):
     assert 'missing keys' not in done.stdout and 'unexpected key' not in done.stdout
     after = torch.load(run / 'epoch_2.pth', weights_only=False)
     counter = 'diffkd.fpn.levels.0.denoiser.layers.3.num_batches_tracked'
-    assert (before['state_dict'][counter], after['state_dict'][counter]) == (24, 48)  # six passes, four iterations
+    # the denoiser runs six times in each of four iterations
+    assert (before['state_dict'][counter], after['state_dict'][counter]) == (24, 48)
     assert len(before['optimizer']['state']) == len(after['optimizer']['state'])
 
 
 def run_script(name, *args, path=Path(sys.executable).parent, **env):
-    """Run a shell script of tools/ with a folder in front of PATH."""
+    """Run a shell script of tools/ with a folder prepended to PATH."""
     env = dict(os.environ, PORT=str(29500 + os.getpid() % 1000), **env)
     env['PATH'] = f'{path}{os.pathsep}{env["PATH"]}'
     command = ['bash', str(ROOT / 'tools' / name), *map(str, args)]
@@ -182,17 +183,17 @@ def run_script(name, *args, path=Path(sys.executable).parent, **env):
 
 @pytest.mark.slow
 def test_two_processes_without_unused_parameters(config, tmp_path):
-    """Over gloo, by the documented script; DDP would stop in the second iteration if a parameter got no gradient."""
+    """DDP raises in the second iteration if a parameter has no gradient. Uses gloo and the documented script."""
     done = run_script('dist_train.sh', config, 2)
     assert done.returncode == 0, done.stdout[-4000:]
     assert 'find_unused_parameters=True' not in done.stdout
     assert 'GPU number: 2' in done.stdout  # mmengine's name for the number of processes
     train = [record for record in logged(tmp_path / 'run') if 'diffkd.fpn.loss_kd' in record]
-    assert len(train) == 4  # two epochs of eight images, two processes, two images each
+    assert len(train) == 4  # two epochs of eight images, on two processes with two images per batch
     checkpoint = tmp_path / 'run' / 'epoch_2.pth'
     done = run_script('dist_test.sh', config, checkpoint, 2, '--work-dir', tmp_path / 'tested')
     assert done.returncode == 0, done.stdout[-4000:]
-    # not the figure of the training's validation: there each process has running statistics of its own
+    # compare with a test: in validation during training, each process uses its own running statistics
     call_tool('test.py', config, checkpoint, '--work-dir', tmp_path / 'tested by one')
     assert map_of_test(tmp_path / 'tested') == pytest.approx(map_of_test(tmp_path / 'tested by one'))
 
@@ -207,14 +208,14 @@ def test_slurm_script(tmp_path):
     assert done.stdout.rstrip().endswith('tools/train.py c.py --work-dir=dir --launcher=slurm --amp')
 
 
-# a module for custom_imports: the loss of the second process is infinite in its second iteration
-SPOIL = """
+# Module for custom_imports that makes the second process's loss infinite in the second iteration.
+INFINITE_LOSS = """
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
-class SpoilHook(Hook):
+class InfiniteLossHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if get_rank() == 1 and runner.iter == 1:
             level = runner.model.module.diffkd['fpn'].levels[0]
@@ -225,14 +226,14 @@ class SpoilHook(Hook):
 
 
 @pytest.mark.slow
-def test_all_processes_skip_together(config, tmp_path):
-    (tmp_path / 'spoil.py').write_text(SPOIL)
-    spoilt = tmp_path / 'spoilt.py'
-    spoilt.write_text(
-        "_base_ = 'config.py'\ncustom_imports = dict(imports=['mmdiffkd', 'spoil'])\n"
-        "custom_hooks = [dict(type='SpoilHook'), dict(type='mmdiffkd.NonFiniteHook', policy='skip')]\n"
+def test_all_processes_skip_the_same_iteration(config, tmp_path):
+    (tmp_path / 'infinite_loss.py').write_text(INFINITE_LOSS)
+    with_hook = tmp_path / 'with_hook.py'
+    with_hook.write_text(
+        "_base_ = 'config.py'\ncustom_imports = dict(imports=['mmdiffkd', 'infinite_loss'])\n"
+        "custom_hooks = [dict(type='InfiniteLossHook'), dict(type='mmdiffkd.NonFiniteHook', policy='skip')]\n"
     )
-    done = run_script('dist_train.sh', spoilt, 2, PYTHONPATH=str(tmp_path))
+    done = run_script('dist_train.sh', with_hook, 2, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:]
     message = 'Iteration 1 was skipped because of non-finite values in diffkd.fpn.loss_kd (level 0) (1 skipped'
     assert done.stdout.count(message) == 1

@@ -22,8 +22,8 @@ def test_images_are_the_same_for_a_seed(data, tmp_path):
     assert files[0] == files[1]
 
 
-def test_mmpretrain_reads_it(data):
-    """``CustomDataset`` numbers classes by the order of their folders, whatever the order of its metainfo."""
+def test_mmpretrain_reads_the_data_set(data):
+    """``CustomDataset`` numbers classes in the order of their folders and ignores the order in its metainfo."""
     classes = Config.fromfile(ROOT / 'configs' / '_base_' / 'shape_classes.py').metainfo.classes
     assert (data / 'classes.txt').read_text().splitlines() == list(classes)
     for split, count in (('train', 7), ('val', 5)):

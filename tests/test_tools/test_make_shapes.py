@@ -16,7 +16,7 @@ def test_images_and_boxes_are_the_same_for_a_seed(tmp_path):
         assert (tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes()
 
 
-def test_boxes_hold_what_is_visible():
+def test_masks_cover_only_visible_pixels():
     make_shapes = load_tool('dataset_converters/make_shapes.py')
     image, objects = make_shapes.draw_image(np.random.default_rng(0), 96)
     assert image.shape == (96, 96, 3) and image.std() > 5
@@ -26,8 +26,8 @@ def test_boxes_hold_what_is_visible():
         assert not (mask & later).any()
 
 
-def test_labels_mean_the_same_in_coco_and_demo_configs(shapes):
-    """``CocoDataset`` numbers classes by the order of the file, whatever the order of its metainfo."""
+def test_labels_agree_in_coco_and_demo_configs(shapes):
+    """``CocoDataset`` numbers classes in the order of the file and ignores the order in its metainfo."""
     make_shapes = load_tool('dataset_converters/make_shapes.py')
     file = json.loads((shapes / 'annotations' / 'train.json').read_text())
     names = [category['name'] for category in file['categories']]

@@ -1,4 +1,4 @@
-"""The documented commands of mim on a shipped config of each codebase, with a few tiny images."""
+"""Run the documented mim commands on a shipped config of each codebase, with a few tiny images."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ LOADERS = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
 
 
 def detection():
-    """What mim calls mmdet where the set-up has added no alias: the two families of packages differ."""
+    """Return the name by which mim knows mmdet without an alias. The name depends on the package family."""
     try:
         return version('onedl-mmdetection') and 'mmdetection'
     except PackageNotFoundError:
@@ -30,7 +30,7 @@ def detection():
 
 
 def mim(command, codebase, *args):
-    """Output of a command of mim."""
+    """Run a mim command and return its output."""
     assert is_installed(module_full_name(codebase)), f'mim would install {codebase}: run make env'
     command = [Path(sys.executable).parent / 'mim', command, codebase, *args]
     done = subprocess.run(
@@ -96,7 +96,7 @@ def test_detection(tmp_path, shapes):
 
 
 def test_names_of_mmdet():
-    """In the environments of the set-up ``mmdet``, and in others the name of the family, are one package to mim."""
+    """Under both names, ``mmdet`` and the name of the package family, mim finds the same folder."""
     folder = Path(mmdet.__file__).parent
     assert {Path(get_installed_path(module_full_name(name))) for name in ('mmdet', detection())} == {folder}
 

@@ -3,7 +3,7 @@ import pytest
 from tests.conftest import call_tool
 
 TOOL = 'analysis_tools/param_groups.py'
-# the weights of the teachers do not exist
+# the teachers' checkpoints do not exist and are not needed
 CONVNEXT = """
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmpretrain.models', 'mmdiffkd'], allow_failed_imports=False)
@@ -44,7 +44,7 @@ _base_ = 'config.py'
 custom_imports = dict(imports=['mmpretrain.models', 'mmdiffkd', 'by_position'], allow_failed_imports=False)
 optim_wrapper = dict(constructor='LastParameterConstructor')
 """
-# the distilled model ends with the diffusion module
+# the last parameter of a distilled model belongs to the diffusion module
 LAST_PARAMETER = """
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -59,7 +59,7 @@ class LastParameterConstructor(DefaultOptimWrapperConstructor):
 
 @pytest.fixture
 def config(tmp_path):
-    """Write a config file."""
+    """Return a function that writes a config file."""
 
     def write(text, name='config.py'):
         (tmp_path / name).write_text(text)
@@ -69,26 +69,27 @@ def config(tmp_path):
 
 
 def table(output):
-    """Counts by part, learning rate and weight decay, and the last line."""
+    """Parse the printed table. Return the counts by part, learning rate and weight decay, and the last line."""
     lines = output.splitlines()
-    (start,) = [number for number, line in enumerate(lines) if line.split()[:2] == ['lr', 'decay']]
+    (start,) = [number for number, line in enumerate(lines) if line.split()[:3] == ['part', 'lr', 'decay']]
     rows = {}
-    for part, lr, decay, *counts in map(str.split, lines[start + 1 : -1]):
+    for part, lr, decay, *counts in map(str.split, lines[start + 1 : -2]):
         key = (part, 'frozen') if lr == 'frozen' else (part, float(lr), float(decay))
         rows[key] = [0 if count == '-' else int(count.replace(',', '')) for count in counts]
     return rows, lines[-1]
 
 
 def select(rows, part):
-    """The rows of a part, those with a learning rate in front."""
+    """Return the counts of a part by learning rate and weight decay."""
     return {key[1:]: counts for key, counts in rows.items() if key[0] == part}
 
 
 def test_convnext_detector(config):
     done = call_tool(TOOL, config(CONVNEXT), '--cfg-options', 'model.student.backbone.frozen_stages=1')
     rows, verdict = table(done.stdout)
-    student, part = select(rows, 'student'), select(rows, 'diffkd')
-    assert 'RetinaNet, LearningRateDecayOptimizerConstructor, base lr 0.0002' in done.stdout
+    student, diffusion = select(rows, 'student'), select(rows, 'diffkd')
+    assert 'Student: RetinaNet. Optimizer constructor: LearningRateDecayOptimizerConstructor.' in done.stdout
+    assert 'Base learning rate: 0.0002.' in done.stdout
     count = sum(counts[0] for counts in student.values())
     assert verdict == f'Distillation does not change the optimizer settings of the {count} student parameters.'
     # the stem (40 filters of 4 x 4 x 3 and a norm), then two blocks of 40 channels
@@ -97,14 +98,14 @@ def test_convnext_detector(config):
     rates = sorted({lr for lr, _ in student})
     assert rates == pytest.approx([2e-4 * 0.7**layer for layer in (5, 4, 3, 1, 0)], rel=1e-3)
     assert all(counts[:2] == counts[2:] for counts in student.values())
-    assert set(part) == {(2e-4, 0.05), (2e-4, 0.0)}
-    assert all(counts[:2] == [0, 0] for counts in part.values())
+    assert set(diffusion) == {(2e-4, 0.05), (2e-4, 0.0)}
+    assert all(counts[:2] == [0, 0] for counts in diffusion.values())
 
 
 def test_swin_classifier(config):
     done = call_tool(TOOL, config(SWIN), '--cfg-options', 'optim_wrapper.optimizer.lr=0.01')
     rows, verdict = table(done.stdout)
-    student, part = select(rows, 'student'), select(rows, 'diffkd')
+    student, diffusion = select(rows, 'student'), select(rows, 'diffkd')
     count = sum(counts[2] for counts in student.values())
     assert verdict == f'Distillation does not change the optimizer settings of the {count} student parameters.'
     rates = sorted({lr for lr, _ in student})
@@ -112,10 +113,10 @@ def test_swin_classifier(config):
     # the stem: 96 filters of 4 x 4 x 3, their biases, and a norm
     assert student[rates[0], 0.05] == [1, 96 * 48] * 2
     assert student[rates[0], 0.0] == [3, 3 * 96] * 2
-    assert set(part) == {(0.01, 0.05), (0.01, 0.0)}
+    assert set(diffusion) == {(0.01, 0.05), (0.01, 0.0)}
 
 
-def test_what_differs_is_named(config, tmp_path, monkeypatch):
+def test_changed_parameters_are_named(config, tmp_path, monkeypatch):
     config(CONVNEXT), config(LAST_PARAMETER, 'by_position.py')
     monkeypatch.syspath_prepend(tmp_path)
     done = call_tool(TOOL, config(BY_POSITION, 'child.py'), check=False)
@@ -143,7 +144,7 @@ def test_what_differs_is_named(config, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_nothing_to_compare(config, text, message):
+def test_invalid_configs(config, text, message):
     done = call_tool(TOOL, config(text), check=False)
     assert done.returncode == 2
     assert done.stdout.splitlines()[-1].startswith('Error: ') and message in done.stdout.splitlines()[-1]

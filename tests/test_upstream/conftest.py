@@ -8,7 +8,7 @@ SGD = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1)
 
 
 class RecordHook(Hook):
-    """Keep the weights at the start of training, after every iteration and in validation."""
+    """Record the weights at the start of training, after every iteration and in validation."""
 
     def __init__(self):
         self.start, self.validated, self.weights = None, None, []
@@ -29,7 +29,7 @@ def copy_of(state_dict):
 
 @pytest.fixture
 def runner(tmp_path, shapes):
-    """Build a run of a few iterations on the shapes; ``runner.record`` holds its weights."""
+    """Return a function that builds a run of a few iterations on the shapes. ``run.record`` has its weights."""
 
     def build(model_cfg, name='run', max_iters=4, val_interval=99, **options):
         defaults = dict(

@@ -1,4 +1,4 @@
-"""Upstream's models with few channels and layers, and distillers of them."""
+"""Upstream models with few channels and layers, and distillers of them."""
 
 from mmengine.config import ConfigDict
 
@@ -8,16 +8,16 @@ from tests import tiny
 WIDTHS = [8, 16, 24, 32]
 DEPTHS = [1, 1, 4, 1]
 CONVNEXT = dict(type='mmpretrain.ConvNeXt', arch=dict(depths=DEPTHS, channels=WIDTHS), gap_before_final_norm=False)
-# one pair for models of all kinds
+# a pair that fits all models
 BACKBONES = dict(feat=dict(student='backbone', teacher='backbone'))
 
 
 def shrunk(config, **changes):
-    """Config of a model of an installed package.
+    """Return the config of a model of an installed package, with changes.
 
     Args:
         config (str): ``pkg::path`` of its config.
-        **changes: Merged into the model's config, with ``__`` for dots.
+        **changes: Model settings to override, with ``__`` for dots.
     """
     cfg = resolve_config(config)
     cfg.merge_from_dict({f'model.{key.replace("__", ".")}': value for key, value in changes.items()})
@@ -48,7 +48,7 @@ def beit_segmentor():
     return shrunk(
         'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py',
         pretrained=None,
-        backbone__img_size=(512, 512),  # it takes no other size, the dry run's included
+        backbone__img_size=(512, 512),  # BEiT accepts only this size, also in the dry run
         backbone__embed_dims=16,
         backbone__num_layers=4,
         backbone__num_heads=2,
@@ -90,7 +90,7 @@ def swin_classifier():
 
 
 def vit_classifier():
-    """The Vision Transformer that is fine-tuned after MAE."""
+    """Vision Transformer for fine-tuning after MAE."""
     return shrunk(
         'mmpretrain::mae/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k.py',
         backbone__arch=dict(_delete_=True, embed_dims=16, num_layers=4, num_heads=2, feedforward_channels=32),
@@ -100,6 +100,6 @@ def vit_classifier():
 
 
 def distiller(student, teacher=None, checkpoint='not-needed.pth', **options):
-    """Config of a distiller, from a teacher of the same kind by default."""
+    """Return the config of a distiller. By default, the teacher has the config of the student."""
     teacher = dict(config=teacher or student, checkpoint=str(checkpoint))
     return ConfigDict(type='mmdiffkd.DiffKDDistiller', student=student, teacher=teacher, **options)

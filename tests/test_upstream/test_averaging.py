@@ -1,4 +1,4 @@
-"""Averages of the weights: of the student and its diffusion module, by upstream's formulas, without the teacher."""
+"""EMA and SWA average the student and the diffusion module by upstream's formulas, but not the teacher."""
 
 import math
 
@@ -16,7 +16,7 @@ SWA = dict(type='EMAHook', ema_type='StochasticWeightAverage', begin_iter=2)
 
 
 def moving(momentum):
-    """Moving average with a momentum that depends on the step."""
+    """Return a moving average whose momentum is a function of the step."""
 
     def average(weights):
         mean = weights[0].clone()
@@ -34,13 +34,13 @@ AVERAGES = dict(
         EXP_MOMENTUM,
         moving(lambda step: (1 - MOMENTUM) * math.exp(-(1 + step) / GAMMA) + MOMENTUM),
     ),
-    swa=(SWA, lambda weights: torch.stack(weights[1:]).mean(0)),  # the first iteration comes before begin_iter
+    swa=(SWA, lambda weights: torch.stack(weights[1:]).mean(0)),  # averaging begins in the second iteration
 )
 
 
 @pytest.fixture
 def distiller_cfg(tmp_path):
-    """A distiller whose teacher has no value that another model has by chance, such as a weight of one."""
+    """Config of a distiller. No weight of the teacher equals one of the student, as BatchNorm weights usually do."""
     cfg = tiny.distiller_cfg(tmp_path)
     content = torch.load(cfg.teacher.checkpoint, weights_only=False)
     for value in content['state_dict'].values():
@@ -56,20 +56,20 @@ def averaging(run):
 
 
 def is_averaged(key, value, hook):
-    """Whether the average has its own value of a tensor; else it has the model's."""
+    """Return whether a tensor is averaged instead of copied from the model."""
     is_buffer = 'running_' in key or 'num_batches' in key
     return value.is_floating_point() and (not is_buffer or hook.get('update_buffers', False))
 
 
 @pytest.mark.parametrize('hook, average', AVERAGES.values(), ids=AVERAGES.keys())
-def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, average):
+def test_average_excludes_the_teacher(runner, distiller_cfg, tmp_path, hook, average):
     run = runner(distiller_cfg, custom_hooks=[hook])
     run.train()
     model, ema = run.model, averaging(run)
     history = run.record.weights
     assert len(history) == 4
 
-    # the numbers
+    # averaged values
     expected = {
         key: average([weights[key] for weights in history]) if is_averaged(key, value, hook) else value
         for key, value in history[-1].items()
@@ -82,12 +82,12 @@ def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, 
     assert any(not torch.equal(expected[key], history[-1][key]) for key in floats if key.startswith('backbone.'))
     assert any(not torch.equal(expected[key], history[-1][key]) for key in floats if key.startswith('diffkd.'))
 
-    # no teacher in it
+    # the average does not contain the teacher
     assert ema.module.diffkd_teacher is model.diffkd_teacher
     plain = MODELS.build(tiny.detector())
     student = without_diffusion_module(ema.module.state_dict())
     assert list(student) == list(plain.state_dict())
-    assert len(ema.state_dict()) == len(model.state_dict()) + 1  # the count of its updates
+    assert len(ema.state_dict()) == len(model.state_dict()) + 1  # plus the number of updates
     content = torch.load(tmp_path / 'run' / 'iter_4.pth', weights_only=False)
     assert list(content['ema_state_dict']) == list(ema.state_dict())
     teachers = [value for value in model.diffkd_teacher.model.state_dict().values() if value.is_floating_point()]
@@ -96,7 +96,7 @@ def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, 
     assert not any(value.data_ptr() in memory for value in own)
     assert not any(torch.equal(value, other) for value in own for other in teachers if value.shape == other.shape)
 
-    # the checkpoint: the average for whoever opens it, the weights of the last iteration for whoever resumes
+    # the checkpoint has the average in state_dict, and the weights of the last iteration, to resume, in ema_state_dict
     for key in floats:
         torch.testing.assert_close(content['state_dict'][key], expected[key])
         torch.testing.assert_close(content['ema_state_dict'][f'module.{key}'], history[-1][key])
@@ -104,7 +104,7 @@ def test_average_is_of_the_student_alone(runner, distiller_cfg, tmp_path, hook, 
     plain.load_state_dict(without_diffusion_module(content['state_dict']))
 
 
-def test_average_goes_on_after_resuming(runner, distiller_cfg, tmp_path):
+def test_average_continues_after_resume(runner, distiller_cfg, tmp_path):
     first = runner(distiller_cfg, custom_hooks=[EMA])
     first.train()
     second = runner(
@@ -112,7 +112,7 @@ def test_average_goes_on_after_resuming(runner, distiller_cfg, tmp_path):
     )
     second.train()
     history = first.record.weights + second.record.weights
-    torch.testing.assert_close(second.record.start, history[3])  # not the average
+    torch.testing.assert_close(second.record.start, history[3])  # the weights are resumed, not the average
     found = averaging(second).module
     average = AVERAGES['ema'][1]
     assert len(history) == 6
@@ -120,7 +120,7 @@ def test_average_goes_on_after_resuming(runner, distiller_cfg, tmp_path):
         torch.testing.assert_close(value.data, average([weights[key] for weights in history]))
 
 
-def test_validation_is_of_the_average(runner, distiller_cfg):
+def test_validation_uses_the_average(runner, distiller_cfg):
     run = runner(distiller_cfg, val_interval=4, custom_hooks=[EMA])
     run.train()
     for key, value in averaging(run).module.named_parameters():

@@ -1,4 +1,4 @@
-"""Hooks that count classes look at the student, not at the teacher, whose classes may be others."""
+"""Hooks that check the number of classes check only the student; the teacher may have different classes."""
 
 import cv2
 import numpy as np
@@ -18,7 +18,7 @@ def detector(num_classes):
     return tiny.detector(**{'bbox_head.num_classes': num_classes})
 
 
-def test_detection_teacher_with_other_classes(runner, tmp_path):
+def test_detection_teacher_with_different_classes(runner, tmp_path):
     run = runner(
         tiny.distiller_cfg(tmp_path, teacher=detector(7)), max_iters=1, val_interval=1, custom_hooks=MMDET_HOOK
     )
@@ -26,14 +26,14 @@ def test_detection_teacher_with_other_classes(runner, tmp_path):
     assert run.model.bbox_head.num_classes == len(run.train_dataloader.dataset.metainfo['classes']) == 80
     assert run.model.diffkd_teacher.model.bbox_head.num_classes == 7
     assert {'train/loss_cls', 'train/diffkd.fpn.loss_kd'} <= set(run.message_hub.log_scalars)
-    assert run.record.validated is not None  # the hook has looked at the validation set, too
+    assert run.record.validated is not None  # the hook also checked the validation set
 
 
 @pytest.mark.parametrize('num_classes', [7, 81])
 @pytest.mark.parametrize('distilled', [True, False])
-def test_detection_student_with_other_classes(runner, tmp_path, num_classes, distilled):
+def test_detection_student_with_different_classes(runner, tmp_path, num_classes, distilled):
     student = detector(num_classes)
-    # its teacher, with the classes of the data set, does not count either
+    # the teacher has the classes of the data set and is not checked
     cfg = tiny.distiller_cfg(tmp_path, student=student) if distilled else student
     run = runner(cfg, max_iters=1, custom_hooks=MMDET_HOOK)
     with pytest.raises(
@@ -45,7 +45,7 @@ def test_detection_student_with_other_classes(runner, tmp_path, num_classes, dis
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
-    """Four noisy pictures of each class, one folder a class."""
+    """Four noisy pictures per class, one folder per class."""
     root, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
         (root / name).mkdir()
@@ -57,7 +57,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def classification(tmp_path, pictures):
-    """Build an epoch of upstream's ResNet-18 recipe on the pictures."""
+    """Return a function that builds one epoch of upstream's ResNet-18 recipe on the pictures."""
     checkpoint = tiny.write_checkpoint(
         models.resnet_classifier(num_classes=5, base_channels=16), tmp_path / 'teacher.pth'
     )
@@ -65,7 +65,7 @@ def classification(tmp_path, pictures):
     def build(num_classes, distilled=True):
         cfg = tiny.unformatted(resolve_config('mmpretrain::resnet/resnet18_8xb32_in1k.py'))
         cfg.model = models.resnet_classifier(num_classes)
-        cfg.model.data_preprocessor.num_classes = len(CLASSES)  # the hook counts these as well
+        cfg.model.data_preprocessor.num_classes = len(CLASSES)  # the hook also checks these
         if distilled:
             teacher = models.resnet_classifier(num_classes=5, base_channels=16)
             cfg.model = models.distiller(cfg.model, teacher, checkpoint, distill=models.BACKBONES)
@@ -92,7 +92,7 @@ def classification(tmp_path, pictures):
     return build
 
 
-def test_classification_teacher_with_other_classes(classification):
+def test_classification_teacher_with_different_classes(classification):
     run = classification(num_classes=3)
     run.train()
     assert run.model.head.num_classes == len(run.train_dataloader.dataset.CLASSES) == 3
@@ -103,7 +103,7 @@ def test_classification_teacher_with_other_classes(classification):
 
 @pytest.mark.parametrize('num_classes', [2, 5])
 @pytest.mark.parametrize('distilled', [True, False])
-def test_classification_student_with_other_classes(classification, num_classes, distilled):
+def test_classification_student_with_different_classes(classification, num_classes, distilled):
     run = classification(num_classes, distilled)
     with pytest.raises(
         AssertionError, match=rf'`num_classes` \({num_classes}\) in LinearClsHead of .*\s+3\) in CustomDataset'

@@ -1,4 +1,4 @@
-"""Learning rates and weight decays by layer: the student's are those it has without distillation."""
+"""Distillation does not change the layer-wise learning rates and weight decays of the student."""
 
 import pytest
 from mmengine.config import ConfigDict
@@ -17,7 +17,8 @@ MMPRETRAIN = dict(layer_decay_rate=0.5, norm_decay_mult=0.0, bias_decay_mult=0.0
 BY_NAME = dict(custom_keys={'backbone': dict(lr_mult=0.1, decay_mult=0.5), 'backbone.layer4': dict(lr_mult=0.2)})
 BY_KIND = dict(norm_decay_mult=0.5, bias_decay_mult=0.0)
 
-# scope, student, constructor, its settings, then learning rate and weight decay of some parameters by hand
+# Scope, student, optimizer constructor, settings of the constructor, and the expected (learning rate, weight decay) of
+# some parameters.
 CASES = dict(
     mmdet_layer_wise=(
         'mmdet',
@@ -51,7 +52,7 @@ CASES = dict(
         dict(decay_rate=0.5, decay_type='layer_wise_vit', num_layers=4),
         {'backbone.cls_token': (LR * 0.5**5, DECAY), 'backbone.layers.3.ln1.weight': (LR * 0.5, 0)},
     ),
-    mmseg_beit_by_its_old_name=(
+    mmseg_beit_deprecated_constructor=(
         'mmseg',
         models.beit_segmentor,
         'LayerDecayOptimizerConstructor',
@@ -97,19 +98,21 @@ CASES = dict(
 )
 
 
-@pytest.mark.parametrize('scope, student, constructor, paramwise_cfg, by_hand', CASES.values(), ids=CASES.keys())
-def test_student_keeps_its_settings(scope, student, constructor, paramwise_cfg, by_hand):
+@pytest.mark.parametrize('scope, student, constructor, paramwise_cfg, expected', CASES.values(), ids=CASES.keys())
+def test_student_keeps_its_settings(scope, student, constructor, paramwise_cfg, expected):
     DefaultScope.get_instance('layer decay', scope_name=scope)
     optimizer = dict(type='AdamW', lr=LR, weight_decay=DECAY)
     cfg = ConfigDict(optimizer=optimizer, constructor=constructor, paramwise_cfg=paramwise_cfg)
     cfg = ConfigDict({key: value for key, value in cfg.items() if value is not None})
     options = {} if scope == 'mmdet' else dict(distill=models.BACKBONES)
-    param_settings = load_tool('analysis_tools/param_groups.py').param_settings  # refuses duplicates
+    param_settings = load_tool('analysis_tools/param_groups.py').param_settings  # fails if a parameter occurs twice
     alone = param_settings(MODELS.build(student()), cfg)
     distilled = param_settings(MODELS.build(models.distiller(student(), **options)), cfg)
 
-    assert {name: alone[name] for name in by_hand} == {name: pytest.approx(values) for name, values in by_hand.items()}
-    part = {name: distilled.pop(name) for name in list(distilled) if name.startswith(PREFIX)}
+    assert {name: alone[name] for name in expected} == {
+        name: pytest.approx(values) for name, values in expected.items()
+    }
+    diffusion = {name: distilled.pop(name) for name in list(distilled) if name.startswith(PREFIX)}
     assert distilled == alone
-    assert part and {lr for lr, _ in part.values()} == {LR}
-    assert {decay for _, decay in part.values()} <= {0, DECAY * 0.5, DECAY}
+    assert diffusion and {lr for lr, _ in diffusion.values()} == {LR}
+    assert {decay for _, decay in diffusion.values()} <= {0, DECAY * 0.5, DECAY}

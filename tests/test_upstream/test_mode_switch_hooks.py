@@ -1,4 +1,4 @@
-"""Recipes that change in the middle of training: the change reaches the student, and distillation goes on."""
+"""If a recipe changes during training, the student changes, and distillation continues."""
 
 import pytest
 from mmengine.runner import Runner
@@ -10,11 +10,11 @@ from tests.test_upstream import models
 
 YOLOX = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
 RTMDET = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
-SHRINKING = 640 // tiny.SIZE
+SHRINK_FACTOR = 640 // tiny.SIZE
 
 
 def thin(config, widen_factor):
-    """A thin model of the package; its backbone has 64 channels times the factor at stride 2."""
+    """Return a thin model of the package. Its backbone has 64 * ``widen_factor`` channels at stride 2."""
     cfg = resolve_config(config)
     channels = [int(width * widen_factor) for width in (256, 512, 1024)]
     cfg.merge_from_dict(
@@ -33,18 +33,18 @@ def thin(config, widen_factor):
 
 
 def smaller(pipeline):
-    """The same transforms for smaller images."""
+    """Divide all sizes in the transforms by ``SHRINK_FACTOR``."""
     sizes = ('img_scale', 'scale', 'crop_size', 'size', 'border')
     for transform in pipeline:
         for key in sizes:
             if key in transform:
-                transform[key] = tuple(int(side / SHRINKING) for side in transform[key])
+                transform[key] = tuple(int(side / SHRINK_FACTOR) for side in transform[key])
     return pipeline
 
 
 @pytest.fixture
 def run(tmp_path, shapes):
-    """Build three epochs of a recipe of the package on the shapes, distilled from a wider teacher."""
+    """Return a function that builds three epochs of a recipe on the shapes, distilled from a wider teacher."""
 
     def build(config, change):
         cfg = tiny.unformatted(resolve_config(config))
@@ -75,7 +75,7 @@ def run(tmp_path, shapes):
 
 
 def epochs(folder):
-    """The logged records of each epoch."""
+    """Return the logged records of each epoch."""
     records = logged(folder)
     return [[record for record in records if record['epoch'] == epoch] for epoch in (1, 2, 3)]
 
@@ -93,7 +93,7 @@ def test_yolox(run, tmp_path):
         resize.update(random_size_range=(96, 160), interval=1)
         (mode_switch,) = [hook for hook in cfg.custom_hooks if hook.type == 'YOLOXModeSwitchHook']
         mode_switch.num_last_epochs = 1
-        # the smallest of the family goes without
+        # the recipe of YOLOX-tiny does not use MixUp, so add it
         pipeline = cfg.train_dataloader.dataset.pipeline
         pipeline.insert(2, dict(type='MixUp', img_scale=(640, 640), ratio_range=(0.8, 1.6), pad_val=114.0))
 
@@ -111,7 +111,7 @@ def test_yolox(run, tmp_path):
     for record in before:
         assert_distilled(record)
         assert 'loss_l1' not in record
-    for record in after[0] + after[1]:  # upstream counts epochs from one
+    for record in after[0] + after[1]:  # the hook counts epochs from one, so it switches one epoch early
         assert_distilled(record)
         assert record['loss_l1'] > 0
     (ema,) = [hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook']

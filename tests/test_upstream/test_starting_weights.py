@@ -1,4 +1,4 @@
-"""Where the weights of a run start: in a checkpoint, in a pre-trained backbone, in the seed."""
+"""Initial weights of a run, from a seed, a checkpoint or a pretrained backbone."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ import torch
 from mmdiffkd.engine.checkpoint import PREFIX, without_diffusion_module
 from tests import tiny
 
-FRESH = 'The checkpoint has no diffusion module (diffkd.*); its weights are initialized.'
+FRESH = 'The checkpoint has no diffusion module (diffkd.*); the diffusion module keeps its initial weights.'
 
 
 @pytest.fixture
 def start(runner, tmp_path):
-    """The weights that a run starts from, and its log."""
+    """Return a function that trains for one iteration and returns the initial weights and the log."""
 
     def train(model_cfg, name, **options):
         run = runner(model_cfg, name, max_iters=1, **options)
@@ -31,7 +31,7 @@ def assert_equal(found, expected):
     torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
 
 
-def test_one_seed_gives_one_student(start, tmp_path):
+def test_seed_determines_the_student(start, tmp_path):
     distilled, log = start(tiny.distiller_cfg(tmp_path), 'distilled')
     alone, _ = start(tiny.detector(), 'alone')
     assert_equal(without_diffusion_module(distilled), alone)
@@ -39,18 +39,18 @@ def test_one_seed_gives_one_student(start, tmp_path):
     assert FRESH not in log
 
 
-def test_initialisation_of_every_layer_of_the_student(start, tmp_path):
-    """By the type of layer from the outermost module, as mmpretrain initialises ConvNeXt."""
+def test_initialization_of_all_student_layers(start, tmp_path):
+    """``init_cfg`` of the model initializes layers by type, as for mmpretrain's ConvNeXt."""
     student = tiny.detector()
     student.init_cfg = dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.2)
     cfg = tiny.distiller_cfg(tmp_path, student=student)
-    initialised, _ = start(cfg, 'initialised')
+    initialized, _ = start(cfg, 'initialized')
     alone, _ = start(student, 'alone')
     cfg.student = tiny.detector()
     default, _ = start(cfg, 'default')
-    assert_equal(without_diffusion_module(initialised), alone)
+    assert_equal(without_diffusion_module(initialized), alone)
     assert not torch.equal(alone['bbox_head.retina_cls.weight'], default['bbox_head.retina_cls.weight'])
-    assert_equal(diffusion_module(initialised), diffusion_module(default))
+    assert_equal(diffusion_module(initialized), diffusion_module(default))
 
 
 def test_checkpoint_of_the_plain_student(runner, start, tmp_path):
@@ -81,7 +81,7 @@ def test_checkpoint_of_the_distilled_student(runner, start, tmp_path):
     assert FRESH not in log
     alone, log = start(tiny.detector(), 'alone', load_from=str(file))
     assert_equal(alone, without_diffusion_module(content))
-    assert 'missing keys' not in log  # upstream names the diffusion module's keys as unexpected
+    assert 'missing keys' not in log  # mmengine reports the diffusion module's keys as unexpected
 
 
 def test_pretrained_backbone(start, tmp_path):
@@ -102,7 +102,7 @@ def test_pretrained_backbone(start, tmp_path):
     assert_equal(without_diffusion_module(pretrained), alone)
     for key, value in backbone.items():
         torch.testing.assert_close(pretrained[f'backbone.{key}'], value, rtol=0, atol=0)
-    moved = [key for key in pretrained if key.startswith('neck.') and key.endswith('.weight')]
-    assert moved and not any(torch.equal(pretrained[key], donor['state_dict'][key]) for key in moved)
+    weights = [key for key in pretrained if key.startswith('neck.') and key.endswith('.weight')]
+    assert weights and not any(torch.equal(pretrained[key], donor['state_dict'][key]) for key in weights)
     assert_equal(diffusion_module(pretrained), diffusion_module(fresh))
     assert 'missing keys' not in log and 'unexpected key' not in log

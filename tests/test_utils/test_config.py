@@ -32,7 +32,7 @@ def test_file_and_dict(tmp_path):
     assert resolve_config(Config.fromfile(file).model.to_dict()).model.type == 'RetinaNet'
 
 
-def test_scope_of_the_config_itself_is_kept():
+def test_scope_of_the_model_is_kept():
     assert get_model_cfg(Config(dict(model=dict(type='A', _scope_='mmpretrain'), default_scope='mmdet')))[
         '_scope_'
     ] == ('mmpretrain')
@@ -49,12 +49,12 @@ def test_scope_of_the_config_itself_is_kept():
         (3, TypeError, 'must be a path, pkg::path or a dict, not int'),
     ],
 )
-def test_what_cannot_be_resolved(source, error, message):
+def test_unresolvable_configs(source, error, message):
     with pytest.raises(error, match=message):
         resolve_config(source)
 
 
-def test_weights_of_the_zoo():
+def test_zoo_checkpoint():
     assert zoo_checkpoint(RETINANET).endswith('/retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth')
 
 
@@ -66,6 +66,6 @@ def test_weights_of_the_zoo():
         ('mmdet::retinanet/mine.py', 'model index lists no weights for mmdet::retinanet/mine.py'),
     ],
 )
-def test_no_weights_in_the_zoo(source, message):
+def test_zoo_checkpoint_is_missing(source, message):
     with pytest.raises(ValueError, match=message):
         zoo_checkpoint(source)

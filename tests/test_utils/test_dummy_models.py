@@ -3,7 +3,7 @@ from mmengine.config import ConfigDict
 from mmdiffkd.utils.dummy_inputs import fit_to, without_pretrained
 
 
-def test_nothing_is_downloaded():
+def test_pretrained_weights_are_removed():
     pretrained = dict(type='Pretrained', checkpoint='torchvision://resnet50')
     cfg = ConfigDict(
         pretrained='open-mmlab://resnet50_v1c',

@@ -31,11 +31,11 @@ def detection(*steps, **others):
         (dict(type='RandomChoice', transforms=[[dict(type='Resize', scale=(96, 64))], []]), (64, 96)),
     ],
 )
-def test_what_the_training_pipeline_makes_of_images(step, size):
+def test_size_after_the_training_pipeline(step, size):
     assert image_size(detection(step)) == size
 
 
-def test_what_comes_last_counts():
+def test_last_transform_determines_the_size():
     steps = dict(type='RandomResize', scale=(1280, 1280)), dict(type='RandomCrop', crop_size=(640, 640))
     assert image_size(detection(*steps)) == (640, 640)
     mixed = detection(*steps)
@@ -62,6 +62,6 @@ def test_shipped_configs(config, size):
     assert image_size(Config.fromfile(ROOT / 'configs' / config)) == size
 
 
-def test_usual_sizes_where_nothing_is_said():
+def test_default_sizes():
     assert image_size(resolve_config(dict(type='X'))) == (224, 224)
     assert image_size(Config(dict(default_scope='mmseg', model=dict(type='X')))) == (512, 1024)

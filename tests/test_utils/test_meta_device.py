@@ -8,7 +8,7 @@ from mmdiffkd.utils import QuickInit, QuickMeta, build_for_inspection, build_on_
 SWIN = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
 
 
-def test_rates_of_stochastic_depth_are_read_on_the_meta_device():
+def test_drop_path_rates_on_the_meta_device():
     cfg = get_model_cfg(resolve_config(SWIN))
     with pytest.raises(RuntimeError, match='meta'), torch.device('meta'):
         torch.linspace(0, 1, 2)[1].item()
@@ -18,14 +18,14 @@ def test_rates_of_stochastic_depth_are_read_on_the_meta_device():
     assert rates == pytest.approx(torch.linspace(0, cfg.backbone.drop_path_rate, 12).tolist())
 
 
-def test_mistakes_are_raised():
+def test_build_errors_are_raised():
     with pytest.raises(KeyError, match='Absent'):
         build_on_meta(dict(type='Absent'))
     with pytest.raises(KeyError, match='Absent'):
         build_for_inspection(dict(type='Absent'))
 
 
-def test_quick_init_has_the_distribution_of_the_plain_one():
+def test_quick_init_keeps_the_distribution():
     torch.manual_seed(0)
     plain = nn.Conv2d(256, 512, 3).weight
     normal = torch.empty_like(plain).normal_(2, 3)
@@ -40,7 +40,7 @@ def test_quick_init_has_the_distribution_of_the_plain_one():
     assert torch.linalg.matrix_rank(filters.detach()) == len(filters)
 
 
-def test_quick_init_leaves_small_and_spread_tensors_to_torch():
+def test_quick_init_leaves_small_and_strided_tensors_to_torch():
     torch.manual_seed(0)
     expected = torch.rand(1000), torch.empty(600, 600).t()[::2].uniform_()
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def test_quick_init_leaves_small_and_spread_tensors_to_torch():
 
 
 def run(training, dtype):
-    """What a small net returns and its gradients, by all that the mode knows."""
+    """Return outputs and gradients of a small net that uses all operations of ``QuickMeta``."""
     x = torch.empty(2, 4, 6, 5, dtype=dtype, requires_grad=True)
     norm = nn.BatchNorm2d(4, dtype=dtype).train(training)
     y = F.relu(norm(x)) + x * 2 - x.clone()
@@ -70,7 +70,7 @@ def test_quick_meta_gives_the_same_shapes(training, dtype):
         assert ours.is_meta and (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
 
-def test_quick_meta_computes_what_has_numbers():
+def test_quick_meta_computes_tensors_with_data():
     norm, x = nn.BatchNorm2d(3), torch.rand(2, 3, 4, 4)
     expected = norm(x) + x
     with QuickMeta():

@@ -13,7 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from mmdiffkd.apis import build_distiller, build_model
-from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
+from mmdiffkd.cli import exit_on_mistake, own_process, quiet_packages, without_gc
 from mmdiffkd.engine.checkpoint import PREFIX
 
 Setting = Tuple[float, float]  # learning rate and weight decay
@@ -33,14 +33,15 @@ def parse_args():
 def main():
     args = parse_args()
     MMLogger.get_instance('param_groups', log_level='ERROR')  # the constructors log every parameter
-    with exit_on_mistake(), without_gc():
+    with exit_on_mistake(), quiet_packages(), without_gc():
         cfg, distilled = build_distiller(args.config, args.cfg_options)
         alone = build_model(cfg, cfg.model.student)
         before, after = param_settings(alone, cfg.optim_wrapper), param_settings(distilled, cfg.optim_wrapper)
 
     constructor = cfg.optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
     base_lr = cfg.optim_wrapper.optimizer.get('lr', '(default of the optimizer)')
-    print(f'{type(alone).__name__}, {constructor}, base lr {base_lr}')
+    print(f'Student: {type(alone).__name__}. Optimizer constructor: {constructor}. Base learning rate: {base_lr}.')
+    print('Parameters are tensors, elements are their values. Part diffkd is the diffusion module.\n')
     print_table(alone, before, distilled, after)
     sys.exit(verdict(before, {name: value for name, value in after.items() if not name.startswith(PREFIX)}))
 
@@ -82,13 +83,14 @@ def print_table(alone: nn.Module, before: dict, distilled: nn.Module, after: dic
     """Print parameter and element counts by learning rate and weight decay, for student and diffusion module."""
     tables = [_count(alone, before), _count(distilled, after)]
     print(f'{"":<29} {"without distillation":>25} {"with distillation":>25}')
-    print(ROW.format('', 'lr', 'decay', *['parameters', 'elements'] * 2))
+    print(ROW.format('part', 'lr', 'decay', *['parameters', 'elements'] * 2))
     for part in ('student', 'diffkd'):
         settings = {setting for counts, _ in tables for owner, setting in counts if owner == part}
         for setting in sorted(settings, key=lambda setting: setting or ()):
             lr, decay = (f'{value:.4g}' for value in setting) if setting else ('frozen', '-')
             counts = [f'{count[part, setting]:,}' if count[part, setting] else '-' for pair in tables for count in pair]
             print(ROW.format(part, lr, decay, *counts))
+    print()
 
 
 def _count(model: nn.Module, settings: Dict[str, Optional[Setting]]) -> Tuple[Counter, Counter]:

@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import sys
-from contextlib import redirect_stdout
+from typing import Optional
 
 from mmengine.config import DictAction
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
+from mmdiffkd.cli import exit_on_mistake, own_process, quiet_packages, without_gc
 
 
 def parse_args():
@@ -36,7 +35,7 @@ def parse_args():
 def main():
     args = parse_args()
     size = tuple(args.size) if args.size else None
-    with exit_on_mistake(), redirect_stdout(sys.stderr), without_gc():  # keeps output of packages out of stdout
+    with exit_on_mistake(), quiet_packages(), without_gc():
         from mmdiffkd.apis import list_taps, preview
 
         if args.list_taps:
@@ -46,84 +45,136 @@ def main():
     if args.json:
         print(json.dumps(result, indent=1))
     elif args.list_taps:
-        for path, shapes in result.items():
-            print(f'{path:50} {", ".join(map(shape, shapes))}')
+        show_taps(result, args.list_taps)
     else:
         show(result)
+
+
+def show_taps(taps: dict, owner: str) -> None:
+    """Print the modules that can be tapped, and their output shapes."""
+    print(
+        f"The {owner}'s modules and their outputs for one image: batch x channels x height x width,\n"
+        'or batch x tokens x channels. Modules that are called for several levels have several outputs.\n'
+        f'To tap a module, set its path as `{owner}` of a pair in model.distill.\n'
+    )
+    width = max(map(len, ('module', *taps)))
+    print(f'{"module":{width}}  outputs')
+    for path, shapes in taps.items():
+        print(f'{path:{width}}  {", ".join(map(shape, shapes))}')
 
 
 def shape(numbers) -> str:
     return 'x'.join(map(str, numbers))
 
 
-def weights(row) -> str:
-    names = dict(kd='loss_weight', diffusion='loss_diffusion_weight', reconstruction='loss_reconstruction_weight')
-    return ', '.join(f'{name} {row[key]:g}' for name, key in names.items() if row.get(key) is not None) or '-'
+def show(result: dict) -> None:
+    """Print the result of ``preview``."""
+    print(f'Image size: {shape(result["size"])} (height x width)')
+    print(
+        '\nCompared features, as channels x height x width. A tap is a module whose outputs are compared, one\n'
+        'output per level. A pair has one or more taps of the student and as many of the teacher.'
+    )
+    if any(row['resized'] for row in result['pairs']):
+        print("The resized features of the student take the height and width of the teacher's.")
+    print_table(
+        ('pair', 'level', 'student tap', 'student features', 'teacher tap', 'teacher features'),
+        [feature_cells(row) for row in result['pairs']],
+    )
+    print(
+        "Steps of the comparison: the adapter converts the student's features to the latent channels, the denoiser\n"
+        'removes noise from them, and loss_kd measures their distance to the teacher. A dash: the pair skips this step.'
+    )
+    print_table(
+        ('pair', 'levels', 'adapter', 'latent channels', 'denoiser', 'loss_kd', 'loss weights'), settings(result)
+    )
+    show_cost(result)
+    print(
+        '\nSettings of all pairs, including defaults. To change them, paste this text into the config above `model`\n'
+        f'and add `distill=distill` to `model`:\n\n{result["distill"]}\n'
+    )
+    for warning in result['warnings']:
+        print(f'Warning: {warning}')
+    if not result['warnings']:
+        print('The config is ready for tools/train.py.')
 
 
-def show(result) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width
-    print(f'Image size (height x width): {shape(result["size"])}')
-    table = Table(box=SIMPLE)
-    for name in (
-        'pair',
-        'level',
-        'student tap',
-        'student shape',
-        'teacher tap',
-        'teacher shape',
-        'adapter',
-        'latent',
-        'denoiser',
-        'loss_kd',
-        'weights',
-    ):
-        table.add_column(name, overflow='fold')
+def feature_cells(row: dict) -> tuple:
+    """Return the cells of a level: taps and shapes."""
+    student = shape(row['student_shape']) + (', resized' if row['resized'] else '')
+    return row['pair'], str(row['level']), row['student_tap'], student, row['teacher_tap'], shape(row['teacher_shape'])
+
+
+def settings(result: dict) -> list:
+    """Return the cells of the settings. Levels of a pair with equal settings share a row."""
+    levels = {}
     for row in result['pairs']:
-        latent = str(row.get('latent_channels') or '-') + (' (autoencoder)' if row.get('autoencoder') else '')
-        steps = f'{row["denoiser"]}, {len(row["steps"])} steps' if row.get('denoiser') else '-'
-        table.add_row(
-            row['pair'],
-            str(row['level']),
-            row['student_tap'],
-            shape(row['student_shape']) + (' resized' if row['resized'] else ''),
-            row['teacher_tap'],
-            shape(row['teacher_shape']),
+        cells = (
             row.get('adapter') or '-',
-            latent,
-            steps,
+            str(row.get('latent_channels') or '-') + ('\n(autoencoder)' if row.get('autoencoder') else ''),
+            f'{row["denoiser"]}, {len(row["steps"])} steps' if row.get('denoiser') else '-',
             row.get('loss_kd') or row.get('neck', '-'),
             weights(row),
         )
-    console.print(table)
+        levels.setdefault((row['pair'], cells), []).append(row['level'])
+    return [(pair, level_range(numbers), *cells) for (pair, cells), numbers in levels.items()]
 
-    table = Table(box=SIMPLE)
-    for name in ('', 'parameters (M)', 'multiply-adds per image (G)'):
-        table.add_column(name, justify='left' if not name else 'right')
-    labels = dict(
-        student='student, forward pass',
-        teacher='teacher, all parameters; forward pass up to its last tap',
-        diffusion_module='diffusion module, forward and backward pass',
-    )
-    for key, label in labels.items():
-        gmacs = result['gmacs'][key]
-        table.add_row(label, f'{result["parameters"][key] / 1e6:.2f}', '?' if gmacs is None else f'{gmacs:.1f}')
-    console.print(table)
+
+def level_range(numbers: list) -> str:
+    first, *others = sorted(set(numbers))
+    if len(others) > 1 and others[-1] - first == len(others):
+        return f'{first} - {others[-1]}'
+    return ', '.join(map(str, [first, *others]))
+
+
+def weights(row: dict) -> str:
+    names = dict(kd='loss_weight', diffusion='loss_diffusion_weight', reconstruction='loss_reconstruction_weight')
+    return '\n'.join(f'{name} {row[key]:g}' for name, key in names.items() if row.get(key) is not None) or '-'
+
+
+def show_cost(result: dict) -> None:
+    """Print parameters, multiply-adds and memory."""
+    print('Cost of training. Multiply-adds are those of convolutions and matrix products for one image, not times.')
+    counted = dict(student='forward', teacher='forward up to its last tap', diffusion_module='forward and backward')
+    rows = []
+    for part, passes in counted.items():
+        gmacs, memory = result['gmacs'][part], result['weights_mb'].get(part)
+        cells = f'{result["parameters"][part] / 1e6:.2f}', number(gmacs), passes
+        rows.append((part.replace('_', ' '), *cells, '' if memory is None else number(memory, 0)))
+    print_table(('', 'parameters (M)', 'multiply-adds (G)', 'counted pass', 'added memory (MB)'), rows, right=(1, 2, 4))
     if result['overhead'] is not None:
-        print(
-            f"Overhead of teacher and diffusion module: {result['overhead']:.2f} times the student's own training step."
-        )
-    print('Costs are multiply-adds of convolutions and matrix products, not measured times.')
-    teacher, part = (f'{result["weights_mb"][name]:.0f} MB' for name in ('teacher', 'diffusion_module'))
-    print(f'Memory of the teacher: {teacher} for float32 weights.')
-    print(f'Memory of the diffusion module: {part} for weights, gradients and SGD momentum; a third more with AdamW.')
+        print(f"Distillation adds {result['overhead']:.2f} times the multiply-adds of the student's own training step.")
+    else:
+        print('A question mark means that the multiply-adds cannot be counted without data.')
+    print(
+        'Added memory: float32 weights; for the diffusion module also gradients and SGD momentum (AdamW: a third more).'
+    )
     if result['kept_mib'] is not None:
-        print(f'Activations of the diffusion module for backward: {result["kept_mib"]:.0f} MiB per image in float32.')
-    print(f'\nSettings of the distillation, to paste into the config and change:\n\n{result["distill"]}')
-    for warning in result['warnings']:
-        print(f'\nWarning: {warning}')
+        print(
+            f'The diffusion module also stores {number(result["kept_mib"], 0)} MiB of float32 activations per image '
+            'for its backward pass.'
+        )
+
+
+def number(value: Optional[float], digits: int = 1) -> str:
+    """Write a number with ``digits`` decimals, or two if it is below 10."""
+    if value is None:
+        return '?'
+    if 0 < value < 0.01:
+        return '<0.01'
+    return f'{value:.{digits}f}' if value >= 10 else f'{value:.2f}'
+
+
+def print_table(header: tuple, rows: list, right: tuple = ()) -> None:
+    """Print a table. ``right`` has the columns that are aligned to the right."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a pipe has no width
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column, name in enumerate(header):
+        table.add_column(name, justify='right' if column in right else 'left', overflow='fold')
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 if __name__ == '__main__':

@@ -4,10 +4,14 @@ import argparse
 
 import cv2
 import numpy as np
-from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.visualization import Visualizer
+
+from mmdiffkd.cli import exit_on_mistake, quiet_packages
+
+with quiet_packages():
+    from mmdet.apis import inference_detector, init_detector
 
 GROUND_TRUTH, DETECTED = (60, 200, 60), (255, 140, 0)
 LABEL_HEIGHT = 28  # pixels
@@ -33,6 +37,13 @@ def parse_args():
 
 def main():
     args = parse_args()
+    with exit_on_mistake(), quiet_packages():
+        draw(args)
+    print(f'{args.out}: a row with the ground truth, then a row per model with its detections above {args.score_thr}')
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Write the picture."""
     cfg = Config.fromfile(args.model[-1][1])
     init_default_scope(cfg.default_scope)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
@@ -46,7 +57,6 @@ def main():
         boxes = [detect(model, info['img_path'], classes, args.score_thr) for info in infos]
         rows.append(draw_row(name, images, boxes, DETECTED, args.scale))
     cv2.imwrite(args.out, np.vstack(rows)[..., ::-1])
-    print(f'{args.out}: ground truth, and below it detections with a score above {args.score_thr}')
 
 
 def read_image(path: str, scale: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from mmdiffkd.cli import exit_on_mistake
 
 SPLITS = ('train', 'val', 'test')
 NUM_CLASSES = 11
-UNLABELLED, IGNORED = 11, 255  # unlabeled pixels in the download and in mmseg
+UNLABELED, IGNORED = 11, 255  # unlabeled pixels in the download and in mmseg
 
 
 def parse_args():
@@ -35,11 +35,13 @@ def convert(source: Path, out: Path, scale: float) -> None:
     """Write ``img_dir/{train,val,test}/*.jpg`` and ``ann_dir/{train,val,test}/*.png``."""
     if not 0 < scale <= 1:
         raise ValueError(f'--scale {scale} must be above 0 and at most 1.')
+    counts = []
     for split in SPLITS:
         pairs = read_list(source, split)
         for image, mask in pairs:
             write_pair(image, mask, out, split, scale)
-        print(f'{out}: {len(pairs)} images in {split}')
+        counts.append(f'{len(pairs)} in {split}')
+    print(f'{out}: images with masks, {", ".join(counts)}')
 
 
 def read_list(source: Path, split: str) -> list:
@@ -66,12 +68,12 @@ def write_pair(image_file: Path, mask_file: Path, out: Path, split: str, scale: 
             f'image, {image.size[0]}x{image.size[1]}, and one class index per pixel (mode L).'
         )
     classes = np.array(mask)
-    if classes.max() > UNLABELLED:
+    if classes.max() > UNLABELED:
         raise ValueError(
             f'{mask_file} contains class {classes.max()}, but this download has classes 0 - {NUM_CLASSES - 1}, and '
-            f'{UNLABELLED} for unlabeled pixels. The original CamVid with 32 classes is a different download.'
+            f'{UNLABELED} for unlabeled pixels. The original CamVid with 32 classes is a different download.'
         )
-    classes[classes == UNLABELLED] = IGNORED
+    classes[classes == UNLABELED] = IGNORED
     size = [round(side * scale) for side in image.size]
     targets = [
         out / kind / split / f'{image_file.stem}.{ext}' for kind, ext in (('img_dir', 'jpg'), ('ann_dir', 'png'))

@@ -15,7 +15,7 @@ from mmdiffkd.cli import exit_on_mistake
 
 CLASSES = ('open', 'short', 'mousebite', 'spur', 'copper', 'pin-hole')
 # boxes and class names are drawn into this image
-SPOILT = {'44000020'}
+BROKEN = {'44000020'}
 
 
 def parse_args():
@@ -48,7 +48,7 @@ def read_list(file: Path) -> list:
     if not file.is_file():
         raise FileNotFoundError(f'{file} does not exist; give the folder PCBData of the DeepPCB download.')
     lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
-    return [line for line in lines if Path(line[0]).stem not in SPOILT]
+    return [line for line in lines if Path(line[0]).stem not in BROKEN]
 
 
 def read_image(source: Path, paths: list, split: str, out: Path, size: int) -> tuple:

@@ -27,8 +27,8 @@ def main():
     args = parse_args()
     for split, count in zip(SPLITS, (args.train, args.val)):
         write_split(args.out / split, split, count, args.size, args.seed)
-        print(f'{args.out}: {count} images in {split}')
     (args.out / 'classes.txt').write_text(''.join(f'{name}\n' for name in sorted(SHAPES)))
+    print(f'{args.out}: images of {len(SHAPES)} classes, {args.train} in train, {args.val} in val')
 
 
 def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> None:

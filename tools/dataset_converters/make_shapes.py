@@ -10,7 +10,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from mmdet.datasets import CocoDataset
+
+from mmdiffkd.cli import quiet_packages
+
+with quiet_packages():
+    from mmdet.datasets import CocoDataset
 
 SHAPES = ('stop sign', 'sports ball', 'kite', 'pizza', 'donut')
 CATEGORIES = CocoDataset.METAINFO['classes']
@@ -34,7 +38,7 @@ def main():
     args = parse_args()
     for split, count in zip(SPLITS, (args.train, args.val)):
         write_split(args.out, split, count, args.size, args.seed)
-        print(f'{args.out}: {count} images in {split}')
+    print(f'{args.out}: images with boxes, {args.train} in train, {args.val} in val')
 
 
 def write_split(out: Path, split: str, count: int, size: int, seed: int) -> None:

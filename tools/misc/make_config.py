@@ -27,7 +27,7 @@ def main():
     if args.output is None:
         print(text, end='')
     else:
-        print(f'{args.output}: check it with tools/analysis_tools/preview.py, then train it with tools/train.py.')
+        print(f'Wrote {args.output}. Check it with tools/analysis_tools/preview.py, then train it with tools/train.py.')
 
 
 if __name__ == '__main__':

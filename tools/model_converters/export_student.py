@@ -29,12 +29,15 @@ def main():
             Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
         torch.save(weights, args.out)
     print(
-        f'{args.out}: student checkpoint with {len(weights["state_dict"])} tensors, '
+        f'{args.out}: weights of the student, {len(weights["state_dict"])} tensors, '
         f'{Path(args.out).stat().st_size / 2**20:.1f} MiB'
     )
     if args.config_out:
         config.dump(args.config_out)
         print(f'{args.config_out}: plain config of {config.model.type}')
+        print(f'Both work in {config.get("default_scope", "mmengine")} without mmdiffkd.')
+    else:
+        print('To write the config of the plain student, too, add --config-out student.py.')
 
 
 if __name__ == '__main__':

@@ -13,19 +13,19 @@ from ..checkpoint import file_to_load
 from ..random import SeededBatches, seed_iteration
 from .utils import get_distiller
 
-TEACHER = 'diffkd_teacher'  # key of the teacher's fingerprint in the metadata of a checkpoint
+TEACHER = 'diffkd_teacher'  # metadata key under which a checkpoint stores a hash of the teacher's weights
 
 
 @HOOKS.register_module()
 class CheckpointHook(BaseCheckpointHook):
     """``CheckpointHook`` with atomic writes and bit-exact resume.
 
-    - Files are written under a temporary name, then renamed. Outdated files (``max_keep_ckpts``, ``save_best``) are
-      deleted afterwards. A run that is killed while saving keeps its previous checkpoint.
-    - ``--resume`` uses the newest readable checkpoint and logs a warning for each damaged one.
+    - Files are written under a temporary name, then renamed. Outdated checkpoints (``max_keep_ckpts``, ``save_best``)
+      are deleted only afterwards, so a run that is killed while saving keeps its previous checkpoint.
+    - ``--resume`` uses the newest readable checkpoint and logs a warning for each damaged checkpoint.
     - Random numbers depend only on seed, rank and iteration, so a resumed run draws the same numbers as an
       uninterrupted run.
-    - Checkpoints are checked before mmengine loads them: a file that could execute code is refused.
+    - Before mmengine loads a checkpoint, the hook refuses files that could execute code.
     - A run cannot be resumed with a different teacher.
 
     Use it as ``default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))``. Also set a seed, such as
@@ -34,12 +34,12 @@ class CheckpointHook(BaseCheckpointHook):
     """
 
     def before_run(self, runner: Runner) -> None:
-        """Choose the checkpoint to load or resume, and check that it contains only plain data.
+        """Choose the checkpoint to load or resume, and check that the file contains only plain data.
 
         Raises:
             ValueError: On all ranks, if the file does not exist, is damaged, or contains more than plain data.
         """
-        if runner._has_loaded:  # FlexibleRunner loads before it calls hooks; tools/train.py checks the file instead
+        if runner._has_loaded:  # FlexibleRunner loads before it calls hooks; tools/train.py has checked the file
             return
         runner._load_from = self.file_to_load(runner._load_from, runner._resume, runner.work_dir)
         runner._resume = bool(runner._resume) and runner._load_from is not None
@@ -49,37 +49,37 @@ class CheckpointHook(BaseCheckpointHook):
         return file_to_load(load_from, resume, work_dir, self._folder(work_dir), self.filename_tmpl)
 
     def _folder(self, work_dir: str) -> str:
-        """Return the folder of the checkpoints, which upstream stores in ``out_dir`` when training starts."""
+        """Return the checkpoint folder, which mmengine's hook stores in ``out_dir`` only when training starts."""
         if self.out_dir is None:
             return work_dir
         return osp.join(str(self.out_dir), osp.basename(work_dir.rstrip(osp.sep)))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check the teacher, and remove metadata that makes upstream execute code or delete files.
+        """Check the teacher, and remove metadata that would make mmengine execute code or delete files.
 
         Raises:
             ValueError: If the checkpoint of the resumed run was saved with a different teacher.
         """
         meta = checkpoint.get('meta', {})
-        meta.pop('config', None)  # upstream executes it as Python; its own checkpoints use the key 'cfg'
+        meta.pop('config', None)  # mmengine would execute it as Python; its own files have the key 'cfg'
         if not runner._resume:
             return
         before, now = meta.get(TEACHER), _teacher_fingerprint(runner)
         if before is not None and now is not None and before != now:
             raise ValueError(
-                'The weights of the teacher differ from those that this run was distilled with so far; use the same '
+                'The weights of the teacher differ from the weights with which this run started; use the same '
                 'teacher.checkpoint, or start a new run from this checkpoint with load_from instead of resume.'
             )
         info = checkpoint.get('message_hub', {}).get('runtime_info', {})
         folder = osp.realpath(self._folder(runner.work_dir))
-        for key, value in list(info.items()):  # upstream deletes these files after saving newer ones
+        for key, value in list(info.items()):  # mmengine deletes the listed files once it has saved newer ones
             if key == 'keep_ckpt_ids' and not all(isinstance(step, int) for step in value):
                 del info[key]
             if key.startswith('best_ckpt') and not _is_best_of(folder, value):
                 del info[key]
 
     def before_train(self, runner: Runner) -> None:
-        """Set up atomic writes and the seeding of batches."""
+        """Set up atomic writes, and in iteration-based loops, the seeding before each batch."""
         super().before_train(runner)
         if type(self.file_backend) is LocalBackend:
             self.backend_args = {**(self.backend_args or {}), 'backend': ATOMIC_BACKEND}
@@ -105,7 +105,7 @@ class CheckpointHook(BaseCheckpointHook):
         outdated = None
         if self.max_keep_ckpts > 0 and len(self.keep_ckpt_ids) == self.max_keep_ckpts:
             if self.keep_ckpt_ids[-1] != step:
-                outdated = self.keep_ckpt_ids.popleft()  # upstream would delete it before writing the new one
+                outdated = self.keep_ckpt_ids.popleft()  # mmengine would delete it before it saves the new checkpoint
         super()._save_checkpoint_with_step(runner, step, meta)
         if outdated is not None:
             self._delete(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated)))
@@ -114,7 +114,7 @@ class CheckpointHook(BaseCheckpointHook):
         if not self.save_best:
             return
         before = self._best_paths()
-        self._set_best_paths(dict.fromkeys(before))  # upstream would delete them before writing the new ones
+        self._set_best_paths(dict.fromkeys(before))  # mmengine would delete old files before it saves new ones
         try:
             super()._save_best_checkpoint(runner, metrics)
         finally:
@@ -123,7 +123,7 @@ class CheckpointHook(BaseCheckpointHook):
             self._delete(path)
 
     def _best_paths(self) -> dict:
-        """Return paths by metric. A single metric has the key None, because its name may still be ``auto``."""
+        """Return the best checkpoint per metric. A single metric has the key None, because its name may be unknown."""
         several = getattr(self, 'best_ckpt_path_dict', None)
         return {None: getattr(self, 'best_ckpt_path', None)} if several is None else dict(several)
 
@@ -143,7 +143,7 @@ class CheckpointHook(BaseCheckpointHook):
 
 
 def _is_best_of(folder: str, path) -> bool:
-    """Whether a path is a best checkpoint directly in a folder."""
+    """Return whether ``path`` is a file named ``best_*`` directly in ``folder``."""
     if not isinstance(path, str) or not osp.basename(path).startswith('best_'):
         return False
     return osp.dirname(osp.realpath(path)) == folder and not osp.isdir(path)

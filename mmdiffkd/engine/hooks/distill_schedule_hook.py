@@ -14,13 +14,14 @@ from .utils import require_distiller, require_optimizer
 class DistillScheduleHook(Hook):
     """Schedule of the distillation: start, end, warmup, decay and interval.
 
-    Within ``[begin, end)``, the weight of every ``loss_kd`` rises linearly from 0 to 1 over ``warmup`` and falls to 0
-    over the last ``decay``. The diffusion module trains at full weight, also during warmup and decay. Outside, neither
-    the teacher nor the diffusion module runs, and the weights of the diffusion module do not change. The weight depends
-    only on the iteration, so a resumed run continues the schedule. It is logged as ``diffkd.weight``.
+    The model is distilled from ``begin`` until before ``end``. The factor of every ``loss_kd`` rises linearly from 0 to
+    1 during the warmup, and falls to 0 during the decay. The losses of the diffusion module always have their full
+    weight. Before ``begin`` and from ``end`` on, neither the teacher nor the diffusion module runs, and the weights of
+    the diffusion module do not change. The factor depends only on the iteration, so a resumed run continues the
+    schedule. The factor is logged as ``diffkd.weight``.
 
-    Under DDP, the idle diffusion module contributes zero gradients to the all-reduce, which costs communication in
-    proportion to its parameters. Without a teacher, the hook does nothing.
+    While distillation is off, DDP still communicates gradients of the diffusion module, which are all zero. Without a
+    teacher, the hook does nothing.
 
     Args:
         begin (int): First epoch or iteration with distillation, counted from 0. Defaults to 0.
@@ -34,7 +35,8 @@ class DistillScheduleHook(Hook):
             in iterations. ``interval`` is always in iterations. Defaults to True.
 
     Raises:
-        ValueError: If a number is negative, ``interval`` is below 1, or warmup and decay exceed ``[begin, end)``.
+        ValueError: If a number is negative, ``interval`` is below 1, or warmup and decay are longer than the time from
+            ``begin`` to ``end``.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class DistillScheduleHook(Hook):
         by_epoch: bool = True,
     ):
         if interval < 1:
-            raise ValueError(f'DistillScheduleHook(interval={interval}) must be 1 (every iteration) or more.')
+            raise ValueError(f'DistillScheduleHook(interval={interval}): interval must be 1 (every iteration) or more.')
         if min(begin, warmup, decay) < 0 or (end is not None and not begin + max(warmup + decay, 1) <= end):
             raise ValueError(
                 f'DistillScheduleHook(begin={begin}, end={end}, warmup={warmup}, decay={decay}): no value may be '
@@ -59,15 +61,15 @@ class DistillScheduleHook(Hook):
         self.decay = decay
         self.interval = interval
         self.by_epoch = by_epoch
-        self._has_learnt = False  # since the last optimizer step
+        self._has_distilled = False  # whether an iteration since the last optimizer step had distillation
         self._handle = None
 
     def before_train(self, runner: Runner) -> None:
-        """Convert epochs to iterations, and register a hook on the optimizer.
+        """Convert epochs to iterations, and register an optimizer hook that keeps an idle diffusion module unchanged.
 
         Raises:
             TypeError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
-            ValueError: If epochs are given in an iteration-based loop, the schedule exceeds the training, or the
+            ValueError: If epochs are given in an iteration-based loop, the schedule is longer than the training, or the
                 diffusion module has no parameters.
         """
         model = require_distiller(runner, self)
@@ -75,7 +77,7 @@ class DistillScheduleHook(Hook):
         if self.by_epoch:
             if not isinstance(runner.train_loop, EpochBasedTrainLoop):
                 raise ValueError(
-                    f'DistillScheduleHook counts epochs, but the {type(runner.train_loop).__name__} has none; set '
+                    f'DistillScheduleHook counts epochs, but the {type(runner.train_loop).__name__} has no epochs; set '
                     'by_epoch=False and give iterations.'
                 )
             unit = len(runner.train_dataloader)
@@ -90,14 +92,14 @@ class DistillScheduleHook(Hook):
         if model.diffkd_teacher is None:
             return
         model.distill_state.attach_unused_params = isinstance(runner.model, DistributedDataParallel)
-        part = list(model.diffkd.parameters())
-        if not part:
+        parameters = list(model.diffkd.parameters())
+        if not parameters:
             raise ValueError(
                 'DistillScheduleHook found no parameters in the diffusion module; with FSDP, set use_orig_params=True.'
             )
         optimizer = require_optimizer(runner, self)
-        self.after_train(runner)  # removes the hook of an earlier run
-        self._handle = optimizer.register_step_pre_hook(lambda *args: self._clear_unused_gradients(part))
+        self.after_train(runner)  # remove the optimizer hook of an earlier run
+        self._handle = optimizer.register_step_pre_hook(lambda *args: self._clear_unused_gradients(parameters))
 
     def after_train(self, runner: Runner) -> None:
         """Remove the hook from the optimizer."""
@@ -121,16 +123,16 @@ class DistillScheduleHook(Hook):
         weight = self.weight(runner.iter)
         state = model.distill_state
         state.enabled, state.weight = weight is not None, 1.0 if weight is None else weight
-        self._has_learnt |= state.enabled
-        if not self._begin <= runner.iter < self._end:  # else the log would repeat the last values
+        self._has_distilled |= state.enabled
+        if not self._begin <= runner.iter < self._end:  # delete the last values, which the log would repeat
             scalars, pairs = runner.message_hub.log_scalars, tuple(f'train/{PREFIX}{pair}.' for pair in model.pairs)
             for key in [key for key in scalars if key.startswith(pairs)]:
                 del scalars[key]
         runner.message_hub.update_scalar('train/diffkd.weight', weight or 0.0)
 
-    def _clear_unused_gradients(self, part: list) -> None:
-        """Clear gradients of an idle diffusion module, so that momentum and weight decay do not change its weights."""
-        if not self._has_learnt:
-            for parameter in part:
+    def _clear_unused_gradients(self, parameters: list) -> None:
+        """Clear the gradients of an idle diffusion module, to keep momentum and weight decay from changing it."""
+        if not self._has_distilled:
+            for parameter in parameters:
                 parameter.grad = None
-        self._has_learnt = False
+        self._has_distilled = False

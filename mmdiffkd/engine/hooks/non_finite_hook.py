@@ -19,33 +19,33 @@ SCALAR = 'diffkd.skipped'  # name in the log and in the message hub
 
 @HOOKS.register_module()
 class NonFiniteHook(Hook):
-    """Detect losses and gradients that are not finite, and stop the run or skip the step.
+    """Detect losses and gradients that are not finite, and either stop the run or skip the optimizer step.
 
-    Without this hook, the distiller stops at a loss that is not finite. The hook also checks the gradients just before
-    the optimizer step, and can skip the step on all ranks instead of stopping. A skipped step changes neither the
-    weights, not even by momentum or weight decay, nor the running statistics of BatchNorm. With gradient accumulation,
-    the whole step is skipped. With fp16, the loss scaler itself skips gradients that overflow; this is normal and not
-    counted here.
+    Without this hook, the distiller stops the run at a loss that is not finite. The hook also checks the gradients just
+    before the optimizer step, and can skip the step on all ranks instead of stopping the run. A skipped step does not
+    change the weights (momentum and weight decay are skipped as well) or the running statistics of BatchNorm. With
+    gradient accumulation, the whole step is skipped. With fp16, the loss scaler skips steps whose gradients overflow;
+    these steps are normal, and the hook does not count them.
 
     Args:
         policy (str): ``'raise'`` stops the run, ``'skip'`` skips the step. Defaults to ``'raise'``.
-        max_consecutive_skips (int): Stop after more than this number of skipped steps in a row. Defaults to 20.
+        max_consecutive_skips (int): The run stops if more steps in a row are skipped. Defaults to 20.
 
     Raises:
         ValueError: If ``policy`` is unknown.
     """
 
-    priority = 'ABOVE_NORMAL'  # before EMAHook copies the buffers
+    priority = 'ABOVE_NORMAL'  # restore the buffers before EMAHook copies them
 
     def __init__(self, policy: str = 'raise', max_consecutive_skips: int = 20):
         if policy not in POLICIES:
-            raise ValueError(f"NonFiniteHook(policy='{policy}') must be one of {', '.join(map(repr, POLICIES))}.")
+            raise ValueError(f"NonFiniteHook(policy='{policy}'): policy must be {' or '.join(map(repr, POLICIES))}.")
         self.policy = policy
         self.max_consecutive_skips = max_consecutive_skips
         self._handle = None
         self._consecutive = 0
-        self._causes: List[str] = []  # since the last step
-        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # each with its value before the iteration
+        self._causes: List[str] = []  # names of non-finite values since the last optimizer step
+        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # buffers and copies from before the iteration
 
     def before_train(self, runner: Runner) -> None:
         """Enable the checks of the distiller, and register a hook on the optimizer.
@@ -58,7 +58,7 @@ class NonFiniteHook(Hook):
         model.distill_state.record_tap_gradients = True
         names = {parameter: name for name, parameter in model.named_parameters()}
         optimizer = require_optimizer(runner, self)
-        self.after_train(runner)  # removes the hook of an earlier run
+        self.after_train(runner)  # remove the optimizer hook of an earlier run
         self._handle = optimizer.register_step_pre_hook(lambda *args: self._check(runner, model, optimizer, names))
         if self.policy == 'skip':
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -70,15 +70,15 @@ class NonFiniteHook(Hook):
             self._handle = None
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Save the buffers, to restore them if the iteration is skipped."""
+        """Copy the buffers. If the iteration is skipped, the hook restores the copies."""
         if self._buffers:
-            live, kept = zip(*self._buffers)
-            torch._foreach_copy_(list(kept), list(live))
+            live, saved = zip(*self._buffers)
+            torch._foreach_copy_(list(saved), list(live))
 
     def _check(self, runner: Runner, model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> None:
-        """Before a step, raise an error, or clear all gradients so that the optimizer skips the parameters."""
+        """Before a step with non-finite values, raise an error or clear all gradients, so that no weight changes."""
         if getattr(optimizer, 'found_inf', None) is not None and optimizer.found_inf:
-            return  # set by the loss scaler; fused optimizers skip the step themselves
+            return  # the loss scaler has set found_inf, so the fused optimizer skips the step itself
         if not (self._causes or model.distill_state.non_finite_losses):
             gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
             is_finite = _all_finite(gradients)
@@ -102,8 +102,8 @@ class NonFiniteHook(Hook):
         losses = get_distiller(runner).distill_state.non_finite_losses
         made_a_step = runner.optim_wrapper.should_update()
         if losses or (self._causes and made_a_step):
-            for live, kept in self._buffers:
-                live.copy_(kept)
+            for live, saved in self._buffers:
+                live.copy_(saved)
         self._causes += [name if made_a_step else f'{name} of iteration {runner.iter}' for name in losses]
         if not made_a_step:
             return
@@ -122,14 +122,14 @@ class NonFiniteHook(Hook):
         )
         if self._consecutive > self.max_consecutive_skips:
             raise FloatingPointError(
-                f'{self._consecutive} steps in a row were not finite, the last one in iteration {runner.iter}: '
+                f'{self._consecutive} steps in a row had non-finite values, the last step in iteration {runner.iter}: '
                 f'{causes}. The run cannot recover from this; resume from an earlier checkpoint with a lower '
                 'learning rate.'
             )
 
 
 def _all_finite(gradients: List[torch.Tensor]) -> torch.Tensor:
-    """Return 1.0 if all gradients are finite, else 0.0. Norms are fast, but can overflow for finite gradients."""
+    """Return 1.0 if all gradients are finite, else 0.0. Check the norms first, which are fast but may overflow."""
     if not gradients:
         return torch.ones(())
     is_finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
@@ -139,13 +139,13 @@ def _all_finite(gradients: List[torch.Tensor]) -> torch.Tensor:
 
 
 def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:
-    """Name the non-finite gradients of all ranks: pairs and levels of taps, or else parameters."""
+    """Name the non-finite gradients of all ranks: pairs and levels, or parameters if all tap gradients are finite."""
     sums = model.distill_state.tap_gradients.items()
     found = [f'diffkd.{pair}, level {level}' for (pair, level), total in sums if not total.isfinite()]
     if not found:
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         found = [names.get(p, 'a parameter outside the model') for p in parameters if not p.grad.isfinite().all()]
-        if found and len(found) == len(parameters):  # clipping by the total norm affects all gradients
+        if found and len(found) == len(parameters):  # clipping by a non-finite total norm affects all gradients
             found = ['all parameters']
         elif len(found) > 4:
             found = [*found[:4], f'{len(found) - 4} more parameters']

@@ -16,12 +16,12 @@ from .utils import require_distiller
 class TeacherCheckHook(Hook):
     """Evaluate the teacher on the validation set once, before the first iteration.
 
-    This finds a wrong checkpoint before the training. The metrics are logged under ``teacher/``. The teacher must
-    predict the classes of the validation set. A resumed run does not repeat the check.
+    Use the hook to find a wrong teacher checkpoint before training. The metrics are logged under ``teacher/``. The
+    teacher must predict the classes of the validation set. A resumed run does not repeat the check.
 
     Args:
-        min_score (float, optional): Lowest accepted value of the metric; below it, the run stops. None only logs the
-            metrics. Defaults to None.
+        min_score (float, optional): Lowest accepted value of the metric. The run stops if the teacher scores lower.
+            None only logs the metrics. Defaults to None.
         metric (str, optional): Name of the metric, such as ``'coco/bbox_mAP'``; higher must be better. Defaults to the
             first metric that the evaluator returns.
     """
@@ -38,8 +38,8 @@ class TeacherCheckHook(Hook):
 
         Raises:
             TypeError: If the model is not a distiller.
-            ValueError: If there is no validation set, or the teacher cannot be evaluated on it or scores below
-                ``min_score``.
+            ValueError: If the config has no validation set, the teacher cannot be evaluated on the validation set, or
+                the teacher scores below ``min_score``.
         """
         model = require_distiller(runner, self)
         if runner.iter > 0 or model.diffkd_teacher is None:
@@ -50,7 +50,8 @@ class TeacherCheckHook(Hook):
         name = self.metric or next(iter(metrics), None)
         if name not in metrics:
             raise ValueError(f"The evaluation of the teacher has no metric '{name}', only {', '.join(metrics)}.")
-        print_log(f'The teacher ({model.diffkd_teacher.name}): {name} {metrics[name]:.4f}', logger='current')
+        teacher = model.diffkd_teacher.name
+        print_log(f'Teacher on the validation set: {name} {metrics[name]:.4f} ({teacher})', logger='current')
         runner.visualizer.add_scalars({f'teacher/{key}': value for key, value in metrics.items()}, step=0)
         if self.min_score is not None and not metrics[name] >= self.min_score:
             raise ValueError(
@@ -62,18 +63,18 @@ class TeacherCheckHook(Hook):
     def _evaluate(self, runner: Runner, teacher: torch.nn.Module) -> Dict[str, float]:
         loader, evaluator = runner.val_dataloader, runner.val_loop.evaluator
         teacher.to(next(runner.model.parameters()).device)
-        with torch.random.fork_rng(devices=[]):  # the check does not change the random numbers of the run
+        with torch.random.fork_rng(devices=[]):  # keep the random numbers of the run unchanged
             for batch in loader:
                 outputs = teacher.val_step(batch)
-                with _other_classes():
+                with _explain_lookup_errors():
                     evaluator.process(data_samples=outputs, data_batch=batch)
-        with _other_classes():
+        with _explain_lookup_errors():
             return evaluator.evaluate(len(loader.dataset))
 
 
 @contextmanager
-def _other_classes() -> Iterator[None]:
-    """Explain lookup errors of evaluators, which occur if the data set does not have the classes of the teacher."""
+def _explain_lookup_errors() -> Iterator[None]:
+    """Add the likely cause to lookup errors of an evaluator: the data set lacks classes that the teacher predicts."""
     try:
         yield
     except (IndexError, KeyError) as error:

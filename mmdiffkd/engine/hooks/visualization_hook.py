@@ -22,16 +22,16 @@ class DiffKDVisualizationHook(Hook):
 
     The hook draws the first image of a batch in the first iteration and then every ``interval`` iterations. For each
     pair and level, it sends a picture named ``diffkd.<pair>.<level>`` and a strip of the denoising steps named
-    ``diffkd.<pair>.<level>.steps`` to all backends of the visualizer. Only mmengine's ``LocalVisBackend``, which every
-    OpenMMLab config has, writes them as files, to ``vis_data/vis_image`` of the run, where the report finds them.
+    ``diffkd.<pair>.<level>.steps`` to all backends of the visualizer. The report needs mmengine's ``LocalVisBackend``,
+    which every OpenMMLab config has: this backend writes the pictures to files in ``vis_data/vis_image`` of the run.
 
-    The features are those that the iteration computed: nothing is run again, and the training does not change. Pairs
-    whose neck does not return a ``DiffusionOutput`` are skipped. Without a teacher, the hook does nothing.
+    The hook draws the features that the iteration has computed. It runs no model and does not change the training.
+    Pairs whose neck does not return a ``DiffusionOutput`` are skipped. Without a teacher, the hook does nothing.
 
     Args:
-        interval (int): Number of iterations between pictures. An iteration without distillation (see
-            ``DistillScheduleHook``) or with features that are not finite (see ``NonFiniteHook``) is replaced by the
-            next one. Defaults to 500.
+        interval (int): Number of iterations between pictures. If an iteration is not distilled (see
+            ``DistillScheduleHook``) or its features are not finite (see ``NonFiniteHook``), the hook draws the next
+            iteration instead. Defaults to 500.
 
     Raises:
         ValueError: If ``interval`` is below 1.
@@ -41,7 +41,9 @@ class DiffKDVisualizationHook(Hook):
 
     def __init__(self, interval: int = 500):
         if interval < 1:
-            raise ValueError(f'DiffKDVisualizationHook(interval={interval}) must be 1 (every iteration) or more.')
+            raise ValueError(
+                f'DiffKDVisualizationHook(interval={interval}): interval must be 1 (every iteration) or more.'
+            )
         self.interval = interval
         self._is_due = False
 
@@ -82,7 +84,7 @@ class DiffKDVisualizationHook(Hook):
 
 
 def _is_finite(record: DistillRecord) -> bool:
-    """Whether the features to draw are finite, since other values have no colors."""
+    """Return whether all features to draw are finite: infinity and NaN cannot be converted to colors."""
     outputs = [output for levels in record.outputs.values() for output in levels.values()]
     drawn = [feature[0] for o in outputs for feature in (o.student_latent, o.denoised, o.teacher_latent, *o.trajectory)]
     return all(feature.isfinite().all() for feature in drawn)
@@ -94,7 +96,7 @@ def _timesteps(neck: nn.Module, output: DiffusionOutput) -> Sequence[int]:
 
 
 def _add_image(visualizer: Visualizer, name: str, picture: np.ndarray, step: int) -> None:
-    """Add an image to all backends. MLflow uses the name as a file name, which needs an extension."""
+    """Add an image to all backends. The name gets a file extension for MLflow, which uses the name as a file name."""
     for backend in visualizer._vis_backends.values():
         is_mlflow = isinstance(backend, MLflowVisBackend)
         backend.add_image(f'{name}_{step}.png' if is_mlflow else name, picture, step)

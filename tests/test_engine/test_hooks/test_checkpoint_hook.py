@@ -18,11 +18,11 @@ ITERATIONS = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=9, val_int
 
 
 class Interrupted(BaseException):
-    """What a kill looks like from inside."""
+    """Simulates a killed process."""
 
 
 class Interrupt(Hook):
-    """End the run in the middle of an iteration."""
+    """Interrupt the run after an iteration."""
 
     priority = 'LOWEST'
 
@@ -36,7 +36,7 @@ class Interrupt(Hook):
 
 @pytest.fixture
 def config(tmp_path, shapes):
-    """Config of a run with everything that has a state."""
+    """Config of a run that uses every kind of state: momentum, schedulers, EMA and a distillation schedule."""
 
     def make(train_cfg, **options):
         by_epoch = train_cfg is EPOCHS
@@ -87,15 +87,15 @@ def read(path):
 
 
 class TestResume:
-    """A resumed run reaches, bit for bit, what an uninterrupted one reaches."""
+    """A resumed run and an uninterrupted run end with the same checkpoint, bit for bit."""
 
     def check(self, cfg, folder, interrupt_at, last):
-        train(cfg, folder / 'straight')
-        train(cfg, folder / 'broken', interrupt_at)
-        assert not (folder / 'broken' / last).exists()
-        resumed = train(cfg, folder / 'broken', resume=True)
+        train(cfg, folder / 'uninterrupted')
+        train(cfg, folder / 'interrupted', interrupt_at)
+        assert not (folder / 'interrupted' / last).exists()
+        resumed = train(cfg, folder / 'interrupted', resume=True)
         assert resumed._resume
-        assert_same(read(folder / 'straight' / last), read(folder / 'broken' / last))
+        assert_same(read(folder / 'uninterrupted' / last), read(folder / 'interrupted' / last))
 
     def test_epoch_loop(self, config, tmp_path):
         self.check(config(EPOCHS), tmp_path, 6, 'epoch_3.pth')
@@ -108,26 +108,26 @@ class TestResume:
     @pytest.mark.parametrize('persistent', [False, True])
     def test_workers(self, config, tmp_path, persistent):
         cfg = config(EPOCHS, train_dataloader=dict(num_workers=1, persistent_workers=persistent))
-        if persistent:  # what is drawn in workers that live on cannot be brought back
+        if persistent:  # the random state of persistent workers cannot be restored
             pipeline = cfg.train_dataloader.dataset.pipeline
             pipeline[:] = [transform for transform in pipeline if transform.type != 'RandomFlip']
         self.check(cfg, tmp_path, 6, 'epoch_3.pth')
 
-    def test_the_noise_counts(self, config, tmp_path):
-        """The comparison above is no empty one: another seed gives other weights."""
+    def test_weights_depend_on_the_seed(self, config, tmp_path):
+        """Runs with different seeds differ, so the comparison in the other tests can fail."""
         train(config(EPOCHS), tmp_path / 'one')
         train(config(EPOCHS, randomness__seed=1), tmp_path / 'two')
         one, two = (read(tmp_path / name / 'epoch_3.pth')['state_dict'] for name in ('one', 'two'))
         assert not torch.equal(one['backbone.conv1.weight'], two['backbone.conv1.weight'])
 
-    def test_without_the_seeds_it_would_differ(self, config, tmp_path):
+    def test_upstream_hook_is_not_bit_exact(self, config, tmp_path):
         cfg = config(EPOCHS, default_hooks__checkpoint__type='CheckpointHook')
         with pytest.raises(AssertionError):
             self.check(cfg, tmp_path, 6, 'epoch_3.pth')
 
 
 class TestFiles:
-    def test_interrupted_write_leaves_the_old_file(self, tmp_path, monkeypatch):
+    def test_interrupted_write_keeps_the_old_file(self, tmp_path, monkeypatch):
         backend, file = AtomicBackend(), tmp_path / 'a.pth'
         backend.put(b'old', file)
         monkeypatch.setattr(os, 'fsync', lambda descriptor: (_ for _ in ()).throw(OSError(28, 'No space left')))
@@ -135,7 +135,7 @@ class TestFiles:
             backend.put(b'new', file)
         assert file.read_bytes() == b'old' and os.listdir(tmp_path) == ['a.pth']
 
-    def test_nothing_is_deleted_before_its_successor_is_there(self, config, tmp_path, monkeypatch):
+    def test_old_checkpoint_is_deleted_after_the_new_one_is_written(self, config, tmp_path, monkeypatch):
         seen = {}
         put = AtomicBackend.put
 
@@ -150,8 +150,8 @@ class TestFiles:
         assert checkpoints(tmp_path / 'run') == ['epoch_3.pth']
 
     @pytest.mark.parametrize('several', [False, True])
-    def test_best_is_replaced_after_the_better_one_is_written(self, config, tmp_path, monkeypatch, several):
-        """The metric is made to rise, fall and rise."""
+    def test_old_best_is_deleted_after_the_new_best_is_written(self, config, tmp_path, monkeypatch, several):
+        """The metric rises, falls and rises again."""
         from mmdet.evaluation import CocoMetric
 
         values = iter([0.1, 0.3, 0.2, 0.4])
@@ -169,10 +169,10 @@ class TestFiles:
         train(cfg, tmp_path / 'run')
         best = [name for name in checkpoints(tmp_path / 'run') if name.startswith('best_coco_one')]
         assert best == ['best_coco_one_epoch_4.pth']
-        # whenever something was written after the first best, a best one was there
+        # after the first best checkpoint, the folder always holds one
         assert all(any('best_coco_one' in name for name in files) for files in written[2 if several else 1 :])
 
-    def test_truncated_newest_is_passed_over(self, config, tmp_path):
+    def test_truncated_newest_checkpoint_is_skipped(self, config, tmp_path):
         cfg = config(EPOCHS)
         train(cfg, tmp_path / 'run', 10)  # epochs 1 and 2 are saved
         newest = tmp_path / 'run' / 'epoch_2.pth'
@@ -183,7 +183,7 @@ class TestFiles:
         assert 'resumed epoch: 1, iter: 4' in text
         assert runner.epoch == 3
 
-    def test_all_damaged_is_an_error_and_none_a_beginning(self, config, tmp_path):
+    def test_resume_fails_only_if_all_checkpoints_are_damaged(self, config, tmp_path):
         cfg = config(EPOCHS)
         (tmp_path / 'run').mkdir()
         (tmp_path / 'run' / 'epoch_1.pth').write_bytes(b'PK')
@@ -191,8 +191,8 @@ class TestFiles:
             train(cfg, tmp_path / 'run', resume=True)
         assert train(config(EPOCHS, train_cfg__max_epochs=2), tmp_path / 'other', resume=True).epoch == 2
 
-    def test_names_with_a_format_and_files_beside_them(self, config, tmp_path):
-        """Published and exported files have similar names, and cannot be resumed."""
+    def test_files_that_do_not_match_the_template_are_ignored(self, config, tmp_path):
+        """Published and exported files have similar names but cannot be resumed."""
         cfg = config(EPOCHS, default_hooks__checkpoint__filename_tmpl='epoch_{:03d}.pth')
         train(cfg, tmp_path / 'run', 10)
         run = tmp_path / 'run'
@@ -202,7 +202,7 @@ class TestFiles:
         (run / 'last_checkpoint').unlink()
         assert train(cfg, run, resume=True)._load_from == str(run / 'epoch_002.pth')
 
-    def test_backend_of_the_user_is_kept(self, config, tmp_path):
+    def test_custom_backend_is_kept(self, config, tmp_path):
         from mmengine.fileio import LocalBackend, register_backend
 
         written = []
@@ -217,8 +217,8 @@ class TestFiles:
         train(cfg, tmp_path / 'run')
         assert written == ['epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']
 
-    def test_one_cycle_schedule(self, config, tmp_path):
-        """mmengine stores one of its functions with this one."""
+    def test_resume_with_one_cycle_schedule(self, config, tmp_path):
+        """The state of this scheduler contains a function of mmengine, which the loader must accept."""
         cfg = config(EPOCHS)
         cfg.param_scheduler = [dict(type='OneCycleLR', eta_max=0.1, total_steps=12, by_epoch=False)]
         train(cfg, tmp_path / 'run', 6)
@@ -227,22 +227,22 @@ class TestFiles:
 
 class TestSafety:
     @pytest.mark.parametrize('resume', [False, True])
-    def test_code_is_refused_before_upstream_reads_it(self, config, tmp_path, resume):
+    def test_code_is_refused_before_upstream_loads_it(self, config, tmp_path, resume):
         trace = tmp_path / 'trace'
         torch.save(dict(state_dict={}, meta=Attack(str(trace))), tmp_path / 'evil.pth')
         with pytest.raises(ValueError, match='was refused because it holds the object'):
             train(config(EPOCHS, load_from=str(tmp_path / 'evil.pth')), tmp_path / 'run', resume=resume)
         assert not trace.exists()
 
-    def test_what_is_refused_is_not_passed_over(self, config, tmp_path):
+    def test_refused_checkpoint_is_not_skipped(self, config, tmp_path):
         cfg = config(EPOCHS)
         train(cfg, tmp_path / 'run', 10)
         torch.save(dict(state_dict={}, meta=Attack(str(tmp_path / 'trace'))), tmp_path / 'run' / 'epoch_2.pth')
         with pytest.raises(ValueError, match='epoch_2.pth. was refused because it holds the object'):
             train(cfg, tmp_path / 'run', resume=True)
 
-    def test_no_text_is_executed(self, config, tmp_path):
-        """Upstream runs this one as a config file."""
+    def test_config_text_is_not_executed(self, config, tmp_path):
+        """Upstream executes the text in ``meta['config']`` of a checkpoint as a config file."""
         cfg = config(EPOCHS)
         train(cfg, tmp_path / 'run', 6)
         path, trace = tmp_path / 'run' / 'epoch_1.pth', tmp_path / 'trace'
@@ -252,15 +252,15 @@ class TestSafety:
         assert train(cfg, tmp_path / 'run', resume=True).epoch == 3
         assert not trace.exists()
 
-    def test_other_teacher_is_refused(self, config, tmp_path):
+    def test_different_teacher_is_refused(self, config, tmp_path):
         cfg = config(EPOCHS)
         train(cfg, tmp_path / 'run', 6)
         tiny.write_checkpoint(cfg.model.teacher.config, tmp_path / 'teacher.pth', seed=5)
-        with pytest.raises(ValueError, match='weights of the teacher differ from those .* load_from instead of resume'):
+        with pytest.raises(ValueError, match='weights of the teacher differ from .* load_from instead of resume'):
             train(cfg, tmp_path / 'run', resume=True)
 
     @pytest.mark.parametrize('kind', ['other file', 'run folder', 'sub-folder', 'bytes', 'through a link'])
-    def test_a_checkpoint_cannot_have_other_files_deleted(self, config, tmp_path, kind):
+    def test_checkpoint_cannot_delete_other_files(self, config, tmp_path, kind):
         cfg = config(EPOCHS, default_hooks__checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP'))
         run = tmp_path / 'run'
         train(cfg, run, 6)

@@ -12,7 +12,7 @@ SGD = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1)
 
 @pytest.fixture
 def runner(tmp_path, shapes):
-    """Build a run of two epochs of four iterations, or of eight iterations."""
+    """Build a run of eight iterations; with ``epochs``, two epochs of four iterations."""
 
     def build(epochs=False, model_cfg=None, **hook):
         loop = (
@@ -50,14 +50,14 @@ def test_weight_of_every_iteration(runner, tmp_path, epochs, hook):
     runner(epochs, **hook).train()
     log = records(tmp_path)
     assert [record['diffkd.weight'] for record in log] == expected
-    # no values of before in the log, either
+    # idle iterations do not log values of earlier iterations
     assert [record.get('diffkd.fpn.loss_diffusion', 0) > 0 for record in log] == [weight > 0 for weight in expected]
     assert [any(key.startswith('diffkd.fpn') for key in record) for record in log] == [
         weight > 0 for weight in expected
     ]
 
 
-def test_weight_scales_the_distance_alone(tmp_path):
+def test_weight_scales_only_the_distance(tmp_path):
     losses = []
     for weight in (1.0, 0.25):
         model = tiny.build(tiny.distiller_cfg(tmp_path))
@@ -71,20 +71,20 @@ def test_weight_scales_the_distance_alone(tmp_path):
     torch.testing.assert_close(quarter['diffkd.fpn.loss_diffusion'], one['diffkd.fpn.loss_diffusion'])
 
 
-def test_idle_runs_neither_teacher_nor_diffusion_module_and_moves_nothing(runner):
+def test_idle_iterations_skip_teacher_and_diffusion_module(runner):
     run = runner(end=3)
-    calls, parts = [], []
+    calls, neck_states = [], []
     teacher, neck = run.model.diffkd_teacher.model, run.model.diffkd['fpn']
     teacher.backbone.register_forward_hook(lambda *args: calls.append(run.iter))
-    neck.register_forward_hook(lambda *args: parts.append(copy.deepcopy(neck.state_dict())))
+    neck.register_forward_hook(lambda *args: neck_states.append(copy.deepcopy(neck.state_dict())))
     weights = []
     run.model.bbox_head.register_forward_pre_hook(lambda *args: weights.append(copy.deepcopy(neck.state_dict())))
     run.train()
-    # with the first batch the quickened teacher is compared with the one that was built
-    assert calls == [0, 0, 0, 1, 2] and len(parts) == 3
-    after_the_last_step, end = weights[3], neck.state_dict()
+    # three calls for the first batch, on which the optimized teacher is compared with the original
+    assert calls == [0, 0, 0, 1, 2] and len(neck_states) == 3
+    after_last_step, end = weights[3], neck.state_dict()
     for key, value in end.items():
-        assert torch.equal(after_the_last_step[key], value), key  # also no momentum, no weight decay
+        assert torch.equal(after_last_step[key], value), key  # momentum and weight decay change no weights
     assert any(not torch.equal(weights[0][key], end[key]) for key in end)
 
 
@@ -98,25 +98,26 @@ def test_every_third_iteration(runner, tmp_path):
     run.train()
     assert calls == [1, 4, 7]
     moved = [any((a[key] != b[key]).any() for key in a) for a, b in zip(weights, weights[1:])]
-    assert moved == [False, True, False, False, True, False, False]  # no momentum in between
+    # momentum does not move the weights in idle iterations
+    assert moved == [False, True, False, False, True, False, False]
     log = records(tmp_path)
     assert [record['diffkd.weight'] for record in log] == [0, 1, 0, 0, 1, 0, 0, 1]
     assert all(record['diffkd.fpn.loss_kd'] > 0 for record in log[1:])
 
 
 def test_interval_with_accumulated_gradients(runner):
-    """The part learns in every step of the optimizer, also where the last of its iterations rested."""
+    """The diffusion module is updated in every optimizer step, also if the last iteration of the step is idle."""
     run = runner(interval=2)
     run.optim_wrapper = run.build_optim_wrapper(dict(type='OptimWrapper', optimizer=SGD, accumulative_counts=2))
     weights = []
-    part = run.model.diffkd['fpn'].levels[0].align.weight
-    run.model.bbox_head.register_forward_pre_hook(lambda *args: weights.append(part.clone()))
+    weight = run.model.diffkd['fpn'].levels[0].align.weight
+    run.model.bbox_head.register_forward_pre_hook(lambda *args: weights.append(weight.clone()))
     run.train()
     moved = [bool((a != b).any()) for a, b in zip(weights, weights[1:])]
     assert moved == [False, True, False, True, False, True, False]
 
 
-def test_a_second_training_of_the_same_runner_learns_as_the_first(runner):
+def test_runner_can_train_twice(runner):
     run = runner(warmup=2)
     for length in (8, 16):
         run.train_loop._max_iters = length
@@ -134,15 +135,15 @@ def test_a_second_training_of_the_same_runner_learns_as_the_first(runner):
         (dict(warmup=-1), 'no value may be negative'),
         (dict(begin=2, end=4, warmup=2, decay=1), 'must fit between begin and end'),
         (dict(end=9), 'do not fit into the 8 iterations'),
-        (dict(by_epoch=True), 'counts epochs, but the IterBasedTrainLoop has none'),
+        (dict(by_epoch=True), 'counts epochs, but the IterBasedTrainLoop has no epochs'),
     ],
 )
-def test_mistakes(runner, hook, message):
+def test_invalid_settings(runner, hook, message):
     with pytest.raises(ValueError, match=message):
         runner(**hook).train()
 
 
-def test_without_a_teacher_there_is_nothing_to_do(runner, tmp_path):
+def test_no_op_without_a_teacher(runner, tmp_path):
     run = runner(model_cfg=dict(tiny.distiller_cfg(tmp_path), teacher=None), end=3)
     run.train()
     assert run.iter == 8

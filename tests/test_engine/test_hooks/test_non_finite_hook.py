@@ -13,7 +13,7 @@ SGD = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.1)
 
 @pytest.fixture
 def runner(tmp_path, shapes):
-    """Build a run of some iterations."""
+    """Build a run of a few iterations."""
 
     def build(model_cfg=None, iterations=3, optim_wrapper=None, **hook):
         return Runner.from_cfg(
@@ -51,26 +51,26 @@ def break_loss(outputs):
 
 
 def break_gradient(outputs):
-    """Of what reaches the second level of the student; the loss stays as it is."""
+    """Make the gradient of the second level NaN; the loss stays finite."""
     outputs[1].losses['loss_kd'] = _BrokenGradient.apply(outputs[1].losses['loss_kd'])
 
 
-def spoil(model, iterations, damage):
-    """Damage some iterations; returns the model's state before each one."""
+def break_iterations(model, iterations, damage):
+    """Apply ``damage`` to the outputs of the neck in some iterations; return the state before every iteration."""
     states = []
 
-    def work(module, inputs, outputs):
+    def damage_hook(module, inputs, outputs):
         if len(states) - 1 in iterations:
             damage(outputs)
         return outputs
 
-    # before anything of an iteration has run
+    # the backbone is the first module to run in an iteration
     model.backbone.register_forward_pre_hook(lambda module, inputs: states.append(state(model)))
-    model.diffkd['fpn'].register_forward_hook(work)
+    model.diffkd['fpn'].register_forward_hook(damage_hook)
     return states
 
 
-def log_of(tmp_path):
+def read_log(tmp_path):
     return next((tmp_path / 'run').glob('*/*.log')).read_text()
 
 
@@ -78,53 +78,53 @@ def log_of(tmp_path):
     'damage, cause',
     [(break_loss, 'diffkd.fpn.loss_kd (level 0) (1'), (break_gradient, 'diffkd.fpn, level 1 (1')],
 )
-def test_the_step_is_left_out(runner, tmp_path, damage, cause):
+def test_step_is_skipped(runner, tmp_path, damage, cause):
     run = runner(policy='skip')
-    states = spoil(run.model, [1], damage)
+    states = break_iterations(run.model, [1], damage)
     run.train()
-    # neither momentum nor weight decay moved anything, and the running statistics are those of before
+    # momentum and weight decay change nothing, and the running statistics are restored
     assert_same(states[1], states[2])
     assert not torch.equal(states[0]['bbox_head.retina_cls.weight'], states[1]['bbox_head.retina_cls.weight'])
     assert not torch.equal(states[2]['bbox_head.retina_cls.weight'], state(run.model)['bbox_head.retina_cls.weight'])
-    log = log_of(tmp_path)
+    log = read_log(tmp_path)
     assert f'Iteration 1 was skipped because of non-finite values in {cause} skipped so far).' in log
     assert 'diffkd.skipped: 1' in log
 
 
 def test_clipping_does_not_hide_the_level(runner):
     run = runner(optim_wrapper=dict(clip_grad=dict(max_norm=1)))
-    spoil(run.model, [1], break_gradient)
+    break_iterations(run.model, [1], break_gradient)
     with pytest.raises(FloatingPointError, match='gradient is not finite in iteration 1: diffkd.fpn, level 1'):
         run.train()
 
 
-def test_a_parameter_is_named(runner):
+def test_error_names_the_parameter(runner):
     run = runner()
     run.model.bbox_head.retina_reg.bias.register_hook(lambda gradient: gradient * float('inf'))
     with pytest.raises(FloatingPointError, match='not finite in iteration 0: bbox_head.retina_reg.bias'):
         run.train()
 
 
-def test_loss_stops_the_run_also_without_the_hook(runner):
+def test_non_finite_loss_stops_the_run_without_the_hook(runner):
     run = runner()
     run._hooks = [hook for hook in run.hooks if type(hook).__name__ != 'NonFiniteHook']
-    spoil(run.model, [1], break_loss)
+    break_iterations(run.model, [1], break_loss)
     with pytest.raises(FloatingPointError, match=r'not finite in iteration 1: diffkd\.fpn\.loss_kd \(level 0\)'):
         run.train()
 
 
-def test_too_many_in_a_row(runner, tmp_path):
+def test_too_many_consecutive_skips(runner, tmp_path):
     run = runner(iterations=7, policy='skip', max_consecutive_skips=2)
-    spoil(run.model, [0, 1, 3, 4, 5], break_loss)
-    with pytest.raises(FloatingPointError, match='3 steps in a row were not finite, the last one in iteration 5'):
+    break_iterations(run.model, [0, 1, 3, 4, 5], break_loss)
+    with pytest.raises(FloatingPointError, match='3 steps in a row had non-finite values, the last .* iteration 5'):
         run.train()
-    assert '(5 skipped so far)' in log_of(tmp_path)
+    assert '(5 skipped so far)' in read_log(tmp_path)
 
 
-def test_accumulated_step_is_left_out_as_a_whole(runner):
-    """Two iterations make a step; the first one of the second step is bad."""
+def test_accumulated_step_is_skipped_as_a_whole(runner):
+    """A step has two iterations; the first iteration of the second step is not finite."""
     run = runner(iterations=6, optim_wrapper=dict(accumulative_counts=2), policy='skip')
-    states = spoil(run.model, [2], break_loss)
+    states = break_iterations(run.model, [2], break_loss)
     run.train()
     weight = 'bbox_head.retina_cls.weight'
     same = [
@@ -133,24 +133,24 @@ def test_accumulated_step_is_left_out_as_a_whole(runner):
     assert same == [True, False, True, True, True, False]
 
 
-def test_limit_counts_steps(runner, tmp_path):
-    """The first half of every step is bad."""
+def test_limit_counts_steps_not_iterations(runner, tmp_path):
+    """The first of the two iterations of every step is not finite."""
     run = runner(iterations=8, optim_wrapper=dict(accumulative_counts=2), policy='skip', max_consecutive_skips=2)
-    spoil(run.model, [0, 2, 4, 6], break_loss)
+    break_iterations(run.model, [0, 2, 4, 6], break_loss)
     with pytest.raises(FloatingPointError, match='3 steps in a row .* iteration 5: .*level 0. of iteration 4'):
         run.train()
 
 
-def test_large_is_not_infinite(runner, tmp_path):
-    """The sum of the squares would be."""
+def test_large_gradients_are_not_skipped(runner, tmp_path):
+    """The gradients are finite, although the sum of their squares overflows."""
     run = runner(iterations=1)
     run.model.bbox_head.retina_reg.bias.register_hook(lambda gradient: gradient * 0 + 1e25)
     run.train()
     assert run.model.bbox_head.retina_reg.bias.abs().max() > 1e22
 
 
-def test_overflow_under_the_loss_scaler_is_the_scalers(runner):
-    """Fused optimizers are called by it all the same."""
+def test_overflow_is_left_to_the_loss_scaler(runner):
+    """The scaler calls fused optimizers even after an overflow."""
     run = runner(optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01, fused=True)))
     run.optim_wrapper = run.build_optim_wrapper(run.optim_wrapper)
     run.register_hook(Overflow())
@@ -159,7 +159,7 @@ def test_overflow_under_the_loss_scaler_is_the_scalers(runner):
 
 
 class Overflow(Hook):
-    """What GradScaler does for fused optimizers when gradients overflow, in the second iteration."""
+    """Tell a fused optimizer about an overflow in the second iteration, as GradScaler does."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         optimizer = runner.optim_wrapper.optimizer
@@ -180,5 +180,5 @@ def test_needs_a_distiller(runner):
 
 
 def test_unknown_policy(runner):
-    with pytest.raises(ValueError, match="policy='ignore'. must be one of 'raise', 'skip'"):
+    with pytest.raises(ValueError, match="policy='ignore'.: policy must be 'raise' or 'skip'"):
         runner(policy='ignore').train()

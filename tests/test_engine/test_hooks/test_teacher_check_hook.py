@@ -27,18 +27,18 @@ def runner(tmp_path, shapes):
     return build
 
 
-def metric_of(model_cfg, weights, shapes, work_dir):
-    """What a plain test of the teacher by itself gives."""
+def evaluate(model_cfg, weights, shapes, work_dir):
+    """Return the metrics of a plain test of the teacher."""
     cfg = tiny.run_cfg(model_cfg, shapes, work_dir, load_from=weights)
     return Runner.from_cfg(cfg).test()
 
 
-def test_it_is_what_the_teacher_has_by_itself(runner, tmp_path, shapes):
+def test_metrics_match_a_plain_test_of_the_teacher(runner, tmp_path, shapes):
     run = runner(metric='coco/bbox_mAP_50')
     seen = []
     run.visualizer.add_scalars = lambda values, step, **kwargs: seen.append((values, step))
     run.train()
-    expected = metric_of(tiny.detector(base_channels=16), str(tmp_path / 'teacher.pth'), shapes, tmp_path / 'alone')
+    expected = evaluate(tiny.detector(base_channels=16), str(tmp_path / 'teacher.pth'), shapes, tmp_path / 'plain_test')
     logged = {key.split('/', 1)[1]: value for key, value in seen[0][0].items()}
     assert seen[0][1] == 0
     assert logged == pytest.approx(expected)
@@ -46,15 +46,15 @@ def test_it_is_what_the_teacher_has_by_itself(runner, tmp_path, shapes):
     assert f'coco/bbox_mAP_50 {expected["coco/bbox_mAP_50"]:.4f}' in log
 
 
-def test_a_bad_teacher_stops_the_run(runner, tmp_path):
+def test_low_score_stops_the_run(runner, tmp_path):
     run = runner(min_score=0.3)
     with pytest.raises(ValueError, match=r'reaches coco/bbox_mAP 0\.\d+ on the validation set, below min_score=0.3'):
         run.train()
     assert run.iter == 0
 
 
-def test_the_run_is_the_same_with_and_without(runner, tmp_path):
-    """Student, evaluator and the modes of the models are left as they were."""
+def test_training_does_not_change(runner, tmp_path):
+    """The hook does not change the student, the evaluator or the modes of the models."""
     run = runner()
     run.train()
     assert not run.model.diffkd_teacher.model.training
@@ -67,7 +67,7 @@ def test_the_run_is_the_same_with_and_without(runner, tmp_path):
         torch.testing.assert_close(with_check[key], value, rtol=0, atol=0, msg=key)
 
 
-def test_not_repeated_on_resume(runner, monkeypatch, tmp_path):
+def test_check_is_not_repeated_on_resume(runner, monkeypatch, tmp_path):
     runner().train()
     monkeypatch.setattr(CocoMetric, 'compute_metrics', lambda *args: pytest.fail('evaluated again'))
     (tmp_path / 'run' / 'last_checkpoint').write_text(str(tmp_path / 'run' / 'iter_1.pth'))
@@ -76,7 +76,7 @@ def test_not_repeated_on_resume(runner, monkeypatch, tmp_path):
     assert run.iter == 2
 
 
-def test_other_classes(runner, tmp_path):
+def test_different_classes(runner, tmp_path):
     teacher = tiny.detector(base_channels=16, **{'bbox_head.num_classes': 200})
     with pytest.raises(ValueError, match='perhaps because it predicts different classes'):
         runner(tiny.distiller_cfg(tmp_path, teacher=teacher)).train()
@@ -87,7 +87,7 @@ def test_unknown_metric(runner):
         runner(metric='bbox').train()
 
 
-def test_without_a_teacher_there_is_nothing_to_do(runner, tmp_path):
+def test_no_op_without_a_teacher(runner, tmp_path):
     run = runner(dict(tiny.distiller_cfg(tmp_path), teacher=None), min_score=0.9)
     run.train()
     assert run.iter == 2

@@ -1,4 +1,4 @@
-"""Pictures of real runs."""
+"""Check the pictures that are drawn during real runs."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ from tests import tiny
 
 @pytest.fixture
 def train(tmp_path, shapes):
-    """Run a few iterations and give the run back."""
+    """Run a few iterations and return the runner."""
 
     def run(
         iterations=4,
@@ -59,18 +59,18 @@ def test_pictures_of_every_level_at_the_start_and_every_interval(train, tmp_path
     assert picture.shape[1] > 1000 and picture.std() > 10
 
 
-def test_the_training_is_the_same_with_and_without(train, tmp_path):
+def test_training_does_not_change(train, tmp_path):
     with_pictures = train().model.state_dict()
     without = train(hooks=(), folder='without').model.state_dict()
     assert all(torch.equal(value, without[key]) for key, value in with_pictures.items())
 
 
-def test_nothing_is_kept_after_an_iteration(train):
+def test_no_record_is_kept_after_an_iteration(train):
     model = train().model
     assert model.distill_state.last_record is None and not model.distill_state.capture
 
 
-def test_resting_iterations_wait_for_the_next(train, tmp_path):
+def test_idle_iterations_are_replaced_by_the_next(train, tmp_path):
     schedule = dict(type='mmdiffkd.DistillScheduleHook', begin=2, by_epoch=False)
     train(hooks=[schedule, dict(type='mmdiffkd.DiffKDVisualizationHook', interval=10)])
     assert {name.rsplit('_', 1)[1] for name in pictures(tmp_path)} == {'3.png'}
@@ -105,7 +105,7 @@ def test_wandb_has_pictures_and_scalars_of_every_level(train, monkeypatch):
     assert wandb.Image.call_args_list[0].args[0].shape[1] > 1000
 
 
-def test_mlflow_takes_names_of_pictures_for_files_and_those_of_scalars(train, tmp_path, monkeypatch):
+def test_mlflow_accepts_the_names_of_pictures_and_scalars(train, tmp_path, monkeypatch):
     mlflow = MagicMock(MlflowException=ValueError)
     mlflow.log_image.side_effect = lambda picture, name: Image.fromarray(picture).save(tmp_path / name)
     monkeypatch.setitem(sys.modules, 'mlflow', mlflow)
@@ -114,19 +114,19 @@ def test_mlflow_takes_names_of_pictures_for_files_and_those_of_scalars(train, tm
     assert {'diffkd.fpn.0_1.png', 'diffkd.fpn.0_2.png', 'diffkd.fpn.0.steps_4.png'} <= files
     scalars = {name for call in mlflow.log_metrics.call_args_list for name in call.args[0]}
     assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.gamma.3'} <= scalars
-    assert all(re.fullmatch(r'[/\w.\- :]+', name) for name in scalars)  # what MLflow allows
+    assert all(re.fullmatch(r'[/\w.\- :]+', name) for name in scalars)  # the characters that MLflow allows
 
 
 @HOOKS.register_module()
 class NaNImage(Hook):
-    """Spoil the batch of the second iteration."""
+    """Replace an image of the second iteration by NaN."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter == 1:
             data_batch['inputs'][0] = torch.full_like(data_batch['inputs'][0], float('nan'), dtype=torch.float32)
 
 
-def test_what_is_not_finite_waits_for_the_next(train, tmp_path):
+def test_non_finite_iterations_are_replaced_by_the_next(train, tmp_path):
     skipping = dict(type='mmdiffkd.NonFiniteHook', policy='skip')
     drawing = dict(type='mmdiffkd.DiffKDVisualizationHook', interval=2)
     runner = train(hooks=[skipping, drawing, dict(type='NaNImage')])
@@ -136,7 +136,7 @@ def test_what_is_not_finite_waits_for_the_next(train, tmp_path):
 
 @MODELS.register_module()
 class PlainNeck(DistillNeck):
-    """A neck of a user's own that has no diffusion, and returns its features or not."""
+    """A custom neck without diffusion that returns its features if ``has_features``."""
 
     def __init__(self, student_channels, teacher_channels, has_features=False):
         super().__init__()
@@ -154,26 +154,26 @@ class PlainNeck(DistillNeck):
 
 
 @pytest.mark.parametrize('has_features', [True, False])
-def test_necks_of_ones_own_are_drawn_if_they_return_features(train, tmp_path, has_features):
+def test_custom_necks_are_drawn_if_they_return_features(train, tmp_path, has_features):
     own = dict(tiny.FPN, neck=dict(type='PlainNeck', has_features=has_features))
     train(iterations=1, model=tiny.distiller_cfg(tmp_path, distill=dict(fpn=tiny.FPN, own=own)))
     names = {name for name in pictures(tmp_path) if name.split('.')[1] == 'own'}
     assert names == ({f'diffkd.own.{level}_1.png' for level in range(5)} if has_features else set())
 
 
-def test_a_resumed_run_draws_at_its_intervals(train, tmp_path):
+def test_resumed_run_keeps_the_interval(train, tmp_path):
     train(iterations=2, folder='run')
     assert {name.rsplit('_', 1)[1] for name in pictures(tmp_path)} == {'1.png', '2.png'}
     train(iterations=4, resume=True)
     assert {name.rsplit('_', 1)[1] for name in pictures(tmp_path)} == {'1.png', '2.png', '4.png'}
 
 
-def test_without_a_teacher_it_does_nothing(train, tmp_path):
+def test_no_op_without_a_teacher(train, tmp_path):
     train(model=dict(type='mmdiffkd.DiffKDDistiller', student=tiny.detector()))
     assert not pictures(tmp_path)
 
 
-def test_a_model_that_is_no_distiller(train):
+def test_needs_a_distiller(train):
     with pytest.raises(
         TypeError, match='DiffKDVisualizationHook needs a DiffKDDistiller, but the model is a RetinaNet'
     ):
