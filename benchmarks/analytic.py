@@ -1,7 +1,7 @@
-"""Operations and memory of an iteration, counted on meta tensors: nothing is run, any size will do.
+"""Count the operations and the memory traffic of an iteration on meta tensors, which compute nothing.
 
-For dense detectors, distilled from neck to neck. Operations are those of convolutions and matrix products; bytes are
-what all operators read and write, as if nothing of it stayed in a cache. The student's losses are not counted.
+The config must distill the neck of a dense detector. Operations are counted for convolutions and matrix products, and
+bytes for all reads and writes of all operators, as if there were no caches. The student's losses are not counted.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from mmdiffkd.utils.dummy_inputs import without_pretrained
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        'config', nargs='?', default='configs/diffkd_retinanet_r101_r50.py', help='(default %(default)s)'
+        'config', nargs='?', default='configs/diffkd_retinanet_r101_r50.py', help='config (default %(default)s)'
     )
     parser.add_argument('--size', type=int, nargs=2, default=(800, 1344), help='height and width (default 800 1344)')
-    parser.add_argument('--batch', type=int, default=2, help='images (default 2)')
-    parser.add_argument('--page', type=Path, help='write the table to this .md, the figures to a .json beside it')
+    parser.add_argument('--batch', type=int, default=2, help='batch size (default 2)')
+    parser.add_argument('--page', type=Path, help='write the table to this .md file and the data next to it')
     return parser.parse_args()
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operators read and write; views move none."""
+    """Count the bytes that operators read and write. Views read and write nothing."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class Traffic(TorchDispatchMode):
 
 
 class Work(NamedTuple):
-    """What a step takes: floating-point operations and bytes, both in units of 1e9."""
+    """Cost of a step: floating-point operations, and bytes read and written, both in units of 1e9."""
 
     operations: float
     moved: float
@@ -58,15 +58,15 @@ class Work(NamedTuple):
         return Work(*map(sum, zip(self, other)))
 
 
-def counted(function) -> Work:
-    """Count what a function takes."""
+def count(function) -> Work:
+    """Count the operations and bytes of a function."""
     with FlopCounterMode(display=False) as counter, Traffic() as traffic:
         function()
     return Work(counter.get_total_flops() / 1e9, traffic.num_bytes / 1e9)
 
 
 def total(output) -> torch.Tensor:
-    """A scalar that all of an output has a part in."""
+    """Return a scalar that depends on all tensors of an output, to start a backward pass from."""
     if isinstance(output, torch.Tensor):
         return output.sum()
     return sum(total(part) for part in output)
@@ -101,47 +101,49 @@ def main():
         total(list(chain(*(convolutions(*level) for level in levels)))).backward()
 
     work = {
-        'student, forward and backward': counted(student),
-        'teacher, forward to the neck': counted(teach),
-        'convolutions of the diffusion module': counted(convolve),
+        'student, forward and backward': count(student),
+        'teacher, forward to the neck': count(teach),
+        'convolutions of the diffusion module': count(convolve),
     }
-    unavoidable = sum(work.values(), Work(0, 0))
-    part = counted(lambda: forward().backward())
-    kept = saved_activation_bytes(forward, ignore) / MIB
-    set_memory_efficient(neck)
-    lean = counted(lambda: forward().backward())
-    lean_kept = saved_activation_bytes(forward, ignore) / MIB
+    baseline = sum(work.values(), Work(0, 0))
+    default = count(lambda: forward().backward())
+    default_saved = saved_activation_bytes(forward, ignore) / MIB
+    set_memory_efficient(neck, False)
+    without = count(lambda: forward().backward())
+    without_saved = saved_activation_bytes(forward, ignore) / MIB
     others = work['student, forward and backward'] + work['teacher, forward to the neck']
     work.update(
         {
-            'diffusion module, forward and backward': part,
-            'the same, memory_efficient=True': lean,
-            'sum of the first three': unavoidable,
-            'distilled step': others + part,
+            'diffusion module, forward and backward': default,
+            'the same, memory_efficient=False': without,
+            'sum of the first three': baseline,
+            'distilled step': others + default,
         }
     )
-    memory = {'diffusion module, forward and backward': kept, 'the same, memory_efficient=True': lean_kept}
+    memory = {
+        'diffusion module, forward and backward': default_saved,
+        'the same, memory_efficient=False': without_saved,
+    }
     rows = [
         {
-            'what': name,
+            'component': name,
             'GFLOP': f'{value.operations:.0f}',
-            'against the sum of the first three': f'{value.operations / unavoidable.operations:.2f}',
+            'GFLOP / sum of the first three': f'{value.operations / baseline.operations:.2f}',
             'GB moved': f'{value.moved:.0f}',
-            'against that sum': f'{value.moved / unavoidable.moved:.2f}',
-            'kept for backward, MiB': f'{memory[name]:.0f}' if name in memory else '',
+            'GB / sum of the first three': f'{value.moved / baseline.moved:.2f}',
+            'saved for backward, MiB': f'{memory[name]:.0f}' if name in memory else '',
         }
         for name, value in work.items()
     ]
     text = (
         f'`{args.config}` at {args.size[0]}x{args.size[1]}, batch {args.batch}, float32: counted, not measured. '
-        'Operations are those of convolutions and matrix products, two a product; what is computed again in the '
-        'backward pass is counted again. Bytes are what every operator reads and writes, as if there were no cache and '
-        'nothing was fused.'
+        'Operations are those of convolutions and matrix products, two per multiply-add, including recomputation in '
+        'the backward pass. Bytes are those that all operators read and write, without caches and fusion.'
     )
     command = ' '.join(['python -m benchmarks.analytic', *sys.argv[1:]])
     where = dict(machine('cpu', 0), machine='No machine')
     data = {name: dict(value._asdict(), kept_mib=memory.get(name)) for name, value in work.items()}
-    publish(args.page, 'What an iteration takes at full size', text, command, where, rows, data)
+    publish(args.page, 'Cost at full size', text, command, where, rows, data)
 
 
 if __name__ == '__main__':

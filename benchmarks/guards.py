@@ -1,7 +1,8 @@
-"""What the guards of a long run cost: iterations with and without them, in turn, in one process.
+"""Measure the overhead of the hooks that guard a long run.
 
-Prints for each guard the median ratio of neighbouring iterations and the range of the middle half of the ratios. Two
-runs without any guard are compared first: that ratio is the noise of the measurement.
+Iterations with and without a hook alternate in one process. For each hook, the table shows the median of the ratios of
+neighboring iterations, and the range of the middle half of the ratios. The first row compares two runs without hooks,
+which shows the noise of the measurement.
 """
 
 import argparse
@@ -32,14 +33,14 @@ GUARDS['all of them'] = dict(
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of a distillation whose data and teacher are there')
-    parser.add_argument('--iterations', type=int, default=60, help='pairs of iterations a guard (default 60)')
+    parser.add_argument('config', help='config of a distillation run whose data and teacher weights exist')
+    parser.add_argument('--iterations', type=int, default=60, help='pairs of iterations per hook (default 60)')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads (default 1)')
     return parser.parse_args()
 
 
 def ready_to_train(cfg, changes, name, folder):
-    """A runner that has done everything up to its first iteration."""
+    """Build a runner and run everything before its first iteration."""
     cfg = Config(copy.deepcopy(cfg.to_dict()))
     cfg.merge_from_dict(changes)
     cfg.work_dir, cfg.experiment_name = str(folder / name), name
@@ -59,7 +60,8 @@ def ready_to_train(cfg, changes, name, folder):
 
 
 def seconds(runner, index, batch):
-    """One iteration, hooks included. What the hooks look up globally is made this runner's."""
+    """Return the time of one iteration of a runner, including its hooks, in seconds."""
+    # mmengine uses the last instances, so make those of this runner the last
     MessageHub._instance_dict.move_to_end(runner.experiment_name)
     MMLogger._instance_dict.move_to_end(runner.experiment_name)
     batch = copy.deepcopy(batch)
@@ -85,7 +87,7 @@ def main():
                 order = [plain, guarded] if index % 2 else [guarded, plain]
                 took = {id(runner): seconds(runner, index, batches[index % len(batches)]) for runner in order}
                 ratios.append(took[id(guarded)] / took[id(plain)])
-            ratios = ratios[3:]  # the first ones warm up
+            ratios = ratios[3:]  # leave out the warmup
             low, middle, high = statistics.quantiles(ratios, n=4)
             print(f'{name:24}{middle:8.4f}   {low:.4f} - {high:.4f}', flush=True)
 

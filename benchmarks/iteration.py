@@ -1,8 +1,8 @@
-"""A whole training iteration of a config, and what it is made of.
+"""Measure the time of a distilled training iteration and of its components.
 
-Teacher and student have random weights, and the images are random: neither changes the time. What nobody can avoid is
-the student's own step, the teacher's pass to its last tap and the convolutions of the diffusion module; the last row is
-the whole iteration against their sum. All run in turn in one process.
+Weights and images are random, which does not affect the time. The last row compares the whole iteration with the sum of
+the student's own step, the teacher's forward pass to its last tap, and the convolutions of the diffusion module. The
+components run in turn in one process.
 """
 
 import argparse
@@ -26,18 +26,20 @@ from mmdiffkd.utils.dummy_inputs import random_batch, without_pretrained
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of a distillation')
+    parser.add_argument('config', help='config of a distillation run')
     parser.add_argument('--size', type=int, nargs='+', default=[320], help='height and width (default 320)')
-    parser.add_argument('--batch', type=int, default=4, help='images (default 4)')
+    parser.add_argument('--batch', type=int, default=4, help='batch size (default 4)')
     parser.add_argument('--bf16', action='store_true', help='run under bfloat16 autocast')
-    parser.add_argument('--rounds', type=int, default=15, help='iterations of each kind (default 15)')
+    parser.add_argument('--rounds', type=int, default=15, help='timed calls per component (default 15)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
-    parser.add_argument('--page', type=Path, help='write the table to this .md, the figures and a picture beside it')
+    parser.add_argument(
+        '--page', type=Path, help='write the table to this .md file and the data and a chart next to it'
+    )
     return parser.parse_args()
 
 
 def build(path, device):
-    """The config, and its distiller ready to train with a random teacher."""
+    """Read a config and build its distiller with a teacher of random weights, ready to train; return both."""
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
     without_pretrained(cfg.model.student)
@@ -48,12 +50,12 @@ def build(path, device):
         torch.save(dict(state_dict=build_model(teacher_cfg, get_model_cfg(teacher_cfg)).state_dict()), file)
         cfg.model.teacher.checkpoint = str(file)
         model = build_model(cfg, cfg.model)
-        model.init_weights()  # reads the teacher
+        model.init_weights()  # loads the teacher
     return cfg, model.to(device).train()
 
 
 def random_batch_of(cfg, height, width, count):
-    """A random batch of images that need not be square."""
+    """Return a batch of ``count`` random images of ``height`` x ``width`` pixels."""
     batch = random_batch(cfg, max(height, width), count)
     batch['inputs'] = [image[..., :height, :width] for image in batch['inputs']]
     for sample in batch['data_samples']:
@@ -81,9 +83,9 @@ def main():
     def cast():
         return torch.autocast(device, torch.bfloat16) if args.bf16 else nullcontext()
 
-    def step(distills):
+    def step(distill):
         def run():
-            model.distill_state.enabled = distills
+            model.distill_state.enabled = distill
             optimizer.zero_grad(set_to_none=True)
             with cast():
                 losses = model(**data, mode='loss')
@@ -92,18 +94,18 @@ def main():
 
         return run
 
-    seen = {}
+    neck_inputs = {}
     handles = [
-        part.register_forward_hook(lambda part, inputs, output: seen.update({part: inputs}))
-        for part in model.diffkd.values()
-        if isinstance(part, FeatureDiffusionNeck)
+        neck.register_forward_hook(lambda neck, inputs, output: neck_inputs.update({neck: inputs}))
+        for neck in model.diffkd.values()
+        if isinstance(neck, FeatureDiffusionNeck)
     ]
     step(True)()
     for handle in handles:
         handle.remove()
     inputs = {
         neck: ([x.detach().requires_grad_() for x in student], [x.detach() for x in teacher])
-        for neck, (student, teacher, _) in seen.items()
+        for neck, (student, teacher, _) in neck_inputs.items()
     }
 
     def teacher():
@@ -111,54 +113,52 @@ def main():
             model.diffkd_teacher.features(data['inputs'], data['data_samples'])
 
     def all_convolutions():
-        ends = []
+        outputs = []
         with cast():
             for neck, features in inputs.items():
                 for level, *pair in zip(neck.levels, *features):
                     if level.denoise:
-                        ends += convolutions(level, *pair)
-        torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+                        outputs += convolutions(level, *pair)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
     def necks():
         with cast():
             losses = [sum(output.losses.values()) for neck, features in inputs.items() for output in neck(*features)]
         sum(losses).backward()
 
-    ways = {
+    functions = {
         "student's own step": step(False),
         "teacher's pass to the tap": teacher,
         'convolutions of the diffusion module': all_convolutions,
         'diffusion module': necks,
         'distilled step': step(True),
     }
-    times = in_turn(ways, args.rounds)
+    times = in_turn(functions, args.rounds)
     whole = times['distilled step']
     figures = {name: ratios(seconds, whole) for name, seconds in times.items()}
-    least = [sum(parts) for parts in zip(*(times[name] for name in list(ways)[:3]))]
-    figures['distilled step against the sum of the first three'] = ratios(whole, least)
+    baseline = [sum(seconds) for seconds in zip(*(times[name] for name in list(functions)[:3]))]
+    figures['distilled step against the sum of the first three'] = ratios(whole, baseline)
     rows = [
         {
-            'what': name,
-            'ms': f'{one["ms"]:.0f}',
-            'share of the distilled step': f'{one["ratio"]:.2f} ({one["low"]:.2f} - {one["high"]:.2f})',
+            'component': name,
+            'ms': f'{entry["ms"]:.0f}',
+            'share of the distilled step': f'{entry["ratio"]:.2f} ({entry["low"]:.2f} - {entry["high"]:.2f})',
         }
-        for name, one in figures.items()
+        for name, entry in figures.items()
     ]
     text = (
         f'`{args.config}`, {height}x{width}, batch {args.batch}, {"bfloat16 autocast" if args.bf16 else "float32"}, '
-        f'SGD. Median of {args.rounds} rounds, in brackets the quartiles of the ratios inside a round. The last row is '
-        'no share: it is the whole against the sum of the first three, which is what nobody can avoid.'
+        f'SGD. Medians of {args.rounds} rounds; in parentheses, quartiles of the ratios within a round. The last row '
+        'is the ratio of the distilled step to the sum of the first three rows.'
     )
     command = ' '.join(['python -m benchmarks.iteration', *sys.argv[1:]])
-    publish(
-        args.page, 'Where the time of an iteration goes', text, command, machine(device, args.threads), rows, figures
-    )
+    publish(args.page, 'Cost of an iteration', text, command, machine(device, args.threads), rows, figures)
     if args.page:
         draw(figures, args.page.with_suffix('.png'))
 
 
 def draw(figures, path):
-    """The distilled step as a bar of its parts, above the student's own."""
+    """Draw two bars: the step of the student alone and, below it, the distilled step, stacked from its components."""
     import matplotlib
 
     matplotlib.use('Agg')

@@ -1,9 +1,10 @@
-"""What the benchmarks share: timing in turn, memory, tables."""
+"""Utilities of the benchmarks: timing, peak memory, tables and pages."""
 
 import gc
 import json
 import platform
 import statistics
+import textwrap
 import time
 from itertools import accumulate
 from pathlib import Path
@@ -19,45 +20,54 @@ import mmdiffkd
 MIB = 2**20
 
 
-def in_turn(ways: Dict[str, Callable], rounds: int, warmup: int = 2) -> Dict[str, List[float]]:
-    """Seconds of every way, which run in turn, so that all see the same mood of the machine."""
-    times: Dict[str, List[float]] = {name: [] for name in ways}
+def in_turn(functions: Dict[str, Callable], rounds: int, warmup: int = 2) -> Dict[str, List[float]]:
+    """Time functions in turn, so that a change in the load of the machine affects all of them.
+
+    Args:
+        functions (dict[str, callable]): Functions without arguments, by name.
+        rounds (int): Number of timed calls per function.
+        warmup (int): Number of calls per function before the timing starts. Defaults to 2.
+
+    Returns:
+        dict[str, list[float]]: Seconds per call, by name.
+    """
+    times: Dict[str, List[float]] = {name: [] for name in functions}
     for index in range(warmup + rounds):
-        for name, way in ways.items():
-            seconds = _seconds(way)
+        for name, function in functions.items():
+            seconds = _seconds(function)
             if index >= warmup:
                 times[name].append(seconds)
     return times
 
 
-def _seconds(way: Callable) -> float:
-    _wait()
+def _seconds(function: Callable) -> float:
+    _synchronize()
     start = time.perf_counter()
-    way()
-    _wait()
+    function()
+    _synchronize()
     return time.perf_counter() - start
 
 
-def _wait():
+def _synchronize():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def ratios(times: Sequence[float], base: Sequence[float]) -> Dict[str, float]:
-    """Median and quartiles of the ratios of neighbours, and the median time in milliseconds."""
+    """Return the median time in milliseconds, and median and quartiles of the ratios to ``base`` within a round."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(times, base)], n=4)
     return dict(ms=statistics.median(times) * 1e3, ratio=median, low=low, high=high)
 
 
 def peak_mib(step: Callable) -> float:
-    """The most memory that a step takes beyond what is there before it."""
+    """Return the peak memory of a step in MiB, minus the memory that is in use before the step."""
     gc.collect()
     if torch.cuda.is_available():
-        _wait()
+        _synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        _wait()
+        _synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -67,14 +77,14 @@ def peak_mib(step: Callable) -> float:
 
 
 def markdown(rows: Sequence[Dict[str, object]]) -> str:
-    """A table with a column for every key of the first row."""
+    """Format rows as a Markdown table, with the keys of the first row as columns."""
     columns = list(rows[0])
     lines = [columns, ['---'] + ['---:'] * (len(columns) - 1), *([row[key] for key in columns] for row in rows)]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 
 def machine(device: str, threads: int) -> Dict[str, str]:
-    """What the figures depend on."""
+    """Return name of the machine, versions and commit, to publish with a measurement."""
     env = collect_env()
     name = env.get('GPU 0') if device == 'cuda' else _cpu_name()
     return dict(
@@ -91,13 +101,14 @@ def _cpu_name() -> str:
 
 
 def publish(page: Path, title: str, text: str, command: str, where: Dict[str, str], rows, data) -> None:
-    """Print a table, and write it as a page with the figures beside it as JSON."""
+    """Print a table. With ``page``, also write the table to this file, and the data to a JSON file next to it."""
     table = markdown(rows)
     print(table)
     if page is None:
         return
+    wrapped = ' \\\n    '.join(textwrap.wrap(command, 79, break_long_words=False, break_on_hyphens=False))
     page.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f'# {title}', text, f'```shell\n{command}\n```', f'{where["machine"]}; {where["versions"]}.', table]
+    lines = [f'# {title}', text, f'```shell\n{wrapped}\n```', f'{where["machine"]}; {where["versions"]}.', table]
     page.write_text('\n\n'.join(lines) + '\n')
     page.with_suffix('.json').write_text(json.dumps(dict(where, command=command, results=data), indent=1) + '\n')
-    print(f'{page} and {page.with_suffix(".json")} written.')
+    print(f'Wrote {page} and {page.with_suffix(".json")}.')

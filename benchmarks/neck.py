@@ -1,7 +1,7 @@
-"""Time and memory of the diffusion module against its convolutions alone.
+"""Measure time and memory of the diffusion module, relative to its convolutions alone.
 
-The convolutions alone are the same layers in the same order, without normalisation, activation, sums, noise and losses:
-what nobody can avoid. A step is a forward and a backward pass; all ways run in turn in one process.
+The convolutions alone run in the same order, but without normalization, activations, sums, noise and losses. A step is
+a forward and a backward pass. All implementations run in turn in one process.
 """
 
 import argparse
@@ -15,50 +15,40 @@ from torch import nn
 
 from benchmarks.measure import MIB, in_turn, machine, peak_mib, publish, ratios
 from mmdiffkd.models import FeatureDiffusionNeck
-from mmdiffkd.models.diffusion import ConvChain
 from mmdiffkd.utils import saved_activation_bytes
 
 LEVELS = {
-    'half': [(50, 84), (25, 42), (13, 21), (7, 11), (4, 6)],  # an FPN at 400x672
-    'tiny': [(10, 14), (5, 7), (3, 4)],  # to see that it works
-    'coco': [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)],  # at 800x1344
+    'half': [(50, 84), (25, 42), (13, 21), (7, 11), (4, 6)],  # levels of an FPN for images of 400x672
+    'tiny': [(10, 14), (5, 7), (3, 4)],  # for tests
+    'coco': [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)],  # levels of an FPN for images of 800x1344
 }
+SIZE_IN_TITLE = {'half': '', 'tiny': ' at test size', 'coco': ' at COCO size'}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--levels', choices=LEVELS, default='half', help='sizes of the features (default half)')
-    parser.add_argument('--batch', type=int, default=2, help='images (default 2)')
-    parser.add_argument('--channels', type=int, default=256, help='of student and teacher (default 256)')
+    parser.add_argument('--levels', choices=LEVELS, default='half', help='sizes of the feature maps (default half)')
+    parser.add_argument('--batch', type=int, default=2, help='batch size (default 2)')
+    parser.add_argument('--channels', type=int, default=256, help='channels of student and teacher (default 256)')
     parser.add_argument('--bf16', action='store_true', help='run under bfloat16 autocast')
-    parser.add_argument('--compile', action='store_true', help='add torch.compile')
-    parser.add_argument('--rounds', type=int, default=15, help='steps of every way (default 15)')
+    parser.add_argument('--compile', action='store_true', help='also measure torch.compile')
+    parser.add_argument('--rounds', type=int, default=15, help='timed steps per implementation (default 15)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
-    parser.add_argument('--page', type=Path, help='write the table to this .md, the figures to a .json beside it')
+    parser.add_argument('--page', type=Path, help='write the table to this .md file and the data next to it')
     return parser.parse_args()
 
 
-def plain(neck):
-    """The same neck as autograd runs it by itself."""
-    neck = copy.deepcopy(neck)
-    for module in neck.modules():
-        if isinstance(module, ConvChain):
-            module.__class__ = nn.Sequential
-    return neck
-
-
-def set_memory_efficient(neck, value=True):
-    for module in neck.modules():
-        if isinstance(module, ConvChain):
-            module.memory_efficient = value
+def set_memory_efficient(neck, value):
+    for level in neck.levels:
+        level.memory_efficient = value
     return neck
 
 
 def convolutions(level, student, teacher):
-    """Run the convolutions of a level; returns what has no successor."""
+    """Run only the convolutions of a level. Return the outputs that are not the input of another convolution."""
 
-    def run(part, x):
-        for module in part.modules():
+    def run(chain, x):
+        for module in chain.modules():
             if isinstance(module, nn.Conv2d):
                 x = module(x)
         return x
@@ -102,28 +92,24 @@ def main():
 
         return forward, lambda loss: loss.backward()
 
-    necks = {
-        'plain': plain(neck),
-        'default': neck,
-        'memory_efficient=True': set_memory_efficient(copy.deepcopy(neck)),
-    }
+    necks = {'default': neck, 'memory_efficient=False': set_memory_efficient(copy.deepcopy(neck), False)}
     if args.compile:
         necks['compile=True'] = FeatureDiffusionNeck([channels] * len(sizes), [channels] * len(sizes), compile=True)
         necks['compile=True'].to(device)
     passes = {
         'convolutions alone': forward_convolutions(torch.contiguous_format),
         'convolutions alone, channels_last': forward_convolutions(torch.channels_last),
-        **{name: forward_neck(one) for name, one in necks.items()},
+        **{name: forward_neck(each) for name, each in necks.items()},
     }
-    parameters = [p for one in (neck, *necks.values()) for p in one.parameters()]
+    parameters = [p for each in (neck, *necks.values()) for p in each.parameters()]
 
-    def forget_gradients():
+    def clear_gradients():
         for tensor in (*parameters, *student):
             tensor.grad = None
 
     def step(forward, backward):
         def run():
-            forget_gradients()
+            clear_gradients()
             backward(forward())
 
         return run
@@ -136,27 +122,29 @@ def main():
     for name, (forward, _) in passes.items():
         figures = ratios(times[name], base)
         figures['kept_mib'] = saved_activation_bytes(forward, (*parameters, *student, *teacher)) / MIB
-        forget_gradients()
+        clear_gradients()
         figures['peak_mib'] = peak_mib(steps[name])
         data[name] = figures
         rows.append(
             {
-                'way': name,
+                'implementation': name,
                 'ms': f'{figures["ms"]:.0f}',
                 'times the convolutions': f'{figures["ratio"]:.2f} ({figures["low"]:.2f} - {figures["high"]:.2f})',
-                'kept for backward, MiB': f'{figures["kept_mib"]:.0f}',
+                'saved for backward, MiB': f'{figures["kept_mib"]:.0f}',
                 'times the features': f'{figures["kept_mib"] / size:.0f}',
                 'peak, MiB': f'{figures["peak_mib"]:.0f}',
             }
         )
     text = (
-        f'One step of the diffusion module: {len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, '
-        f'{channels} channels, batch {args.batch}, {"bfloat16 autocast" if args.bf16 else "float32"}. Median of '
-        f'{args.rounds} rounds, in brackets the quartiles of the ratios inside a round. "plain" is the same neck with '
-        'what autograd keeps by itself. Peak is what a step takes beyond weights and features, gradients included.'
+        f'One training step of the diffusion module: {len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, '
+        f'{channels} channels, batch {args.batch}, {"bfloat16 autocast" if args.bf16 else "float32"}. Medians of '
+        f'{args.rounds} rounds; in parentheses, quartiles of the ratios within a round. By default, the backward pass '
+        'recomputes activations; `memory_efficient=False` saves them. Peak is the memory of a step beyond weights and '
+        'features, including gradients.'
     )
     command = ' '.join(['python -m benchmarks.neck', *(a for a in sys.argv[1:])])
-    publish(args.page, 'What the diffusion module costs', text, command, machine(device, args.threads), rows, data)
+    title = f'Cost of the diffusion module{SIZE_IN_TITLE[args.levels]}{" in bfloat16" if args.bf16 else ""}'
+    publish(args.page, title, text, command, machine(device, args.threads), rows, data)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""What the paper's pairs would take on this machine: a step of each at full size, and the schedule of its config.
+"""Estimate how long the paper's pairs train on this machine, from measured training steps at full image size.
 
-Teacher and student have random weights, and the images are random: neither changes the time. Pairs that were measured
-are left alone: interrupted, it goes on where it stopped.
+Weights and images are random, which does not affect the time. Pairs that have a result are skipped. To resume after an
+interruption, run the same command again.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.iteration import build, random_batch_of
 from benchmarks.measure import in_turn, machine, markdown, ratios
 
 COCO, CITYSCAPES, IMAGENET = 'COCO', 'Cityscapes', 'ImageNet'
-# images of the training split; a detector sees those with boxes
+# number of training images; for COCO, only of images with boxes, because detectors skip the others
 IMAGES = {COCO: 117266, IMAGENET: 1281167}
 SIZES = {COCO: (800, 1344), CITYSCAPES: (512, 1024), IMAGENET: (224, 224)}
 BATCHES = {COCO: 1, CITYSCAPES: 2, IMAGENET: 16}
@@ -28,10 +28,11 @@ class Pair(NamedTuple):
     """A pair of the paper.
 
     Attributes:
-        config (str): In ``configs``.
-        data (str): The data set.
-        paper (str): The paper's figures, alone and distilled.
-        same_as (str, optional): Config of another distance, which takes as long.
+        config (str): Path of the config below ``configs``, without suffix.
+        data (str): Name of the data set.
+        paper (str): Metrics of the paper: student alone -> DiffKD.
+        same_as (str, optional): Config of a pair that differs only in the distance. A step takes the same time, so only
+            that pair is measured.
     """
 
     config: str
@@ -106,29 +107,36 @@ MEASURED = [pair.config for pair in PAIRS if pair.same_as is None]
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--pairs', nargs='+', choices=MEASURED, metavar='CONFIG', help='(default: all)')
-    parser.add_argument('--rounds', type=int, default=2, help='steps of each kind, two or more (default 2)')
+    parser.add_argument(
+        '--pairs', nargs='+', choices=MEASURED, metavar='CONFIG', help='configs to measure (default all)'
+    )
+    parser.add_argument('--rounds', type=int, default=2, help='timed steps of each kind, at least 2 (default 2)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
-    parser.add_argument('--page', type=Path, default=Path('docs/accuracy/paper-scale.md'), help='(default %(default)s)')
+    parser.add_argument(
+        '--page',
+        type=Path,
+        default=Path('docs/accuracy/paper-scale.md'),
+        help='page to write; the measured times are in a JSON file next to it (default %(default)s)',
+    )
     return parser.parse_args()
 
 
 def schedule_of(cfg, data: str) -> dict:
-    """How many images a training sees, with repetitions, and on how many GPUs its learning rate is for."""
+    """Return how many images a training processes in all its epochs, and the number of GPUs of its learning rate."""
     batch = cfg.auto_scale_lr['base_batch_size']
     images = cfg.train_cfg.get('max_epochs', 0) * IMAGES.get(data, 0) or cfg.train_cfg.max_iters * batch
     return dict(images=images, gpus=batch // cfg.train_dataloader.batch_size)
 
 
 def measure(pair: Pair, rounds: int, device: str) -> dict:
-    """Seconds an image of a distilled step and of the student's own."""
+    """Measure the seconds per image of a distilled step, and the ratio to the time of the student alone."""
     cfg, model = build(f'configs/{pair.config}.py', device)
     batch = random_batch_of(cfg, *SIZES[pair.data], BATCHES[pair.data])
     optim_wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-6)))
 
-    def step(distills):
+    def step(distill):
         def run():
-            model.distill_state.enabled = distills
+            model.distill_state.enabled = distill
             model.train_step(batch, optim_wrapper)
 
         return run
@@ -143,13 +151,13 @@ def measure(pair: Pair, rounds: int, device: str) -> dict:
 
 
 def row(pair: Pair, result: dict) -> dict:
-    """A line of the page."""
+    """Return a row of the page."""
     return {
         'command': f'`bash tools/dist_train.sh configs/{pair.config}.py {result["gpus"]}`',
         'paper, alone -> DiffKD': pair.paper,
         'here': '',
         'images, millions': f'{result["images"] / 1e6:.1f}',
-        'seconds an image': f'{result["seconds_an_image"]:.2f}',
+        'seconds per image': f'{result["seconds_an_image"]:.2f}',
         'times alone': f'{result["ratio"]:.2f}',
         'days on this machine': f'{result["images"] * result["seconds_an_image"] / 86400:.0f}',
     }
@@ -157,14 +165,15 @@ def row(pair: Pair, result: dict) -> dict:
 
 def write_page(page: Path, where: dict, results: dict) -> None:
     text = [
-        '# The paper at full size',
-        'Nothing of this was trained here: the column "here" is for who does. Metrics are the paper\'s: box AP on COCO '
-        '`val2017`, mIoU on Cityscapes `val`, top-1 on ImageNet. Where it has no figure for the student alone, none '
-        'stands here. Time is a measured training step (random weights and images) at '
+        "# Training time of the paper's pairs",
+        'These configs were not trained: the column "here" is for your results. Metrics are from the paper: box AP on '
+        'COCO `val2017`, mIoU on Cityscapes `val`, top-1 on ImageNet. The paper lacks some metrics of the student '
+        'alone. Time is that of a measured training step (random weights and images) at '
         + ', '.join(f'{h}x{w} ({name})' for name, (h, w) in SIZES.items())
-        + ", float32, times the images of the config's schedule; reading images is not in it. On another machine run "
-        'the command there; "times alone" is what a distilled step takes against the student\'s own, in a few steps of '
-        'each. Variants with another distance were not timed: they have the figures of the pair above them.',
+        + ", float32, times the number of images in the config's schedule, without data loading. "
+        '"times alone" is the ratio of a distilled step to a step of the student alone, from a few steps of each. '
+        'Variants with a different distance were not timed; they repeat the times of the pair above. Run the command '
+        'to measure a different machine.',
         '```shell\npython -m benchmarks.paper_scale\n```',
         f'{where["machine"]}; {where["versions"]}.',
         markdown([row(pair, results[key]) for pair in PAIRS if (key := pair.same_as or pair.config) in results]),
@@ -183,7 +192,9 @@ def main():
     known = json.loads(data.read_text()) if data.exists() else dict(where, results={})
     for key in ('machine', 'versions'):
         if known[key] != where[key]:
-            raise SystemExit(f'{data} is from another machine or version ({known[key]}); name another --page.')
+            raise SystemExit(
+                f'{data} has times of a different machine or version ({known[key]}); choose a different --page.'
+            )
     results = known['results']
     for pair in PAIRS:
         if pair.same_as or pair.config in results or (args.pairs and pair.config not in args.pairs):

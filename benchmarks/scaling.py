@@ -1,4 +1,7 @@
-"""Time and memory of the diffusion module by setting: one at a time is changed, in one process with the default."""
+"""Measure how settings change time and memory of the diffusion module.
+
+The steps of each setting and of the default alternate in one process.
+"""
 
 import argparse
 import gc
@@ -27,22 +30,22 @@ CHANGES = {
     'latent_channels=128': dict(latent_channels=128),
     'latent_channels=64': dict(latent_channels=64),
     'share_levels=True': dict(share_levels=True),
-    'memory_efficient=True': dict(memory_efficient=True),
+    'memory_efficient=False': dict(memory_efficient=False),
     'denoise=False (FitNet)': dict(denoise=False),
 }
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--levels', choices=LEVELS, default='half', help='sizes of the features (default half)')
-    parser.add_argument('--rounds', type=int, default=9, help='steps of every setting (default 9)')
+    parser.add_argument('--levels', choices=LEVELS, default='half', help='sizes of the feature maps (default half)')
+    parser.add_argument('--rounds', type=int, default=9, help='timed steps per setting (default 9)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
-    parser.add_argument('--page', type=Path, help='write the table to this .md, the figures to a .json beside it')
+    parser.add_argument('--page', type=Path, help='write the table to this .md file and the data next to it')
     return parser.parse_args()
 
 
 def setting(device, sizes, batch=2, channels=256, first=0, **options):
-    """A forward pass, the whole step, and the tensors that are there anyway."""
+    """Return functions for the forward pass and the whole step, and the tensors whose memory is not counted."""
     sizes = sizes[first:]
     neck = FeatureDiffusionNeck([channels] * len(sizes), [channels] * len(sizes), **options).to(device)
     student = [torch.randn(batch, channels, *size, device=device, requires_grad=True) for size in sizes]
@@ -66,32 +69,32 @@ def main():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     sizes = LEVELS[args.levels]
     base_forward, base, ignore = setting(device, sizes)
-    base_kept = saved_activation_bytes(base_forward, ignore)
+    base_saved = saved_activation_bytes(base_forward, ignore)
     rows, data = [], {}
     for name, change in CHANGES.items():
         forward, step, ignore = setting(device, sizes, **change)
         times = in_turn({'default': base, name: step}, args.rounds)
-        figures = dict(ratios(times[name], times['default']), kept=saved_activation_bytes(forward, ignore) / base_kept)
+        figures = dict(ratios(times[name], times['default']), kept=saved_activation_bytes(forward, ignore) / base_saved)
         data[name] = figures
         rows.append(
             {
                 'setting': name,
                 'time': f'{figures["ratio"]:.2f} ({figures["low"]:.2f} - {figures["high"]:.2f})',
-                'kept for backward': f'{figures["kept"]:.2f}',
+                'saved for backward': f'{figures["kept"]:.2f}',
             }
         )
         del forward, step, ignore
         gc.collect()
     text = (
-        'Time of a step of the diffusion module and what it keeps for the backward pass, against the default: batch 2, '
-        f'{len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, 256 channels, five steps, float32. '
-        f'Median ratio of {args.rounds} rounds, in brackets the quartiles. Whether a cheaper setting teaches as '
-        'much is another table.'
+        'Time of a training step of the diffusion module and memory saved for its backward pass, relative to the '
+        f'default: batch 2, {len(sizes)} levels, the largest {sizes[0][0]}x{sizes[0][1]}, 256 channels, five denoising '
+        f'steps, float32. Median ratios of {args.rounds} rounds; quartiles in parentheses. The accuracy of these '
+        'settings is not measured here.'
     )
     command = ' '.join(['python -m benchmarks.scaling', *sys.argv[1:]])
     publish(
         args.page,
-        'What the cost of the diffusion module depends on',
+        'Cost by setting',
         text,
         command,
         machine(device, args.threads),

@@ -1,8 +1,9 @@
-"""Put every model family that the installed mmdet, mmseg and mmpretrain ship configs for under the distiller.
+"""Train one step, plain and distilled, with each model family of the installed mmdet, mmseg and mmpretrain.
 
-Of each family and kind of model the smallest config is taken as it is, but for pretrained weights; only the images are
-small. The plain model trains a step, then the distilled one with the default ``distill``, from the next larger model of
-the same build, or from itself. What is done is kept in the JSON file and not done again.
+For each family and type of model, the student is the smallest config, without pretrained weights. The plain student
+trains one step on small images, then a distiller with the default ``distill`` trains one step. The teacher is the next
+larger model with the same types of modules or, if there is none, a second copy of the student. Models that have a
+result in the JSON file are skipped.
 """
 
 import argparse
@@ -33,29 +34,64 @@ from mmdiffkd.utils import build_for_inspection, get_model_cfg
 from mmdiffkd.utils.dummy_inputs import fit_to, random_batch, without_pretrained
 
 PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
-# image sizes, tried in turn; some models take no small images, SSD only its own. mmpretrain's pipelines have theirs
+# Image sizes to try until a model trains: some models need large images, and SSD needs 300 pixels. The pipelines of
+# mmpretrain resize images themselves.
 SIZES = dict(mmdet=(128, 256, 512, 300), mmseg=(128, 256, 512), mmpretrain=(256,))
-NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # parts, examples and data set formats
+NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # folders of base configs, examples and data set formats
 
 
-PAGE = """# The model zoo under the distiller
+PAGE = """# Supported models
 
-`python benchmarks/zoo_check.py docs/zoo.json --table docs/zoo.md`, run on {dates} on a CPU with {versions}.
-It takes hours and goes on where it stopped: what zoo.json holds is not run again.
+The models of mmdet, mmseg and mmpretrain that train with the default `distill`.
+{counts}
 
-A row is a kind of model in a config folder of a package: its smallest config, with random weights and small images, and
-as teacher the next larger model of the folder that is built alike, else itself. The plain model trains a step, then the
-distilled one with the default `distill`. This is a check of wiring, gradients and shapes, not of accuracy.
+{summary}
 
-Masked image models that drop tokens while they train (MAE and its kin) are refused on purpose: nothing of the teacher's
-corresponds to what is left. Distil them when they are fine-tuned, as the classifiers of the same folders are here.
-SparK's sparse backbone runs on masked images alone. HiViT: models of two sizes share one list of `out_indices`, a
-default argument of upstream's; with `out_indices` set in the student's backbone it runs.
+A family is a folder of configs. The check trains a single step with random weights, so it covers wiring, gradients and
+shapes, but not accuracy. [How the models were tested](#how-the-models-were-tested) has the details.
+
+## Not supported
+
+* MAE and other masked image models drop tokens in training, and the teacher has no counterpart of the tokens that are
+  left. Distill these models when they are fine-tuned as classifiers.
+* HiViT works with `out_indices` set in the student's backbone. By default, models of two sizes share one list.
+* SparK has a sparse backbone, which only runs on masked images.
+
+Error messages:
+
+{failed}
+
+## Not tested
+
+Without distillation, these models do not run a training step in the environment of the check.
+
+{untested}
+
+## Supported
+
+Each entry gives the family, the type of model, the pairs with their taps and numbers of levels, and the configs. Images
+have 128 x 128 pixels for mmdet and mmseg and 256 x 256 pixels for mmpretrain, unless noted.
+
+{supported}
+
+## How the models were tested
+
+The student is the smallest config of each type of model in a family. The teacher is the next larger model of the family
+that consists of the same types of modules, or the student's own config if there is none. Weights are random and images
+are small. The plain model trains for a step, then the distilled one.
+
+The check ran on {dates} on a CPU with {versions}.
+It takes hours. When it is started again, it skips the models that have a result in the JSON file:
+
+```shell
+python benchmarks/zoo_check.py docs/results/supported_models.json \\
+    --table docs/results/supported_models.md
+```
 """
 
 
 class Candidate(NamedTuple):
-    """A config of a family that can be built."""
+    """A config that can be built, with the types of its modules and its number of parameters."""
 
     file: Path
     build: dict
@@ -64,18 +100,18 @@ class Candidate(NamedTuple):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('out', type=Path, help='JSON file with the results; what it holds already is not run again')
-    parser.add_argument('--package', choices=PACKAGES, nargs='+', default=PACKAGES)
-    parser.add_argument('--family', nargs='+', help='only these config folders')
-    parser.add_argument('--again', action='store_true', help='run again what failed')
-    parser.add_argument('--table', type=Path, help='also write the results of all packages as this Markdown file')
-    parser.add_argument('--timeout', type=float, default=900, help='seconds that a family may take')
+    parser.add_argument('out', type=Path, help='JSON file of the results; models that have a result are skipped')
+    parser.add_argument('--package', choices=PACKAGES, nargs='+', default=PACKAGES, help='packages (default all)')
+    parser.add_argument('--family', nargs='+', help='folders of configs to check (default all)')
+    parser.add_argument('--again', action='store_true', help='check models again whose distilled step failed')
+    parser.add_argument('--table', type=Path, help='Markdown file to write the results of all packages to')
+    parser.add_argument('--timeout', type=float, default=900, help='time limit of a step in seconds (default 900)')
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    for package in args.package:  # once, before the processes part
+    for package in args.package:  # register here, so that forked processes need not
         import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
     results = json.loads(args.out.read_text()) if args.out.is_file() else {}
     for name in [f'{package}/{family}' for package in args.package for family in families(package)]:
@@ -84,7 +120,7 @@ def main():
             continue
         if name not in results:
             try:
-                results[name] = in_a_process(survey, 10 * args.timeout, package, family)
+                results[name] = run_in_process(survey, 10 * args.timeout, package, family)
             except RuntimeError as error:
                 results[name] = [row(plain=str(error))]
             write(args.out, results)
@@ -99,70 +135,87 @@ def main():
 
 
 def write(file: Path, results: Dict[str, List[dict]]) -> None:
-    """A line a family, for those who look at changes."""
+    """Write the results as JSON. Each family has its own line, so that diffs are readable."""
     lines = [f'{json.dumps(family)}: {json.dumps(results[family])}' for family in sorted(results)]
     file.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
 
 
 def as_table(results: Dict[str, List[dict]]) -> str:
-    """The page about a whole run: counts, what failed and why, what could not be tried, and every model."""
+    """Return the page of results: counts, and lists of models that failed, were not tested, or are supported."""
     versions = ', '.join(
         f'{name} {import_module(name).__version__}' for name in ('torch', 'mmengine', 'mmcv', *PACKAGES)
     )
     rows = [dict(found, family=family) for family, group in results.items() for found in group]
     failed = [row for row in rows if row['plain'] == 'ok' != row['distilled']]
-    untried = [row for row in rows if row['plain'] != 'ok']
+    untested = [row for row in rows if row['plain'] != 'ok']
     worked = [row for row in rows if row['distilled'] == 'ok']
     days = sorted({row['date'] for row in rows if row['date']}) or [f'{date.today()}']
-    lines = [PAGE.format(dates=' - '.join(dict.fromkeys((days[0], days[-1]))), versions=versions)]
-    lines += [
-        '| package | families | one or more models distilled | failed | plain step does not run | models distilled |',
-        '|---|---|---|---|---|---|',
-    ]
+    summary = ['| package | families, distilled | models, distilled | families not tested |', '|---|---|---|---|']
+    supported = []
     for package in PACKAGES:
         groups = [group for family, group in results.items() if family.startswith(f'{package}/')]
         ran = [group for group in groups if any(found['plain'] == 'ok' for found in group)]
         ok = sum(any(found['distilled'] == 'ok' for found in group) for group in ran)
         models = [found for group in ran for found in group if found['plain'] == 'ok']
         share = f'{sum(found["distilled"] == "ok" for found in models)} of {len(models)}'
-        lines.append(f'| {package} | {len(groups)} | {ok} | {len(ran) - ok} | {len(groups) - len(ran)} | {share} |')
-    counts = f'{len(worked)} of the {len(worked) + len(failed)} models whose plain step runs also run distilled.'
-    lines += ['', counts, '', '## What failed', '', '| family | model | reason |', '|---|---|---|']
-    lines += [f'| {row["family"]} | {row["model"]} | {as_cell(row["distilled"])} |' for row in failed]
-    lines += [
-        '',
-        '## What could not be tried',
-        '',
-        '| family | model | why its plain step does not run |',
-        '|---|---|---|',
-    ]
-    lines += [f'| {row["family"]} | {row["model"]} | {as_cell(row["plain"])} |' for row in untried]
-    lines += ['', '## What worked', '', '| student | teacher | pixels | pairs: levels |', '|---|---|---|---|']
-    for row in worked:
-        teacher = 'itself' if row['teacher'] == row['config'] else row['teacher']
-        pairs = ', '.join(f'{name} `{taps[0]}`: {taps[2]}' for name, taps in row['taps'].items())
-        lines.append(f'| {row["family"].split("/")[0]}::{row["config"]} | {teacher} | {row["size"]} | {pairs} |')
-    return '\n'.join(lines) + '\n'
+        summary.append(f'| {package} | {ok} of {len(ran)} | {share} | {len(groups) - len(ran)} |')
+        supported += ['', f'### {package}', '']
+        supported += [as_entry(package, row) for row in worked if row['family'].startswith(f'{package}/')]
+    total = len(worked) + len(failed)
+    counts = f'{len(worked)} of the {total} models that train without distillation also train with it.'
+    return PAGE.format(
+        counts=counts,
+        summary='\n'.join(summary),
+        failed=as_list(failed, 'distilled'),
+        untested=as_list(untested, 'plain'),
+        supported='\n'.join(supported[1:]),
+        dates=' - '.join(dict.fromkeys((days[0], days[-1]))),
+        versions=versions,
+    )
 
 
-def as_cell(reason: str) -> str:
-    """A reason without what would break the table."""
-    reason = re.sub(r'https?://\S+/', '', reason).replace('|', '/').replace('<', '(').replace('>', ')')
-    return reason if len(reason) < 240 else f'{reason[:200]} ... {reason[reason.rindex("(") :]}'
+def as_list(rows: List[dict], step: str) -> str:
+    """Return a Markdown list of the reasons why ``step`` failed, with the models that failed for each reason."""
+    reasons: Dict[str, Dict[str, List[str]]] = {}
+    for found in rows:
+        families = reasons.setdefault(as_text(found[step]), {})
+        families.setdefault(found['family'], []).append(found['model'] or 'all models')
+    lines = []
+    for reason, families in reasons.items():
+        names = [f'{family} ({", ".join(models)})' for family, models in families.items()]
+        lines.append(f'* {", ".join(names)}: {reason}')
+    return '\n'.join(lines)
+
+
+def as_entry(package: str, found: dict) -> str:
+    """Return the list entry of a supported model. Names of configs are plain text, because code does not wrap."""
+    pairs = [f'`{name}` at `{taps[0]}` ({taps[2]})' for name, taps in found['taps'].items()]
+    student, teacher = (found[key].split('/', 1)[1] for key in ('config', 'teacher'))
+    configs = f'student and teacher {student}' if student == teacher else f'student {student}, teacher {teacher}'
+    size = '' if found['size'] == SIZES[package][0] else f', {found["size"]} x {found["size"]} pixels'
+    return f'* **{found["family"].split("/")[1]}** ({found["model"]}): {", ".join(pairs)}; {configs}{size}'
+
+
+def as_text(reason: str) -> str:
+    """Shorten the reason of a failure, and format it as inline code."""
+    reason = re.sub(r'https?://\S+/', '', reason)
+    if len(reason) > 240:
+        reason = f'{reason[:200]} ... {reason[reason.rindex("(") :]}'
+    return f'``{reason}``'
 
 
 def outcome(result: dict) -> str:
-    """What a row says in words."""
+    """Describe the result of a model in one line."""
     if result['plain'] != 'ok':
-        return f'the plain step does not run: {result["plain"]}'
+        return f'the plain model does not train: {result["plain"]}'
     return 'ok' if result['distilled'] == 'ok' else f'FAILED: {result["distilled"]}'
 
 
-def in_a_process(function, timeout: float, *args):
-    """Run it apart: what a model does to memory, threads and registries ends with its process.
+def run_in_process(function, timeout: float, *args):
+    """Run a function in a separate process, which isolates its memory, threads and registries; return its result.
 
     Raises:
-        RuntimeError: If it dies or takes longer.
+        RuntimeError: If the process dies or takes longer than ``timeout`` seconds.
     """
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe(duplex=False)
@@ -172,9 +225,9 @@ def in_a_process(function, timeout: float, *args):
     try:
         if receiver.poll(timeout):
             return receiver.recv()
-        raise RuntimeError(f'It takes longer than {timeout:g} seconds.')
+        raise RuntimeError(f'The process took longer than {timeout:g} seconds.')
     except EOFError:
-        raise RuntimeError('The process died, of too little memory most likely.') from None
+        raise RuntimeError('The process died, most likely because it ran out of memory.') from None
     finally:
         process.kill()
         process.join()
@@ -190,13 +243,14 @@ def configs_of(package: str) -> Path:
 
 
 def row(**fields) -> dict:
+    """Return the result of a model. Fields that are not given are empty."""
     names = dict(model='', config='', parameters=0, teacher='')
     results = dict(size=None, taps={}, plain='', distilled='', seconds=0, date='')
     return {**names, **results, **fields}
 
 
 def survey(package: str, family: str) -> List[dict]:
-    """A row for every kind of model in a family: its smallest config, and the teacher's."""
+    """Return one row per type of model in a family, with the student's and the teacher's config."""
     quiet(package)
     folder = configs_of(package) / family
     seen, kinds, problems = set(), {}, {}
@@ -209,17 +263,17 @@ def survey(package: str, family: str) -> List[dict]:
             seen.add(repr(cfg.model))
             kind = str(cfg.model.type).split('.')[-1]
             parameters = sum(parameter.numel() for parameter in build_for_inspection(get_model_cfg(cfg)).parameters())
-            found = Candidate(file, build_of(cfg.model), parameters)
+            found = Candidate(file, module_types(cfg.model), parameters)
             kinds.setdefault(kind, []).append(found)
         except Exception as error:
             problems.setdefault(kind, row(model=kind, plain=reason_of(error)))
     rows = [choose(package, kind, group) for kind, group in kinds.items()]
     rows += [problem for kind, problem in problems.items() if kind not in kinds and (kind or not rows)]
-    return rows or [row(plain='there is no model in its configs')]
+    return rows or [row(plain='no config of the family contains a model')]
 
 
 def load(file: Path) -> Optional[Config]:
-    """A config with random weights, None if it has no model."""
+    """Read a config without pretrained weights; None if it has no model."""
     cfg = Config.fromfile(file)
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
         return None
@@ -227,14 +281,17 @@ def load(file: Path) -> Optional[Config]:
     return cfg
 
 
-def build_of(model_cfg: dict) -> dict:
-    """What a model is made of: the type of each part, and the size of images that it is made for."""
+def module_types(model_cfg: dict) -> dict:
+    """Return the types of a model's modules, and the image size of its backbone if the config sets one."""
     parts = {key: _types(value) for key, value in model_cfg.items() if key != 'data_preprocessor'}
     return dict(parts, img_size=(model_cfg.get('backbone') or {}).get('img_size'))
 
 
 def choose(package: str, kind: str, group: List[Candidate]) -> dict:
-    """The smallest of a group, and as its teacher the next larger one that is built alike, else itself."""
+    """Choose the smallest model as student. The teacher is the next larger model with the same types of modules.
+
+    If there is no such model, the teacher has the student's config.
+    """
     group = sorted(group, key=lambda candidate: (candidate.parameters, candidate.file.name))
     student = group[0]
     larger = (c for c in group if c.parameters > 1.05 * student.parameters and c.build == student.build)
@@ -256,11 +313,11 @@ def _types(cfg):
 
 
 def check(package: str, found: dict, timeout: float) -> dict:
-    """A row of the survey, completed by a plain and a distilled step, each in a process of its own."""
+    """Train a plain and a distilled step, each in its own process, and return the row with their results."""
     result, start = dict(found, plain='', distilled=''), time.time()
     for step in (plain_step, distilled_step):
         try:
-            result.update(in_a_process(step, timeout, package, result))
+            result.update(run_in_process(step, timeout, package, result))
         except RuntimeError as error:
             result['distilled' if result['plain'] == 'ok' else 'plain'] = str(error)
         if result['plain'] != 'ok':
@@ -284,20 +341,20 @@ def distilled_step(package: str, found: dict) -> dict:
     quiet(package)
     student, teacher = (load(configs_of(package) / found[key]) for key in ('config', 'teacher'))
     try:
-        return dict(taps=distil_one_step(student, teacher, found['size']), distilled='ok')
+        return dict(taps=distill_one_step(student, teacher, found['size']), distilled='ok')
     except Exception as error:
         return dict(distilled=reason_of(error))
 
 
 def sizes(package: str, cfg: Config) -> List[int]:
-    """Image sizes to try, the one that the backbone is made for last."""
+    """Return the image sizes to try. If the backbone's config sets a size, it is the last of them."""
     own = (cfg.model.get('backbone') or {}).get('img_size', ())
     own = own if isinstance(own, (list, tuple)) else [own]
     return [*SIZES[package], *own[:1]]
 
 
 def train_one_step(model_cfg: dict, batch: dict):
-    """Build, initialise and train; returns the model and what it logged.
+    """Build and initialize a model and train it for one step; return the model and its log.
 
     Raises:
         FloatingPointError: If the loss is not finite.
@@ -307,8 +364,8 @@ def train_one_step(model_cfg: dict, batch: dict):
     model.init_weights()
     model.train()
     wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-4)))
-    wrapper.zero_grad = lambda: None  # the gradients are looked at
-    hub = MessageHub.get_current_instance()  # the Runner tells the time
+    wrapper.zero_grad = lambda: None  # keep the gradients, which are checked after the step
+    hub = MessageHub.get_current_instance()  # some models read these values, which the Runner usually sets
     for key, value in dict(iter=0, epoch=0, max_iters=1000, max_epochs=10).items():
         hub.update_info(key, value)
     log = model.train_step(copy.deepcopy(batch), wrapper)
@@ -317,8 +374,8 @@ def train_one_step(model_cfg: dict, batch: dict):
     return model, log
 
 
-def distil_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict[str, list]:
-    """Train a step of the distiller with the default ``distill``; returns the taps of each pair."""
+def distill_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict[str, list]:
+    """Distill one step with the default ``distill``. Return the taps and the number of levels of each pair."""
     with tempfile.TemporaryDirectory() as folder:
         weights = f'{folder}/teacher.pth'
         teacher = as_trained(MODELS.build(fit_to(get_model_cfg(teacher_cfg), size)), size)
@@ -343,7 +400,7 @@ def distil_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict
 
 
 def as_trained(model: nn.Module, size: int) -> nn.Module:
-    """Initialise a model and show its BatchNorms an image: random weights without statistics may overflow."""
+    """Initialize a model. BatchNorms get the statistics of random images, without which features may overflow."""
     model.init_weights()
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -351,17 +408,17 @@ def as_trained(model: nn.Module, size: int) -> nn.Module:
         norm.train()
     encoder = encoder_path(model)
     if norms and encoder is not None:
-        with torch.no_grad(), suppress(Exception):  # a few encoders need more than images
+        with torch.no_grad(), suppress(Exception):  # encoders that need more inputs keep their initial statistics
             image = torch.rand(2, 3, size, size)
             model.extract_feat(image) if hasattr(model, 'extract_feat') else model.get_submodule(encoder)(image)
     return model
 
 
 def reason_of(error: Exception) -> str:
-    """An error in a line, with the place where it arose and without the machine's paths."""
+    """Format an error in one line, with the file that raised it and without local paths."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = re.sub(r'[^\s\'"]*/(site-packages|tmp)/', '', ' '.join(str(error).split()))[:300]
-    return f'{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})'
+    return f'{type(error).__name__}: {text} ({Path(frame.filename).name})'
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What an iteration of every method costs: whole training steps on one random batch, in turn in one process."""
+"""Measure the cost of a training iteration with each method. The methods run in turn in one process."""
 
 from typing import Dict
 
@@ -9,26 +9,26 @@ from mmengine.registry import MODELS, init_default_scope
 from benchmarks.measure import in_turn, peak_mib, ratios
 from mmdiffkd.utils.dummy_inputs import random_batch
 
-SIZE = 160  # of the crops that both sets train on
+SIZE = 160  # images have the crop size of both data sets
 
 
 def measure(cfgs: Dict[str, Config], rounds: int) -> Dict[str, dict]:
-    """Time and memory of a training step.
+    """Measure time and memory of a training step by method.
 
     Args:
-        cfgs (dict[str, Config]): Config of every method; the teachers are there. ``'alone'`` is what times refer to.
-        rounds (int): Steps of every method.
+        cfgs (dict[str, Config]): Configs by method, including ``'alone'``. Their teachers' checkpoints must exist.
+        rounds (int): Number of steps per method.
 
     Returns:
-        dict[str, dict]: For every method ``time``, the median ratio to the student alone, and ``peak_mib``, the most
-        memory that a step takes beyond weights, optimizer and images.
+        dict[str, dict]: Costs by method. ``time`` is the median ratio to the time of ``'alone'``. ``peak_mib`` is the
+        peak memory of a step in MiB, without weights, optimizer state and images.
     """
     steps = {method: _step(cfg) for method, cfg in cfgs.items()}
     times = in_turn(steps, rounds)
     costs = {}
     for method, cfg in cfgs.items():
         ratio = ratios(times[method], times['alone'])['ratio']
-        # of those that distil now and then, most iterations are the student's own
+        # the measured steps distill, but with an interval of n only every n-th iteration of a run does
         costs[method] = dict(time=1 + (ratio - 1) / _interval(cfg), peak_mib=peak_mib(steps[method]))
     return costs
 

@@ -1,9 +1,9 @@
-"""Which methods stand in which table of a set, and with which seeds."""
+"""Groups of methods and the seeds of their runs. Each group is a table of a data set."""
 
 from typing import Dict, List, Optional, Sequence
 
-# loss weights that are tried beside the usual one: a third and three times as much, and up to two more where the best
-# is at an end
+# Loss weights to compare with the default. Most methods try a third and three times the default. If the best weight is
+# the smallest or the largest one, up to two further weights extend the range.
 WEIGHTS = dict(
     deeppcb={
         'fitnet': (0.6, 1.7, 15),
@@ -57,7 +57,7 @@ GROUPS = dict(
         ],
         variants=['alone', 'diffkd', 'no denoiser gradient', 'warm-up', *VARIANTS_WITH_ONE_SEED],
         preset=['alone', 'head', 'cwd, head', 'plus, not denoised', 'diffkd', 'num_grad_steps=1', 'plus'],
-        detection=[  # with the weights that the validation split chose; DiffKD as published, too
+        detection=[  # methods with the loss weights chosen on the validation split, and DiffKD as published
             'alone',
             'fitnet, weight 1.7',
             'pkd, weight 54',
@@ -80,7 +80,7 @@ GROUPS = dict(
             *TRIED_WITH_ONE_SEED,
         ],
         preset=['alone', 'diffkd', 'diffkd of features', 'features, not denoised', 'plus'],
-        segmentation=[  # with PKD's usual weights, too: with three seeds they are as good on the validation split
+        segmentation=[  # weights chosen on the validation split; over three seeds, PKD's defaults are as good
             'alone',
             'dist, weight 0.3',
             'cwd of logits, weight 0.1',
@@ -97,13 +97,13 @@ GROUPS = dict(
         ],
     ),
     **{
-        # the same, trained three times as long: does what pays where training is short pay there?
+        # training three times as long shows whether the gains of a short training persist
         'deeppcb-longer': dict(preset=['alone', 'cwd, head', 'plus']),
         'camvid-longer': dict(preset=['alone', 'pkd of two levels', 'plus']),
     },
 )
-# what a group is compared with beside the student alone: the best of the others on the validation split, DiffKD as
-# published, or the preset that others are parts of
+# Second baseline of each group, besides the student alone: DiffKD as published, the preset whose parts the group
+# compares, or the best method without denoising on the validation split.
 BASELINES = dict(
     recipes='diffkd',
     parts='diffkd',
@@ -113,39 +113,42 @@ BASELINES = dict(
     tried='plus',
     segmentation='pkd of two levels',
 )
-# how many seeds what has not three: ten where the margin is thin, one where a change was only tried
+# Number of seeds of the methods that do not have three: up to ten if the difference to a baseline is small, and one for
+# changes that were tried only once.
 SEEDS = dict(
     detection=dict.fromkeys(['alone', 'cwd, weight 3', 'cwd, head', 'plus'], 5),
     segmentation={'alone': 5, 'pkd of two levels': 10, 'pkd of two levels, weight 2': 5, 'plus': 10},
     variants=dict.fromkeys(VARIANTS_WITH_ONE_SEED, 1),
     tried=dict.fromkeys(TRIED_WITH_ONE_SEED, 1),
 )
-CHOICES = ('weights', 'tried', 'variants')  # made on the validation split; the other groups report on the test split
+# Groups that report results on the validation split, because settings are chosen from them. All other groups report
+# results on the test split.
+CHOICES = ('weights', 'tried', 'variants')
 
 
 def base_of(name: str) -> str:
-    """The name of the set that a longer one has images, teacher and losses of; of others their own."""
+    """Remove ``-longer`` from a name: a longer training shares the images, teacher and losses of its data set."""
     return name.removesuffix('-longer')
 
 
 def groups_of(name: str) -> List[str]:
-    """The groups of a set."""
+    """Return the groups of a data set."""
     return [*GROUPS[name], *(['weights'] if name in WEIGHTS else [])]
 
 
 def methods_of(name: str, group: str) -> List[str]:
-    """The methods of a group of a set."""
+    """Return the methods of a group."""
     if group != 'weights':
         return GROUPS[name][group]
     grid = WEIGHTS[name].items()
-    return [method for usual, weights in grid for method in (usual, *(f'{usual}, weight {w:g}' for w in weights))]
+    return [method for base, weights in grid for method in (base, *(f'{base}, weight {w:g}' for w in weights))]
 
 
 def seeds_of(group: str, method: str) -> List[int]:
-    """The seeds that a method of a group is trained with."""
+    """Return the seeds that a method of a group is trained with."""
     return [0] if group == 'weights' else list(range(SEEDS.get(group, {}).get(method, 3)))
 
 
 def runs_of(name: str, group: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List[int]]:
-    """The methods of a group of a set, with their seeds."""
+    """Return the seeds of each method of a group. If ``seeds`` are given, all methods have these seeds."""
     return {method: list(seeds or seeds_of(group, method)) for method in methods_of(name, group)}

@@ -1,4 +1,4 @@
-"""Masked generative distillation (MGD, ECCV 2022), to compare with."""
+"""Masked generative distillation (MGD, ECCV 2022), a baseline of the benchmarks."""
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,16 @@ from mmdiffkd.registry import MODELS
 
 
 class MaskedGeneration(FeatureDiffusion):
-    """Pixels of the aligned student feature are left out at random, and two convolutions generate the whole from the
-    rest; that is what is compared. Every level counts as its mean, where the authors' sum lets large ones count more.
+    """Mask random pixels of the aligned student feature, and generate the full feature with two convolutions.
+
+    The generated feature is compared with the teacher's. The loss of a level is the mean over its pixels; MGD's
+    authors use the sum, which gives large levels more weight.
 
     Args:
-        student_channels (int): C_s.
-        teacher_channels (int): C_t.
-        mask_ratio (float): Share of the pixels that are left out. Defaults to 0.65, that of one-stage detectors.
-        **kwargs: Of :class:`FeatureDiffusion`, but for those of denoising.
+        student_channels (int): Channels of the student's feature, C_s.
+        teacher_channels (int): Channels of the teacher's feature, C_t.
+        mask_ratio (float): Share of masked pixels. Defaults to 0.65, the authors' value for one-stage detectors.
+        **kwargs: Arguments of :class:`FeatureDiffusion`, except those of denoising.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, mask_ratio: float = 0.65, **kwargs):
@@ -29,12 +31,12 @@ class MaskedGeneration(FeatureDiffusion):
 
     def _align(self, student: Tensor, size: torch.Size) -> Tensor:
         latent = super()._align(student, size)
-        kept = torch.rand_like(latent[:, :1]) >= self.mask_ratio
-        return self.generation(latent * kept)
+        mask = torch.rand_like(latent[:, :1]) >= self.mask_ratio
+        return self.generation(latent * mask)
 
 
 @MODELS.register_module()
 class MGDNeck(FeatureDiffusionNeck):
-    """A :class:`MaskedGeneration` of its own for every level."""
+    """Neck with one :class:`MaskedGeneration` per level."""
 
     part = MaskedGeneration

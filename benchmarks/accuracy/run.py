@@ -1,9 +1,9 @@
-"""Train a student by several methods and seeds on a real set, and compare what it learnt.
+"""Train a student with several methods and seeds on a data set, and compare the results.
 
-Every run of the table, a method with a seed, is a process of its own with one CPU thread. Of one seed all methods see
-the same data in the same order and start from the same student. Runs that have a result are left alone, the others are
-trained: start the command again after an interruption. The teacher, where there is none yet, is trained first; what an
-iteration of every method costs is measured last, if it is not known from elsewhere. Then the page is written.
+A run trains one method with one seed, in a process with one CPU thread. With the same seed, all methods start from the
+same student and see the same data in the same order. If there is no teacher, the command trains it first. After the
+runs, it measures the cost of an iteration with each method, unless the costs are known, and writes the page. Runs that
+have a result are skipped: to resume after an interruption, run the same command again.
 """
 
 import argparse
@@ -30,14 +30,14 @@ SETS.update({f'{name}-longer': SETS[name] for name in tuple(SETS)})
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('set', choices=SETS)
-    parser.add_argument('group', help='which methods: ' + '; '.join(f'{s}: {", ".join(groups_of(s))}' for s in SETS))
-    parser.add_argument('--seeds', type=int, nargs='+', help="in place of each method's own; no page is written")
-    parser.add_argument('--data', type=Path, help='folder of the set (default: that of the configs in configs/)')
+    parser.add_argument('set', choices=SETS, help='data set and length of the training')
+    parser.add_argument('group', help='group of methods: ' + '; '.join(f'{s}: {", ".join(groups_of(s))}' for s in SETS))
+    parser.add_argument('--seeds', type=int, nargs='+', help='train these seeds, and only print the table')
+    parser.add_argument('--data', type=Path, help='folder of the data set (default: the folder in the configs)')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of the JSON files')
-    parser.add_argument('--jobs', type=int, default=2, help='runs at the same time (default 2)')
-    parser.add_argument('--rounds', type=int, default=15, help='steps of every method, for its cost (default 15)')
-    parser.add_argument('--page-only', action='store_true', help='train nothing, show what is there')
+    parser.add_argument('--jobs', type=int, default=2, help='number of parallel runs (default 2)')
+    parser.add_argument('--rounds', type=int, default=15, help='steps per method to measure its cost (default 15)')
+    parser.add_argument('--page-only', action='store_true', help='write the page from existing results')
     parser.add_argument('--run', nargs=2, metavar=('METHOD', 'SEED'), help=argparse.SUPPRESS)
     parser.add_argument('--teacher', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--costs', action='store_true', help=argparse.SUPPRESS)
@@ -48,7 +48,7 @@ def parse_args():
 
 
 def config_of(args, name, work_dir, seed):
-    """The config of a plain run."""
+    """Return the config that trains ``name`` (``student`` or ``teacher``) without distillation."""
     from mmengine.config import Config
 
     stem = base_of(args.set) if name == 'teacher' else args.set
@@ -61,21 +61,21 @@ def config_of(args, name, work_dir, seed):
 
 
 def teacher_folder(args):
-    """Where the teacher of a set is trained."""
+    """Return the work dir of the teacher."""
     return Path('work_dirs/accuracy') / f'{base_of(args.set)}_teacher'
 
 
 def teacher_checkpoint(args):
-    """The last weights of the teacher, finished or not; none if its training did not begin."""
+    """Return the path of the teacher's last checkpoint, even if its training is incomplete; None if there is none."""
     last = teacher_folder(args) / 'last_checkpoint'
     return last.read_text() if last.exists() else None
 
 
 def check_teacher(args):
-    """Whether the teacher of the results is there.
+    """Return whether the teacher is trained.
 
     Raises:
-        SystemExit: If the results had another one.
+        SystemExit: If the results belong to a teacher whose checkpoint is not in the teacher's folder.
     """
     file, checkpoint = teacher_file(args.results, args.set), teacher_checkpoint(args)
     if not file.exists():
@@ -83,18 +83,18 @@ def check_teacher(args):
     if checkpoint and fingerprint(read_checkpoint(checkpoint)['state_dict']) == json.loads(file.read_text())['teacher']:
         return True
     sys.exit(
-        f'The teacher of {file.parent} is not in {teacher_folder(args)}, and what two teachers taught cannot be '
-        'compared. For a teacher and a table of your own, start again with --results FOLDER.'
+        f'The results in {file.parent} belong to a teacher that is not in {teacher_folder(args)}, and results of '
+        'different teachers cannot be compared. To train a new teacher and all runs, set --results to a new folder.'
     )
 
 
 def result_file(args, method, seed):
-    """Where a run writes what came of it."""
+    """Return the path of a run's result."""
     return run_file(args.results / args.set, method, seed)
 
 
 def train(cfg, result):
-    """Train and test, and write down what came of it."""
+    """Train and test the model of a config, and write the metrics to a JSON file."""
     import torch
     from mmengine.runner import Runner
     from mmengine.utils import get_git_hash
@@ -119,15 +119,15 @@ def train(cfg, result):
 
 
 def write(file, record):
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix('.part')
-    part.write_text(json.dumps(record, indent=1, default=float) + '\n')
-    part.replace(file)
+    temporary = file.with_suffix('.part')
+    temporary.write_text(json.dumps(record, indent=1, default=float) + '\n')
+    temporary.replace(file)
 
 
 def measure_costs(args):
-    """Measure what the methods of a group cost."""
+    """Measure the cost of an iteration for every method of a group."""
     import torch
     from mmengine.logging import MMLogger
 
@@ -142,9 +142,10 @@ def measure_costs(args):
 
 
 def has_costs(args):
-    """Whether the costs of all methods of a group are there, or none are asked for.
+    """Return whether the costs of all methods of a group are known or not needed.
 
-    Choices are made without; an iteration of a longer training costs what it costs in the other one.
+    Costs are not measured for the groups in ``CHOICES``. Nor are they measured for a longer training, whose iterations
+    cost as much as those of the shorter training.
     """
     file = costs_file(args.results / args.set, args.group)
     known = json.loads(file.read_text())['methods'] if file.exists() else {}
@@ -152,13 +153,13 @@ def has_costs(args):
 
 
 def last_val(runner):
-    """The last validation of a run; nothing if it was in an earlier process."""
+    """Return the last validation metrics of a run; empty if the run was resumed after the last validation."""
     scalars = runner.message_hub.log_scalars
     return {k[4:]: v.current() for k, v in scalars.items() if k.startswith('val/') and not k.endswith('time')}
 
 
 def gamma_curves(scalars, points=24):
-    """Gamma over training, by level: means of equal pieces of it."""
+    """Return the curve of gamma over training, by log key. Each point is the mean over one of equal intervals."""
     curves = {}
     for key, buffer in scalars.items():
         if '.gamma.' in key or key.endswith('.gamma'):
@@ -171,7 +172,7 @@ def gamma_curves(scalars, points=24):
 
 
 def run_config(args, method, seed):
-    """The config of a run."""
+    """Return the config of the run of a method with a seed."""
     changes = changes_of(args.set, method)
     work_dir = Path('work_dirs/accuracy') / result_file(args, method, seed).relative_to(args.results).with_suffix('')
     cfg = config_of(args, 'student', work_dir, seed)
@@ -195,7 +196,7 @@ def run_config(args, method, seed):
 
 
 def start(args, *options):
-    """A process that trains; True if it went well."""
+    """Run this script with further options in a separate process; return whether it succeeded."""
     command = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.accuracy.run', args.set, args.group]
     command += ['--results', args.results, *(['--data', args.data] if args.data else [])]
     command += ['--rounds', args.rounds, *options]
@@ -210,7 +211,7 @@ def main():
     args = parse_args()
     if args.teacher:
         cfg = config_of(args, 'teacher', teacher_folder(args), 0)
-        cfg.resume = True  # the others are short
+        cfg.resume = True  # after an interruption, do not start again: the teacher trains the longest
         train(cfg, teacher_file(args.results, args.set))
         return
     if args.run:
@@ -226,17 +227,17 @@ def main():
     wanted = [(seed, method) for method, seeds in runs_of(args.set, args.group, args.seeds).items() for seed in seeds]
     runs = [(seed, method) for seed, method in sorted(wanted) if not result_file(args, method, seed).exists()]
     print(f'{len(runs)} runs to train.', flush=True)
-    is_taught = any(method != 'alone' for _, method in runs) or not has_costs(args)
-    if is_taught and not check_teacher(args):
+    needs_teacher = any(method != 'alone' for _, method in runs) or not has_costs(args)
+    if needs_teacher and not check_teacher(args):
         print('Training the teacher ...', flush=True)
         if not start(args, '--teacher'):
-            sys.exit('The teacher failed.')
+            sys.exit('The training of the teacher failed.')
 
     def train_run(seed_and_method):
         seed, method = seed_and_method
-        went_well = start(args, '--run', method, seed)
-        print(f'{method}, seed {seed}: {"done" if went_well else "FAILED"}', flush=True)
-        return went_well
+        succeeded = start(args, '--run', method, seed)
+        print(f'{method}, seed {seed}: {"done" if succeeded else "FAILED"}', flush=True)
+        return succeeded
 
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = list(pool.map(train_run, runs)).count(False)

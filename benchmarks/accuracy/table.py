@@ -1,4 +1,4 @@
-"""The table of a group of methods, from the JSON files of its runs."""
+"""Write the table and the page of a group of methods from the JSON files of its runs."""
 
 import json
 import math
@@ -20,38 +20,38 @@ TITLES = {
 }
 SPLITS = dict(test='Test', val='Validation')
 NAMES = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
-PERCENT = ('coco/bbox_mAP', 'coco/bbox_mAP_50')  # given between 0 and 1
+PERCENT = ('coco/bbox_mAP', 'coco/bbox_mAP_50')  # mmdet reports these metrics between 0 and 1
 
 
 def run_file(folder: Path, method: str, seed: int) -> Path:
-    """Where a run writes what came of it."""
+    """Return the path of a run's result."""
     return folder / f'{"".join(c if c.isalnum() else "_" for c in method)}-{seed}.json'
 
 
 def teacher_file(results: Path, name: str) -> Path:
-    """Where the metrics of a set's teacher are written; a longer set has the teacher of its base."""
+    """Return the path of the teacher's result. A longer training shares the teacher of its data set."""
     return results / base_of(name) / 'teacher.json'
 
 
 def values(folder: Path, method: str, seeds: Sequence[int], metric: str, split: str = 'test') -> Dict[int, float]:
-    """A metric of a split in percent, by seed; of runs that have a result."""
+    """Return a metric of a split by seed, in percent. Seeds without a result are left out."""
     files = {seed: run_file(folder, method, seed) for seed in seeds}
     return {seed: read(file, metric, split) for seed, file in files.items() if file.exists()}
 
 
 def read(file: Path, metric: str, split: str = 'test') -> float:
-    """A metric of a split in percent."""
+    """Read a metric of a split, in percent."""
     return json.loads(file.read_text())[split][metric] * (100 if metric in PERCENT else 1)
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """Mean and standard deviation."""
+    """Format mean and standard deviation."""
     mean = f'{statistics.mean(numbers):.1f}'
     return mean if len(numbers) < 2 else f'{mean} ± {statistics.stdev(numbers):.1f}'
 
 
 def confidence(differences: Sequence[float]) -> Tuple[float, float]:
-    """Mean of paired differences, and half of its 95% interval by Student's t; NaN for one difference."""
+    """Return mean and half width of its 95% interval (Student's t). A single difference has the half width NaN."""
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return mean, math.nan
@@ -59,13 +59,13 @@ def confidence(differences: Sequence[float]) -> Tuple[float, float]:
 
 
 def confidence_text(differences: Sequence[float]) -> str:
-    """Mean and 95% interval; of one seed the difference itself."""
+    """Format mean and 95% interval, or a single difference."""
     mean, half = confidence(differences)
     return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})' if len(differences) > 1 else f'{mean:+.1f}'
 
 
 def trained(folder: Path, runs: Dict[str, List[int]], metrics: Sequence[str], split: str = 'test'):
-    """The metrics of every method with the seeds that are there, ``{method: {metric: {seed: value}}}``."""
+    """Read the metrics of all methods that have results, as ``{method: {metric: {seed: value}}}``."""
     found = {
         method: {metric: values(folder, method, seeds, metric, split) for metric in metrics}
         for method, seeds in runs.items()
@@ -74,12 +74,12 @@ def trained(folder: Path, runs: Dict[str, List[int]], metrics: Sequence[str], sp
 
 
 def rows_of(found: Dict[str, Dict[str, Dict[int, float]]], group: str, costs: Dict[str, dict]) -> List[dict]:
-    """A row for every method that was trained.
+    """Return one table row per method.
 
     Args:
-        found (dict): What :func:`trained` returns.
-        group (str): The methods are of this one.
-        costs (dict[str, dict]): What an iteration of every method costs; nothing if that was not measured.
+        found (dict): Output of :func:`trained`.
+        group (str): Group of the methods.
+        costs (dict[str, dict]): Cost of an iteration by method; empty if not measured.
     """
     first = {method: next(iter(numbers.values())) for method, numbers in found.items()}
     differ = len(set(map(len, first.values()))) > 1
@@ -100,36 +100,37 @@ def rows_of(found: Dict[str, Dict[str, Dict[int, float]]], group: str, costs: Di
 
 
 def costs_file(folder: Path, group: str) -> Path:
-    """Where the costs of a group are written."""
+    """Return the path of the file with the costs of a group."""
     return folder / f'costs-{group}.json'
 
 
-def paired(ours: Dict[int, float], theirs: Dict[int, float]) -> List[float]:
-    """The differences of the seeds that both have."""
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+def paired(numbers: Dict[int, float], baseline: Dict[int, float]) -> List[float]:
+    """Return the differences between a method and a baseline, for the seeds that both have."""
+    return [numbers[seed] - baseline[seed] for seed in numbers if seed in baseline]
 
 
-def _check_teachers(folder: Path, runs: Dict[str, List[int]], of_teacher: Path) -> None:
+def _check_teachers(folder: Path, runs: Dict[str, List[int]], teacher_result: Path) -> None:
     files = [run_file(folder, method, seed) for method in runs for seed in runs[method] if method != 'alone']
-    teacher = json.loads(of_teacher.read_text())['teacher']
-    others = [file.name for file in files if file.exists() and json.loads(file.read_text())['teacher'] != teacher]
-    if others:
+    teacher = json.loads(teacher_result.read_text())['teacher']
+    mismatched = [file.name for file in files if file.exists() and json.loads(file.read_text())['teacher'] != teacher]
+    if mismatched:
         raise ValueError(
-            f'{", ".join(others)} in {folder} had another teacher than that of {of_teacher}: remove them, start again.'
+            f'{", ".join(mismatched)} in {folder} were distilled from a different teacher than the one in '
+            f'{teacher_result}. Remove these results and start again.'
         )
 
 
 def write_page(
     name: str, group: str, results: Path, metrics: Sequence[str], seeds: Optional[Sequence[int]] = None
 ) -> None:
-    """Print the table; that of all seeds is written beside the results, with pictures.
+    """Print the table of a group. Without ``seeds``, also write a page with the table and charts next to the results.
 
     Raises:
-        ValueError: If a run had another teacher than the one whose metric is given.
+        ValueError: If a run was distilled from a different teacher than the teacher of the results.
     """
     folder, runs = results / name, runs_of(name, group, seeds)
-    of_teacher = teacher_file(results, name)
-    _check_teachers(folder, runs, of_teacher)
+    teacher_result = teacher_file(results, name)
+    _check_teachers(folder, runs, teacher_result)
     split = 'val' if group in CHOICES else 'test'
     found = trained(folder, runs, metrics, split)
     if not found:
@@ -142,11 +143,11 @@ def write_page(
     if seeds:
         return
     label, stem = NAMES.get(metrics[0], metrics[0]), f'{name}-{group}'
-    teacher = ', '.join(f'{NAMES.get(m, m)} {read(of_teacher, m, split):.1f}' for m in metrics)
+    teacher = ', '.join(f'{NAMES.get(m, m)} {read(teacher_result, m, split):.1f}' for m in metrics)
     found = {method: numbers[metrics[0]] for method, numbers in found.items()}
-    absent = [method for method, own in runs.items() if len(found.get(method, ())) < len(own)]
+    incomplete = [method for method, own in runs.items() if len(found.get(method, ())) < len(own)]
     most = max(runs.values(), key=len)
-    fewer = ' or the first of them' if 'seeds' in rows[0] else ''
+    fewer = ' (fewer for some methods)' if 'seeds' in rows[0] else ''
     text = [
         f'# {TITLES[name]}: {group}',
         f'{SPLITS[split]} split, seeds {", ".join(map(str, most))}{fewer}: mean and standard deviation. '
@@ -157,12 +158,12 @@ def write_page(
     ]
     if costs:
         text.append(
-            'Time of a training step against the student alone, and the most memory that it takes beyond weights, '
-            f'optimizer and images: {costs["machine"]}; {costs["versions"]}.'
+            'Time of a training step relative to the student alone, and its peak memory beyond weights, optimizer '
+            f'state and images: {costs["machine"]}; {costs["versions"]}.'
         )
     text.append(table)
-    if absent:
-        text.append(f'Not all seeds were trained of: {", ".join(f"`{method}`" for method in absent)}.')
+    if incomplete:
+        text.append(f'Methods with missing seeds: {", ".join(f"`{method}`" for method in incomplete)}.')
     if len(most) > 1:
         text += _gains_picture(found, label, results, stem)
         if group == 'parts' and 'diffkd' in found:
@@ -171,21 +172,21 @@ def write_page(
 
 
 def _gains_picture(found: Dict[str, Dict[int, float]], metric: str, results: Path, stem: str) -> List[str]:
-    """Draw what methods gain; returns the lines that show it."""
+    """Draw the gain of every method; return the Markdown lines that show the chart."""
     alone = found.get('alone', {})
     differences = {method: paired(numbers, alone) for method, numbers in found.items() if method != 'alone'}
     gains = {method: confidence(numbers) for method, numbers in differences.items() if numbers}
     if not gains:
         return []
     draw_bars(gains, f'{metric} above the student alone, 95% interval', results / f'{stem}.png')
-    few = '' if all(len(numbers) > 1 for numbers in differences.values()) else '; one seed has none'
-    return [f'![{metric} above the student alone, with intervals{few}]({stem}.png)']
+    note = '' if all(len(numbers) > 1 for numbers in differences.values()) else ' (none for a single seed)'
+    return [f'![{metric} above the student alone, with intervals{note}]({stem}.png)']
 
 
 def _gamma_picture(files: Sequence[Path], results: Path, stem: str) -> List[str]:
-    """Draw gamma over training; returns the lines that show it."""
+    """Draw gamma over training; return the Markdown lines that show the chart."""
     draw_gamma([json.loads(file.read_text())['gamma'] for file in files], results / f'{stem}-gamma.png')
     return [
-        'What gamma of DiffKD does over training, by level; the band is the range of the seeds:',
+        'Gamma of DiffKD over training, by level; the band is the range of the seeds:',
         f'![Gamma over training]({stem}-gamma.png)',
     ]

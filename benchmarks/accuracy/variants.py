@@ -1,6 +1,6 @@
-"""Changes to the method itself that were tried.
+"""Ablations that change the method itself.
 
-Notation as in :mod:`mmdiffkd.models.diffusion.schedulers`; a is alphas_cumprod of a timestep.
+The notation is that of :mod:`mmdiffkd.models.diffusion.schedulers`. ``a`` is ``alphas_cumprod`` at a timestep.
 """
 
 from typing import List, Optional, Tuple
@@ -13,21 +13,23 @@ from mmdiffkd.registry import MODELS
 
 
 class Variant(FeatureDiffusion):
-    """DiffKD with changes; the defaults are the paper's.
+    """DiffKD with changes to the method. The defaults are the method of the paper.
 
     Args:
-        student_channels (int): C_s.
-        teacher_channels (int): C_t.
-        denoising (bool): False leaves noise and denoising out: what stays is the aligned student, the convolution with
-            BatchNorm after the last step, and the distance.
-        normalise (bool): Give every channel of both features zero mean and unit variance before diffusion.
-        group_norm (bool): GroupNorm in place of BatchNorm in denoiser and noise adapter, which keeps student and
-            teacher passes apart.
-        variance_preserving (bool): Blend the student with noise as diffusion does, sqrt(a) Z_s + sqrt(1 - a) eps with
-            sqrt(a) = gamma, and start at the timestep that has this a.
-        detach (bool): The distance does not train the denoiser; its gradient passes through to the student.
-        **kwargs: Of :class:`FeatureDiffusion`. With the variance-preserving blend ``num_grad_steps`` has no effect and
-            there is no trajectory.
+        student_channels (int): Channels of the student's feature, C_s.
+        teacher_channels (int): Channels of the teacher's feature, C_t.
+        denoising (bool): Whether to add noise and denoise. If False, the alignment of the student, the convolution with
+            BatchNorm after the last step, and the distance remain. Defaults to True.
+        normalise (bool): Whether to normalize every channel of both features to zero mean and unit variance before
+            diffusion. Defaults to False.
+        group_norm (bool): Whether denoiser and noise adapter use GroupNorm instead of BatchNorm, so that student and
+            teacher features do not share statistics. Defaults to False.
+        variance_preserving (bool): Whether to blend student and noise as in diffusion, sqrt(a) Z_s + sqrt(1 - a) eps
+            with sqrt(a) = gamma, and start at the timestep with this a. Defaults to False.
+        detach (bool): Whether to keep the distillation loss from training the denoiser. The gradient of the loss still
+            passes through the denoiser to the student. Defaults to False.
+        **kwargs: Arguments of :class:`FeatureDiffusion`. With ``variance_preserving``, ``num_grad_steps`` has no effect
+            and no trajectory is returned.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Variant(FeatureDiffusion):
         **kwargs,
     ):
         super().__init__(student_channels, teacher_channels, **kwargs)
+        if detach:  # the denoiser is trainable again in the backward pass, which would recompute a different graph
+            self.memory_efficient = False
         channels = self.align.out_channels
         self.denoising, self.detach, self.variance_preserving = denoising, detach, variance_preserving
         if group_norm:
@@ -50,7 +54,7 @@ class Variant(FeatureDiffusion):
         self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in (channels, teacher_channels) if normalise)
 
     def forward(self, student: Tensor, teacher: Tensor, *args, **kwargs) -> DiffusionOutput:
-        """Like :meth:`FeatureDiffusion.forward`."""
+        """Run :meth:`FeatureDiffusion.forward`, with the teacher's feature normalized if ``normalise`` is True."""
         if self.norms:
             teacher = self.norms[1](teacher)
         return super().forward(student, teacher, *args, **kwargs)
@@ -63,21 +67,21 @@ class Variant(FeatureDiffusion):
         if not self.denoising:
             return latent, latent.new_ones(len(latent))
         denoise = self._denoise_preserving_variance if self.variance_preserving else super()._denoise
-        learning = [p for p in self.denoiser.parameters() if p.requires_grad and self.detach]
-        for parameter in learning:
+        detached = [p for p in self.denoiser.parameters() if p.requires_grad and self.detach]
+        for parameter in detached:
             parameter.requires_grad_(False)
         try:
             return denoise(latent, noise, samples)
         finally:
-            for parameter in learning:
+            for parameter in detached:
                 parameter.requires_grad_(True)
 
-    def _denoise_preserving_variance(self, latent: Tensor, noise, trajectory) -> Tuple[Tensor, Tensor]:
+    def _denoise_preserving_variance(self, latent: Tensor, noise, samples) -> Tuple[Tensor, Tensor]:
         gamma = self.noise_adapter(latent)
         noise = torch.randn_like(latent) if noise is None else noise
         table, last = self.scheduler.alphas_cumprod, len(self.scheduler.timesteps) - 1
-        share = gamma.view(-1, 1, 1, 1)
-        x = share * latent + (1 - share.square()).clamp(min=1e-6).sqrt() * noise
+        scale = gamma.view(-1, 1, 1, 1)
+        x = scale * latent + (1 - scale.square()).clamp(min=1e-6).sqrt() * noise
         start = (table >= gamma.detach().square().view(-1, 1)).sum(dim=1).clamp(max=len(table) - 1)
         timesteps = [start, *(start * (last - i) // last for i in range(1, last + 1))]
         alphas = [table[t].view(-1, 1, 1, 1) for t in timesteps]
@@ -88,13 +92,13 @@ class Variant(FeatureDiffusion):
                 x = alphas[index + 1].sqrt() * clean + (1 - alphas[index + 1]).sqrt() * eps
         return clean, gamma
 
-    def _diffusion_loss(self, target: Tensor, draws: NoiseInputs) -> Tensor:
-        return super()._diffusion_loss(target, draws) if self.denoising else target.new_zeros(())
+    def _diffusion_loss(self, target: Tensor, noise_inputs: NoiseInputs) -> Tensor:
+        return super()._diffusion_loss(target, noise_inputs) if self.denoising else target.new_zeros(())
 
 
 @MODELS.register_module()
 class VariantNeck(FeatureDiffusionNeck):
-    """A :class:`Variant` of its own for every level."""
+    """Neck with one :class:`Variant` per level."""
 
     part = Variant
 

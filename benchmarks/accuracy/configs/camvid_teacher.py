@@ -1,4 +1,4 @@
-# Twice the batch and four times the schedule of the student.
+# The teacher trains with twice the batch size of the student, for four times as many iterations.
 _base_ = '../../../configs/camvid/deeplabv3-r18-half_camvid.py'
 train_dataloader = dict(batch_size=8)
 max_iters = 4000

@@ -1,4 +1,4 @@
-# Three times as long.
+# This config trains three times as long as deeppcb_student.py.
 _base_ = './deeppcb_student.py'
 max_epochs = 18
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)

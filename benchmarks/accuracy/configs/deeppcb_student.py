@@ -1,4 +1,5 @@
-# A quarter of the teacher's backbone, half of its neck and head, and a quarter of its schedule.
+# The student has a quarter of the teacher's backbone width and half of its neck and head width. It trains for a quarter
+# as many epochs.
 _base_ = './deeppcb_teacher.py'
 model = dict(
     backbone=dict(base_channels=8, stem_channels=8),

@@ -1,6 +1,6 @@
-# RetinaNet on a ResNet-18 of half the usual width, from scratch, which takes normalised layers in neck and head.
-# Three levels, anchors from 16 pixels on: the defects are 14 - 26 pixels wide, so a quarter of an image is enough to
-# train on; tests see whole ones.
+# RetinaNet with a ResNet-18 of half the usual width. Training from scratch requires normalization in neck and head.
+# The defects are only 14 - 26 pixels wide, so the model has three levels, and its smallest anchors have 16 pixels. It
+# trains on crops with a quarter of an image's area. Validation and test use whole images.
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../../../configs/_base_/deeppcb.py']
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(
