@@ -166,16 +166,19 @@ def row(pair: Pair, result: dict) -> dict:
 def write_page(page: Path, where: dict, results: dict) -> None:
     text = [
         "# Training time of the paper's pairs",
-        'These configs were not trained: the column "here" is for your results. Metrics are from the paper: box AP on '
-        'COCO `val2017`, mIoU on Cityscapes `val`, top-1 on ImageNet. The paper lacks some metrics of the student '
-        'alone. Time is that of a measured training step (random weights and images) at '
+        'These configs were not trained here: the column "here" is empty, for your own results. The column "paper, '
+        'alone -> DiffKD" has the metrics that the paper reports: box AP on COCO `val2017`, mIoU on Cityscapes `val`, '
+        'top-1 accuracy on ImageNet. A row without the first number is a pair for which the paper does not report the '
+        'student alone.',
+        'The training time is an estimate: the measured time of a training step per image, times the number of images '
+        "in the config's schedule. Training steps were measured in float32 with random weights and images of "
         + ', '.join(f'{h}x{w} ({name})' for name, (h, w) in SIZES.items())
-        + ", float32, times the number of images in the config's schedule, without data loading. "
-        '"times alone" is the ratio of a distilled step to a step of the student alone, from a few steps of each. '
-        'Variants with a different distance were not timed; they repeat the times of the pair above. Run the command '
-        'to measure a different machine.',
+        + ', without data loading. The column "times alone" is the time of a distilled step divided by the time of a '
+        'step of the student alone, from a few steps of each. The rows of attention-weighted DiffKD and of DIST repeat '
+        'the times of the row above, because these configs were not measured. Run the command to measure a different '
+        'machine.',
         '```shell\npython -m benchmarks.paper_scale\n```',
-        f'{where["machine"]}; {where["versions"]}.',
+        f'Measured on: {where["machine"]}; {where["versions"]}.',
         markdown([row(pair, results[key]) for pair in PAIRS if (key := pair.same_as or pair.config) in results]),
     ]
     page.write_text('\n\n'.join(text) + '\n')

@@ -42,46 +42,52 @@ NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # folders of base configs, exa
 
 PAGE = """# Supported models
 
-The models of mmdet, mmseg and mmpretrain that train with the default `distill`.
+This page lists the models of mmdet, mmseg and mmpretrain that train with the default `distill`.
 {counts}
 
 {summary}
 
-A family is a folder of configs. The check trains a single step with random weights, so it covers wiring, gradients and
-shapes, but not accuracy. [How the models were tested](#how-the-models-were-tested) has the details.
+A family is a folder of configs. A family is supported if at least one of its models is supported. The check trains each
+model for a single step with random weights. The check therefore tests that modules, shapes and gradients fit together,
+but not accuracy. [How the models were tested](#how-the-models-were-tested) has the details.
 
 ## Not supported
 
-* MAE and other masked image models drop tokens in training, and the teacher has no counterpart of the tokens that are
-  left. Distill these models when they are fine-tuned as classifiers.
-* HiViT works with `out_indices` set in the student's backbone. By default, models of two sizes share one list.
-* SparK has a sparse backbone, which only runs on masked images.
+* MAE and other masked image models drop tokens in training, so the student's remaining tokens have no counterparts in
+  the teacher. Distill such a model when it is fine-tuned as a classifier.
+* HiViT works if `out_indices` is set in the student's backbone. By default, HiViT models of two sizes share one list of
+  `out_indices`, so building the second model changes the list of the first model.
+* SparK has a sparse backbone, which only runs on masked images. The distiller runs the student on a blank image to find
+  the levels of its features, and SparK fails on this image.
 
-Error messages:
+With distillation, these models fail with the following errors:
 
 {failed}
 
 ## Not tested
 
-Without distillation, these models do not run a training step in the environment of the check.
+In the environment of the check, these models do not run a training step even without distillation, with the following
+errors:
 
 {untested}
 
 ## Supported
 
-Each entry gives the family, the type of model, the pairs with their taps and numbers of levels, and the configs. Images
-have 128 x 128 pixels for mmdet and mmseg and 256 x 256 pixels for mmpretrain, unless noted.
+Each entry gives the family in bold, the type of model in parentheses, and each pair with its tap and number of levels.
+The configs of student and teacher follow. The images have 128 x 128 pixels for mmdet and mmseg and 256 x 256 pixels for
+mmpretrain, unless the entry gives a different size.
 
 {supported}
 
 ## How the models were tested
 
-The student is the smallest config of each type of model in a family. The teacher is the next larger model of the family
-that consists of the same types of modules, or the student's own config if there is none. Weights are random and images
-are small. The plain model trains for a step, then the distilled one.
+For each type of model in a family, the student is the smallest config. Among the larger models of the family whose
+modules have the same types as the student's modules, the teacher is the smallest one. If there is no such model, the
+teacher has the student's config. Weights are random and images are small. The check first trains the student for one
+step without distillation, and then trains the student for one step with distillation.
 
 The check ran on {dates} on a CPU with {versions}.
-It takes hours. When it is started again, it skips the models that have a result in the JSON file:
+The check takes hours. If you start the check again, it skips the models that have a result in the JSON file:
 
 ```shell
 python benchmarks/zoo_check.py docs/results/supported_models.json \\
@@ -150,7 +156,7 @@ def as_table(results: Dict[str, List[dict]]) -> str:
     untested = [row for row in rows if row['plain'] != 'ok']
     worked = [row for row in rows if row['distilled'] == 'ok']
     days = sorted({row['date'] for row in rows if row['date']}) or [f'{date.today()}']
-    summary = ['| package | families, distilled | models, distilled | families not tested |', '|---|---|---|---|']
+    summary = ['| package | supported families | supported models | families not tested |', '|---|---|---|---|']
     supported = []
     for package in PACKAGES:
         groups = [group for family, group in results.items() if family.startswith(f'{package}/')]
@@ -162,7 +168,7 @@ def as_table(results: Dict[str, List[dict]]) -> str:
         supported += ['', f'### {package}', '']
         supported += [as_entry(package, row) for row in worked if row['family'].startswith(f'{package}/')]
     total = len(worked) + len(failed)
-    counts = f'{len(worked)} of the {total} models that train without distillation also train with it.'
+    counts = f'{len(worked)} of the {total} models that train without distillation also train with distillation.'
     return PAGE.format(
         counts=counts,
         summary='\n'.join(summary),
@@ -189,11 +195,15 @@ def as_list(rows: List[dict], step: str) -> str:
 
 def as_entry(package: str, found: dict) -> str:
     """Return the list entry of a supported model. Names of configs are plain text, because code does not wrap."""
-    pairs = [f'`{name}` at `{taps[0]}` ({taps[2]})' for name, taps in found['taps'].items()]
+    pairs = [
+        f'pair `{name}`, tap `{tap}`, {levels} level{"s" * (levels > 1)}'
+        for name, (tap, _, levels) in found['taps'].items()
+    ]
     student, teacher = (found[key].split('/', 1)[1] for key in ('config', 'teacher'))
-    configs = f'student and teacher {student}' if student == teacher else f'student {student}, teacher {teacher}'
-    size = '' if found['size'] == SIZES[package][0] else f', {found["size"]} x {found["size"]} pixels'
-    return f'* **{found["family"].split("/")[1]}** ({found["model"]}): {", ".join(pairs)}; {configs}{size}'
+    teacher = 'the same config' if student == teacher else teacher
+    size = '' if found['size'] == SIZES[package][0] else f'; images: {found["size"]} x {found["size"]} pixels'
+    start = f'* **{found["family"].split("/")[1]}** ({found["model"]}): {"; ".join(pairs)}'
+    return f'{start}; student: {student}; teacher: {teacher}{size}'
 
 
 def as_text(reason: str) -> str:

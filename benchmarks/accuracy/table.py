@@ -18,7 +18,7 @@ TITLES = {
     'deeppcb-longer': 'DeepPCB, three times as long',
     'camvid-longer': 'CamVid, three times as long',
 }
-SPLITS = dict(test='Test', val='Validation')
+SPLITS = dict(test='test', val='validation')
 NAMES = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
 PERCENT = ('coco/bbox_mAP', 'coco/bbox_mAP_50')  # mmdet reports these metrics between 0 and 1
 
@@ -150,16 +150,19 @@ def write_page(
     fewer = ' (fewer for some methods)' if 'seeds' in rows[0] else ''
     text = [
         f'# {TITLES[name]}: {group}',
-        f'{SPLITS[split]} split, seeds {", ".join(map(str, most))}{fewer}: mean and standard deviation. '
-        f'Differences are in {label}, paired by seed, with their 95% interval. The teacher: {teacher}.'
+        f'Results on the {SPLITS[split]} split with seeds {", ".join(map(str, most))}{fewer}. Each metric is the mean '
+        f'over the seeds with its standard deviation. Each difference is the mean difference in {label} between runs '
+        f'with the same seed, with its 95% confidence interval. The teacher has {teacher}.'
         if len(most) > 1
-        else f'{SPLITS[split]} split, seed {most[0]}. The teacher: {teacher}.',
+        else f'Results on the {SPLITS[split]} split with seed {most[0]}. The teacher has {teacher}.',
+        '[All measured tables](../results/tables.md#method-names) explains the names of the methods.',
         f'```shell\npython -m benchmarks.accuracy.run {name} {group}\n```',
     ]
     if costs:
         text.append(
-            'Time of a training step relative to the student alone, and its peak memory beyond weights, optimizer '
-            f'state and images: {costs["machine"]}; {costs["versions"]}.'
+            'The column "time" is the time of a training step relative to a step of the student alone. The column '
+            '"memory, MiB" is the peak memory of a training step, without weights, optimizer state and images. Time '
+            f'and memory were measured on: {costs["machine"]}; {costs["versions"]}.'
         )
     text.append(table)
     if incomplete:
@@ -180,13 +183,14 @@ def _gains_picture(found: Dict[str, Dict[int, float]], metric: str, results: Pat
         return []
     draw_bars(gains, f'{metric} above the student alone, 95% interval', results / f'{stem}.png')
     note = '' if all(len(numbers) > 1 for numbers in differences.values()) else ' (none for a single seed)'
-    return [f'![{metric} above the student alone, with intervals{note}]({stem}.png)']
+    return [f'![Gain in {metric} over the student alone, by method, with intervals{note}]({stem}.png)']
 
 
 def _gamma_picture(files: Sequence[Path], results: Path, stem: str) -> List[str]:
     """Draw gamma over training; return the Markdown lines that show the chart."""
     draw_gamma([json.loads(file.read_text())['gamma'] for file in files], results / f'{stem}-gamma.png')
     return [
-        'Gamma of DiffKD over training, by level; the band is the range of the seeds:',
-        f'![Gamma over training]({stem}-gamma.png)',
+        'Gamma of DiffKD during training. Each line is the mean over the seeds for one level, and the band around the '
+        'line is the range of the seeds:',
+        f'![Gamma of each level during training]({stem}-gamma.png)',
     ]

@@ -93,7 +93,7 @@ def test_methods_with_different_numbers_of_seeds(tmp_path):
     assert runs_of('deeppcb', 'variants')['GroupNorm'] == runs_of('deeppcb', 'weights')['diffkd'] == [0]
     table.write_page('deeppcb', 'variants', tmp_path, METRICS)
     page = (tmp_path / 'deeppcb-variants.md').read_text()
-    assert 'Validation split, seeds 0, 1, 2 (fewer for some methods)' in page
+    assert 'validation split with seeds 0, 1, 2 (fewer for some methods)' in page
     assert '| GroupNorm | 1 | 21.0 | +1.0 | -2.0 |' in page  # differences to results of the same seed
     assert 'benchmarks.accuracy.run deeppcb variants\n' in page
     assert 'with intervals (none for a single seed)](deeppcb-variants.png)' in page
@@ -191,7 +191,7 @@ def test_longer_training_shares_teacher_and_costs(command):
     runs = [f'--run {method} {seed}' for seed in range(3) for method in sorted(methods_of(*longer))]
     assert command(*longer) == ['--teacher', *runs]
     page = (command.folder.parent / 'deeppcb-longer-preset.md').read_text()
-    assert page.startswith('# DeepPCB, three times as long: preset') and 'The teacher: AP 50.0' in page
+    assert page.startswith('# DeepPCB, three times as long: preset') and 'The teacher has AP 50.0' in page
     assert command()[0] == '--run alone 0'
 
 
@@ -414,7 +414,7 @@ def test_weights_are_chosen_on_the_validation_split(tmp_path, monkeypatch):
         file.write_text(json.dumps(dict(json.loads(file.read_text()), test={'coco/bbox_mAP': 0.1})))
     table.write_page('deeppcb', 'weights', tmp_path, METRICS)
     page = (tmp_path / 'deeppcb-weights.md').read_text()
-    assert 'Validation split, seed 0. The teacher: AP 50.0.' in page
+    assert 'validation split with seed 0. The teacher has AP 50.0.' in page
     assert '| pkd, weight 2 | 40.0 |' in page
 
 

@@ -70,10 +70,10 @@ def test_table_separates_failed_and_untested(zoo):
     table = zoo.as_table({'mmdet/a': [ok, failed], 'mmdet/c': [untested], 'mmseg/b': [failed]})
     assert '| mmdet | 1 of 1 | 1 of 2 | 1 |' in table and '| mmseg | 0 of 1 | 0 of 1 | 0 |' in table
     assert 'ran on 2026-01-02 - 2026-02-03 on a CPU' in table
-    assert '1 of the 3 models that train without distillation also train with it.' in table
+    assert '1 of the 3 models that train without distillation also train with distillation.' in table
     assert '\n* mmdet/a (B), mmseg/b (B): ``TapError: no | such tap (recorders.py)``\n' in table
     assert '\n* mmdet/c (C): ``RuntimeError: lap: not installed (c.py)``\n' in table
-    assert '\n* **a** (A): `fpn` at `neck` (5); student a_r18.py, teacher a_r50.py\n' in table
+    assert '\n* **a** (A): pair `fpn`, tap `neck`, 5 levels; student: a_r18.py; teacher: a_r50.py\n' in table
 
 
 def test_reasons_contain_no_local_paths(zoo):

@@ -139,18 +139,18 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
 
 
 def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str, dict]) -> dict:
-    """Fill in the taps that a pair's config leaves out.
+    """Fill in what a pair's config leaves out: taps and neck of a default pair, or one of the two taps of a new pair.
 
-    If the pair is named like a default pair, fill in the neck as well.
+    A new pair without any tap is refused: its name is misspelled, or these models do not have that default pair.
     """
     if cfg.get('student') and cfg.get('teacher'):
         return cfg
     default = known.get(name)
     if default is None:
-        if len(defaults) > 1:
+        if len(defaults) > 1 or not (cfg.get('student') or cfg.get('teacher')):
             raise ValueError(
-                f'distill.{name} names no tap and is not a default pair ({", ".join(defaults)}). Name its taps: '
-                f"distill=dict({name}=dict(student='backbone', teacher='backbone'))."
+                f'distill.{name} names no tap and is not a default pair ({", ".join(defaults)}) of these models. '
+                f"Remove it, or name its taps: distill=dict({name}=dict(student='backbone', teacher='backbone'))."
             )
         (default,) = defaults.values()
         default = dict(default, neck={})

@@ -31,6 +31,14 @@ def test_loss_weight_without_a_type_keeps_the_default_distance(pair, distance):
     assert pairs[pair].neck['loss_kd'] == dict(type=distance, loss_weight=10.0)
 
 
+@pytest.mark.parametrize('name', ['cls', 'fpm'])
+def test_pair_without_taps_is_refused_with_a_single_default_pair(name):
+    """FCOS-like detectors have other default pairs under ``plus``, and names may be misspelled."""
+    retinanet = tiny.detector()
+    with pytest.raises(ValueError, match=rf'distill.{name} names no tap and is not a default pair \(fpn\)'):
+        read_pairs({name: dict()}, build_for_inspection(retinanet), retinanet, retinanet)
+
+
 def test_explicit_settings_are_kept():
     retinanet = tiny.detector()
     cfg = dict(teacher='backbone.layer4', levels=[2], neck=dict(denoise=False, loss_kd=dict(type='mmdiffkd.PKDLoss')))
