@@ -11,6 +11,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.models import DiffKDDistiller, DistillContext
@@ -228,8 +229,16 @@ def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
 
 def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:
     """Return multiply-adds (1e9, forward and backward) and saved bytes of the diffusion module, both per image."""
-    necks = copy.deepcopy(model.diffkd).to('meta').train()
+    necks = copy.deepcopy(model.diffkd).train()
+    if _checkpoint_runs_on_meta():
+        return _count_necks(_without_values(necks, 'meta'), 'meta', model, rows)
+    with FakeTensorMode():  # slower
+        return _count_necks(_without_values(necks, 'cpu'), 'cpu', model, rows)
 
+
+def _count_necks(
+    necks: nn.Module, device: str, model: nn.Module, rows: List[dict]
+) -> Tuple[Optional[float], Optional[int]]:
     losses: List[Tensor] = []
 
     def forward():
@@ -243,8 +252,8 @@ def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optiona
         sides = [], []
         for tap in pair.student_taps:
             of_tap = [row for row in rows if (row['pair'], row['student_tap']) == (name, tap)]
-            student = [torch.empty(2, *row['student_shape'], device='meta', requires_grad=True) for row in of_tap]
-            teacher = [torch.empty(2, *row['teacher_shape'], device='meta') for row in of_tap]
+            student = [torch.empty(2, *row['student_shape'], device=device, requires_grad=True) for row in of_tap]
+            teacher = [torch.empty(2, *row['teacher_shape'], device=device) for row in of_tap]
             sides[0].append(student)
             sides[1].append(teacher)
         inputs[name] = sides if len(pair.student_taps) > 1 else (sides[0][0], sides[1][0])
@@ -254,8 +263,30 @@ def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optiona
             kept = saved_activation_bytes(forward, ignore=not_saved)
             sum(losses).backward()
         return counter.total / 2e9, kept // 2
-    except Exception:  # for example, a custom distance reads tensor values, which meta tensors do not have
+    except Exception:  # for example, a custom distance reads tensor values, which these tensors do not have
         return None, None
+
+
+def _checkpoint_runs_on_meta() -> bool:
+    """Return whether activation checkpointing runs on the meta device; torch 2.5 looks for its random state."""
+    try:
+        with torch.random.fork_rng(devices=[], device_type='meta'):
+            return True
+    except RuntimeError:
+        return False
+
+
+def _without_values(module: nn.Module, device: str) -> nn.Module:
+    """Replace the tensors of a module by empty ones, which are fake tensors under ``FakeTensorMode``."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+                part._parameters[name] = nn.Parameter(empty, value.requires_grad)
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
+    return module
 
 
 def _tensors(value) -> Iterator[Tensor]:
