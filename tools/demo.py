@@ -147,7 +147,7 @@ class Demo:
         """Return one job per row, the longest first. A teacher to train comes first, a teacher to test last."""
         order = [TEACHER, *reversed([name for name in RUNS if name != TEACHER])]
         if self.teacher_weights:
-            order = [*order[1:], TEACHER]  # no job needs its test
+            order = [*order[1:], TEACHER]  # no other job waits for the test of the teacher
         return [self.row_job(name, names) for name in order if name in names]
 
     def row_job(self, name: str, names: Sequence[str]) -> Job:

@@ -141,7 +141,7 @@ def list_taps(
     size = size or image_size(cfg)
     if 'student' in cfg.model and owner == 'teacher':
         if not cfg.model.get('teacher'):
-            raise ValueError("The config has no teacher; set model.teacher, or list the student's taps.")
+            raise ValueError("The config has no teacher: set model.teacher, or use --list-taps student.")
         cfg = resolve_config(cfg.model.teacher.config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
@@ -213,7 +213,7 @@ def _count_pass(net: nn.Module, size: Size, stop_after: Optional[Dict[str, int]]
 
 @torch.no_grad()
 def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
-    """Run a model on a blank image with the longest, or the shortest, forward function that works."""
+    """Run a model on a blank image with the forward function that runs most modules, or fewest if ``shortest``."""
     device = next(net.parameters()).device
     images, samples = torch.zeros(1, 3, *size, device=device), [blank_sample(*size)]
     functions = list(forward_fns(net.eval()).values())

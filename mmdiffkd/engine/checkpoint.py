@@ -282,6 +282,7 @@ def restricted_pickle(admitted: list) -> SimpleNamespace:
 def _known_method(owner: type, name: str):
     """Stand-in for ``getattr`` while a checkpoint is unpickled: returns a few known methods, refuses all else."""
     if name not in {HistoryBuffer: BUFFER_METHODS, OneCycleParamScheduler: ANNEALING_METHODS}.get(owner, ()):
+        # in the form of torch's own message, which read_checkpoint turns into one for the user
         raise UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r})')
     return getattr(owner, name)
 

@@ -142,7 +142,7 @@ def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
 
     Raises:
         ValueError: If a work dir is given twice or its logs cannot be read.
-        FileNotFoundError: If a work dir does not exist, or has neither logs nor a test.
+        FileNotFoundError: If a work dir does not exist, or has neither logs nor results of a test.
     """
     folders = [folder.resolve() for _, folder in named]
     for folder in folders:
@@ -231,7 +231,7 @@ def _starts(folder: Path) -> List[Path]:
             'tools/test.py and give the work dir of the test.'
         )
     raise FileNotFoundError(
-        f'{folder} has neither training logs (*/vis_data/scalars.json) nor a test; train with '
+        f'{folder} has neither training logs (*/vis_data/scalars.json) nor results of a test; train with '
         "dict(type='LocalVisBackend') in vis_backends, or give the work dir of tools/test.py."
     )
 

@@ -64,7 +64,7 @@ def test_no_headers(tmp_path):
 
 
 def with_headers(folder):
-    """Create ``Python.h``, and return facts with which a build can start."""
+    """Create ``Python.h``, and describe an environment that meets all requirements of a build."""
     (folder / 'Python.h').touch()
     return dict(FACTS, include=str(folder))
 

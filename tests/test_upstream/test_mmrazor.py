@@ -156,7 +156,7 @@ def test_standardized_cwd(maps, run_code):
     torch.testing.assert_close(found.losses['loss_kd'], 10 * cwd(connected, norm(teacher)))
 
 
-# Configs of the page.
+# Configs shown in docs/get_started/mmrazor.md.
 
 
 def config(folder, *marks, distill=None):
