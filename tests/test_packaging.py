@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 NO_SOURCE = shutil.ignore_patterns('_build', '.*', '__pycache__', '*.egg-info', 'build', 'data', 'dist', 'work_dirs')
 DIST_INFO = f'mmdiffkd-{__version__}.dist-info'
 TOOLS = sorted(path.relative_to(ROOT) for path in ROOT.glob('tools/**/*.py'))
-CONFIG = 'diffkd_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py'
+CONFIG = 'diffkd_retinanet-r18-half_retinanet-r18-eighth_6e_shapes.py'
 
 
 def run(*command, cwd, check=True):

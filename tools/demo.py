@@ -27,9 +27,9 @@ CONFIGS = ROOT / 'configs' / 'shapes'
 # table rows: the teacher first, DiffKD last
 RUNS = {
     TEACHER: 'retinanet-r18-half_16e_shapes.py',
-    'student alone': 'retinanet-r18-eighth_8e_shapes.py',
-    'student, plain MSE': 'mse_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py',
-    'student, DiffKD': 'diffkd_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py',
+    'student alone': 'retinanet-r18-eighth_6e_shapes.py',
+    'student, plain MSE': 'mse_retinanet-r18-half_retinanet-r18-eighth_6e_shapes.py',
+    'student, DiffKD': 'diffkd_retinanet-r18-half_retinanet-r18-eighth_6e_shapes.py',
 }
 METRIC = 'coco/bbox_mAP'  # log key
 

@@ -141,7 +141,7 @@ def list_taps(
     size = size or image_size(cfg)
     if 'student' in cfg.model and owner == 'teacher':
         if not cfg.model.get('teacher'):
-            raise ValueError("The config has no teacher: set model.teacher, or use --list-taps student.")
+            raise ValueError('The config has no teacher: set model.teacher, or use --list-taps student.')
         cfg = resolve_config(cfg.model.teacher.config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model

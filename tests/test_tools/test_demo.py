@@ -86,7 +86,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
     assert str(work_dir) not in subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout
 
     # one training fails: the end of its log is shown, the others finish
-    broken = work_dir / 'mse_retinanet-r18-half_retinanet-r18-eighth_8e_shapes'
+    broken = work_dir / 'mse_retinanet-r18-half_retinanet-r18-eighth_6e_shapes'
     broken.write_text('a file where a folder should be')
     done = run_tool('demo.py', *options, check=False)
     assert done.returncode == 1 and 'student, plain MSE: failed with exit code 1' in done.stdout
@@ -96,7 +96,7 @@ def test_whole_demo_on_a_few_images(tmp_path, shapes):
 
     # the failed training runs again; a run without a validation is tested
     broken.unlink()
-    student = work_dir / 'retinanet-r18-eighth_8e_shapes'
+    student = work_dir / 'retinanet-r18-eighth_6e_shapes'
     (student / 'result.json').unlink()
     for log in student.glob('*/vis_data/scalars.json'):
         lines = log.read_text().splitlines(keepends=True)

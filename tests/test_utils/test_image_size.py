@@ -49,7 +49,7 @@ def test_last_transform_determines_the_size():
 @pytest.mark.parametrize(
     'config, size',
     [
-        ('shapes/diffkd_retinanet-r18-half_retinanet-r18-eighth_8e_shapes.py', (128, 128)),
+        ('shapes/diffkd_retinanet-r18-half_retinanet-r18-eighth_6e_shapes.py', (128, 128)),
         ('camvid/diffkd_deeplabv3-r18-half_deeplabv3-r18-quarter_1500i_camvid.py', (160, 160)),
         ('shape_classes/diffkd_resnet18-half_resnet18-eighth_12e_shape-classes.py', (64, 64)),
         ('cityscapes/diffkd_deeplabv3-r101_deeplabv3-r18_40k_cityscapes.py', (512, 1024)),

@@ -1,4 +1,4 @@
-_base_ = './retinanet-r18-eighth_8e_shapes.py'
+_base_ = './retinanet-r18-eighth_6e_shapes.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(
     _delete_=True,
@@ -11,4 +11,4 @@ model = dict(
     ),
 )
 default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
-custom_hooks = [dict(type='mmdiffkd.DiffKDVisualizationHook', interval=300)]
+custom_hooks = [dict(type='mmdiffkd.DiffKDVisualizationHook', interval=225)]
