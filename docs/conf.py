@@ -70,9 +70,9 @@ def collect_config_pages(app):
 def link_config_pages(app, doctree, docname):
     """Replace downloads of configs by links to their pages."""
     for node in list(doctree.findall(download_reference)):
-        path = Path(app.srcdir, Path(docname).parent, node['reftarget']).resolve()
-        if node['reftarget'].startswith('/'):
-            path = Path(app.srcdir, node['reftarget'][1:]).resolve()
+        target = node['reftarget']
+        folder = '' if target.startswith('/') else Path(docname).parent
+        path = Path(app.srcdir, folder, target.lstrip('/')).resolve()
         if path.suffix == '.py' and path.is_relative_to(ROOT / 'configs'):
             page = path.relative_to(ROOT).with_suffix('.html').as_posix()
             uri = '../' * docname.count('/') + page

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Iterator
 
 # errors that wrong arguments, configs or files cause
@@ -45,6 +46,12 @@ def own_process() -> None:
     if sys.argv[0] in sys.orig_argv[1:]:
         _is_own_process = True
         atexit.register(gc.freeze)
+
+
+def shorten_path(path: Path) -> Path:
+    """Return a path relative to the working directory if it is inside, else the absolute path."""
+    path, here = Path(path).absolute(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 @contextmanager

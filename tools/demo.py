@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmdiffkd.apis import Job, JobResult, available_cores, run_parallel
+from mmdiffkd.cli import shorten_path
 from mmdiffkd.utils.meta_device import MultiplyAddCounter, build_for_inspection
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim
@@ -92,7 +93,7 @@ class Demo:
                 f'\n{min(available_cores(), len(trained))} trainings in parallel, with one CPU thread each. '
                 'Press Ctrl-C to stop; run the same command to continue.'
             )
-        return f'{what}\nResults: {shown(self.work_dir)}\n'
+        return f'{what}\nResults: {shorten_path(self.work_dir)}\n'
 
     def check_settings(self) -> None:
         """Exit if the folder was made with different settings, so that results are not mixed."""
@@ -243,7 +244,7 @@ class Demo:
 
     def summary(self, table: str) -> str:
         """Return the table, the list of files and the next steps."""
-        folder = shown(self.work_dir)
+        folder = shorten_path(self.work_dir)
         files = [
             (f'{folder}/student.pth', 'the distilled student, for plain mmdet with the config student.py'),
             (f'{folder}/detections.png', 'ground truth and detections of the models on test images'),
@@ -309,11 +310,6 @@ def as_table(rows: List[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *cells)]
     lines = [header, ['-' * width for width in widths], *cells]
     return ''.join(f'| {" | ".join(cell.ljust(width) for cell, width in zip(line, widths))} |\n' for line in lines)
-
-
-def shown(path: Path) -> Path:
-    """Return a path relative to the working directory if it is inside."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == '__main__':

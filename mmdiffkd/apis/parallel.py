@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mmdiffkd.cli import shorten_path
+
 # One thread per job: if jobs share cores, OpenMP threads wait for each other ten times longer than they compute.
 ONE_THREAD = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), '1')
 TAIL = 25  # lines to show from the log of a failed job
@@ -234,7 +236,7 @@ class _Lines:
         self._metrics: Dict[str, Optional[str]] = {}
 
     def started(self, process: _Process) -> None:
-        self._line(process.job.name, f'started, log: {_shorten(process.job.log)}')
+        self._line(process.job.name, f'started, log: {shorten_path(process.job.log)}')
 
     def ended(self, name: str, text: str) -> None:
         self._line(name, text)
@@ -313,15 +315,9 @@ def _end(result: JobResult, process: Optional[_Process], display: Union[_Lines, 
         why = f'with exit code {code}' if code > 0 else f'with signal {_signal_name(-code)}'
         display.ended(result.name, f'failed {why} after {minutes}')
         lines = result.log.read_text(encoding='utf-8', errors='replace').splitlines()[-TAIL:]
-        display.show('\n'.join([f'The end of {_shorten(result.log)}:', *(f'    {line}' for line in lines)]))
+        display.show('\n'.join([f'The end of {shorten_path(result.log)}:', *(f'    {line}' for line in lines)]))
     if on_done is not None:
         on_done(result)
-
-
-def _shorten(path: Path) -> Path:
-    """Return a path relative to the working directory if it is inside."""
-    path, here = Path(path).absolute(), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _signal_name(number: int) -> str:

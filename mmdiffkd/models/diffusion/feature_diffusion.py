@@ -314,16 +314,17 @@ class _FrozenStatistics:
     """
 
     def __init__(self, module: nn.Module):
-        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
-        self.norms = [(norm, norm.momentum) for norm in norms if norm.track_running_stats]
+        self.module = module
 
     def __enter__(self):
-        self.counts = [norm.num_batches_tracked.clone() for norm, _ in self.norms]
-        for norm, _ in self.norms:
+        norms = [norm for norm in self.module.modules() if isinstance(norm, _BatchNorm) and norm.training]
+        norms = [norm for norm in norms if norm.track_running_stats]
+        self.saved = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+        for norm in norms:
             norm.momentum = 0.0
 
     def __exit__(self, *error):
-        for (norm, momentum), count in zip(self.norms, self.counts):
+        for norm, momentum, count in self.saved:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
