@@ -1,6 +1,7 @@
 import copy
 from contextlib import nullcontext
-from typing import Callable, Dict, List, Optional, Sequence
+from pathlib import Path
+from typing import Callable, Dict, List, Literal, Optional, Sequence, Union
 
 import torch
 from mmengine.config import Config
@@ -11,12 +12,11 @@ from torch import Tensor, nn
 from mmdiffkd.engine.checkpoint import fingerprint, load_strict, read_checkpoint
 from mmdiffkd.utils.config import get_model_cfg, get_preprocessor_cfg, resolve_config, zoo_checkpoint
 from mmdiffkd.utils.meta_device import QuickInit
+from mmdiffkd.utils.validation import ConfigError, check_arguments, in_key
 
 from .feature_info import FeatureInfo, forward_fns, run_box_branch
 from .optimize_inference import compile_parts, find_mismatch, optimize_for_inference, set_memory_format
 from .recorders import ModuleOutputsRecorder, is_roi_tap
-
-DTYPES = ('bfloat16', 'float16')
 
 
 class Teacher:
@@ -32,30 +32,32 @@ class Teacher:
         compile (bool): Whether to apply ``torch.compile`` to the modules between taps. Defaults to False.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError, ValueError: If the config cannot be found, or is a distillation config.
+        FileNotFoundError, ModuleNotFoundError: If the config cannot be found.
+        ConfigError: If the config is a distillation config, or a value is invalid.
     """
 
+    @check_arguments
     def __init__(
         self,
-        config,
-        checkpoint: Optional[str] = None,
-        dtype: Optional[str] = None,
+        config: Union[str, Path, dict],
+        checkpoint: Union[str, Path, None] = None,
+        dtype: Literal['bfloat16', 'float16', None] = None,
         channels_last: bool = True,
         compile: bool = False,
     ):
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"teacher.dtype='{dtype}' must be one of {', '.join(map(repr, DTYPES))}.")
         self.dtype: Optional[torch.dtype] = dtype and getattr(torch, dtype)
         self.channels_last = channels_last
         self.compile = compile
         self.fingerprint: Optional[str] = None  # hash of the weights, set when the weights are loaded
         self.source = config
         self.checkpoint = checkpoint
-        self.cfg: Config = resolve_config(config)
+        with in_key('config'):
+            self.cfg: Config = resolve_config(config)
         if 'student' in self.cfg.model and 'teacher' in self.cfg.model:
-            raise ValueError(
-                f"The teacher's config ({self.name}) is a distillation config. Use the config of the plain model; "
-                'tools/model_converters/export_student.py writes the plain config of a distilled student.'
+            raise ConfigError(
+                'config',
+                f': {self.name} is a distillation config. Use the config of the plain model; '
+                'tools/model_converters/export_student.py writes the plain config of a distilled student.',
             )
         self.taps: Dict[str, FeatureInfo] = {}
         self._model: Optional[nn.Module] = None
