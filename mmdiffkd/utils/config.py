@@ -6,7 +6,7 @@ import os.path as osp
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
-from typing import Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
@@ -101,9 +101,84 @@ def get_custom_imports(cfg: Config) -> List[str]:
     return [name for name in ([names] if isinstance(names, str) else names) if name.split('.')[0] != 'mmdiffkd']
 
 
-def image_channels(preprocessor: Optional[dict]) -> int:
-    """Return the number of image channels that a data preprocessor expects: the length of its mean, usually 3."""
-    return len((preprocessor or {}).get('mean') or 'RGB')
+# attributes of OpenMMLab models that hold the image encoder
+ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
+# attributes of trackers and semi-supervised models that hold a whole detector
+WRAPPED = ('detector', 'student')
+# an encoder's keys for the number of image channels
+CHANNEL_KEYS = ('in_channels', 'in_chans', 'img_channels')
+
+
+def image_channels(model_cfg: dict) -> Tuple[int, ...]:
+    """Return the numbers of image channels that a model may take, the most likely first.
+
+    Args:
+        model_cfg (dict): Config of the model with its preprocessor.
+
+    Returns:
+        tuple[int]: The encoder's ``in_channels`` if it is set, then the length of the preprocessor's mean. If these do
+        not tell, 3 and 1.
+    """
+    found = []
+    parts = [model_cfg]
+    for part in parts:
+        parts += [part[name] for name in (*ENCODERS, *WRAPPED) if isinstance(part.get(name), dict)]
+        found += [part[key] for key in CHANNEL_KEYS if isinstance(part.get(key), int)]
+    preprocessor = model_cfg.get('data_preprocessor') or {}
+    while preprocessor.get('mean') is None and isinstance(preprocessor.get('data_preprocessor'), dict):
+        preprocessor = preprocessor['data_preprocessor']
+    means = len(preprocessor.get('mean') or ())
+    # a single mean may apply to three channels
+    usual = {0: (3, 1), 1: (1, 3)}.get(means, (means,))
+    return tuple(dict.fromkeys([*found, *usual]))
+
+
+def pipeline_normalization(cfg: Config) -> Optional[dict]:
+    """Return mean, std and color flag of the pipeline of a config, as in configs for OpenMMLab 1.x.
+
+    Args:
+        cfg (Config): Config with data sets.
+
+    Returns:
+        dict: ``mean``, ``std`` and ``to_rgb`` of the last Normalize step; empty if no pipeline normalizes; None if the
+            config has no pipeline.
+    """
+    found = None
+    for key in ('train_dataloader', 'test_dataloader', 'val_dataloader', 'data', 'train_pipeline', 'test_pipeline'):
+        steps = list(_normalize_steps(cfg.get(key)))
+        found = {} if cfg.get(key) else found
+        if steps:
+            return dict(mean=list(steps[-1]['mean']), std=list(steps[-1]['std']), to_rgb=steps[-1].get('to_rgb', True))
+    return found
+
+
+def _normalize_steps(cfg) -> Iterator[dict]:
+    if isinstance(cfg, dict):
+        if str(cfg.get('type')).split('.')[-1] == 'Normalize' and cfg.get('mean') and cfg.get('std'):
+            yield cfg
+        cfg = list(cfg.values())
+    if isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            yield from _normalize_steps(value)
+
+
+# data sets of mmpretrain that hold their images in RGB, without a loading step
+RGB_DATASETS = ('CIFAR10', 'CIFAR100')
+
+
+def loads_rgb(cfg: Config) -> bool:
+    """Return whether the training set of a config is known to give images in RGB, unlike ``LoadImageFromFile``."""
+
+    def types(value) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield str(value.get('type')).split('.')[-1]
+            for name in ('dataset', 'datasets'):
+                yield from types(value.get(name))
+        elif isinstance(value, (list, tuple)):
+            for member in value:
+                yield from types(member)
+
+    return any(name in RGB_DATASETS for name in types((cfg.get('train_dataloader') or {}).get('dataset')))
 
 
 def zoo_checkpoint(source: ConfigSource) -> str:
