@@ -32,7 +32,7 @@ from mmdiffkd.utils.config import (
     get_model_cfg,
     image_channels,
     image_size,
-    loads_rgb,
+    loaded_order,
     pipeline_normalization,
     resolve_config,
     with_preprocessor,
@@ -365,13 +365,15 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
 def _loader_warnings(teacher: Teacher, cfg: Config) -> List[str]:
     """Find data pipelines that make other images than the preprocessors of student and teacher tell."""
     found, renormalize = [], teacher.renormalize
-    if not {'type', *COLOR_FLAGS} & set(teacher.preprocessor_changes) and teacher.cfg.get('train_dataloader'):
-        orders = ['RGB' if loads_rgb(config) else 'BGR' for config in (cfg, teacher.cfg)]
-        if orders[0] != orders[1]:
-            found.append(
-                f"The student's data set gives {orders[0]} images and the teacher's {orders[1]}: set "
-                f'{renormalize.color_override()}, so that the teacher gets the colors it was trained on.'
-            )
+    orders = loaded_order(cfg), loaded_order(teacher.cfg)
+    is_given = bool({'type', *COLOR_FLAGS} & set(teacher.preprocessor_changes))
+    if None in orders or is_given:
+        found += filter(None, [renormalize.color_note])
+    elif orders[0] != orders[1]:
+        found.append(
+            f"The student's data set gives {orders[0]} images and the teacher's {orders[1]}: set "
+            f'{renormalize.color_override()}, so that the teacher gets the colors it was trained on.'
+        )
     pipeline = pipeline_normalization(cfg)
     if pipeline and not {'type', 'mean'} & set(teacher.preprocessor_changes):
         override = renormalize.override_for(pipeline, pipeline_normalization(teacher.cfg))

@@ -127,7 +127,8 @@ def image_channels(model_cfg: dict) -> Tuple[int, ...]:
     preprocessor = model_cfg.get('data_preprocessor') or {}
     while preprocessor.get('mean') is None and isinstance(preprocessor.get('data_preprocessor'), dict):
         preprocessor = preprocessor['data_preprocessor']
-    means = len(preprocessor.get('mean') or ())
+    mean = preprocessor.get('mean') or ()
+    means = len(mean) if isinstance(mean, (list, tuple)) else 1
     # a single mean may apply to three channels
     usual = {0: (3, 1), 1: (1, 3)}.get(means, (means,))
     return tuple(dict.fromkeys([*found, *usual]))
@@ -153,32 +154,37 @@ def pipeline_normalization(cfg: Config) -> Optional[dict]:
 
 
 def _normalize_steps(cfg) -> Iterator[dict]:
+    for step in _typed_dicts(cfg):
+        if str(step['type']).split('.')[-1] == 'Normalize' and step.get('mean') and step.get('std'):
+            yield step
+
+
+def _typed_dicts(cfg) -> Iterator[dict]:
+    """Yield all dicts with a type in a config, in order."""
     if isinstance(cfg, dict):
-        if str(cfg.get('type')).split('.')[-1] == 'Normalize' and cfg.get('mean') and cfg.get('std'):
+        if 'type' in cfg:
             yield cfg
         cfg = list(cfg.values())
     if isinstance(cfg, (list, tuple)):
         for value in cfg:
-            yield from _normalize_steps(value)
+            yield from _typed_dicts(value)
 
 
-# data sets of mmpretrain that hold their images in RGB, without a loading step
-RGB_DATASETS = ('CIFAR10', 'CIFAR100')
+RGB_DATASETS = ('CIFAR10', 'CIFAR100')  # mmpretrain's data sets that hold images in RGB, without a loading step
 
 
-def loads_rgb(cfg: Config) -> bool:
-    """Return whether the training set of a config is known to give images in RGB, unlike ``LoadImageFromFile``."""
-
-    def types(value) -> Iterator[str]:
-        if isinstance(value, dict):
-            yield str(value.get('type')).split('.')[-1]
-            for name in ('dataset', 'datasets'):
-                yield from types(value.get(name))
-        elif isinstance(value, (list, tuple)):
-            for member in value:
-                yield from types(member)
-
-    return any(name in RGB_DATASETS for name in types((cfg.get('train_dataloader') or {}).get('dataset')))
+def loaded_order(cfg: Config) -> Optional[str]:
+    """Return the color order of the images that the training set of a config gives: ``'BGR'``, ``'RGB'`` or None."""
+    order = None
+    for step in _typed_dicts((cfg.get('train_dataloader') or {}).get('dataset')):
+        kind = str(step['type']).split('.')[-1]
+        if kind in RGB_DATASETS:
+            order = 'RGB'
+        elif kind == 'LoadImageFromFile':
+            order = 'BGR'
+        elif order and (kind, True) in (('NumpyToPIL', step.get('to_rgb')), ('PILToNumpy', step.get('to_bgr'))):
+            order = 'RGB' if order == 'BGR' else 'BGR'
+    return order
 
 
 def zoo_checkpoint(source: ConfigSource) -> str:

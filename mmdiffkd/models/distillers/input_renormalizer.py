@@ -1,4 +1,5 @@
 import copy
+from itertools import product
 from math import ceil, gcd, lcm
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .feature_info import blank_sample
+
 # keys of upstream's preprocessors, by package, and their names here
 COLOR_FLAGS = ('bgr_to_rgb', 'rgb_to_bgr', 'to_rgb')
 PAD_VALUES = ('pad_value', 'pad_val')
@@ -14,6 +17,7 @@ PAD_DIVISORS = ('pad_size_divisor', 'size_divisor')
 GRAY_WEIGHTS = (0.114, 0.587, 0.299)  # of blue, green and red, as in OpenCV
 CHANNELS = (3, 1, 4, 6)  # channels of loaded images to try
 USUAL_DIVISOR = 32  # all models accept images whose sizes are multiples of it
+GRAY = 'the teacher gets the gray values of the colors'
 FIRST_THREE = 'the teacher gets the first three channels'
 OVERRIDE = 'teacher=dict(data_preprocessor=dict({}))'
 
@@ -71,7 +75,7 @@ class Preprocessor:
         except Exception as error:
             self.obstacle = f'it cannot be built alone ({error})'
             return
-        if not any(self.pixel_map(channels) for channels in {*CHANNELS, len(self.cfg.get('mean') or '') or 1}):
+        if not any(self.pixel_map(channels) for channels in {*CHANNELS, self.num_values}):
             self.obstacle = 'it does not run on plain images, or is not linear'
             self._module, self._maps = None, {}
 
@@ -86,6 +90,17 @@ class Preprocessor:
                     return getattr(module, name)
         return None
 
+    def _values(self, key: str, default: float) -> Sequence[float]:
+        """Return the values of ``mean`` or ``std``, one per channel or for all channels."""
+        values = self.cfg.get(key)
+        values = (default,) if values is None else values
+        return values if isinstance(values, (list, tuple)) else (values,)
+
+    @property
+    def num_values(self) -> int:
+        """Number of values of the mean; 1 without a mean."""
+        return len(self._values('mean', 0))
+
     def pixel_map(self, channels: int) -> Optional[PixelMap]:
         """Return the map of pixels with the given number of channels; None if the preprocessor refuses them."""
         if channels not in self._maps:
@@ -99,7 +114,7 @@ class Preprocessor:
         return self.cfg.get('mean') is None and not is_scaled
 
     def _map_of_keys(self, channels: int) -> Optional[PixelMap]:
-        mean, std = self.cfg.get('mean') or (0,), self.cfg.get('std') or (1,)
+        mean, std = self._values('mean', 0), self._values('std', 1)
         width = max(len(mean), len(std), channels)
         if any(number not in (1, width) for number in (len(mean), len(std), channels)):
             return None
@@ -119,10 +134,11 @@ def _measure(module: nn.Module, channels: int) -> Optional[PixelMap]:
     mixed = (torch.arange(channels) * 37 + 90).remainder(256).to(torch.uint8)
     colors = torch.stack([torch.zeros(channels, dtype=torch.uint8), *unit, mixed])
     images = colors[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
-    for inputs in (images, [images.clone(), images.clone()], list(images)):  # a batch, views or clips, a list of images
+    forms = images, list(images), [images.clone(), images.clone()]  # the last are views or clips
+    for inputs, samples in product(forms, (None, [blank_sample(8, 8) for _ in images])):
         try:
             with torch.no_grad():
-                output = module(dict(inputs=inputs, data_samples=None), False)
+                output = module(dict(inputs=inputs, data_samples=samples), False)
             output = output['images'] if 'images' in output else output['inputs']
             while isinstance(output, (list, tuple)) or output.dim() == 5:
                 output = output[0]
@@ -133,8 +149,8 @@ def _measure(module: nn.Module, channels: int) -> Optional[PixelMap]:
         pixels = output[:, :, 0, 0].double()
         bias = pixels[0]
         weight = ((pixels[1:-1] - bias) / 255).T
-        if torch.allclose(weight @ mixed.double() + bias, pixels[-1], rtol=1e-4, atol=1e-3):
-            return PixelMap(weight, bias)
+        is_linear = torch.allclose(weight @ mixed.double() + bias, pixels[-1], rtol=1e-4, atol=1e-3)
+        return PixelMap(weight, bias) if is_linear else None
     return None
 
 
@@ -150,7 +166,7 @@ class InputRenormalizer:
             normalize, and None if it is not known. Defaults to None.
 
     Attributes:
-        notes (list[str]): Sentences on conversions and assumptions.
+        notes (list[str]): Sentences on conversions and assumptions, except for ``color_note``.
 
     Raises:
         ValueError: If the student's images lack what the teacher needs.
@@ -202,10 +218,12 @@ class InputRenormalizer:
     def _teacher_map(self, ours: PixelMap) -> Tuple[Optional[str], PixelMap]:
         """Return how the loaded images are adapted, if they are, and the map from loaded pixels to the teacher's."""
         loaded = ours.weight.size(1)
-        wanted = self._teacher_channels or max(len(self.teacher.cfg.get('mean') or ()), 1)
+        wanted = self._teacher_channels or self.teacher.num_values
         for description, adapt in _adaptations(loaded, self._loads_rgb):
             found = self.teacher.pixel_map(len(adapt))
-            if found is None or not (wanted == len(found.bias) or (wanted == 1 and not self._teacher_channels)):
+            made = 0 if found is None else len(found.bias)
+            is_wanted = made == wanted or (made and wanted == 1 and not self._teacher_channels)
+            if not is_wanted or (made > 3 and len(adapt) == 1) or (description == GRAY and made != 1):
                 continue
             self._teacher_is_raw, self._student_is_raw = self.teacher.is_raw(found), self.student.is_raw(ours)
             first = self._pipeline and self._pipeline.pixel_map(len(adapt))
@@ -235,14 +253,6 @@ class InputRenormalizer:
                 f'The student loads images of {self._student_map.weight.size(1)} channels and the teacher takes '
                 f'{self.weight.size(0)}: {adaptation or FIRST_THREE}.'
             )
-        order = self.weight.abs().argmax(1).tolist()
-        if self._keeps_channels and order != list(range(len(order))):
-            yield (
-                'The colors are swapped for the teacher, because one data_preprocessor swaps RGB and BGR and the other '
-                'does not. This assumes that student and teacher load images in the same order, such as the BGR of '
-                "OpenMMLab's LoadImageFromFile. If the student loads RGB, as CIFAR data sets do, set "
-                f'{self.color_override()}.'
-            )
         if self._uses_pipeline:
             yield "The teacher's images are normalized as in the pipeline of its config."
         elif self._student_is_raw and self._pipeline:
@@ -266,6 +276,19 @@ class InputRenormalizer:
                 f"The teacher's images are padded to at least {self.teacher.pad_size}, as its data_preprocessor does. "
                 f'To turn this off, set {OVERRIDE.format("size=None")}.'
             )
+
+    @property
+    def color_note(self) -> Optional[str]:
+        """Sentence on the assumption that swapping colors makes; None if the teacher gets the student's order."""
+        order = self.weight.abs().argmax(1).tolist()
+        if not self._keeps_channels or order == list(range(len(order))):
+            return None
+        return (
+            'The colors are swapped for the teacher, because one data_preprocessor swaps RGB and BGR and the other '
+            'does not. This assumes that student and teacher load images in the same order, such as the BGR of '
+            "OpenMMLab's LoadImageFromFile. If the student loads RGB, as CIFAR data sets do, set "
+            f'{self.color_override()}.'
+        )
 
     def color_override(self) -> str:
         """Return the setting that makes the teacher's preprocessor swap the colors if it does not, or the reverse."""
@@ -416,7 +439,7 @@ def _adaptations(channels: int, is_rgb: bool) -> List[Tuple[Optional[str], Tenso
         if channels > 3:
             found.append((FIRST_THREE, eye[:3]))
         else:
-            found.append(('the teacher gets the gray values of the colors', gray))
+            found.append((GRAY, gray))
     return found
 
 

@@ -161,7 +161,7 @@ class Teacher:
             pipeline_normalization(self.cfg),
         )
         self.renormalize.find_padding(partial(infer_pad_divisor, self.model_cfg, taps))
-        for note in self.renormalize.notes:
+        for note in filter(None, [self.renormalize.color_note, *self.renormalize.notes]):
             print_log(note, logger='current')
 
     @torch.no_grad()
