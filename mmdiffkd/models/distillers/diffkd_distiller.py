@@ -43,7 +43,7 @@ class DistillRecord(NamedTuple):
     """Features compared in one iteration, kept for visualization.
 
     Attributes:
-        images (Tensor): Preprocessed images of the student, (N, 3, H, W).
+        images (Tensor): Preprocessed images of the student, (N, C, H, W).
         outputs (dict[str, dict[int, DiffusionOutput]]): Outputs by pair and level. Pairs whose neck does not return
             features are left out.
     """
@@ -183,7 +183,8 @@ class DiffKDDistiller(BaseModel):
             for cfg, owner in ((student_cfg, 'student'), (teacher_cfg, 'teacher'))
         )
         self.encoder_path = encoder_path(self)  # before wrappers change the paths of modules
-        teacher.expect(student_cfg.get('data_preprocessor'), teacher_info)
+        channels = next(iter(self.student_info.values())).image_channels
+        teacher.expect(_scoped_preprocessor(student_cfg), teacher_info, channels)
         if distill is None:  # leave out default pairs with frozen features, unless no pair remains
             trainable = {
                 name: pair
@@ -269,7 +270,7 @@ class DiffKDDistiller(BaseModel):
         """Compute the student's losses and the distillation losses.
 
         Args:
-            inputs (Tensor): Preprocessed images, (N, 3, H, W). For models that take views or clips, the teacher sees
+            inputs (Tensor): Preprocessed images, (N, C, H, W). For models that take views or clips, the teacher sees
                 the input of the first call of the student's encoder.
             data_samples (list, optional): Data samples of the images.
 
@@ -570,6 +571,14 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     return with_preprocessor(cfg, data_preprocessor)
+
+
+def _scoped_preprocessor(model_cfg: ConfigDict) -> Optional[dict]:
+    """Return the config of a model's preprocessor with the scope of the model."""
+    preprocessor = model_cfg.get('data_preprocessor')
+    if not preprocessor or not preprocessor.get('type') or not model_cfg.get('_scope_'):
+        return preprocessor
+    return {'_scope_': model_cfg['_scope_'], **preprocessor}
 
 
 def _versions() -> List[str]:

@@ -21,7 +21,7 @@ class DistillContext:
     """Inputs of a neck in addition to the features.
 
     Attributes:
-        images (Tensor, optional): Preprocessed images of the student, (N, 3, H, W).
+        images (Tensor, optional): Preprocessed images of the student, (N, C, H, W).
         data_samples (list, optional): Data samples of the images, with ground truth. None if the student takes views or
             clips instead of images.
         input_size (tuple[int, int], optional): Height and width of the images in pixels, including padding.
