@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import fingerprint, load_strict, read_checkpoint
-from mmdiffkd.utils.config import get_model_cfg, get_preprocessor_cfg, resolve_config, zoo_checkpoint
+from mmdiffkd.utils.config import get_preprocessor_cfg, get_teacher_cfg, resolve_config, type_name, zoo_checkpoint
 from mmdiffkd.utils.meta_device import QuickInit
 
 from .feature_info import FeatureInfo, forward_fns, run_box_branch
@@ -21,6 +21,8 @@ DTYPES = ('bfloat16', 'float16')
 
 class Teacher:
     """Frozen teacher. Not a submodule of the distiller, so the optimizer, checkpoints, EMA and DDP ignore it.
+
+    Any module that is registered in mmengine's ``MODELS`` and runs on images, (N, C, H, W), can be a teacher.
 
     Args:
         config (str, Path or dict): See :func:`mmdiffkd.utils.resolve_config`.
@@ -78,12 +80,12 @@ class Teacher:
     @property
     def name(self) -> str:
         """Name of the teacher in messages."""
-        return self.source if isinstance(self.source, str) else f'{self.cfg.model.type}, given as a dict'
+        return self.source if isinstance(self.source, str) else f'{type_name(self.cfg.model)}, given as a dict'
 
     @property
     def model_cfg(self):
         """Config of the model, including its registry scope."""
-        return get_model_cfg(self.cfg)
+        return get_teacher_cfg(self.cfg)
 
     @property
     def model(self) -> nn.Module:
