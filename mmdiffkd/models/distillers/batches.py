@@ -41,9 +41,7 @@ def choose_images(args: Sequence, kwargs: dict, encoded: Sequence[Tensor]) -> Op
         return same
     if sum(map(len, encoded)) == len(first):  # the model splits the batch
         return first
-    is_argument = any(first is argument for argument in (*args, *kwargs.values()))
-    is_fused = first.size(1) != seen.size(1)  # for example, color and depth in one tensor
-    return first if len(seen) == len(first) and (is_argument or is_fused) else seen
+    return first if len(seen) == len(first) else seen
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
