@@ -222,9 +222,12 @@ def _classification(cfg: Config, rng, size: int, count: int) -> List[dict]:
     # the transforms expect grayscale images without a channel dimension, so squeeze() below removes it
     channels = image_channels(get_preprocessor_cfg(cfg))
     is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
+    tasks = (cfg.model.get('head') or {}).get('task_heads')
     batch = []
     for number in range(count):
         image, label = random_image(rng, size)[..., :channels].squeeze(), int(rng.integers(num_classes_of(cfg.model)))
+        if tasks:
+            label = {task: int(rng.integers(num_classes_of(head))) for task, head in tasks.items()}
         results = dict(img=image, img_shape=(size, size), ori_shape=(size, size), img_path='', sample_idx=number)
         batch.append(pipeline(dict(results, gt_label=[label] if is_multi_label else label)))
     return batch
