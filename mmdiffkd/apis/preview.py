@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.models import DiffKDDistiller, DistillContext
+from mmdiffkd.models.distillers.batches import blank_sample
 from mmdiffkd.models.distillers.feature_info import (
     FeatureInfo,
-    blank_sample,
     check_gradient,
     check_training_outputs,
     forward_fns,
@@ -30,6 +30,7 @@ from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
     Size,
     get_model_cfg,
+    get_teacher_cfg,
     image_channels,
     image_size,
     loaded_order,
@@ -161,10 +162,13 @@ def list_taps(
     if 'student' in cfg.model and owner == 'teacher':
         if not cfg.model.get('teacher'):
             raise ValueError('The config has no teacher: set model.teacher, or use --list-taps student.')
-        cfg = resolve_config(cfg.model.teacher.config)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
-    model_cfg = with_preprocessor(copy.deepcopy(model_cfg), cfg.get('data_preprocessor'))
+        scope, cfg = cfg.get('default_scope', 'mmengine'), resolve_config(cfg.model.teacher.config)
+        init_default_scope(cfg.get('default_scope', scope))
+        model_cfg = get_teacher_cfg(cfg)
+    else:
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        model_cfg = copy.deepcopy(cfg.model.student if 'student' in cfg.model else cfg.model)
+        model_cfg = with_preprocessor(model_cfg, cfg.get('data_preprocessor'))
     net = build_for_inspection(model_cfg)
     try:
         return _output_shapes(net, size, image_channels(model_cfg))
@@ -440,8 +444,9 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
         for name, pair in model.pairs.items():
             for tap, matches in zip(pair.student_taps, model.matched_levels[name]):
                 info = model.student_info[tap]
-                check_training_outputs(name, tap, recorder.outputs[tap], info)
-                features = recorder.features(tap, images.shape[-2:], info.tokens)
+                outputs = recorder.passes(tap, info.calls, all(info.requires_grad))[0]
+                check_training_outputs(name, tap, outputs, info)
+                features = recorder.as_maps(tap, outputs, images.shape[-2:], info.tokens)
                 check_gradient(name, tap, features, [s for s, _ in matches])
         return True
     return False
@@ -456,13 +461,10 @@ def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int, chan
     student.train()
     recorder = ModuleOutputsRecorder(student, model.student_info, 'student')
     data = student.data_preprocessor(random_batch(plain, size, channels=channels), True)
-    inputs = data['inputs']
-    is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # otherwise several views or video clips
-    if not is_images:
-        model.record_encoder_inputs()  # raises if the encoder is not found
-    with recorder, nullcontext() if is_images else ModuleInputsRecorder(student, model.encoder_path) as views:
+    views = ModuleInputsRecorder(student, model.encoder_path) if model.encoder_path else nullcontext()
+    with recorder, views as encoder:
         student(**data, mode='loss')
-    return recorder, inputs if is_images else views.images[0]
+    return recorder, model.find_images((), data, encoder)
 
 
 @contextmanager

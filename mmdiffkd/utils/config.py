@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import inspect
 import os.path as osp
 from importlib.util import find_spec
 from math import ceil
@@ -10,6 +11,7 @@ from typing import Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
+from mmengine.registry import MODELS
 
 ConfigSource = Union[str, Path, dict]
 # old key: new key
@@ -81,6 +83,26 @@ def get_model_cfg(cfg: Config) -> ConfigDict:
     if model.get('_scope_') is None and cfg.get('default_scope') is not None:
         model['_scope_'] = cfg.default_scope
     return with_preprocessor(model, cfg.get('data_preprocessor'))
+
+
+def get_teacher_cfg(cfg: Config) -> ConfigDict:
+    """Return the model of a teacher's config. Unlike students, teachers of other packages have no preprocessor."""
+    model = get_model_cfg(cfg)
+    kind = model['type']
+    if isinstance(kind, str):
+        with MODELS.switch_scope_and_registry(model.get('_scope_')) as registry:
+            kind = registry.get(kind)
+    if kind is not None and 'data_preprocessor' in model:
+        parameters = inspect.signature(kind).parameters.values()
+        if not any(p.name == 'data_preprocessor' or p.kind is p.VAR_KEYWORD for p in parameters):
+            del model['data_preprocessor']
+    return model
+
+
+def type_name(cfg: dict) -> str:
+    """Return the ``type`` of a config for messages; the type may be a class or function."""
+    kind = cfg.get('type')
+    return getattr(kind, '__name__', str(kind))
 
 
 def with_preprocessor(model: ConfigDict, preprocessor: Optional[dict]) -> ConfigDict:

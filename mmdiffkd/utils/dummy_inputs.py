@@ -227,10 +227,13 @@ def _classification(cfg: Config, draw, rng, size: int, count: int) -> List[dict]
     steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
     is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
+    tasks = (cfg.model.get('head') or {}).get('task_heads')
     batch = []
     for number in range(count):
         image, label = draw(size), int(rng.integers(num_classes_of(cfg.model)))
         image = image.squeeze()  # the transforms expect grayscale images without a channel dimension
+        if tasks:
+            label = {task: int(rng.integers(num_classes_of(head))) for task, head in tasks.items()}
         results = dict(img=image, img_shape=(size, size), ori_shape=(size, size), img_path='', sample_idx=number)
         batch.append(pipeline(dict(results, gt_label=[label] if is_multi_label else label)))
     return batch

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from logging import WARNING
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 from mmengine.config import ConfigDict
@@ -23,6 +23,15 @@ from ..diffusion.feature_diffusion import DiffusionOutput
 from ..losses.naming import name_losses, non_finite_names
 from ..necks import DistillContext, FeatureDiffusionNeck
 from ..necks.base import check_neck, try_neck
+from .batches import (
+    as_data_elements,
+    choose_images,
+    find_data_samples,
+    find_rows,
+    take_samples,
+    trains,
+    valid_pixel_mask,
+)
 from .feature_info import (
     ENCODERS,
     FeatureInfo,
@@ -70,6 +79,8 @@ class DistillState:
         non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
         tap_gradients (dict[tuple[str, int], Tensor]): Sums of the gradients that the student received in the last
             iteration, by pair and level.
+        has_run (bool): Whether ``loss`` has been called.
+        logged (set[str]): Messages that are logged only once.
     """
 
     enabled: bool = True
@@ -81,6 +92,8 @@ class DistillState:
     last_record: Optional[DistillRecord] = None
     non_finite_losses: List[str] = field(default_factory=list)
     tap_gradients: Dict[Tuple[str, int], Tensor] = field(default_factory=dict)
+    has_run: bool = False
+    logged: Set[str] = field(default_factory=set)
 
     def __getstate__(self):
         # results of the last iteration are not copied or pickled with the model
@@ -99,7 +112,7 @@ class DiffKDDistiller(BaseModel):
     To change the training, subclass this class and override methods such as :meth:`loss` or :meth:`read_pairs`.
 
     Args:
-        student (dict): Config of the student, any model with ``loss(inputs, data_samples)``.
+        student (dict): Config of the student, any model of mmengine with a method ``loss``, of whatever arguments.
         teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
             ``'zoo'``) of the teacher, and other arguments of :class:`.Teacher`. None trains the student alone. Defaults
             to None.
@@ -266,37 +279,42 @@ class DiffKDDistiller(BaseModel):
                 )
             target.load_state_dict(source)
 
-    def loss(self, inputs: Tensor, data_samples: Optional[list] = None, **kwargs) -> Dict[str, Tensor]:
+    def loss(self, *args, **kwargs) -> Dict[str, Tensor]:
         """Compute the student's losses and the distillation losses.
 
         Args:
-            inputs (Tensor): Preprocessed images, (N, C, H, W). For models that take views or clips, the teacher sees
-                the input of the first call of the student's encoder.
-            data_samples (list, optional): Data samples of the images.
+            *args: Arguments of the student's ``loss``, unchanged. The teacher sees the first image batch among the
+                arguments, (N, C, H, W). For models that take views or clips, it sees the input of the student's
+                encoder.
+            **kwargs: Keyword arguments of the student's ``loss``.
 
         Returns:
             dict[str, Tensor]: The student's losses, and for every pair the losses of its neck, summed over levels:
             ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma`` (mean over levels).
             If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
-            ``.gamma.<level>`` are logged as well.
+            ``.gamma.<level>`` are logged as well. If no image of the batch reaches the student's tap, such as the head
+            of a task without labels, only ``.loss_kd`` is returned, and is 0.
+
+        Raises:
+            TapError: If there are no images, or a tap returns something that cannot be distilled.
         """
         if self.deferred_error is not None:
             raise self.deferred_error
         state = self.distill_state
         state.tap_gradients.clear()
+        state.has_run = True
         if self.diffkd_teacher is None or not state.enabled:
-            return super().loss(inputs, data_samples, **kwargs)
-        is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # otherwise, views or clips
+            return super().loss(*args, **kwargs)
         taps = {tap for pair in self.pairs.values() for tap in pair.student_taps}
         needs_rois = any(is_roi_tap(tap) for pair in self.pairs.values() for tap in pair.teacher_taps)
         with ExitStack() as stack:
             recorder = stack.enter_context(ModuleOutputsRecorder(self, taps, 'student'))
             rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
-            if not is_images:
-                encoder = stack.enter_context(self.record_encoder_inputs())
-            losses = dict(super().loss(inputs, data_samples, **kwargs))
-        images, samples = (inputs, data_samples) if is_images else (encoder.images[0], None)
-        teacher_features = self.diffkd_teacher.features(images, samples, rois[0])
+            encoder = stack.enter_context(ModuleInputsRecorder(self, self.encoder_path)) if self.encoder_path else None
+            losses = dict(super().loss(*args, **kwargs))
+        images = self.find_images(args, kwargs, encoder)
+        samples = find_data_samples(args, kwargs, images)
+        teacher_features = self.diffkd_teacher.features(images, as_data_elements(samples, images), rois[0])
         context = DistillContext(
             images=images,
             data_samples=samples,
@@ -312,18 +330,26 @@ class DiffKDDistiller(BaseModel):
             label = self._ignored_labels[name]
             if label not in masks:
                 masks[label] = valid_pixel_mask(samples, label)
-            student = self._student_features(name, pair, recorder, context.input_size)
+            student = self._student_features(name, pair, recorder, images, losses)
+            if student is None:
+                zero = images.new_zeros((), dtype=torch.float32)
+                losses[f'{PREFIX}{name}.loss_kd'] = attach_unused_params(zero, self.diffkd[name].parameters())
+                continue
             teacher = [
                 [teacher_features[tap][t] for _, t in levels]
                 for tap, levels in zip(pair.teacher_taps, self.matched_levels[name])
             ]
-            outputs = self.diffkd[name](
-                _per_tap(pair, student), _per_tap(pair, teacher), replace(context, mask=masks[label])
-            )
+            of_pair = replace(context, mask=masks[label])
+            rows = self._partial_rows(name, pair, student, teacher, len(images))
+            if rows is not None:
+                teacher = [[level[rows] for level in levels] for levels in teacher]
+                mask = of_pair.mask if of_pair.mask is None else of_pair.mask[rows]
+                of_pair = replace(of_pair, images=images[rows], data_samples=take_samples(samples, rows), mask=mask)
+            outputs = self.diffkd[name](_per_tap(pair, student), _per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
             losses.update(name_losses(name, outputs, levels, state.weight, self._auxiliary_losses[name]))
             drawn = {level: output for level, output in zip(levels, outputs) if isinstance(output, DiffusionOutput)}
-            if drawn:
+            if drawn and rows is None:  # otherwise, the first feature may not be of the first image
                 captured[name] = drawn
         if state.capture:
             state.last_record = DistillRecord(images, captured)
@@ -343,33 +369,88 @@ class DiffKDDistiller(BaseModel):
         return levels if len(outputs) == len(levels) else list(range(len(outputs)))
 
     def _student_features(
-        self, name: str, pair: Pair, recorder: ModuleOutputsRecorder, input_size: Tuple[int, int]
-    ) -> List[List[Tensor]]:
-        """Return the student's features by tap and level, after checking that they match the dry run."""
+        self, name: str, pair: Pair, recorder: ModuleOutputsRecorder, images: Tensor, losses: dict
+    ) -> Optional[List[List[Tensor]]]:
+        """Return the student's features by tap and level, after checking that they match the dry run.
+
+        Returns:
+            list[list[Tensor]], optional: None if no image of the batch reaches one of the taps.
+        """
         features = []
         for tap, matches in zip(pair.student_taps, self.matched_levels[name]):
             info = self.student_info[tap]
-            check_training_outputs(name, tap, recorder.outputs[tap], info)
-            recorded = recorder.features(tap, input_size, info.tokens)
+            if not recorder.outputs[tap] and not trains(losses, self._weighted_module(tap)):
+                self._log_once(
+                    f"distill.{name}: no image of a batch reaches the student's '{tap}'; its loss is 0 then."
+                )
+                return None
+            calls = recorder.passes(tap, info.calls, all(info.requires_grad))
+            check_training_outputs(name, tap, calls[0], info)
+            passes = [recorder.as_maps(tap, outputs, images.shape[-2:], info.tokens) for outputs in calls]
             levels = [s for s, _ in matches]
-            check_gradient(name, tap, recorded, levels)
+            check_gradient(name, tap, passes[0], levels)
+            parts = [[features[level] for level in levels] for features in passes]
+            is_split = len(parts) > 1 and not is_roi_tap(tap) and sum(len(part[0]) for part in parts) == len(images)
+            if is_split:
+                recorded = [torch.cat(level) for level in zip(*parts)]
+            else:
+                recorded = parts[0]
+                if len(parts) > 1:
+                    self._log_once(
+                        f"distill.{name}: the student's '{tap}' runs {len(parts)} times with gradients in one loss(); "
+                        'the first of these passes is distilled.'
+                    )
             if self.distill_state.record_tap_gradients and torch.is_grad_enabled():
-                self._record_gradients(name, {level: recorded[level] for level in levels})
-            features.append([recorded[level] for level in levels])
-        return features
+                self._record_gradients(name, dict(zip(levels, recorded)))
+            features.append(recorded)
+        return None if any(not len(level) for levels in features for level in levels) else features
 
-    def record_encoder_inputs(self) -> ModuleInputsRecorder:
-        """Return a recorder of the images in the first call of the student's encoder.
+    def _weighted_module(self, path: str) -> nn.Module:
+        """Return the module at a path, or the closest module around it that has weights."""
+        module = find_module(self, path, 'student')
+        while next(module.parameters(), None) is None and '.' in path:
+            path = path.rpartition('.')[0]
+            module = find_module(self, path, 'student')
+        return module
+
+    def _partial_rows(
+        self, name: str, pair: Pair, student: List[List[Tensor]], teacher: List[List[Tensor]], batch_size: int
+    ) -> Optional[Tensor]:
+        """Return the images that the student's features of a pair belong to; None for all.
 
         Raises:
-            TapError: If no module of the student has a name in ``ENCODERS``.
+            TapError: If the features belong to a part of the batch that is unknown.
         """
-        if self.encoder_path is None:
+        counts = [(len(s), len(t)) for ours, theirs in zip(student, teacher) for s, t in zip(ours, theirs)]
+        if all(ours == theirs for ours, theirs in counts) or any(theirs != batch_size for _, theirs in counts):
+            return None
+        rows = [find_rows(level, batch_size) for levels in student for level in levels]
+        if any(part is None or not part.equal(rows[0]) for part in rows):
             raise TapError(
-                f'{self._student_type.__name__} takes views or clips, so the teacher gets the input of the encoder of '
-                f'the student, but the student has none of the modules {", ".join(ENCODERS)}.'
+                f"distill.{name}: the student's '{pair.student_taps[0]}' returns features of {len(student[0][0])} "
+                f'images for a batch of {batch_size}, and it is unknown which images these are. Tap a module that runs '
+                "on the whole batch, such as 'backbone'."
             )
-        return ModuleInputsRecorder(self, self.encoder_path)
+        return rows[0]
+
+    def find_images(self, args: Sequence, kwargs: dict, encoder: Optional[ModuleInputsRecorder]) -> Tensor:
+        """Return the images for the teacher; see :func:`.choose_images`.
+
+        Raises:
+            TapError: If there are no images.
+        """
+        images = choose_images(args, kwargs, encoder.images if encoder else [])
+        if images is None:
+            raise TapError(
+                f'The teacher needs images, but neither loss() nor one of the modules {", ".join(ENCODERS)} of the '
+                f'student {self._student_type.__name__} receives a tensor of shape (N, C, H, W).'
+            )
+        return images
+
+    def _log_once(self, message: str) -> None:
+        if message not in self.distill_state.logged:
+            self.distill_state.logged.add(message)
+            print_log(message, 'current', WARNING)
 
     def _record_gradients(self, pair: str, features: Dict[int, Tensor]) -> None:
         """Record the sum of the gradient of each level, which is not finite if any value of the gradient is not."""
@@ -384,11 +465,17 @@ class DiffKDDistiller(BaseModel):
         """Sum the losses.
 
         Raises:
+            ValueError: If the student computes its losses without its method ``loss``.
             FloatingPointError: If the sum is not finite, unless ``skip_non_finite`` is set. The message names the
                 losses and the iteration.
         """
-        loss, log_vars = super().parse_losses(losses)
         state = self.distill_state
+        if self.diffkd_teacher is not None and state.enabled and not state.has_run:
+            raise ValueError(
+                f'{self._student_type.__name__} computes losses without its method loss(), so nothing is distilled: '
+                "its forward(..., mode='loss') must return self.loss(...)."
+            )
+        loss, log_vars = super().parse_losses(losses)
         if state.attach_unused_params and not state.enabled:
             loss = attach_unused_params(loss, self.diffkd.parameters())
         is_finite = loss.detach().isfinite().all()
@@ -438,7 +525,7 @@ def convert_to_distiller(
     """Convert a built model into a distiller, in place; :func:`export` converts it back.
 
     Args:
-        student (Module): A model with ``loss(inputs, data_samples)``.
+        student (Module): A model with a method ``loss``.
         student_cfg (dict): The config from which the student was built.
         teacher, distill, preset, init_from_teacher: See :class:`DiffKDDistiller`.
         distiller_type (type): The distiller's class. Defaults to ``DiffKDDistiller``.
@@ -515,7 +602,7 @@ def _new_converted(distiller_type: type, student_type: type) -> DiffKDDistiller:
 def _check_convertible(model: nn.Module) -> None:
     if isinstance(model, DiffKDDistiller):
         raise ValueError(f'{type(model).__name__} is a distiller already; export it first.')
-    if not callable(getattr(model, 'loss', None)):
+    if not callable(getattr(type(model), 'loss', None)):
         raise ValueError(
             f'{type(model).__name__} cannot be a student: it has no loss(inputs, data_samples). Models of mmdet, '
             'mmseg and mmpretrain have this method.'
@@ -641,21 +728,3 @@ def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:
         if isinstance(label, int):
             return label
     return None
-
-
-def valid_pixel_mask(data_samples: Optional[Sequence], ignore_index: Optional[int]) -> Optional[Tensor]:
-    """Return a mask of the pixels whose label is not ignored. Padded pixels have the ignored label.
-
-    Args:
-        data_samples (list, optional): Samples with ``gt_sem_seg``, (1, H, W) each.
-        ignore_index (int, optional): The label, from :func:`find_ignore_index`.
-
-    Returns:
-        Tensor: (N, 1, H, W) of type bool, True for valid pixels; None if no label is ignored or there are no labels.
-    """
-    if ignore_index is None or not data_samples:
-        return None
-    labels = [getattr(sample.get('gt_sem_seg'), 'data', None) for sample in data_samples]
-    if any(label is None for label in labels):
-        return None
-    return torch.stack([label != ignore_index for label in labels])

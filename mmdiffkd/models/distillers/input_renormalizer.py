@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .feature_info import blank_sample
+from .batches import blank_sample
 
 # keys of upstream's preprocessors, by package, and their names here
 COLOR_FLAGS = ('bgr_to_rgb', 'rgb_to_bgr', 'to_rgb')

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import fingerprint, load_strict, read_checkpoint
 from mmdiffkd.utils.config import (
-    get_model_cfg,
     get_preprocessor_cfg,
+    get_teacher_cfg,
     pipeline_normalization,
     resolve_config,
+    type_name,
     zoo_checkpoint,
 )
 from mmdiffkd.utils.meta_device import QuickInit
@@ -31,6 +32,8 @@ from .recorders import ModuleOutputsRecorder, is_roi_tap
 
 class Teacher:
     """Frozen teacher. Not a submodule of the distiller, so the optimizer, checkpoints, EMA and DDP ignore it.
+
+    Any module that is registered in mmengine's ``MODELS`` and runs on images, (N, C, H, W), can be a teacher.
 
     Args:
         config (str, Path or dict): See :func:`mmdiffkd.utils.resolve_config`.
@@ -95,12 +98,12 @@ class Teacher:
     @property
     def name(self) -> str:
         """Name of the teacher in messages."""
-        return self.source if isinstance(self.source, str) else f'{self.cfg.model.type}, given as a dict'
+        return self.source if isinstance(self.source, str) else f'{type_name(self.cfg.model)}, given as a dict'
 
     @property
     def model_cfg(self):
         """Config of the model, including its registry scope."""
-        return get_model_cfg(self.cfg)
+        return get_teacher_cfg(self.cfg)
 
     @property
     def model(self) -> nn.Module:
@@ -126,11 +129,6 @@ class Teacher:
 
     def _preprocessor_cfg(self, changes: Optional[dict]) -> Optional[dict]:
         """Return the config of the preprocessor with the user's changes and the scope of the teacher's package."""
-        if not isinstance(changes, (dict, type(None))):
-            raise ValueError(
-                f'teacher.data_preprocessor={changes!r} must be a dict with keys of a data preprocessor, such as '
-                'dict(mean=[0.0], std=[255.0]).'
-            )
         self.preprocessor_changes = changes = dict(changes or {})
         cfg = {} if 'type' in changes else dict(get_preprocessor_cfg(self.cfg) or {})
         cfg.update(changes)
@@ -141,7 +139,7 @@ class Teacher:
         try:
             MODELS.build(copy.deepcopy(cfg))
         except Exception as error:
-            raise ValueError(f'teacher.data_preprocessor={changes} does not fit {cfg["type"]}: {error}') from error
+            raise ConfigError('data_preprocessor', f'={changes} does not fit {cfg["type"]}: {error}') from error
         return cfg
 
     def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, FeatureInfo], channels: int = 3) -> None:

@@ -176,7 +176,7 @@ class TestConversion:
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(inherit=['neck']), "DiffKDDistiller has no key 'inherit': the key is now called 'init_from_teacher'"),
+        (dict(inherit=['neck']), "inherit is now called 'init_from_teacher'"),
         (dict(preset='paper'), "There is no preset='paper': the preset is called 'diffkd' now"),
         (
             dict(distill=dict(fpn=dict(neck=dict(distance=dict(type='mmdiffkd.PKDLoss'))))),

@@ -103,7 +103,8 @@ def test_teacher_that_needs_padding(tmp_path, declared):
         height, width = (-(-side // stride) for side in (100, 92))
         torch.testing.assert_close(level, whole[..., :height, :width], rtol=1e-2, atol=0.05)
     data = demo_mm_inputs(2, [[3, 100, 92], [3, 90, 61]], num_items=[3, 3], num_classes=80)
-    assert model.loss(**model.data_preprocessor(data, True))['diffkd.fpn.loss_kd'] > 0
+    data = model.data_preprocessor(data, True)
+    assert model.loss(data['inputs'], data['data_samples'])['diffkd.fpn.loss_kd'] > 0
 
 
 def test_padding_is_not_needed(tmp_path):
@@ -153,9 +154,9 @@ def test_data_preprocessor_of_the_teacher_can_be_changed(tmp_path):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (dict(means=[1.0]), "teacher.data_preprocessor=.* does not fit DetDataPreprocessor: .*'means'"),
+        (dict(means=[1.0]), "data_preprocessor=.* does not fit DetDataPreprocessor: .*'means'"),
         (dict(mean=None), 'does not fit DetDataPreprocessor: mean and std should be both None'),
-        ('rgb', "teacher.data_preprocessor='rgb' must be a dict"),
+        ('rgb', "data_preprocessor='rgb' must be a dict"),
     ],
 )
 def test_unusable_changes_of_the_data_preprocessor(changes, message):
