@@ -12,7 +12,9 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
+from functools import cache
 from glob import escape, glob
+from locale import getpreferredencoding
 from logging import WARNING
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,16 +24,21 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, barrier, broadcast_object_list, is_main_process
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.fileio import BaseStorageBackend, LocalBackend, get_file_backend, register_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim import OneCycleParamScheduler
-from mmengine.runner import find_latest_checkpoint
 from torch import nn
+
+from .dist import on_all_ranks
+from .object_store import copy_from_store, is_in_store, list_store, remove_copy
 
 STATE = 'state_dict'
 PREFIX = 'diffkd.'  # prefix of the diffusion module's keys
 OTHER_SCHEME = re.compile(r'(?!https?:)[\w-]+://')
+# errors of a cache folder that cannot be written, in contrast to errors of the network
+CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+OTHER_CACHE = 'Set the environment variable TORCH_HOME to a folder that can be written.'
 URL_HASH = re.compile(r'-([a-f0-9]{8,})\.pth$')
 
 
@@ -46,7 +53,7 @@ def read_checkpoint(source: str) -> dict:
     and arrays). Downloads are verified against the hash in the file name and cached only when complete.
 
     Args:
-        source (str): Path or http(s) URL.
+        source (str): Path, http(s) URL, or path in an object store with a file backend of mmengine, such as ``s3://``.
 
     Returns:
         dict: The checkpoint, with the weights under ``state_dict``.
@@ -64,15 +71,16 @@ def read_checkpoint(source: str) -> dict:
 def check_is_data(source: str) -> None:
     """Check that a checkpoint contains only plain data, because mmengine's loader may execute code in the file.
 
-    Folders (sharded checkpoints) and other URL schemes, such as ``torchvision://`` and ``s3://``, are not checked.
+    Folders (sharded checkpoints) and schemes that only mmengine's loader reads, such as ``torchvision://``, are not
+    checked.
 
     Args:
-        source (str): Path or URL.
+        source (str): Path, URL, or path in an object store.
 
     Raises:
         FileNotFoundError, ValueError: See :func:`read_checkpoint`.
     """
-    if not osp.isdir(source) and not OTHER_SCHEME.match(source):
+    if not osp.isdir(source) and (is_in_store(source) or not OTHER_SCHEME.match(source)):
         _read_data(source)
 
 
@@ -130,6 +138,16 @@ def _read_data(source: str):
     """Read a file or URL, and refuse anything but plain data."""
     is_url = source.startswith(('http://', 'https://'))
     path = _download(source) if is_url else osp.expanduser(source)
+    if is_in_store(source):
+        path = copy_from_store(source)
+        try:
+            return _read_file(source, path)
+        finally:
+            remove_copy(path)
+    return _read_file(source, path, is_url)
+
+
+def _read_file(source: str, path: str, is_url: bool = False):
     if osp.isdir(path):
         raise ValueError(f"The checkpoint '{source}' is a folder, probably a sharded checkpoint; give a single file.")
     if not osp.isfile(path):
@@ -154,31 +172,40 @@ def _read_data(source: str):
         problem = _not_a_checkpoint(name, path)
         if is_url and not URL_HASH.search(path):
             # an interrupted download may have left a partial file, which the next run must not use
-            with suppress(FileNotFoundError):
-                os.remove(path)
-            problem += ' The file was removed; the next run downloads it again.'
+            try:
+                with suppress(FileNotFoundError):
+                    os.remove(path)
+                problem += ' The file was removed; the next run downloads it again.'
+            except OSError as cause:
+                problem += f' It cannot be removed from the cache ({cause.strerror}). {OTHER_CACHE}'
         raise DamagedFileError(problem) from None
 
 
 def _download(url: str) -> str:
+    """Return the cached file of a URL, after downloading it if necessary. All ranks must call this function."""
     folder = osp.join(torch.hub.get_dir(), 'checkpoints')
     name = osp.basename(urlparse(url).path)
     if name in ('', '.', '..'):
         raise ValueError(f'The URL {url} has no file name.')
     path = osp.join(folder, name)
     digest = URL_HASH.search(path)
-    problem = None
-    for my_turn in (is_main_process(), True):  # rank 0 downloads first; ranks with the same cache then find the file
-        if my_turn and not osp.isfile(path):
+
+    def download():
+        if osp.isfile(path):  # also in a cache that cannot be written
+            return
+        try:
+            if folder.startswith('~'):
+                raise OSError(errno.ENOENT, 'there is no home folder')
             os.makedirs(folder, exist_ok=True)
-            try:
-                # writes to a temporary file, verifies the hash, then renames
-                torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
-            except (OSError, RuntimeError) as error:
-                problem = error
-        barrier()  # also after a failed download, because the other ranks wait here
-    if not osp.isfile(path):
-        raise ValueError(f'The checkpoint {url} could not be downloaded: {problem}.') from problem
+            # writes to a temporary file, verifies the hash, then renames
+            torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
+        except (OSError, RuntimeError) as error:
+            cure = f' {OTHER_CACHE}' if getattr(error, 'errno', None) in CACHE_ERRORS else ''
+            raise ValueError(f'The checkpoint {url} could not be downloaded: {error}.{cure}') from error
+
+    # rank 0 downloads first; ranks with the same cache then find the file
+    for my_turn in (is_main_process(), not is_main_process()):
+        on_all_ranks(download if my_turn else lambda: None)
     return path
 
 
@@ -301,7 +328,12 @@ RESUME_KEYS = ('meta', 'message_hub')  # keys that a checkpoint needs, besides t
 
 
 def file_to_load(
-    load_from: Optional[str], resume: Union[bool, str, None], work_dir: str, folder: str, filename_tmpl: str
+    load_from: Optional[str],
+    resume: Union[bool, str, None],
+    work_dir: str,
+    folder: str,
+    filename_tmpl: str,
+    backend_args: Optional[dict] = None,
 ) -> Optional[str]:
     """Choose the file that a run loads or resumes. All ranks must call this function, and get the same file.
 
@@ -309,39 +341,47 @@ def file_to_load(
         load_from (str, optional): Path or URL, as in the config.
         resume (bool or str): As in the config. True without ``load_from`` selects the newest readable checkpoint.
         work_dir (str): Work dir of the run.
-        folder (str): Folder of the checkpoints.
+        folder (str): Folder of the checkpoints, also in an object store.
         filename_tmpl (str): Template of the checkpoint names, such as ``'epoch_{}.pth'``.
+        backend_args (dict, optional): Arguments of the file backend of ``folder``. Defaults to None.
 
     Returns:
-        str or None: Path or URL; None if the run starts from scratch.
+        str or None: Path or URL; for a file in an object store, a local copy that :func:`remove_copy` removes. None if
+        the run starts from scratch.
 
     Raises:
         ValueError: On all ranks, if on any rank the file does not exist, is damaged, or contains more than plain data.
     """
     named = resume if isinstance(resume, str) else load_from
-    problem = None
-    try:
+
+    def choose() -> Optional[str]:
         if named is not None:  # every rank checks the file, because machines may have different files
             check_is_data(named)
-        elif resume and is_main_process():
-            named = newest_checkpoint(work_dir, folder, filename_tmpl)
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    for rank_problem in all_gather_object(problem):
-        if rank_problem is not None:
-            raise ValueError(rank_problem)
-    answer = [named]
+            return named
+        if resume and is_main_process():
+            return newest_checkpoint(work_dir, folder, filename_tmpl, backend_args)
+        return None
+
+    answer = [on_all_ranks(choose)]
     broadcast_object_list(answer)
-    return answer[0]
+    (chosen,) = answer
+    backend = chosen and _store_of(chosen, folder, backend_args)
+    if backend is None:
+        return chosen
+    print_log(f"Copying '{chosen}' from its store.", logger='current')
+    return on_all_ranks(lambda: copy_from_store(chosen, backend))
 
 
-def newest_checkpoint(work_dir: str, folder: str, filename_tmpl: str) -> Optional[str]:
+def newest_checkpoint(
+    work_dir: str, folder: str, filename_tmpl: str, backend_args: Optional[dict] = None
+) -> Optional[str]:
     """Find the newest readable checkpoint of a run, and log a warning for each damaged checkpoint.
 
     Args:
         work_dir (str): Work dir of the run.
         folder (str): Folder of the checkpoints.
         filename_tmpl (str): Template of the checkpoint names.
+        backend_args (dict, optional): Arguments of the file backend of ``folder``. Defaults to None.
 
     Returns:
         str or None: Path of the checkpoint; None if the run has no checkpoints.
@@ -349,39 +389,90 @@ def newest_checkpoint(work_dir: str, folder: str, filename_tmpl: str) -> Optiona
     Raises:
         ValueError: If no checkpoint can be read, or a newer one contains more than plain data.
     """
-    files = saved_checkpoints(work_dir, folder, filename_tmpl)
+    files = saved_checkpoints(work_dir, folder, filename_tmpl, backend_args)
     for file in files:
         try:
             if not osp.isdir(file):  # sharded checkpoints are folders
-                missing = [key for key in RESUME_KEYS if key not in read_checkpoint(file)]
-                if missing:
-                    raise DamagedFileError(f"'{file}' cannot be resumed: the file has no key '{missing[0]}'.")
+                _check_can_be_resumed(file, _store_of(file, folder, backend_args))
             return file
         except (OSError, DamagedFileError) as error:
             print_log(f'{error} Trying the previous checkpoint.', logger='current', level=WARNING)
     if files:
         raise ValueError(
-            f"None of the {len(files)} checkpoints in '{work_dir}' can be read: start a new run without --resume, in "
+            f"None of the {len(files)} checkpoints in '{folder}' can be read: start a new run without --resume, in "
             'a different work_dir.'
         )
-    print_log(f"No checkpoint to resume in '{work_dir}'; starting a new run.", logger='current')
+    print_log(f"No checkpoint to resume in '{folder}'; starting a new run.", logger='current')
     return None
 
 
-def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str) -> List[str]:
+def _check_can_be_resumed(file: str, store: Optional[BaseStorageBackend]) -> None:
+    path = file if store is None else copy_from_store(file, store)
+    try:
+        content = _read_file(file, path)
+    finally:
+        remove_copy(path)
+    checkpoint = content if isinstance(content, dict) else {}
+    missing = [key for key in (STATE, *RESUME_KEYS) if key not in checkpoint]
+    if missing:
+        raise DamagedFileError(f"'{file}' cannot be resumed: the file has no key '{missing[0]}'.")
+
+
+def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str, backend_args: Optional[dict] = None) -> List[str]:
     """List the checkpoints of a run, newest first.
 
     The file named in ``last_checkpoint`` comes first. The rest are sorted by modification time instead of number, since
-    an older run may have left checkpoints with higher numbers.
+    an older run may have left checkpoints with higher numbers. Object stores give no time: there, the number decides.
     """
     before, after = re.split(r'\{.*?\}', filename_tmpl, maxsplit=1)
-    pattern = re.compile(re.escape(before) + r'\d+' + re.escape(after))
-    files = [file for file in glob(osp.join(escape(folder), '*')) if pattern.fullmatch(osp.basename(file))]
-    files.sort(key=osp.getmtime, reverse=True)
-    last = find_latest_checkpoint(work_dir)
+    pattern = re.compile(re.escape(before) + r'(\d+)' + re.escape(after))
+    store = _store_of(folder, folder, backend_args)
+    if store is None:
+        files = [file for file in glob(osp.join(escape(folder), '*')) if pattern.fullmatch(osp.basename(file))]
+        files.sort(key=osp.getmtime, reverse=True)
+    else:
+        names = [name for name in list_store(store, folder) if pattern.fullmatch(name)]
+        names.sort(key=lambda name: int(pattern.fullmatch(name)[1]), reverse=True)
+        files = [store.join_path(folder, name) for name in names]
+    last = last_checkpoint(work_dir)
     if last:
         files = [last] + [file for file in files if osp.abspath(file) != osp.abspath(last)]
     return files
+
+
+def _store_of(path: str, folder: str, backend_args: Optional[dict]) -> Optional[BaseStorageBackend]:
+    """Return the file backend of a checkpoint, or None for a file that mmengine's loader opens.
+
+    Args:
+        path (str): The checkpoint.
+        folder (str): The run's folder of checkpoints, which has the backend that ``backend_args`` describe.
+        backend_args (dict, optional): Arguments of the backend.
+    """
+    if not is_in_store(path) and osp.exists(path):
+        return None
+    if backend_args and _scheme(path) == _scheme(folder):
+        backend = get_file_backend(path, backend_args=backend_args)
+        return None if isinstance(backend, LocalBackend) and not _scheme(path) else backend
+    return get_file_backend(path) if is_in_store(path) else None
+
+
+def _scheme(path: str) -> str:
+    return path.partition('://')[0] if '://' in path else ''
+
+
+def last_checkpoint(work_dir: str) -> Optional[str]:
+    """Return the path in the file ``last_checkpoint`` of a run; None if there is no such file.
+
+    mmengine writes the file in the encoding of the locale, and :class:`.CheckpointHook` in UTF-8 where that fails.
+    """
+    file = Path(work_dir, 'last_checkpoint')
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    try:
+        return content.decode('utf-8').strip()
+    except UnicodeDecodeError:
+        return content.decode(getpreferredencoding(False), 'replace').strip()
 
 
 NAME = 'mmdiffkd.atomic'
@@ -389,7 +480,10 @@ NAME = 'mmdiffkd.atomic'
 
 @register_backend(NAME)
 class AtomicBackend(LocalBackend):
-    """Local backend with atomic writes: files are written under a temporary name, then renamed."""
+    """Local backend with atomic writes: files are written under a temporary name, then renamed.
+
+    Where a mount cannot flush or rename files, the file is written as well as the mount can, with a note in the log.
+    """
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
         """Write a file.
@@ -399,27 +493,64 @@ class AtomicBackend(LocalBackend):
             filepath (str or Path): Path of the file. An existing file is replaced.
 
         Raises:
-            OSError: If the file cannot be written. An existing file is unchanged.
+            OSError: If the file cannot be written. An existing file is unchanged if the mount can rename files.
         """
         path = str(filepath)
         folder = osp.dirname(path) or '.'
         temporary = f'{path}.tmp'
-        os.makedirs(folder, exist_ok=True)
         try:
-            with open(temporary, 'wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.makedirs(folder, exist_ok=True)
+            _write(temporary, obj)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                _log_once(
+                    f"'{folder}' is on a mount that cannot rename files ({error.strerror}): checkpoints are written in "
+                    'place. If the run is killed while it saves, --resume uses the checkpoint before.'
+                )
+                os.remove(temporary)
+                _write(path, obj)
             _sync_folder(folder)
         except OSError as error:
             with suppress(OSError):
                 os.remove(temporary)
             raise OSError(
-                f"'{path}' could not be written: {error.strerror or error} ({len(obj) / 1e6:.1f} MB needed, "
-                f'{shutil.disk_usage(folder).free / 1e6:.1f} MB free). Earlier files are intact: free disk space '
-                'and restart with --resume.'
+                f"'{path}' could not be written: {error.strerror or error}{_free_space(error, folder, len(obj))}. "
+                'Earlier files are intact: free disk space or restore access, and restart with --resume.'
             ) from error
+
+
+# errors of calls that a mount does not support, such as FUSE mounts of object stores
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV)
+
+
+def _write(path: str, content: bytes) -> None:
+    """Write a file and flush it to the disk, if its mount can."""
+    with open(path, 'wb') as file:
+        file.write(content)
+        file.flush()
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            _log_once(
+                f"'{osp.dirname(path) or '.'}' is on a mount that cannot flush files to the disk ({error.strerror}): "
+                'after a power failure, the newest checkpoint may be damaged, and --resume uses the one before.'
+            )
+
+
+def _free_space(error: OSError, folder: str, size: int) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ''
+    return f' ({size / 1e6:.1f} MB needed, {shutil.disk_usage(folder).free / 1e6:.1f} MB free)'
+
+
+@cache
+def _log_once(message: str) -> None:
+    print_log(message, logger='current', level=WARNING)
 
 
 def _sync_folder(folder: str) -> None:

@@ -14,6 +14,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import PREFIX, check_is_data
+from mmdiffkd.engine.dist import on_all_ranks
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.config import closest_names, refuse_old_keys, with_preprocessor
 from mmdiffkd.version import __version__
@@ -205,26 +206,32 @@ class DiffKDDistiller(BaseModel):
         self.diffkd_teacher = teacher
 
     def init_weights(self) -> None:
-        """Initialize the student as without distillation, then load the teacher. The Runner calls this before training.
+        """Load the teacher, and initialize the student as without distillation. The Runner calls this before training.
 
         Raises:
-            FileNotFoundError, ValueError: If the checkpoint of the teacher or of an ``init_cfg`` does not exist, does
-                not fit, or contains other objects than data.
+            FileNotFoundError, ValueError: On all ranks, if on any rank the checkpoint of the teacher or of an
+                ``init_cfg`` does not exist, does not fit, or contains other objects than data.
         """
-        if self.deferred_error is not None:
-            raise self.deferred_error
         print_log(f'Versions: {", ".join(_versions())}', logger='current')
         # remove the diffusion module for now: the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
-            for source in _pretrained_files(self):
-                check_is_data(source)
+            on_all_ranks(self._load_teacher)
             super().init_weights()
         finally:
             if diffkd is not None:
                 self._modules['diffkd'] = diffkd
         if self.diffkd_teacher is not None:
             self._init_from_teacher(self.diffkd_teacher.model)
+
+    def _load_teacher(self) -> None:
+        """Build the teacher with its weights, and check the student's pretrained files."""
+        if self.deferred_error is not None:
+            raise self.deferred_error
+        for source in _pretrained_files(self):
+            check_is_data(source)
+        if self.diffkd_teacher is not None:
+            _ = self.diffkd_teacher.model
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
         """Copy the teacher's weights to the modules in ``init_from_teacher``."""
