@@ -62,15 +62,22 @@ def build_runner(args):
 
 
 def augment(cfg):
+    from mmdiffkd.utils.config import nested_datasets, type_name
+
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise SystemExit(
             '--tta needs tta_model and tta_pipeline in the config; an example is mmdet::retinanet/retinanet_tta.py.'
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+    for dataset in nested_datasets(cfg.test_dataloader.dataset):
+        is_wrapper = 'dataset' in dataset or 'datasets' in dataset
+        if is_wrapper and dataset.get('pipeline'):
+            raise ValueError(
+                f'--tta does not work with a {type_name(dataset.type)}, which transforms images after they are loaded; '
+                'set test_dataloader.dataset to the dataset in it.'
+            )
+        if not is_wrapper:
+            dataset.pipeline = cfg.tta_pipeline
 
 
 def show_predictions(cfg, args):

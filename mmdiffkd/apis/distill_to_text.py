@@ -7,6 +7,7 @@ from torch import nn
 
 from mmdiffkd.models import DiffKDDistiller, FeatureDiffusionNeck
 from mmdiffkd.models.diffusion.feature_diffusion import FeatureDiffusion
+from mmdiffkd.utils.config import with_named_types
 
 # arguments that the distiller or the neck passes, so that configs do not contain them
 WIDTHS = ('student_channels', 'teacher_channels')
@@ -33,7 +34,7 @@ def distill_to_text(model: DiffKDDistiller) -> str:
         )
         for name, pair in model.pairs.items()
     }
-    text = Config(dict(distill=pairs)).pretty_text.strip()
+    text = Config(dict(distill=with_named_types(pairs))).pretty_text.strip()
     return re.sub(r'\[\s+([\d,\s]+?),?\s*\]', lambda match: f'[{" ".join(match[1].split())}]', text)
 
 

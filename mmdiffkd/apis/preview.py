@@ -23,7 +23,7 @@ from mmdiffkd.models.distillers.feature_info import (
 )
 from mmdiffkd.models.distillers.recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, flatten
 from mmdiffkd.utils import read_config
-from mmdiffkd.utils.config import Size, get_model_cfg, image_size, resolve_config, with_preprocessor
+from mmdiffkd.utils.config import Size, get_model_cfg, image_size, package_of, resolve_config, with_preprocessor
 from mmdiffkd.utils.dummy_inputs import fit_to, random_batch, without_pretrained
 from mmdiffkd.utils.meta_device import (
     MultiplyAddCounter,
@@ -143,7 +143,7 @@ def list_taps(
         if not cfg.model.get('teacher'):
             raise ValueError('The config has no teacher: set model.teacher, or use --list-taps student.')
         cfg = resolve_config(cfg.model.teacher.config)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(package_of(cfg) or 'mmengine')
     model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
     net = _build_for_inspection(model_cfg, cfg)
     shapes: Dict[str, List[List[int]]] = {}

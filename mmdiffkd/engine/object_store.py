@@ -56,5 +56,7 @@ def list_store(store: BaseStorageBackend, folder: str) -> List[str]:
     try:
         return [osp.basename(name) for name in store.list_dir_or_file(folder, list_dir=False)]
     except Exception as error:  # every client of a store has its own errors
-        print_log(f"The checkpoints in '{folder}' cannot be listed: {str(error) or type(error).__name__}", logger='current')
+        print_log(
+            f"The checkpoints in '{folder}' cannot be listed: {str(error) or type(error).__name__}", logger='current'
+        )
         return []

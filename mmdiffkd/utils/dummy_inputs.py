@@ -1,5 +1,6 @@
 """Random training batches for models of mmdet, mmseg and mmpretrain, in the format of their dataloaders."""
 
+import copy
 from typing import Iterator, List
 
 import numpy as np
@@ -9,7 +10,14 @@ from mmengine.dataset import Compose, default_collate, pseudo_collate
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
-from .config import get_preprocessor_cfg, image_channels
+from .config import (
+    get_preprocessor_cfg,
+    image_channels,
+    nested_datasets,
+    package_of,
+    set_loader_defaults,
+    type_name,
+)
 
 BOXES = 3
 # pipeline for configs without a training set
@@ -34,7 +42,7 @@ def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[
         ValueError: If the config is not for one of these packages.
     """
     rng = np.random.default_rng(seed)
-    scope = cfg.get('default_scope') or DefaultScope.get_current_instance().scope_name
+    scope = package_of(cfg) or DefaultScope.get_current_instance().scope_name
     makers = dict(mmdet=_detection, mmseg=_segmentation, mmpretrain=_classification)
     if scope not in makers:
         raise ValueError(f"Random batches need default_scope to be one of {', '.join(makers)}, not '{scope}'.")
@@ -45,8 +53,10 @@ def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[
 def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0) -> dict:
     """Collate :func:`random_items` as the config's dataloader does, for ``train_step``."""
     items = random_items(cfg, size, count, seed)
+    cfg = copy.deepcopy(cfg)
+    set_loader_defaults(cfg)
     collate = ((cfg.get('train_dataloader') or {}).get('collate_fn') or {}).get('type')
-    return default_collate(items) if collate == 'default_collate' else pseudo_collate(items)
+    return default_collate(items) if type_name(collate) == 'default_collate' else pseudo_collate(items)
 
 
 def random_image(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -76,11 +86,11 @@ def _tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def _detection(cfg: Config, rng, size: int, count: int) -> List[dict]:
-    kind = cfg.model.type.split('.')[-1]
+    kind = type_name(cfg.model.type)
     if kind == 'SoftTeacher':
         return _semi_supervised(cfg, rng, size, count)
     preprocessor = cfg.model.get('data_preprocessor') or {}
-    if 'Track' in preprocessor.get('type', '') and not preprocessor.get('use_det_processor'):
+    if 'Track' in type_name(preprocessor.get('type')) and not preprocessor.get('use_det_processor'):
         return _tracking(cfg, rng, size)
     if kind == 'BaseReID':
         return _reid(rng)
@@ -214,10 +224,9 @@ def _segmentation(cfg: Config, rng, size: int, count: int) -> List[dict]:
 def _classification(cfg: Config, rng, size: int, count: int) -> List[dict]:
     from mmpretrain.registry import TRANSFORMS
 
-    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or dict(pipeline=INFERENCE_ONLY)
-    while 'pipeline' not in dataset:
-        dataset = dataset['dataset']
-    steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
+    datasets = nested_datasets((cfg.get('train_dataloader') or {}).get('dataset'))
+    steps = next((dataset['pipeline'] for dataset in datasets if dataset.get('pipeline')), INFERENCE_ONLY)
+    steps = [step for step in steps if not type_name(step['type']).startswith('Load')]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
     # the transforms expect grayscale images without a channel dimension, so squeeze() below removes it
     channels = image_channels(get_preprocessor_cfg(cfg))

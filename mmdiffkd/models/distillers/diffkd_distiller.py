@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmdiffkd.engine.checkpoint import PREFIX, check_is_data
 from mmdiffkd.engine.dist import on_all_ranks
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.config import closest_names, refuse_old_keys, with_preprocessor
+from mmdiffkd.utils.config import closest_names, refuse_old_keys, type_name, with_preprocessor
 from mmdiffkd.version import __version__
 
 from ..diffusion.feature_diffusion import DiffusionOutput
@@ -541,7 +541,8 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         raise ValueError("student must be the config of a model, such as student=_base_.model: a dict with a 'type'.")
     if 'student' in student:
         raise ValueError(
-            f"The student's config is already a {student['type']}; use its student: student=_base_.model.student."
+            f"The student's config is already a {type_name(student['type'])}; use its student: "
+            'student=_base_.model.student.'
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     return with_preprocessor(cfg, data_preprocessor)

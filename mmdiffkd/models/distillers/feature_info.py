@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmdiffkd.utils.config import image_channels
+from mmdiffkd.utils.config import image_channels, type_name
 from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
 from .recorders import ModuleOutputsRecorder, TapError, Tokens, find_module, flatten
@@ -80,7 +80,7 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
     if len({str(error) for error in problems}) == 1:  # the image size is not the cause: raise the error itself
         raise problems[0]
     raise RuntimeError(
-        f'The {owner} {model_cfg["type"]} fails on blank images of '
+        f'The {owner} {type_name(model_cfg["type"])} fails on blank images of '
         f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels, and of the img_size of its backbone if it '
         f'is set; the last error was: {problems[-1]}'
     ) from problems[-1]

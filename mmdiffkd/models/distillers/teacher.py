@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import fingerprint, load_strict, read_checkpoint
-from mmdiffkd.utils.config import get_model_cfg, get_preprocessor_cfg, resolve_config, zoo_checkpoint
+from mmdiffkd.utils.config import get_model_cfg, get_preprocessor_cfg, resolve_config, type_name, zoo_checkpoint
 from mmdiffkd.utils.meta_device import QuickInit
 
 from .feature_info import FeatureInfo, forward_fns, run_box_branch
@@ -78,7 +78,7 @@ class Teacher:
     @property
     def name(self) -> str:
         """Name of the teacher in messages."""
-        return self.source if isinstance(self.source, str) else f'{self.cfg.model.type}, given as a dict'
+        return self.source if isinstance(self.source, str) else f'{type_name(self.cfg.model.type)}, given as a dict'
 
     @property
     def model_cfg(self):
