@@ -64,9 +64,12 @@ def check_before_flexible_runner(cfg):
     """Choose the checkpoint as CheckpointHook does, because FlexibleRunner loads it before it calls hooks."""
     from mmengine.registry import HOOKS
 
-    hook = cfg.get('default_hooks', {}).get('checkpoint', {})
-    if hook.get('type') == 'mmdiffkd.CheckpointHook':
-        cfg.load_from = HOOKS.build(dict(hook)).file_to_load(cfg.get('load_from'), cfg.get('resume'), cfg.work_dir)
+    from mmdiffkd.engine.hooks import CheckpointHook
+
+    settings = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    hook = HOOKS.build(dict(settings)) if 'type' in settings else None
+    if isinstance(hook, CheckpointHook):
+        cfg.load_from = hook.file_to_load(cfg.get('load_from'), cfg.get('resume'), cfg.work_dir)
         cfg.resume = bool(cfg.get('resume')) and cfg.load_from is not None
 
 

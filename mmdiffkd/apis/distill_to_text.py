@@ -46,7 +46,7 @@ def _with_defaults(cfg: dict, neck: nn.Module) -> dict:
     full = {**_defaults(FeatureDiffusion, WIDTHS), **_defaults(FeatureDiffusionNeck, WIDTHS)}
     if not level.denoise:
         full = {key: value for key, value in full.items() if key in PLAIN}
-    full.update(cfg)
+    full.update(cfg, type='mmdiffkd.FeatureDiffusionNeck')
     full['loss_kd'] = _part(full['loss_kd'], level.loss_kd)
     if level.denoise:
         full['denoiser'] = _part(full['denoiser'], level.denoiser)
@@ -59,7 +59,7 @@ def _part(cfg: dict, module: nn.Module) -> dict:
     kind = type(module)
     if kind.__module__.split('.')[0] != 'mmdiffkd':
         return cfg
-    return {'type': f'mmdiffkd.{kind.__name__}', **_defaults(kind, GIVEN), **(cfg or {})}
+    return {**_defaults(kind, GIVEN), **(cfg or {}), 'type': f'mmdiffkd.{kind.__name__}'}
 
 
 def _defaults(kind: type, given: Sequence[str] = ()) -> dict:

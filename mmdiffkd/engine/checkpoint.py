@@ -362,14 +362,17 @@ def file_to_load(
             return newest_checkpoint(work_dir, folder, filename_tmpl, backend_args)
         return None
 
-    answer = [on_all_ranks(choose)]
-    broadcast_object_list(answer)
-    (chosen,) = answer
-    backend = chosen and _store_of(chosen, folder, backend_args)
-    if backend is None:
-        return chosen
-    print_log(f"Copying '{chosen}' from its store.", logger='current')
-    return on_all_ranks(lambda: copy_from_store(chosen, backend))
+    try:
+        answer = [on_all_ranks(choose)]
+        broadcast_object_list(answer)
+        (chosen,) = answer
+        store = chosen and _store_of(chosen, folder, backend_args)
+        if store is None:
+            return chosen
+        print_log(f"Copying '{chosen}' from its store.", logger='current')
+        return on_all_ranks(lambda: copy_from_store(chosen, store))
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def newest_checkpoint(

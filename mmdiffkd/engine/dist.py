@@ -8,7 +8,8 @@ from mmengine.dist import all_gather_object
 def on_all_ranks(function: Callable):
     """Call a function on every rank. If it fails on any rank, all ranks raise the first failing rank's error.
 
-    Otherwise, ranks without an error would wait for the others until a timeout. All ranks must call this function.
+    Otherwise, ranks without an error would wait for the others until a timeout. All ranks must call this function. The
+    function may communicate with the other ranks only before it can fail on a single rank.
 
     Args:
         function (callable): A function without arguments.

@@ -2,14 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 
-from mmdiffkd.apis import build_distiller, make_config, preview
+from mmdiffkd.apis import build_distiller, distill, make_config, preview
 from mmdiffkd.apis.distill_to_text import distill_to_text
 from mmdiffkd.utils import resolve_config
 from tests import tiny
+from tests.conftest import call_tool
 
 FORMATS = ['text', 'pure_python', 'dumped', 'json']
 REPPOINTS = 'mmdet::reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py'
@@ -19,6 +21,25 @@ PLACES = dict(  # modules of the classes in the models
     mmdet=('mmdet.models', 'mmdet.models.task_modules', 'mmdet.models.losses'),
     mmpretrain=('mmpretrain.models', 'mmpretrain.models.losses'),
 )
+
+
+DISTILLATION = """
+from mmengine.config import read_base
+from mmdiffkd.engine.hooks import CheckpointHook
+from mmdiffkd.models import DiffKDDistiller, FeatureDiffusionNeck
+from mmdiffkd.models.losses import MSELoss
+
+with read_base():
+    from .student import *
+
+model = dict(
+    type=DiffKDDistiller,
+    student=model,
+    teacher=dict(config={teacher!r}, checkpoint={checkpoint!r}),
+    distill=dict(fpn=dict(neck=dict(type=FeatureDiffusionNeck, loss_kd=dict(type=MSELoss, loss_weight=3.0)))),
+)
+default_hooks.checkpoint.update(type=CheckpointHook)
+"""
 
 
 def model_of(name):
@@ -139,3 +160,42 @@ def test_pure_python_student_with_hooks(tmp_path):
     student.rename(named)
     with pytest.raises(ValueError, match="cannot import it, because 'my-student' is no name of a Python module"):
         make_config(str(named), tiny.RETINANET, output=str(tmp_path / 'other.py'))
+
+
+@pytest.mark.situation(
+    'places',
+    'a distillation config in pure Python',
+    'mmpretrain #1898',
+    'trains, resumes and exports as a text config; `make_config` writes one for a student in pure Python.',
+)
+def test_pure_python_run(tmp_path, shapes):
+    model, scope = model_of(tiny.RETINANET)
+    run = tiny.run_cfg(
+        model,
+        shapes,
+        tmp_path / 'run',
+        train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=1, val_interval=9),
+        default_hooks=dict(checkpoint=dict(by_epoch=False, interval=1)),
+        param_scheduler=[],
+    ).to_dict()
+    student = write(tmp_path / 'student.py', model, scope, 'pure_python')
+    settings = {key: value for key, value in run.items() if key not in ('model', 'experiment_name')}
+    with student.open('a') as file:
+        file.writelines(f'{key} = {value!r}\n' for key, value in settings.items())
+    teacher = tiny.detector(base_channels=16).to_dict()
+    checkpoint = tiny.write_checkpoint(teacher, tmp_path / 'teacher.pth')
+    teacher = str(write(tmp_path / 'teacher.py', teacher, scope, 'pure_python'))
+    config = tmp_path / 'distill.py'
+    config.write_text(DISTILLATION.format(teacher=teacher, checkpoint=checkpoint))
+    call_tool('train.py', config)
+    (dumped,) = (tmp_path / 'run').glob('*/vis_data/config.py')
+    text = distill_to_text(build_distiller(str(dumped))[1])
+    assert 'loss_weight=3.0' in text and 'mmdiffkd.models' not in text
+    assert text == distill_to_text(build_distiller(str(config))[1])
+    out = tmp_path / 'out.py'
+    weights = tmp_path / 'run' / 'iter_1.pth'
+    call_tool('model_converters/export_student.py', config, weights, tmp_path / 'out.pth', '--config-out', out)
+    assert Config.fromfile(out).model.type == 'mmdet.models.RetinaNet'
+    options = {'train_cfg.max_iters': 2}
+    result = distill(student, teacher, checkpoint, tmp_path / 'run', cfg_options=options, resume=True)
+    assert result['checkpoint'].endswith('iter_2.pth') and 'mmdiffkd' not in Path(result['student_config']).read_text()

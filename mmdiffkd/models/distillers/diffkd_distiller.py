@@ -216,7 +216,7 @@ class DiffKDDistiller(BaseModel):
         # remove the diffusion module for now: the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
-            on_all_ranks(self._load_teacher)
+            self._load_teacher()
             super().init_weights()
         finally:
             if diffkd is not None:
@@ -226,12 +226,16 @@ class DiffKDDistiller(BaseModel):
 
     def _load_teacher(self) -> None:
         """Build the teacher with its weights, and check the student's pretrained files."""
+        # one call per file: ranks download files together, so they must not skip a file because of another one
+        on_all_ranks(self._raise_deferred_error)
+        for source in _pretrained_files(self):
+            on_all_ranks(partial(check_is_data, source))
+        if self.diffkd_teacher is not None:
+            on_all_ranks(lambda: self.diffkd_teacher.model)
+
+    def _raise_deferred_error(self) -> None:
         if self.deferred_error is not None:
             raise self.deferred_error
-        for source in _pretrained_files(self):
-            check_is_data(source)
-        if self.diffkd_teacher is not None:
-            _ = self.diffkd_teacher.model
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
         """Copy the teacher's weights to the modules in ``init_from_teacher``."""
