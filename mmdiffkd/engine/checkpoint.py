@@ -463,7 +463,7 @@ def _scheme(path: str) -> str:
     return path.partition('://')[0] if '://' in path else ''
 
 
-def last_checkpoint(work_dir: str) -> Optional[str]:
+def last_checkpoint(work_dir: Union[str, Path]) -> Optional[str]:
     """Return the path in the file ``last_checkpoint`` of a run; None if there is no such file.
 
     mmengine writes the file in the encoding of the locale, and :class:`.CheckpointHook` in UTF-8 where that fails.
