@@ -43,11 +43,14 @@ def build_runner(args):
     from mmengine.runner import Runner
 
     from mmdiffkd.apis import load_run_config
+    from mmdiffkd.utils.config import package_of
 
     cfg = load_run_config(args)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.loss_scale = 'dynamic'
+        if package_of(cfg) == 'mmdet':  # as its train.py; those of the other packages keep a loss scale
+            cfg.optim_wrapper.loss_scale = 'dynamic'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise SystemExit('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')

@@ -75,8 +75,11 @@ def script(path):
     return lambda: runpy.run_path(str(path), run_name='__main__')
 
 
+AMP = ('--amp', '--cfg-options', 'optim_wrapper.type=AmpOptimWrapper', 'optim_wrapper.loss_scale=512.0')
+
+
 @pytest.mark.parametrize(
-    'options', [(), ('--amp', '--auto-scale-lr'), ('--cfg-options', 'train_dataloader.pin_memory=0')]
+    'options', [(), ('--amp', '--auto-scale-lr'), AMP, ('--cfg-options', 'train_dataloader.pin_memory=False')]
 )
 @pytest.mark.parametrize('package', CONFIGS)
 @pytest.mark.situation(
