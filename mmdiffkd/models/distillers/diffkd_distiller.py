@@ -13,7 +13,8 @@ from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmdiffkd.engine.checkpoint import PREFIX, check_is_data
+from mmdiffkd.engine.checkpoint import PREFIX
+from mmdiffkd.engine.weights import fit_on_load, use_checked_files
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.config import closest_names, refuse_old_keys, with_preprocessor
 from mmdiffkd.version import __version__
@@ -62,6 +63,7 @@ class DistillState:
             an error. Set by ``NonFiniteHook``.
         record_tap_gradients (bool): Whether to record ``tap_gradients``. Set by ``NonFiniteHook``.
         capture (bool): Whether the next iteration is kept in ``last_record``. Set by ``DiffKDVisualizationHook``.
+        checkpoint (str): Name in messages of the checkpoint that is loaded. Set by ``CheckpointHook``.
         last_record (DistillRecord, optional): The captured iteration.
         non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
         tap_gradients (dict[tuple[str, int], Tensor]): Sums of the gradients that the student received in the last
@@ -74,6 +76,7 @@ class DistillState:
     skip_non_finite: bool = False
     record_tap_gradients: bool = False
     capture: bool = False
+    checkpoint: str = 'The checkpoint'
     last_record: Optional[DistillRecord] = None
     non_finite_losses: List[str] = field(default_factory=list)
     tap_gradients: Dict[Tuple[str, int], Tensor] = field(default_factory=dict)
@@ -144,6 +147,7 @@ class DiffKDDistiller(BaseModel):
         self.encoder_path: Optional[str] = None
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
         self._distill_handles = [
+            self._register_load_state_dict_pre_hook(self._fit_weights),
             self._register_load_state_dict_pre_hook(self._drop_diffusion_keys),
             self.register_load_state_dict_post_hook(_allow_missing_diffusion_keys),
         ]
@@ -217,9 +221,8 @@ class DiffKDDistiller(BaseModel):
         # remove the diffusion module for now: the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
-            for source in _pretrained_files(self):
-                check_is_data(source)
-            super().init_weights()
+            with use_checked_files(self):
+                super().init_weights()
         finally:
             if diffkd is not None:
                 self._modules['diffkd'] = diffkd
@@ -384,6 +387,11 @@ class DiffKDDistiller(BaseModel):
             "(optim_wrapper.clip_grad=dict(max_norm=35)); the hook dict(type='mmdiffkd.NonFiniteHook', policy='skip') "
             'skips such iterations.'
         )
+
+    def _fit_weights(self, state_dict: dict, prefix: str, *args) -> None:
+        """Fit the weights of a checkpoint to the student. Wrappers of this model load with a prefix."""
+        if not prefix:
+            fit_on_load(self, state_dict, self.distill_state.checkpoint, 'the student')
 
     def _drop_diffusion_keys(self, state_dict: dict, prefix: str, *args) -> None:
         """Remove the weights of a diffusion module from a state dict if this model has no teacher.
@@ -555,19 +563,6 @@ def _check_teacher_keys(teacher: dict) -> None:
             raise ValueError(f"teacher has no key '{key}'; the nearest are {closest_names(key, keys)}.")
     if 'config' not in teacher:
         raise ValueError("teacher.config is missing: give 'pkg::path', a file or a dict.")
-
-
-def _pretrained_files(model: nn.Module) -> List[str]:
-    """Return the checkpoint files in the ``init_cfg`` of a model and its submodules."""
-
-    def named_in(cfg) -> List[str]:
-        if isinstance(cfg, (list, tuple)):
-            return [file for entry in cfg for file in named_in(entry)]
-        if not isinstance(cfg, dict):
-            return []
-        return [*filter(None, [cfg.get('checkpoint')]), *named_in(cfg.get('override'))]
-
-    return [file for module in model.modules() for file in named_in(getattr(module, 'init_cfg', None))]
 
 
 class _AttachUnused(torch.autograd.Function):
