@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from contextlib import suppress
 from datetime import datetime
+from difflib import get_close_matches
 from glob import escape, glob
 from logging import WARNING
 from pathlib import Path, PurePath
@@ -29,6 +30,12 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, find_latest_checkpoint
+from mmengine.runner.checkpoint import (
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+    get_torchvision_models,
+)
 
 STATE = 'state_dict'
 PREFIX = 'diffkd.'  # prefix of the diffusion module's keys
@@ -54,10 +61,10 @@ def read_checkpoint(source: str) -> dict:
     and arrays). Downloads are verified against the hash in the file name and cached only when complete.
 
     Args:
-        source (str): Path or http(s) URL.
+        source (str): Path, http(s) URL, or name of mmengine such as ``'torchvision://resnet50'``.
 
     Returns:
-        dict: The checkpoint, with the weights under ``state_dict``.
+        dict: The checkpoint, with the weights under ``state_dict``, whatever name the file has for them.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -70,10 +77,10 @@ def check_is_data(source: str) -> str:
     """Check that a checkpoint contains only plain data, because mmengine's loader may execute code in the file.
 
     mmengine then reads the returned path with :func:`read_checkpoint`. Folders (sharded checkpoints) and other URL
-    schemes, such as ``torchvision://`` and ``s3://``, are not checked.
+    schemes, such as ``s3://``, are not checked.
 
     Args:
-        source (str): Path or URL.
+        source (str): Path, URL, or name of mmengine such as ``'torchvision://resnet50'``.
 
     Returns:
         str: Path of the checked file, which is a download for a URL; folders and other schemes are returned unchanged.
@@ -86,7 +93,7 @@ def check_is_data(source: str) -> str:
 
 def check_and_read(source: str) -> Tuple[str, Any]:
     """Like :func:`check_is_data`, but return path and content; the content is None if the source is not checked."""
-    if osp.isdir(source) or OTHER_SCHEME.match(source):
+    if osp.isdir(source) or OTHER_SCHEME.match(_url_of(source)):
         return source, None
     path, content = _read_data(source)
     if isinstance(content, dict):
@@ -209,8 +216,9 @@ def fingerprint(state_dict: dict) -> str:
 
 def _read_data(source: str, map_location='cpu') -> Tuple[str, Any]:
     """Read a file or URL, and refuse anything but plain data. Return the local path and the content."""
-    is_url = source.startswith(('http://', 'https://'))
-    path = _download(source) if is_url else osp.expanduser(source)
+    url = _url_of(source)
+    is_url = url.startswith(('http://', 'https://'))
+    path = _download(url) if is_url else osp.expanduser(source)
     if osp.isdir(path):
         raise ValueError(f"The checkpoint '{source}' is a folder, probably a sharded checkpoint; give a single file.")
     if not osp.isfile(path):
@@ -235,7 +243,7 @@ def _read_data(source: str, map_location='cpu') -> Tuple[str, Any]:
                 "code when read; save only its 'state_dict' with torch.save and use that file."
             ) from None
         problem = _not_a_checkpoint(name, path)
-        if is_url and not URL_HASH.search(_url_name(source)):
+        if is_url and not URL_HASH.search(_url_name(url)):
             # an interrupted download may have left a partial file, which the next run must not use
             with suppress(FileNotFoundError):
                 os.remove(path)
@@ -258,6 +266,30 @@ def _read_safetensors(path: str, name: str) -> dict:
             f"The checkpoint '{name}' is a safetensors file: run 'pip install safetensors' to read it."
         ) from error
     return load_file(path)
+
+
+# lists of models that mmengine names by a scheme
+MODEL_LISTS = dict(
+    torchvision=get_torchvision_models,
+    modelzoo=get_torchvision_models,
+    openmmlab=get_external_models,
+    mmcls=get_mmcls_models,
+)
+
+
+def _url_of(source: str) -> str:
+    """Return the URL of a model that mmengine names, such as ``'torchvision://resnet50'``, else the source."""
+    scheme, _, name = source.partition('://')
+    scheme = scheme.replace('open-mmlab', 'openmmlab')
+    if not name or scheme not in MODEL_LISTS:
+        return source
+    urls = {key: url for key, url in MODEL_LISTS[scheme]().items() if url}
+    if scheme == 'openmmlab':
+        name = get_deprecated_model_names().get(name, name)
+    if name not in urls:
+        nearest = ', '.join(f"'{key}'" for key in get_close_matches(name, urls, cutoff=0.3))
+        raise ValueError(f"mmengine knows no model '{source}'; the nearest names are {nearest or 'none'}.")
+    return urls[name] if urls[name].startswith('http') else source
 
 
 def _url_name(url: str) -> str:

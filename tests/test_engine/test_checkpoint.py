@@ -66,7 +66,7 @@ class TestRead:
 
     def test_check_accepts_any_plain_data(self, tmp_path):
         trace = str(tmp_path / 'trace')
-        assert check_is_data('torchvision://resnet50') == 'torchvision://resnet50'
+        assert check_is_data('s3://bucket/w.pth') == 's3://bucket/w.pth'
         check_is_data(save(tmp_path, dict(model=dict(w=torch.ones(2)))))
         check_is_data(str(tmp_path))  # a sharded checkpoint
         with pytest.raises(ValueError, match='was refused because it holds the object .*mkdir'):
@@ -371,6 +371,24 @@ class TestDownload:
         load_checkpoint(model, path)
         torch.testing.assert_close(model.state_dict(), LINEAR)
         assert not (cache / 'trace').exists()
+
+    @pytest.mark.parametrize('name', ['torchvision://resnet18', 'open-mmlab://resnet50_caffe', 'mmcls://vgg11'])
+    def test_names_of_mmengine(self, server, name):
+        """The weights that torch or mmengine downloaded earlier are found and checked without a network."""
+        from mmdiffkd.engine.checkpoint import _url_of
+
+        cached = server[2] / 'hub' / 'checkpoints' / _url_of(name).rsplit('/', 1)[1]
+        cached.parent.mkdir(parents=True)
+        torch.save(dict(state_dict=WEIGHTS), cached)
+        assert check_is_data(name) == str(cached)
+        assert set(read_checkpoint(name)['state_dict']) == set(WEIGHTS)
+        torch.save(Attack('trace'), cached)
+        with pytest.raises(ValueError, match=f"'{name} .cached as .*refused because it holds the object"):
+            check_is_data(name)
+
+    def test_unknown_name_of_mmengine(self):
+        with pytest.raises(ValueError, match=r"no model 'torchvision://resnet_50'; the nearest names are 'resnet50'"):
+            check_is_data('torchvision://resnet_50')
 
     def test_unreachable_host(self, tmp_path, monkeypatch):
         monkeypatch.setenv('TORCH_HOME', str(tmp_path))
