@@ -45,17 +45,20 @@ def build_runner(args):
 
     from mmdiffkd.apis import load_run_config
     from mmdiffkd.engine.checkpoint import check_is_data
+    from mmdiffkd.engine.weights import fit_loaded_weights
 
-    check_is_data(args.checkpoint)
+    checkpoint = check_is_data(args.checkpoint)
     cfg = load_run_config(args)
     if 'student' in cfg.model:
         cfg.model.teacher = None  # the student alone: neither the teacher's config nor its weights are needed
-    cfg.load_from, cfg.resume = args.checkpoint, False  # a config dumped by a resumed run has resume=True
+    cfg.load_from, cfg.resume = checkpoint, False  # a config dumped by a resumed run has resume=True
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     if args.tta:
         augment(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if isinstance(runner, Runner):
+        fit_loaded_weights(runner.model, args.checkpoint)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     return runner

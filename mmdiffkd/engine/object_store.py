@@ -1,10 +1,9 @@
 """Checkpoints in object stores, which mmengine's file backends read and write."""
 
 import os.path as osp
-import shutil
 import tempfile
-from functools import cache
-from typing import List, Optional
+from contextlib import contextmanager
+from typing import Iterator, List, Optional
 
 from mmengine.fileio import BaseStorageBackend, get_file_backend
 from mmengine.fileio.backends import prefix_to_backends
@@ -14,41 +13,41 @@ from mmengine.logging import print_log
 def is_in_store(source: str) -> bool:
     """Return whether one of mmengine's file backends reads a path, such as ``s3://bucket/epoch_1.pth``.
 
-    Local paths and URLs do not count.
+    Local paths, URLs, and paths whose backend needs a package that is not installed do not count.
     """
     scheme, separator, _ = source.partition('://')
-    return bool(separator) and scheme not in ('http', 'https') and scheme.split(':')[-1] in prefix_to_backends
+    if not separator or scheme in ('http', 'https') or scheme.split(':')[-1] not in prefix_to_backends:
+        return False
+    try:
+        get_file_backend(source)
+    except ImportError:
+        return False  # mmengine may have a loader for the scheme
+    return True
 
 
-def copy_from_store(source: str, backend: Optional[BaseStorageBackend] = None) -> str:
-    """Copy a checkpoint from an object store to a temporary file, and return its path; see :func:`remove_copy`.
+@contextmanager
+def local_copy(source: str, store: Optional[BaseStorageBackend] = None) -> Iterator[str]:
+    """Copy a checkpoint from an object store to a temporary file, which is removed at the end of the context.
 
     Args:
         source (str): Path in the store.
-        backend (BaseStorageBackend, optional): mmengine's file backend. None chooses it by the scheme of the path.
+        store (BaseStorageBackend, optional): mmengine's file backend. None chooses it by the scheme of the path.
 
     Raises:
         OSError: If the store cannot be reached or has no such file.
+
+    >>> with local_copy('s3://bucket/epoch_1.pth') as path:
+    ...     content = torch.load(path)
     """
     try:
-        content = (backend or get_file_backend(source)).get(source)
+        content = (store or get_file_backend(source)).get(source)
     except Exception as error:  # every client of a store has its own errors
         raise OSError(f"The checkpoint '{source}' could not be read from its store: {error}") from error
-    path = osp.join(tempfile.mkdtemp(dir=_copies().name), osp.basename(source))
-    with open(path, 'wb') as file:
-        file.write(content)
-    return path
-
-
-def remove_copy(path: Optional[str]) -> None:
-    """Remove a temporary file of :func:`copy_from_store`. Other files are kept."""
-    if path is not None and osp.dirname(osp.dirname(path)) == _copies().name:
-        shutil.rmtree(osp.dirname(path), ignore_errors=True)
-
-
-@cache
-def _copies() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix='mmdiffkd-')
+    with tempfile.TemporaryDirectory(prefix='mmdiffkd-') as folder:
+        path = osp.join(folder, osp.basename(source))
+        with open(path, 'wb') as file:
+            file.write(content)
+        yield path
 
 
 def list_store(store: BaseStorageBackend, folder: str) -> List[str]:

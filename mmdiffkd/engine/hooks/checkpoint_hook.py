@@ -11,8 +11,8 @@ from mmdiffkd.registry import HOOKS
 
 from ..checkpoint import NAME as ATOMIC_BACKEND
 from ..checkpoint import file_to_load
-from ..object_store import remove_copy
 from ..random import SeededBatches, seed_iteration
+from ..weights import fit_loaded_weights
 from .utils import get_distiller
 
 TEACHER = 'diffkd_teacher'  # metadata key under which a checkpoint stores a hash of the teacher's weights
@@ -43,7 +43,10 @@ class CheckpointHook(BaseCheckpointHook):
         """
         if runner._has_loaded:  # FlexibleRunner loads before it calls hooks; tools/train.py has checked the file
             return
-        runner._load_from = self.file_to_load(runner._load_from, runner._resume, runner.work_dir)
+        named = runner._load_from
+        runner._load_from = self.file_to_load(named, runner._resume, runner.work_dir)
+        if runner._load_from is not None:
+            fit_loaded_weights(runner.model, named or runner._load_from)
         runner._resume = bool(runner._resume) and runner._load_from is not None
 
     def file_to_load(self, load_from: Optional[str], resume: Union[bool, str], work_dir: str) -> Optional[str]:
@@ -65,8 +68,8 @@ class CheckpointHook(BaseCheckpointHook):
         Raises:
             ValueError: If the checkpoint of the resumed run was saved with a different teacher.
         """
-        remove_copy(runner._load_from)
-        meta = checkpoint.get('meta', {})
+        meta = checkpoint.get('meta')
+        meta = meta if isinstance(meta, dict) else {}
         meta.pop('config', None)  # mmengine would execute it as Python; its own files have the key 'cfg'
         if not runner._resume:
             return

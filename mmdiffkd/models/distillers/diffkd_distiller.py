@@ -13,8 +13,9 @@ from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmdiffkd.engine.checkpoint import PREFIX, check_is_data
+from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.engine.dist import on_all_ranks
+from mmdiffkd.engine.weights import fit_on_load, use_checked_files
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.config import closest_names, refuse_old_keys, type_name, with_preprocessor
 from mmdiffkd.version import __version__
@@ -63,6 +64,7 @@ class DistillState:
             an error. Set by ``NonFiniteHook``.
         record_tap_gradients (bool): Whether to record ``tap_gradients``. Set by ``NonFiniteHook``.
         capture (bool): Whether the next iteration is kept in ``last_record``. Set by ``DiffKDVisualizationHook``.
+        checkpoint (str): Name in messages of the checkpoint that is loaded. Set by ``CheckpointHook``.
         last_record (DistillRecord, optional): The captured iteration.
         non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
         tap_gradients (dict[tuple[str, int], Tensor]): Sums of the gradients that the student received in the last
@@ -75,6 +77,7 @@ class DistillState:
     skip_non_finite: bool = False
     record_tap_gradients: bool = False
     capture: bool = False
+    checkpoint: str = 'The checkpoint'
     last_record: Optional[DistillRecord] = None
     non_finite_losses: List[str] = field(default_factory=list)
     tap_gradients: Dict[Tuple[str, int], Tensor] = field(default_factory=dict)
@@ -145,6 +148,7 @@ class DiffKDDistiller(BaseModel):
         self.encoder_path: Optional[str] = None
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
         self._distill_handles = [
+            self._register_load_state_dict_pre_hook(self._fit_weights),
             self._register_load_state_dict_pre_hook(self._drop_diffusion_keys),
             self.register_load_state_dict_post_hook(_allow_missing_diffusion_keys),
         ]
@@ -217,7 +221,8 @@ class DiffKDDistiller(BaseModel):
         diffkd = self._modules.pop('diffkd', None)
         try:
             self._load_teacher()
-            super().init_weights()
+            with use_checked_files(self):
+                super().init_weights()
         finally:
             if diffkd is not None:
                 self._modules['diffkd'] = diffkd
@@ -225,11 +230,8 @@ class DiffKDDistiller(BaseModel):
             self._init_from_teacher(self.diffkd_teacher.model)
 
     def _load_teacher(self) -> None:
-        """Build the teacher with its weights, and check the student's pretrained files."""
-        # one call per file: ranks download files together, so they must not skip a file because of another one
+        # one call after the other: ranks download weights together, so no rank may stop before the others
         on_all_ranks(self._raise_deferred_error)
-        for source in _pretrained_files(self):
-            on_all_ranks(partial(check_is_data, source))
         if self.diffkd_teacher is not None:
             on_all_ranks(lambda: self.diffkd_teacher.model)
 
@@ -395,6 +397,11 @@ class DiffKDDistiller(BaseModel):
             "(optim_wrapper.clip_grad=dict(max_norm=35)); the hook dict(type='mmdiffkd.NonFiniteHook', policy='skip') "
             'skips such iterations.'
         )
+
+    def _fit_weights(self, state_dict: dict, prefix: str, *args) -> None:
+        """Fit the weights of a checkpoint to the student. Wrappers of this model load with a prefix."""
+        if not prefix:
+            fit_on_load(self, state_dict, self.distill_state.checkpoint, 'the student')
 
     def _drop_diffusion_keys(self, state_dict: dict, prefix: str, *args) -> None:
         """Remove the weights of a diffusion module from a state dict if this model has no teacher.
@@ -567,19 +574,6 @@ def _check_teacher_keys(teacher: dict) -> None:
             raise ValueError(f"teacher has no key '{key}'; the nearest are {closest_names(key, keys)}.")
     if 'config' not in teacher:
         raise ValueError("teacher.config is missing: give 'pkg::path', a file or a dict.")
-
-
-def _pretrained_files(model: nn.Module) -> List[str]:
-    """Return the checkpoint files in the ``init_cfg`` of a model and its submodules."""
-
-    def named_in(cfg) -> List[str]:
-        if isinstance(cfg, (list, tuple)):
-            return [file for entry in cfg for file in named_in(entry)]
-        if not isinstance(cfg, dict):
-            return []
-        return [*filter(None, [cfg.get('checkpoint')]), *named_in(cfg.get('override'))]
-
-    return [file for module in model.modules() for file in named_in(getattr(module, 'init_cfg', None))]
 
 
 class _AttachUnused(torch.autograd.Function):

@@ -8,7 +8,8 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdiffkd.engine.checkpoint import fingerprint, load_strict, read_checkpoint
+from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
+from mmdiffkd.engine.weights import load_strict
 from mmdiffkd.utils.config import get_model_cfg, get_preprocessor_cfg, resolve_config, type_name, zoo_checkpoint
 from mmdiffkd.utils.meta_device import QuickInit
 
