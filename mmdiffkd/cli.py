@@ -37,13 +37,16 @@ def without_gc() -> Iterator[None]:
 
 
 def own_process() -> None:
-    """Exclude objects created at startup from later garbage collections, including the one at exit.
+    """Set up the process of a tool.
 
-    Has no effect if a different program, such as a test, calls the script in its process, because the garbage of that
-    program would then never be freed.
+    Has no effect if a different program, such as a test, calls the tool in its process.
+
+    - Characters that the terminal or a code page of Windows lacks are printed as escapes instead of raising an error.
+    - Objects created at startup are excluded from later garbage collections, including the one at exit.
     """
     global _is_own_process
     if sys.argv[0] in sys.orig_argv[1:]:
+        sys.stdout.reconfigure(errors='backslashreplace')
         _is_own_process = True
         atexit.register(gc.freeze)
 

@@ -45,32 +45,42 @@ def build_runner(args):
 
     from mmdiffkd.apis import load_run_config
     from mmdiffkd.engine.checkpoint import check_is_data
+    from mmdiffkd.engine.weights import fit_loaded_weights
 
-    check_is_data(args.checkpoint)
+    checkpoint = check_is_data(args.checkpoint)
     cfg = load_run_config(args)
     if 'student' in cfg.model:
         cfg.model.teacher = None  # the student alone: neither the teacher's config nor its weights are needed
-    cfg.load_from, cfg.resume = args.checkpoint, False  # a config dumped by a resumed run has resume=True
+    cfg.load_from, cfg.resume = checkpoint, False  # a config dumped by a resumed run has resume=True
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     if args.tta:
         augment(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if isinstance(runner, Runner):
+        fit_loaded_weights(runner.model, args.checkpoint)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     return runner
 
 
 def augment(cfg):
+    from mmdiffkd.utils.config import nested_datasets, type_name
+
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise SystemExit(
             '--tta needs tta_model and tta_pipeline in the config; an example is mmdet::retinanet/retinanet_tta.py.'
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+    for dataset in nested_datasets(cfg.test_dataloader.dataset):
+        is_wrapper = 'dataset' in dataset or 'datasets' in dataset
+        if is_wrapper and dataset.get('pipeline'):
+            raise ValueError(
+                f'--tta does not work with a {type_name(dataset.type)}, which transforms images after they are loaded; '
+                'set test_dataloader.dataset to the dataset in it.'
+            )
+        if not is_wrapper:
+            dataset.pipeline = cfg.tta_pipeline
 
 
 def show_predictions(cfg, args):

@@ -1,7 +1,7 @@
 from mmengine.config import Config, ConfigDict
 
 from mmdiffkd.engine.checkpoint import read_checkpoint, without_diffusion_module
-from mmdiffkd.utils.config import get_custom_imports
+from mmdiffkd.utils.config import get_custom_imports, type_name
 
 PACKAGE = 'mmdiffkd'
 
@@ -41,7 +41,8 @@ def student_config(cfg: Config) -> Config:
     """
     if 'student' not in cfg.model:
         raise ValueError(
-            f'{cfg.filename or "This config"} is not a distillation config: its model is a plain {cfg.model.type}.'
+            f'{cfg.filename or "This config"} is not a distillation config: its model is a plain '
+            f'{type_name(cfg.model.type)}.'
         )
     content = ConfigDict(cfg.to_dict())
     model = content.model.student

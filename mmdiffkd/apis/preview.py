@@ -34,6 +34,7 @@ from mmdiffkd.utils.config import (
     image_channels,
     image_size,
     loaded_order,
+    package_of,
     pipeline_normalization,
     resolve_config,
     with_preprocessor,
@@ -162,11 +163,11 @@ def list_taps(
     if 'student' in cfg.model and owner == 'teacher':
         if not cfg.model.get('teacher'):
             raise ValueError('The config has no teacher: set model.teacher, or use --list-taps student.')
-        scope, cfg = cfg.get('default_scope', 'mmengine'), resolve_config(cfg.model.teacher.config)
-        init_default_scope(cfg.get('default_scope', scope))
+        scope, cfg = package_of(cfg), resolve_config(cfg.model.teacher.config)
+        init_default_scope(package_of(cfg) or scope or 'mmengine')
         model_cfg = get_teacher_cfg(cfg)
     else:
-        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        init_default_scope(package_of(cfg) or 'mmengine')
         model_cfg = copy.deepcopy(cfg.model.student if 'student' in cfg.model else cfg.model)
         model_cfg = with_preprocessor(model_cfg, cfg.get('data_preprocessor'))
     net = build_for_inspection(model_cfg)

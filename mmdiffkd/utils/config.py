@@ -14,6 +14,7 @@ from mmengine.fileio import load
 from mmengine.registry import MODELS
 
 ConfigSource = Union[str, Path, dict]
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # old key: new key
 RENAMED_KEYS = dict(
     backprop_steps='num_grad_steps',
@@ -99,17 +100,66 @@ def get_teacher_cfg(cfg: Config) -> ConfigDict:
     return model
 
 
-def type_name(cfg: dict) -> str:
-    """Return the ``type`` of a config for messages; the type may be a class or function."""
-    kind = cfg.get('type')
-    return getattr(kind, '__name__', str(kind))
-
-
 def with_preprocessor(model: ConfigDict, preprocessor: Optional[dict]) -> ConfigDict:
     """Add the top-level preprocessor to a model without its own, as the Runner does. Modifies ``model``."""
     if model.get('data_preprocessor') is None and preprocessor is not None:
         model['data_preprocessor'] = copy.deepcopy(preprocessor)
     return model
+
+
+def type_name(kind) -> str:
+    """Return the class name of a ``type`` in a config: a name, a path, or in pure Python configs, a class.
+
+    >>> type_name(RetinaNet), type_name('mmdet.RetinaNet'), type_name('mmdet.models.detectors.retinanet.RetinaNet')
+    ('RetinaNet', 'RetinaNet', 'RetinaNet')
+    """
+    return kind.__name__ if hasattr(kind, '__name__') else str(kind).rpartition('.')[2]
+
+
+def comparable(value):
+    """Return settings in a form in which text, pure Python, dumped and YAML configs of the same module are equal."""
+    if isinstance(value, dict):
+        kept = {key: comparable(item) for key, item in value.items() if key != '_scope_'}
+        return dict(kept, type=type_name(value['type'])) if 'type' in value else kept
+    return [comparable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def with_named_types(value):
+    """Return settings with all classes and functions replaced by their names, as in a text config."""
+    if isinstance(value, dict):
+        return {key: with_named_types(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_named_types(item) for item in value)
+    if not hasattr(value, '__qualname__'):
+        return value
+    in_mmdiffkd = value.__module__.split('.')[0] == 'mmdiffkd'
+    return f'mmdiffkd.{value.__name__}' if in_mmdiffkd else f'{value.__module__}.{value.__qualname__}'
+
+
+def package_of(cfg: Config) -> Optional[str]:
+    """Return the package of a config, such as ``'mmdet'``: its default scope, or the package of its model's class."""
+    if cfg.get('default_scope') is not None:
+        return cfg.default_scope
+    model = cfg.get('model') or {}
+    kind = (model.get('student') or model).get('type')
+    path = kind if isinstance(kind, str) else getattr(kind, '__module__', '')
+    return path.split('.')[0] if '.' in path else None
+
+
+def set_loader_defaults(cfg: Config, names: Sequence[str] = LOADERS) -> None:
+    """Set the dataloader settings that ``train.py`` of mmpretrain sets, in place. The other packages set none.
+
+    Args:
+        cfg (Config): Config of a run.
+        names (sequence[str]): Keys of the dataloaders. Defaults to the three dataloaders of a run.
+    """
+    if package_of(cfg) != 'mmpretrain':
+        return
+    for loader in filter(None, map(cfg.get, names)):
+        loader.setdefault('pin_memory', True)
+        # without workers, torch refuses persistent workers
+        loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+        loader.setdefault('collate_fn', dict(type='default_collate'))
 
 
 def get_preprocessor_cfg(cfg: Config) -> Optional[dict]:
@@ -294,22 +344,25 @@ def image_size(cfg: Config) -> Size:
     preprocessor = cfg.model.get('student', cfg.model).get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     if preprocessor.get('size'):
         return tuple(preprocessor['size'])
-    size = cfg.get('image_size') or _dataset_size((cfg.get('train_dataloader') or {}).get('dataset'))
+    pipelines = [
+        dataset.get('pipeline') for dataset in nested_datasets((cfg.get('train_dataloader') or {}).get('dataset'))
+    ]
+    size = cfg.get('image_size') or next(filter(None, map(_pipeline_size, filter(None, pipelines))), None)
     if size is None:
-        return USUAL_SIZES.get(cfg.get('default_scope'), (224, 224))
+        return USUAL_SIZES.get(package_of(cfg), (224, 224))
     width, height = size
     divisor = preprocessor.get('pad_size_divisor', 1)
     return ceil(height / divisor) * divisor, ceil(width / divisor) * divisor
 
 
-def _dataset_size(dataset: Optional[dict]) -> Optional[Size]:
-    """Return the width and height of the images of a dataset, from its pipeline or that of the dataset it wraps."""
+def nested_datasets(dataset: Union[dict, Sequence[dict], None]) -> Iterator[dict]:
+    """Yield the config of a dataset, then of the datasets in it, such as those of a ``ConcatDataset``."""
     if isinstance(dataset, (list, tuple)):
-        dataset = dataset[0]
-    if dataset is None:
-        return None
-    inner = dataset.get('dataset') or dataset.get('datasets')
-    return _pipeline_size(dataset.get('pipeline') or ()) or _dataset_size(inner)
+        for member in dataset:
+            yield from nested_datasets(member)
+    elif isinstance(dataset, dict):
+        yield dataset
+        yield from nested_datasets(dataset.get('dataset') or dataset.get('datasets'))
 
 
 def _pipeline_size(steps: Sequence[dict]) -> Optional[Size]:

@@ -1,5 +1,6 @@
 """Random training batches for models of mmdet, mmseg and mmpretrain, in the format of their dataloaders."""
 
+import copy
 from functools import partial
 from typing import Iterator, List, Optional
 
@@ -10,7 +11,14 @@ from mmengine.dataset import Compose, default_collate, pseudo_collate
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
-from .config import get_preprocessor_cfg, image_channels
+from .config import (
+    get_preprocessor_cfg,
+    image_channels,
+    nested_datasets,
+    package_of,
+    set_loader_defaults,
+    type_name,
+)
 
 BOXES = 3
 # pipeline for configs without a training set
@@ -36,7 +44,7 @@ def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0, channels
         ValueError: If the config is not for one of these packages.
     """
     rng = np.random.default_rng(seed)
-    scope = cfg.get('default_scope') or DefaultScope.get_current_instance().scope_name
+    scope = package_of(cfg) or DefaultScope.get_current_instance().scope_name
     makers = dict(mmdet=_detection, mmseg=_segmentation, mmpretrain=_classification)
     if scope not in makers:
         raise ValueError(f"Random batches need default_scope to be one of {', '.join(makers)}, not '{scope}'.")
@@ -47,8 +55,10 @@ def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0, channels
 def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0, channels: Optional[int] = None) -> dict:
     """Collate :func:`random_items` as the config's dataloader does, for ``train_step``."""
     items = random_items(cfg, size, count, seed, channels)
+    cfg = copy.deepcopy(cfg)
+    set_loader_defaults(cfg)
     collate = ((cfg.get('train_dataloader') or {}).get('collate_fn') or {}).get('type')
-    return default_collate(items) if collate == 'default_collate' else pseudo_collate(items)
+    return default_collate(items) if type_name(collate) == 'default_collate' else pseudo_collate(items)
 
 
 def random_image(rng: np.random.Generator, size: int, channels: int = 3) -> np.ndarray:
@@ -82,11 +92,11 @@ def _tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def _detection(cfg: Config, draw, rng, size: int, count: int) -> List[dict]:
-    kind = cfg.model.type.split('.')[-1]
+    kind = type_name(cfg.model.type)
     if kind == 'SoftTeacher':
         return _semi_supervised(cfg, draw, rng, size, count)
     preprocessor = cfg.model.get('data_preprocessor') or {}
-    if 'Track' in preprocessor.get('type', '') and not preprocessor.get('use_det_processor'):
+    if 'Track' in type_name(preprocessor.get('type')) and not preprocessor.get('use_det_processor'):
         return _tracking(cfg, draw, rng, size)
     if kind == 'BaseReID':
         return _reid(draw)
@@ -221,10 +231,9 @@ def _segmentation(cfg: Config, draw, rng, size: int, count: int) -> List[dict]:
 def _classification(cfg: Config, draw, rng, size: int, count: int) -> List[dict]:
     from mmpretrain.registry import TRANSFORMS
 
-    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or dict(pipeline=INFERENCE_ONLY)
-    while 'pipeline' not in dataset:
-        dataset = dataset['dataset']
-    steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
+    datasets = nested_datasets((cfg.get('train_dataloader') or {}).get('dataset'))
+    steps = next((dataset['pipeline'] for dataset in datasets if dataset.get('pipeline')), INFERENCE_ONLY)
+    steps = [step for step in steps if not type_name(step['type']).startswith('Load')]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
     is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
     tasks = (cfg.model.get('head') or {}).get('task_heads')

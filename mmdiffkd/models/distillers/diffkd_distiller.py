@@ -13,9 +13,11 @@ from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmdiffkd.engine.checkpoint import PREFIX, check_is_data
+from mmdiffkd.engine.checkpoint import PREFIX
+from mmdiffkd.engine.dist import on_all_ranks
+from mmdiffkd.engine.weights import fit_on_load, use_checked_files
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.config import with_preprocessor
+from mmdiffkd.utils.config import type_name, with_preprocessor
 from mmdiffkd.utils.validation import ConfigError, bind, build_part, check_value, in_key
 from mmdiffkd.version import __version__
 
@@ -75,6 +77,7 @@ class DistillState:
             an error. Set by ``NonFiniteHook``.
         record_tap_gradients (bool): Whether to record ``tap_gradients``. Set by ``NonFiniteHook``.
         capture (bool): Whether the next iteration is kept in ``last_record``. Set by ``DiffKDVisualizationHook``.
+        checkpoint (str): Name in messages of the checkpoint that is loaded. Set by ``CheckpointHook``.
         last_record (DistillRecord, optional): The captured iteration.
         non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
         tap_gradients (dict[tuple[str, int], Tensor]): Sums of the gradients that the student received in the last
@@ -89,6 +92,7 @@ class DistillState:
     skip_non_finite: bool = False
     record_tap_gradients: bool = False
     capture: bool = False
+    checkpoint: str = 'The checkpoint'
     last_record: Optional[DistillRecord] = None
     non_finite_losses: List[str] = field(default_factory=list)
     tap_gradients: Dict[Tuple[str, int], Tensor] = field(default_factory=dict)
@@ -164,6 +168,7 @@ class DiffKDDistiller(BaseModel):
             check_value('init_from_teacher', init_from_teacher, Union[str, Sequence[str]])
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
         self._distill_handles = [
+            self._register_load_state_dict_pre_hook(self._fit_weights),
             self._register_load_state_dict_pre_hook(self._drop_diffusion_keys),
             self.register_load_state_dict_post_hook(_allow_missing_diffusion_keys),
         ]
@@ -242,26 +247,34 @@ class DiffKDDistiller(BaseModel):
         try_neck(neck, student, teacher, DistillContext(images, input_size=(TRIAL_SIZE, TRIAL_SIZE), student=self))
 
     def init_weights(self) -> None:
-        """Initialize the student as without distillation, then load the teacher. The Runner calls this before training.
+        """Load the teacher, and initialize the student as without distillation. The Runner calls this before training.
 
         Raises:
-            FileNotFoundError, ValueError: If the checkpoint of the teacher or of an ``init_cfg`` does not exist, does
-                not fit, or contains other objects than data.
+            FileNotFoundError, ValueError: On all ranks, if on any rank the checkpoint of the teacher or of an
+                ``init_cfg`` does not exist, does not fit, or contains other objects than data.
         """
-        if self.deferred_error is not None:
-            raise self.deferred_error
         print_log(f'Versions: {", ".join(_versions())}', logger='current')
         # remove the diffusion module for now: the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
-            for source in _pretrained_files(self):
-                check_is_data(source)
-            super().init_weights()
+            self._load_teacher()
+            with use_checked_files(self):
+                super().init_weights()
         finally:
             if diffkd is not None:
                 self._modules['diffkd'] = diffkd
         if self.diffkd_teacher is not None:
             self._init_from_teacher(self.diffkd_teacher.model)
+
+    def _load_teacher(self) -> None:
+        # one call after the other: ranks download weights together, so no rank may stop before the others
+        on_all_ranks(self._raise_deferred_error)
+        if self.diffkd_teacher is not None:
+            on_all_ranks(lambda: self.diffkd_teacher.model)
+
+    def _raise_deferred_error(self) -> None:
+        if self.deferred_error is not None:
+            raise self.deferred_error
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
         """Copy the teacher's weights to the modules in ``init_from_teacher``."""
@@ -496,6 +509,11 @@ class DiffKDDistiller(BaseModel):
             'skips such iterations.'
         )
 
+    def _fit_weights(self, state_dict: dict, prefix: str, *args) -> None:
+        """Fit the weights of a checkpoint to the student. Wrappers of this model load with a prefix."""
+        if not prefix:
+            fit_on_load(self, state_dict, self.distill_state.checkpoint, 'the student')
+
     def _drop_diffusion_keys(self, state_dict: dict, prefix: str, *args) -> None:
         """Remove the weights of a diffusion module from a state dict if this model has no teacher.
 
@@ -654,7 +672,8 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         raise ValueError("student must be the config of a model, such as student=_base_.model: a dict with a 'type'.")
     if 'student' in student:
         raise ValueError(
-            f"The student's config is already a {student['type']}; use its student: student=_base_.model.student."
+            f"The student's config is already a {type_name(student['type'])}; use its student: "
+            'student=_base_.model.student.'
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     return with_preprocessor(cfg, data_preprocessor)
@@ -672,19 +691,6 @@ def _versions() -> List[str]:
     """Versions of this package and of the imported OpenMMLab packages, for the log."""
     upstream = [name for name in ('mmdet', 'mmseg', 'mmpretrain') if name in sys.modules]
     return [f'mmdiffkd {__version__}', *(f'{name} {sys.modules[name].__version__}' for name in upstream)]
-
-
-def _pretrained_files(model: nn.Module) -> List[str]:
-    """Return the checkpoint files in the ``init_cfg`` of a model and its submodules."""
-
-    def named_in(cfg) -> List[str]:
-        if isinstance(cfg, (list, tuple)):
-            return [file for entry in cfg for file in named_in(entry)]
-        if not isinstance(cfg, dict):
-            return []
-        return [*filter(None, [cfg.get('checkpoint')]), *named_in(cfg.get('override'))]
-
-    return [file for module in model.modules() for file in named_in(getattr(module, 'init_cfg', None))]
 
 
 class _AttachUnused(torch.autograd.Function):

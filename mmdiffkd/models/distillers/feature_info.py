@@ -75,6 +75,7 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
         ValueError: If the model does not run on images of any size.
     """
     paths, failed = list(paths), {}
+    name = type_name(model_cfg['type'])
     widths = image_channels(model_cfg)
     attempts = [(*attempt, width) for attempt in (*_own_size(model_cfg), *ATTEMPTS) for width in widths]
     for device, size, width in chain(attempts, _stem_channels(model_cfg)):
@@ -88,7 +89,7 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
             continue
         if owner == 'teacher' and size not in USUAL and all(side in failed for side in USUAL):
             print_log(
-                f'The teacher {type_name(model_cfg)} runs on images of {size}x{size} pixels, but not on images of '
+                f'The teacher {name} runs on images of {size}x{size} pixels, but not on images of '
                 f'{" or ".join(f"{side}x{side}" for side in USUAL)} pixels ({failed[USUAL[-1]]}). Train with images '
                 'of a size that the teacher accepts.',
                 'current',
@@ -97,7 +98,7 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
         return infos
     problem = failed[attempts[-1][1]]
     raise ValueError(
-        f'The {owner} {type_name(model_cfg)} does not run on blank images of {", ".join(map(str, sorted(failed)))} '
+        f'The {owner} {name} does not run on blank images of {", ".join(map(str, sorted(failed)))} '
         f'pixels; the last error was {type(problem).__name__}: {problem}. The {owner} must have extract_feat(images), '
         f'forward(images), or a module named backbone.'
     ) from problem

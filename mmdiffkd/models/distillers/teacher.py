@@ -12,7 +12,8 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdiffkd.engine.checkpoint import fingerprint, load_strict, read_checkpoint
+from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
+from mmdiffkd.engine.weights import load_strict
 from mmdiffkd.utils.config import (
     get_preprocessor_cfg,
     get_teacher_cfg,
@@ -98,7 +99,7 @@ class Teacher:
     @property
     def name(self) -> str:
         """Name of the teacher in messages."""
-        return self.source if isinstance(self.source, str) else f'{type_name(self.cfg.model)}, given as a dict'
+        return self.source if isinstance(self.source, str) else f'{type_name(self.cfg.model.type)}, given as a dict'
 
     @property
     def model_cfg(self):

@@ -77,7 +77,7 @@ class DiffKDPreset:
 
     def default_distance(self, student_cfg: dict) -> dict:
         """Return the config of the distance between features, used if a pair has no ``loss_kd``."""
-        detector = type_name(student_cfg).split('.')[-1]
+        detector = type_name(student_cfg['type'])
         loss_weight = FEATURE_LOSS_WEIGHTS.get(detector, DEFAULT_FEATURE_LOSS_WEIGHT)
         return dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight)
 
@@ -85,9 +85,10 @@ class DiffKDPreset:
     def _find_features(student_cfg: dict, teacher_cfg: dict) -> List[str]:
         features = [find_features(cfg) for cfg in (student_cfg, teacher_cfg)]
         if find_task(student_cfg) != find_task(teacher_cfg) or None in features:
+            names = [type_name(cfg['type']) for cfg in (student_cfg, teacher_cfg)]
             raise ValueError(
-                f'There is no default tap for the student {type_name(student_cfg)} and the teacher '
-                f"{type_name(teacher_cfg)}; set the taps: distill=dict(feat=dict(student='backbone', teacher='...')). "
+                f'There is no default tap for the student {names[0]} and the teacher {names[1]}; set the taps: '
+                "distill=dict(feat=dict(student='backbone', teacher='...')). "
                 'tools/analysis_tools/preview.py CONFIG --list-taps teacher lists them.'
             )
         return features
@@ -115,7 +116,7 @@ def find_task(cfg: dict) -> str:
         return 'segmentation'
     if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, 'detector')):
         return 'detection'
-    return 'classification' if type_name(cfg).split('.')[-1] == 'ImageClassifier' else 'other'
+    return 'classification' if type_name(cfg['type']) == 'ImageClassifier' else 'other'
 
 
 def find_features(cfg: dict) -> Optional[str]:
@@ -131,7 +132,7 @@ def find_features(cfg: dict) -> Optional[str]:
         if cfg.get(name):
             is_list = isinstance(cfg[name], (list, tuple))  # a list holds the encoder and its post-processing
             path, encoder = (f'{name}.0', cfg[name][0]) if is_list else (name, cfg[name])
-            last = LAST_MAPS.get(type_name(encoder).split('.')[-1]) if isinstance(encoder, dict) else None
+            last = LAST_MAPS.get(type_name(encoder.get('type'))) if isinstance(encoder, dict) else None
             return path if last is None else f'{path}.{last}'
     return None
 
@@ -162,7 +163,7 @@ def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
     The path is None if there is no such layer, and for multi-label classifiers.
     """
     head = cfg.get('head') or {}
-    kind, classes = str(head.get('type')), head.get('num_classes')
+    kind, classes = type_name(head.get('type')), head.get('num_classes')
     linear = [
         name
         for name, module in model.named_modules()

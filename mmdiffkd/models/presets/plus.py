@@ -5,6 +5,7 @@ from typing import Dict, Tuple
 from torch import nn
 
 from mmdiffkd.registry import PRESETS
+from mmdiffkd.utils.config import comparable
 from mmdiffkd.utils.meta_device import build_for_inspection
 
 from .diffkd import DiffKDPreset, find_task, make_pair
@@ -46,7 +47,7 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
     for part in ('bbox_head', 'rpn_head'):
         heads = [getattr(model, part, None) for model in models]
         anchors, coders = (
-            [(cfg.get(part) or {}).get(key) for cfg in cfgs] for key in ('anchor_generator', 'bbox_coder')
+            [comparable((cfg.get(part) or {}).get(key)) for cfg in cfgs] for key in ('anchor_generator', 'bbox_coder')
         )
         if None in heads or anchors[0] != anchors[1]:
             continue
