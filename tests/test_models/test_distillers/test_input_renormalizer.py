@@ -177,6 +177,18 @@ def test_preprocessor_that_cannot_be_measured_is_read_by_its_keys():
     torch.testing.assert_close(zero, torch.full((1, 3, 1, 1), -2.0))
 
 
+def test_equal_preprocessors_need_not_be_measured():
+    odd = dict(type='EachImageByItself')
+    images = torch.rand(1, 5, 4, 4)
+    renormalizer = InputRenormalizer(odd, dict(odd), (5, 5))
+    assert renormalizer(images) is images and not any('is read by' in note for note in renormalizer.notes)
+
+
+def test_std_of_zero_is_refused():
+    with pytest.raises(ValueError, match="teacher's data_preprocessor does not make finite values"):
+        InputRenormalizer(PYTORCH, dict(PYTORCH, std=[0.0] * 3), (3, 3))
+
+
 def test_preprocessors_inside_preprocessors():
     images, samples = loaded(3, [(32, 32)] * 2)
     caffe = dict(type='mmdet.DetDataPreprocessor', **CAFFE)
