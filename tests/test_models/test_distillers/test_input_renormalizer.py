@@ -120,7 +120,7 @@ def test_teacher_gets_the_images_of_its_own_preprocessor(channels, step):
 @pytest.mark.situation(
     'images',
     'padding value of a segmentor',
-    'mmsegmentation SegDataPreProcessor, pad_val',
+    '',
     "the padding of the teacher's images has the teacher's value, also if only this value differs",
 )
 @pytest.mark.parametrize('values', [(0, 5), (5, 0)])
@@ -153,7 +153,7 @@ def test_equal_normalization_returns_the_same_tensor():
 @pytest.mark.situation(
     'images',
     'change detection: two RGB images in one tensor, with six means',
-    'open-cd DualInputSegDataPreProcessor',
+    'Open-CD',
     'measures what a preprocessor of any class does to the channels, and does the same for the teacher',
 )
 def test_preprocessors_of_other_classes():
@@ -258,7 +258,7 @@ def test_gray_and_rgb(kind, flag, is_normalized):
 @pytest.mark.situation(
     'images',
     'a student with an additional depth or thermal band and an RGB teacher',
-    'mmrazor #67',
+    'mmdetection #5671, #10884, mmrazor #67',
     'the teacher gets the first three channels, and the log says so',
 )
 def test_teacher_of_the_first_three_channels():
