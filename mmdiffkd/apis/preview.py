@@ -132,7 +132,11 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         weights_mb={part: number * parameters[part] / 1e6 for part, number in WEIGHT_BYTES.items()},
         overhead=(gmacs['teacher'] + gmacs['diffusion_module']) / step if known else None,
         distill=distill_to_text(model),
-        warnings=_warnings(model, cfg, parameters) + ([] if tried else [UNTRIED]),
+        warnings=[
+            *_warnings(model, cfg, parameters),
+            *_size_warnings(gmacs['teacher'], teacher, teacher_net, size),
+            *([] if tried else [UNTRIED]),
+        ],
     )
 
 
@@ -388,6 +392,22 @@ def _loader_warnings(teacher: Teacher, cfg: Config) -> List[str]:
                 'that they are normalized as in its training.'
             )
     return found
+
+
+def _size_warnings(gmacs: Optional[float], teacher: Teacher, net: nn.Module, size: Size) -> List[str]:
+    """Find teachers that run on images of other sizes only, such as transformers with a fixed number of patches."""
+    if gmacs is not None:
+        return []
+    calls = {path: info.calls for path, info in teacher.taps.items()}
+    own_size = (teacher.model_cfg.get('backbone') or {}).get('img_size') or 512
+    own_size = tuple(own_size) if isinstance(own_size, (list, tuple)) else (own_size, own_size)
+    if _count_pass(net, own_size, _channels(teacher.taps), calls) is None:  # does not run on the meta device at all
+        return []
+    height, width = teacher.renormalize.padded_size(size)
+    return [
+        f'The teacher does not run on images of {height}x{width}, but on images of {own_size[0]}x{own_size[1]}: change '
+        "the size in the student's pipeline, or choose another teacher."
+    ]
 
 
 def _pairs_with_class_mismatch(model: nn.Module, ours: Optional[int], theirs: Optional[int]) -> List[str]:

@@ -291,7 +291,7 @@ def test_list_taps_of_a_model_for_gray_images():
 @pytest.mark.situation(
     'images',
     'the list of taps of a model with operators that run on a CPU or GPU only',
-    'mmdetection RepPoints with deformable convolutions',
+    '',
     'runs the model on the CPU if it does not run without memory',
 )
 def test_list_taps_of_a_model_with_deformable_convolutions():
@@ -327,6 +327,16 @@ def test_images_of_any_number_of_channels(small, tmp_path, channels):
     shown = model.diffkd_teacher.renormalize.displayed(record.images[:1])[0]
     picture = draw_comparison('fpn', shown, record.outputs['fpn'][0], 1)
     assert shown.shape == (3, 64, 64) and picture.ndim == 3
+
+
+@pytest.mark.slow
+def test_teacher_for_images_of_a_fixed_size(tmp_path):
+    student = models.convnext_segmentor()
+    cfg = Config(dict(default_scope='mmseg', model=models.distiller(student, models.beit_segmentor())))
+    cfg.model.teacher.data_preprocessor = dict(size=None, size_divisor=1)
+    warnings = {size: preview(cfg, size=(size, size))['warnings'] for size in (256, 512)}
+    assert 'The teacher does not run on images of 256x256, but on images of 512x512' in ' '.join(warnings[256])
+    assert 'does not run' not in ' '.join(warnings[512])
 
 
 def classifier(data_preprocessor, dataset=None, steps=(dict(type='LoadImageFromFile'),)):

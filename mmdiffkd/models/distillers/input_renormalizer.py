@@ -14,6 +14,7 @@ from .batches import blank_sample
 COLOR_FLAGS = ('bgr_to_rgb', 'rgb_to_bgr', 'to_rgb')
 PAD_VALUES = ('pad_value', 'pad_val')
 PAD_DIVISORS = ('pad_size_divisor', 'size_divisor')
+PREPROCESSOR_KEYS = ('mean', 'std', *COLOR_FLAGS, *PAD_VALUES, *PAD_DIVISORS, 'size')
 GRAY_WEIGHTS = (0.114, 0.587, 0.299)  # of blue, green and red, as in OpenCV
 CHANNELS = (3, 1, 4, 6)  # channels of loaded images to try
 USUAL_DIVISOR = 32  # all models accept images whose sizes are multiples of it
@@ -45,6 +46,7 @@ class Preprocessor:
         cfg (dict, optional): Config of the preprocessor.
 
     Attributes:
+        outer_cfg (dict): The config.
         cfg (dict): The config, or that of the preprocessor inside it.
         pad_value (float): Value of padded pixels, after normalization.
         pad_divisor (int): Number by which padded sizes are divisible.
@@ -53,7 +55,7 @@ class Preprocessor:
     """
 
     def __init__(self, cfg: Optional[dict]):
-        outer = dict(cfg or {})
+        self.outer_cfg = outer = dict(cfg or {})
         self.cfg = outer
         while isinstance(self.cfg.get('data_preprocessor'), dict) and 'mean' not in self.cfg:
             self.cfg = self.cfg['data_preprocessor']
@@ -193,24 +195,33 @@ class InputRenormalizer:
         """Find the map from the student's images to the teacher's."""
         maps = [self.student.pixel_map(loaded) for loaded in (channels, *CHANNELS)]
         ours = next((found for found in maps if found is not None and len(found.bias) == channels), None)
+        identity = PixelMap(torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
         if ours is None:
-            raise ValueError(
-                f'The student takes images of {channels} channels, but its data_preprocessor does not make such '
-                f'images: {self.student.cfg}.'
-            )
+            self.student.obstacle = self.student.obstacle or f'it does not make images of {channels} channels'
+            ours = identity
         self._channels, self._student_map = channels, ours
-        adaptation, theirs = self._teacher_map(ours)
-        self.weight = theirs.weight @ torch.linalg.pinv(ours.weight)
-        self.bias = theirs.bias - self.weight @ ours.bias
-        if not torch.allclose(self.weight @ ours.weight, theirs.weight, rtol=1e-4, atol=1e-6):
-            raise ValueError(
-                "The student's data_preprocessor drops channels that the teacher needs: keep all channels, or choose "
-                "a teacher that takes the student's images."
-            )
+        self._uses_pipeline, adaptation = False, None
+        if self.student.outer_cfg == self.teacher.outer_cfg and self._teacher_channels in (None, channels):
+            self.weight, self.bias = identity
+            self._student_is_raw = self._teacher_is_raw = self.student.is_raw(ours)
+        else:
+            adaptation, theirs = self._teacher_map(ours)
+            for side, pixel_map in (('student', ours), ('teacher', theirs)):
+                if not all(values.isfinite().all() for values in pixel_map):
+                    raise ValueError(
+                        f"The {side}'s data_preprocessor does not make finite values: its std must not contain 0."
+                    )
+            self.weight = theirs.weight @ torch.linalg.pinv(ours.weight)
+            self.bias = theirs.bias - self.weight @ ours.bias
+            if not torch.allclose(self.weight @ ours.weight, theirs.weight, rtol=1e-4, atol=1e-6):
+                raise ValueError(
+                    "The student's data_preprocessor drops channels that the teacher needs: keep all channels, or "
+                    "choose a teacher that takes the student's images."
+                )
         self._keeps_channels = self.weight.size(0) == channels
         self.is_identity = (
             self._keeps_channels
-            and torch.allclose(self.weight, torch.eye(channels, dtype=torch.float64), rtol=0, atol=1e-5)
+            and torch.allclose(self.weight, identity.weight, rtol=0, atol=1e-5)
             and bool((self.bias.abs() < 1e-4).all())
         )
         self.notes = list(self._describe(adaptation))
@@ -243,7 +254,7 @@ class InputRenormalizer:
     def _describe(self, adaptation: Optional[str]) -> Iterator[str]:
         """Yield sentences on conversions and assumptions."""
         for side, name in ((self.student, 'student'), (self.teacher, 'teacher')):
-            if side.obstacle:
+            if side.obstacle and self.student.outer_cfg != self.teacher.outer_cfg:
                 yield (
                     f"The {name}'s data_preprocessor is read by its keys mean, std and color flags, because "
                     f'{side.obstacle}.'
@@ -392,7 +403,7 @@ class InputRenormalizer:
         if self.is_identity and not (self._student_is_raw and self._is_pipeline_known and not self._pipeline):
             return None
         low, high = (value.item() for value in self._loaded(inputs).aminmax())
-        if low > -1 and 1 < high < 256:
+        if _has_usual_range(low, high):
             return None
         return (
             f"The student's data_preprocessor gets values from {low:.3g} to {high:.3g} instead of 0 to 255: the "
@@ -422,9 +433,14 @@ class InputRenormalizer:
         images = images[:, :3] if images.size(1) >= 3 else images[:, :1].expand(-1, 3, -1, -1)
         images = images if self._loads_rgb else images.flip(1)
         low, high = images.aminmax()
-        if low < -1 or high > 256 or high <= 1:
+        if not _has_usual_range(low.item(), high.item()):
             images = 255 * (images - low) / (high - low).clamp_min(1e-6)
         return (images / 255).clamp(0, 1)
+
+
+def _has_usual_range(low: float, high: float) -> bool:
+    """Return whether values are those of bytes, also after augmentations of their brightness."""
+    return low > -128 and 16 < high < 1024
 
 
 def _adaptations(channels: int, is_rgb: bool) -> List[Tuple[Optional[str], Tensor]]:

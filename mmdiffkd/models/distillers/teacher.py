@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
 from mmdiffkd.engine.weights import load_strict
 from mmdiffkd.utils.config import (
+    closest_names,
     get_preprocessor_cfg,
     get_teacher_cfg,
     pipeline_normalization,
@@ -26,7 +27,7 @@ from mmdiffkd.utils.meta_device import QuickInit
 from mmdiffkd.utils.validation import ConfigError, check_arguments, in_key
 
 from .feature_info import FeatureInfo, forward_fns, infer_pad_divisor, run_box_branch
-from .input_renormalizer import InputRenormalizer
+from .input_renormalizer import PREPROCESSOR_KEYS, InputRenormalizer, Preprocessor
 from .optimize_inference import compile_parts, find_mismatch, optimize_for_inference, set_memory_format
 from .recorders import ModuleOutputsRecorder, is_roi_tap
 
@@ -135,12 +136,19 @@ class Teacher:
         cfg.update(changes)
         if cfg.get('type') and self.model_cfg.get('_scope_') and '_scope_' not in cfg:
             cfg['_scope_'] = self.model_cfg['_scope_']
-        if not changes or not cfg.get('type'):
+        if not changes:
             return cfg
+        unknown = [key for key in changes if key not in PREPROCESSOR_KEYS]
+        if unknown and not cfg.get('type'):
+            nearest = closest_names(unknown[0], PREPROCESSOR_KEYS)
+            raise ConfigError(f'data_preprocessor.{unknown[0]}', f' is not a known key; the nearest are {nearest}.')
         try:
-            MODELS.build(copy.deepcopy(cfg))
+            if cfg.get('type'):
+                MODELS.build(copy.deepcopy(cfg))
+            Preprocessor(cfg).pixel_map(3)
         except Exception as error:
-            raise ConfigError('data_preprocessor', f'={changes} does not fit {cfg["type"]}: {error}') from error
+            name = cfg.get('type') or 'the teacher'
+            raise ConfigError('data_preprocessor', f'={changes} does not fit {name}: {error}') from error
         return cfg
 
     def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, FeatureInfo], channels: int = 3) -> None:

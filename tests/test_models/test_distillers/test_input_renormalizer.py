@@ -120,7 +120,7 @@ def test_teacher_gets_the_images_of_its_own_preprocessor(channels, step):
 @pytest.mark.situation(
     'images',
     'padding value of a segmentor',
-    'mmsegmentation SegDataPreProcessor, pad_val',
+    '',
     "the padding of the teacher's images has the teacher's value, also if only this value differs",
 )
 @pytest.mark.parametrize('values', [(0, 5), (5, 0)])
@@ -153,7 +153,7 @@ def test_equal_normalization_returns_the_same_tensor():
 @pytest.mark.situation(
     'images',
     'change detection: two RGB images in one tensor, with six means',
-    'open-cd DualInputSegDataPreProcessor',
+    'Open-CD',
     'measures what a preprocessor of any class does to the channels, and does the same for the teacher',
 )
 def test_preprocessors_of_other_classes():
@@ -175,6 +175,18 @@ def test_preprocessor_that_cannot_be_measured_is_read_by_its_keys():
     assert "The teacher's data_preprocessor is read by its keys" in renormalizer.notes[0]
     zero = renormalizer(-torch.tensor(PYTORCH['mean']).view(1, 3, 1, 1) / torch.tensor(PYTORCH['std']).view(1, 3, 1, 1))
     torch.testing.assert_close(zero, torch.full((1, 3, 1, 1), -2.0))
+
+
+def test_equal_preprocessors_need_not_be_measured():
+    odd = dict(type='EachImageByItself')
+    images = torch.rand(1, 5, 4, 4)
+    renormalizer = InputRenormalizer(odd, dict(odd), (5, 5))
+    assert renormalizer(images) is images and not any('is read by' in note for note in renormalizer.notes)
+
+
+def test_std_of_zero_is_refused():
+    with pytest.raises(ValueError, match="teacher's data_preprocessor does not make finite values"):
+        InputRenormalizer(PYTORCH, dict(PYTORCH, std=[0.0] * 3), (3, 3))
 
 
 def test_preprocessors_inside_preprocessors():
@@ -246,7 +258,7 @@ def test_gray_and_rgb(kind, flag, is_normalized):
 @pytest.mark.situation(
     'images',
     'a student with an additional depth or thermal band and an RGB teacher',
-    'mmrazor #67',
+    'mmdetection #5671, #10884, mmrazor #67',
     'the teacher gets the first three channels, and the log says so',
 )
 def test_teacher_of_the_first_three_channels():

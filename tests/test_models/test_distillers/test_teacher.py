@@ -162,3 +162,11 @@ def test_data_preprocessor_of_the_teacher_can_be_changed(tmp_path):
 def test_unusable_changes_of_the_data_preprocessor(changes, message):
     with pytest.raises(ValueError, match=message):
         Teacher(tiny.detector(), data_preprocessor=changes)
+
+
+def test_unusable_changes_for_a_teacher_without_a_preprocessor():
+    cfg = tiny.detector(data_preprocessor=None)
+    with pytest.raises(ValueError, match="data_preprocessor.means is not a known key; the nearest are 'mean'"):
+        Teacher(cfg, data_preprocessor=dict(means=[1.0]))
+    with pytest.raises(ValueError, match='does not fit the teacher: '):
+        Teacher(cfg, data_preprocessor=dict(mean='abc'))
