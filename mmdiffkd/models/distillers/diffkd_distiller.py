@@ -344,7 +344,7 @@ class DiffKDDistiller(BaseModel):
             if label not in masks:
                 masks[label] = valid_pixel_mask(samples, label)
             student = self._student_features(name, pair, recorder, images, losses)
-            if student is None:
+            if not self._compares(name, pair, student is not None):
                 zero = images.new_zeros((), dtype=torch.float32)
                 losses[f'{PREFIX}{name}.loss_kd'] = attach_unused_params(zero, self.diffkd[name].parameters())
                 continue
@@ -417,6 +417,16 @@ class DiffKDDistiller(BaseModel):
                 self._record_gradients(name, dict(zip(levels, recorded)))
             features.append(recorded)
         return None if any(not len(level) for levels in features for level in levels) else features
+
+    def _compares(self, name: str, pair: Pair, has_images: bool) -> bool:
+        """Return whether a pair is compared: with SyncBatchNorm, which waits for all ranks, only if all have images."""
+        is_partial = any(tap.split('.')[0] not in ('backbone', 'neck') for tap in pair.student_taps)
+        syncs = any(isinstance(module, nn.SyncBatchNorm) for module in self.diffkd[name].modules())
+        if not (is_partial and syncs):
+            return has_images
+        everywhere = torch.tensor(has_images, dtype=torch.float32, device=next(self.diffkd[name].parameters()).device)
+        all_reduce(everywhere, op='min')  # does nothing on a single rank
+        return bool(everywhere)
 
     def _weighted_module(self, path: str) -> nn.Module:
         """Return the module at a path, or the closest module around it that has weights."""
