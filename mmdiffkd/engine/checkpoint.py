@@ -51,7 +51,7 @@ OTHER_CACHE = 'Set the environment variable TORCH_HOME to a folder that can be w
 URL_HASH = re.compile(r'-(?!20\d{6}\.)([a-f0-9]{8,})\.')  # as in torch.hub, but not a date
 # entries of a checkpoint that hold tensors but no weights of a model
 OTHER_STATE = re.compile(r'optim|sched|scaler|^amp$|^meta$|message_hub|args|hyper|loops|callbacks|rng|loss|criterion')
-AVERAGED = re.compile(r'(?<![a-z])ema(?![a-z])|averag|shadow')  # name of an entry with averaged weights
+AVERAGED = re.compile(r'(?<![a-z])ema(?![a-z])|EMA|averag|shadow')  # name of an entry with averaged weights
 
 
 class DamagedFileError(ValueError):
@@ -153,7 +153,7 @@ def find_state_dict(content: dict) -> Tuple[str, dict, List[str]]:
     if len(chosen) == 1:
         return (*next(iter(chosen.items())), unused)
     joined = OrderedDict((f'{name}.{key}', value) for name, weights in chosen.items() for key, value in weights.items())
-    return ' and '.join(chosen), joined, unused
+    return "' and '".join(chosen), joined, unused
 
 
 def with_state_dict(content, source: str, verbose: bool = False) -> dict:
@@ -363,6 +363,8 @@ def _not_a_checkpoint(source: str, path: str) -> str:
     with open(path, 'rb') as file:
         start = file.read(512).lstrip().lower()
     what = f'is damaged, possibly truncated when it was saved or copied ({osp.getsize(path)} bytes)'
+    if start.startswith(b'\x80') and LEGACY_MAGIC not in start:
+        what = 'is a pickle that torch.save did not write, as in Detectron2; convert it to a dict of tensors'
     for beginning, other in OTHER_FILES.items():
         if start.startswith(beginning):
             what = other
@@ -373,6 +375,7 @@ def _not_a_checkpoint(source: str, path: str) -> str:
     return f"'{source}' is not a PyTorch checkpoint: it {what}."
 
 
+LEGACY_MAGIC = b'l\xfc\x9cf\xf9 j\xa8p\x19.'  # at the beginning of files of torch before 1.6, in lower case
 ARCHIVE = 'is an archive; unpack it and use the checkpoint in it'
 WEB_PAGE = 'is a web page saved under that name; download it again'
 # beginnings of files that are taken for checkpoints, in lower case

@@ -75,6 +75,10 @@ def fit_weights(state_dict: dict, shapes: Dict[str, torch.Size], is_teacher: boo
             prefix = _choose_prefix(state, shapes, prefixes, is_teacher)
             if prefix:
                 state, metadata = _under(prefix, state, notes), _under(prefix, metadata or {}, [])
+            elif not prefixes and (missing := _missing_prefix(state, shapes, whole=True)):
+                state = OrderedDict((missing + key, value) for key, value in state.items())
+                metadata = OrderedDict((missing + key, value) for key, value in (metadata or {}).items())
+                notes.append(f"the prefix '{missing}' was added to the keys")
         known = [key for key in state if key not in shapes and NO_WEIGHT.search(key)]
         state = OrderedDict((key, value) for key, value in state.items() if key not in known)
         known = [key for key in known if not key.endswith('num_batches_tracked')]
@@ -328,19 +332,38 @@ def _misshapen(state: dict, shapes: Dict[str, torch.Size]) -> List[str]:
     ]
 
 
+def _missing_prefix(state: dict, shapes: Dict[str, torch.Size], whole: bool = False) -> str:
+    """Return the prefix with which at least half of the keys fit a module; '' if there is none.
+
+    Args:
+        state (dict): The weights.
+        shapes (dict[str, torch.Size]): Names and shapes of the model.
+        whole (bool): Whether all keys must fit and fill the whole model. Defaults to False.
+    """
+    prefixes = Counter(
+        key[: -len(suffix)]
+        for key in shapes
+        for suffix in (key[match.end() :] for match in re.finditer(r'\.', key))
+        if suffix in state and state[suffix].shape == shapes[key]
+    )
+    if not prefixes:
+        return ''
+    ((prefix, count),) = prefixes.most_common(1)
+    if whole:
+        own = sum(not NO_WEIGHT.search(key) for key in shapes)
+        keys = [key for key in state if not NO_WEIGHT.search(key)]
+        return prefix if len(keys) == own and all(prefix + key in shapes for key in keys) else ''
+    return prefix if 2 * count >= len(state) else ''
+
+
 def _reason(state: dict, shapes: Dict[str, torch.Size]) -> str:
     """Say in a clause why no weight fits."""
     misshapen = _misshapen(state, shapes)
     if misshapen:
         return f'the names fit, but not the shapes: {_some(misshapen, 2)}'
-    children = Counter(key.split('.')[0] for key in shapes)
-    fits = {
-        child: sum(f'{child}.{key}' in shapes and shapes[f'{child}.{key}'] == state[key].shape for key in state)
-        for child in children
-    }
-    child, count = max(fits.items(), key=lambda item: item[1])
-    if 2 * count >= children[child]:
-        return f"its keys fit the model's {child} alone"
+    prefix = _missing_prefix(state, shapes)
+    if prefix:
+        return f"its keys fit the model's {prefix[:-1]} alone"
     return f"its keys are named differently ('{next(iter(state), '')}', the model has '{next(iter(shapes))}')"
 
 

@@ -106,6 +106,13 @@ class TestRead:
         with pytest.raises(ValueError, match='not a PyTorch checkpoint: it is damaged'):
             read_checkpoint(path)
 
+    def test_truncated_file_of_old_torch(self, tmp_path):
+        torch.save(dict(w=torch.ones(999)), tmp_path / 'w.pth', _use_new_zipfile_serialization=False)
+        assert set(read_checkpoint(str(tmp_path / 'w.pth'))['state_dict']) == {'w'}
+        (tmp_path / 'w.pth').write_bytes((tmp_path / 'w.pth').read_bytes()[:2000])
+        with pytest.raises(ValueError, match='not a PyTorch checkpoint: it is damaged'):
+            read_checkpoint(str(tmp_path / 'w.pth'))
+
     @pytest.mark.parametrize('content', [b'hello', b'Repository not found', b'a: 1', b'', bytes(range(256)) * 9])
     def test_file_that_is_not_a_checkpoint(self, tmp_path, content):
         (tmp_path / 'other.pth').write_bytes(content)
@@ -237,8 +244,9 @@ class TestOtherSavers:
             (b'{"weight_map": {}}', 'is a JSON file; use the file of weights'),
             (b'\x89HDF\r\n\x1a\n', 'is an HDF5 file'),
             (gzip.compress(b'weights'), 'is an archive; unpack it'),
+            (pickle.dumps(dict(model=dict(w=np.ones(3)))), 'is a pickle that torch.save did not write'),
         ],
-        ids=['git-lfs', 'JSON', 'HDF5', 'gzip'],
+        ids=['git-lfs', 'JSON', 'HDF5', 'gzip', 'pickle'],
     )
     def test_other_kinds_of_files(self, tmp_path, content, message):
         (tmp_path / 'teacher.pth').write_bytes(content)

@@ -5,7 +5,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdiffkd.engine.checkpoint import check_is_data
+from mmdiffkd.engine.checkpoint import check_is_data, read_checkpoint
 from mmdiffkd.engine.weights import fit_on_load, fit_weights, load_strict, own_shapes, use_checked_files
 from mmdiffkd.models.distillers.teacher import Teacher
 from tests import tiny
@@ -33,7 +33,8 @@ class TestFit:
 
     def check(self, weights, note, expected=WEIGHTS, **options):
         found, notes = fit(weights, **options)
-        assert dict(found) == dict(expected)
+        assert list(found) == list(expected)
+        torch.testing.assert_close(dict(found), dict(expected))
         assert note in '; '.join(notes)
 
     def test_fitting_weights_are_unchanged(self):
@@ -128,6 +129,26 @@ class TestFit:
     def test_entries_that_are_not_weights(self, extra):
         self.check({**WEIGHTS, extra: torch.ones(1)}, f'1 entries that are not weights ({extra}) are left out')
         load_strict(net(), {**WEIGHTS, extra: torch.ones(1)}, 'the teacher', 'w.pth')
+
+    def test_prefix_of_the_model(self):
+        """The model wraps the network whose weights are in the file, as mmpretrain wraps models of timm."""
+        model = nn.ModuleDict(dict(backbone=nn.ModuleDict(dict(timm_model=net()))))
+        load_strict(model, WEIGHTS, 'the teacher', 'w.pth')
+        assert torch.equal(model.backbone.timm_model.conv.weight, WEIGHTS['conv.weight'])
+        part = {key: value for key, value in WEIGHTS.items() if not key.startswith('fc')}
+        with pytest.raises(ValueError, match=r"It seems that its keys fit the model's backbone\.timm_model alone"):
+            load_strict(model, part, 'the teacher', 'w.pth')
+
+    def test_self_supervised_checkpoint(self, tmp_path, capfd):
+        """DINO saves a student in DDP and its teacher, each with a projection head."""
+        student = under('module.backbone.', WEIGHTS)
+        teacher = under('backbone.', OTHER)
+        content = dict(student=student, teacher={**teacher, 'head.mlp.0.weight': torch.ones(2)}, epoch=3)
+        content.update(dino_loss=dict(center=torch.ones(1, 9)), optimizer=dict(state={0: dict(exp_avg=torch.ones(9))}))
+        torch.save(content, tmp_path / 'dino.pth')
+        found = read_checkpoint(str(tmp_path / 'dino.pth'))['state_dict']
+        self.check(found, "the weights under 'teacher.backbone.' are used", OTHER, is_teacher=True)
+        self.check(found, "the weights under 'student.module.backbone.' are used")
 
     def test_versions_keep_their_names(self):
         weights = OrderedDict(under('model.', WEIGHTS))
