@@ -1,6 +1,7 @@
 """Write docs/help/tested_situations.md from the tests: each test marked ``situation`` gives one row.
 
-The marker's arguments are strings: kind, situation, sources and outcome. ``python -m tests.situations`` writes the page.
+The arguments of the marker are strings: kind, situation, sources and outcome. ``python -m tests.situations`` writes the
+page.
 """
 
 import ast

@@ -157,9 +157,90 @@ def get_custom_imports(cfg: Config) -> List[str]:
     return [name for name in ([names] if isinstance(names, str) else names) if name.split('.')[0] != 'mmdiffkd']
 
 
-def image_channels(preprocessor: Optional[dict]) -> int:
-    """Return the number of image channels that a data preprocessor expects: the length of its mean, usually 3."""
-    return len((preprocessor or {}).get('mean') or 'RGB')
+# attributes of OpenMMLab models that hold the image encoder
+ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
+# attributes of trackers and semi-supervised models that hold a whole detector
+WRAPPED = ('detector', 'student')
+# an encoder's keys for the number of image channels
+CHANNEL_KEYS = ('in_channels', 'in_chans', 'img_channels')
+
+
+def image_channels(model_cfg: dict) -> Tuple[int, ...]:
+    """Return the numbers of image channels that a model may take, the most likely first.
+
+    Args:
+        model_cfg (dict): Config of the model with its preprocessor.
+
+    Returns:
+        tuple[int]: The encoder's ``in_channels`` if it is set, then the length of the preprocessor's mean. If these do
+        not tell, 3 and 1.
+    """
+    found = []
+    parts = [model_cfg]
+    for part in parts:
+        parts += [part[name] for name in (*ENCODERS, *WRAPPED) if isinstance(part.get(name), dict)]
+        found += [part[key] for key in CHANNEL_KEYS if isinstance(part.get(key), int)]
+    preprocessor = model_cfg.get('data_preprocessor') or {}
+    while preprocessor.get('mean') is None and isinstance(preprocessor.get('data_preprocessor'), dict):
+        preprocessor = preprocessor['data_preprocessor']
+    mean = preprocessor.get('mean') or ()
+    means = len(mean) if isinstance(mean, (list, tuple)) else 1
+    # a single mean may apply to three channels
+    usual = {0: (3, 1), 1: (1, 3)}.get(means, (means,))
+    return tuple(dict.fromkeys([*found, *usual]))
+
+
+def pipeline_normalization(cfg: Config) -> Optional[dict]:
+    """Return mean, std and color flag of the pipeline of a config, as in configs for OpenMMLab 1.x.
+
+    Args:
+        cfg (Config): Config with data sets.
+
+    Returns:
+        dict: ``mean``, ``std`` and ``to_rgb`` of the last Normalize step; empty if no pipeline normalizes; None if the
+            config has no pipeline.
+    """
+    found = None
+    for key in ('train_dataloader', 'test_dataloader', 'val_dataloader', 'data', 'train_pipeline', 'test_pipeline'):
+        steps = list(_normalize_steps(cfg.get(key)))
+        found = {} if cfg.get(key) else found
+        if steps:
+            return dict(mean=list(steps[-1]['mean']), std=list(steps[-1]['std']), to_rgb=steps[-1].get('to_rgb', True))
+    return found
+
+
+def _normalize_steps(cfg) -> Iterator[dict]:
+    for step in _typed_dicts(cfg):
+        if type_name(step['type']) == 'Normalize' and step.get('mean') and step.get('std'):
+            yield step
+
+
+def _typed_dicts(cfg) -> Iterator[dict]:
+    """Yield all dicts with a type in a config, in order."""
+    if isinstance(cfg, dict):
+        if 'type' in cfg:
+            yield cfg
+        cfg = list(cfg.values())
+    if isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            yield from _typed_dicts(value)
+
+
+RGB_DATASETS = ('CIFAR10', 'CIFAR100')  # mmpretrain's data sets that hold images in RGB, without a loading step
+
+
+def loaded_order(cfg: Config) -> Optional[str]:
+    """Return the color order of the images that the training set of a config gives: ``'BGR'``, ``'RGB'`` or None."""
+    order = None
+    for step in _typed_dicts((cfg.get('train_dataloader') or {}).get('dataset')):
+        kind = type_name(step['type'])
+        if kind in RGB_DATASETS:
+            order = 'RGB'
+        elif kind == 'LoadImageFromFile':
+            order = 'BGR'
+        elif order and (kind, True) in (('NumpyToPIL', step.get('to_rgb')), ('PILToNumpy', step.get('to_bgr'))):
+            order = 'RGB' if order == 'BGR' else 'BGR'
+    return order
 
 
 def zoo_checkpoint(source: ConfigSource) -> str:

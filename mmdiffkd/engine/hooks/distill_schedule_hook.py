@@ -1,10 +1,11 @@
-from typing import Optional
+from typing import Annotated, Optional
 
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdiffkd.registry import HOOKS
+from mmdiffkd.utils.validation import ConfigError, Limits, Natural, NonNegative, check_arguments
 
 from ..checkpoint import PREFIX
 from .utils import require_distiller, require_optimizer
@@ -35,26 +36,22 @@ class DistillScheduleHook(Hook):
             in iterations. ``interval`` is always in iterations. Defaults to True.
 
     Raises:
-        ValueError: If a number is negative, ``interval`` is below 1, or warmup and decay are longer than the time from
+        ConfigError: If a number is negative, ``interval`` is below 1, or warmup and decay are longer than the time from
             ``begin`` to ``end``.
     """
 
+    @check_arguments
     def __init__(
         self,
-        begin: int = 0,
-        end: Optional[int] = None,
-        warmup: float = 0,
-        decay: float = 0,
-        interval: int = 1,
+        begin: Natural = 0,
+        end: Optional[Natural] = None,
+        warmup: NonNegative = 0,
+        decay: NonNegative = 0,
+        interval: Annotated[int, Limits(1)] = 1,
         by_epoch: bool = True,
     ):
-        if interval < 1:
-            raise ValueError(f'DistillScheduleHook(interval={interval}): interval must be 1 (every iteration) or more.')
-        if min(begin, warmup, decay) < 0 or (end is not None and not begin + max(warmup + decay, 1) <= end):
-            raise ValueError(
-                f'DistillScheduleHook(begin={begin}, end={end}, warmup={warmup}, decay={decay}): no value may be '
-                'negative, and warmup and decay must fit between begin and end.'
-            )
+        if end is not None and not begin + max(warmup + decay, 1) <= end:
+            raise ConfigError('end', f'={end} is too early: begin={begin}, warmup={warmup} and decay={decay} must fit.')
         self.begin = begin
         self.end = end
         self.warmup = warmup

@@ -1,5 +1,5 @@
 from logging import WARNING
-from typing import List, Tuple
+from typing import List, Literal, Tuple
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce
@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.registry import HOOKS
+from mmdiffkd.utils.validation import Natural, check_arguments
 
 from .utils import get_distiller, require_distiller, require_optimizer
 
-POLICIES = ('raise', 'skip')
 SCALAR = 'diffkd.skipped'  # name in the log and in the message hub
 
 
@@ -37,9 +37,8 @@ class NonFiniteHook(Hook):
 
     priority = 'ABOVE_NORMAL'  # restore the buffers before EMAHook copies them
 
-    def __init__(self, policy: str = 'raise', max_consecutive_skips: int = 20):
-        if policy not in POLICIES:
-            raise ValueError(f"NonFiniteHook(policy='{policy}'): policy must be {' or '.join(map(repr, POLICIES))}.")
+    @check_arguments
+    def __init__(self, policy: Literal['raise', 'skip'] = 'raise', max_consecutive_skips: Natural = 20):
         self.policy = policy
         self.max_consecutive_skips = max_consecutive_skips
         self._handle = None

@@ -7,7 +7,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils.config import refuse_old_keys
+from mmdiffkd.utils.validation import check_arguments
 
 from .utils import require_distiller
 
@@ -26,10 +26,8 @@ class TeacherCheckHook(Hook):
             first metric that the evaluator returns.
     """
 
-    def __init__(self, min_score: Optional[float] = None, metric: Optional[str] = None, **old_keys):
-        refuse_old_keys(old_keys, 'TeacherCheckHook')
-        if old_keys:
-            raise TypeError(f"TeacherCheckHook has no argument '{next(iter(old_keys))}'.")
+    @check_arguments
+    def __init__(self, min_score: Optional[float] = None, metric: Optional[str] = None):
         self.min_score = min_score
         self.metric = metric
 

@@ -1,4 +1,4 @@
-from typing import Optional, Sequence
+from typing import Annotated, Optional, Sequence
 
 import numpy as np
 from mmengine.dist import is_main_process
@@ -10,6 +10,7 @@ from torch import nn
 from mmdiffkd.models import DiffusionOutput
 from mmdiffkd.models.distillers.diffkd_distiller import DistillRecord
 from mmdiffkd.registry import HOOKS
+from mmdiffkd.utils.validation import Limits, check_arguments
 from mmdiffkd.visualization.feature_panels import draw_comparison, draw_steps
 
 from ..checkpoint import PREFIX
@@ -39,11 +40,8 @@ class DiffKDVisualizationHook(Hook):
 
     priority = 'LOW'
 
-    def __init__(self, interval: int = 500):
-        if interval < 1:
-            raise ValueError(
-                f'DiffKDVisualizationHook(interval={interval}): interval must be 1 (every iteration) or more.'
-            )
+    @check_arguments
+    def __init__(self, interval: Annotated[int, Limits(1)] = 500):
         self.interval = interval
         self._is_due = False
 

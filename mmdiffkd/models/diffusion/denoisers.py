@@ -1,6 +1,7 @@
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import Count, check_arguments
 
 
 class Bottleneck(nn.Module):
@@ -66,7 +67,8 @@ class BottleneckDenoiser(_Denoiser):
         reduction (int): Channel reduction of the blocks. Defaults to 4.
     """
 
-    def __init__(self, channels: int, num_train_timesteps: int = 1000, num_blocks: int = 2, reduction: int = 4):
+    @check_arguments
+    def __init__(self, channels: int, num_train_timesteps: int = 1000, num_blocks: Count = 2, reduction: Count = 4):
         blocks = [Bottleneck(channels, reduction) for _ in range(num_blocks)]
         layers = nn.Sequential(*blocks, nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
         super().__init__(channels, num_train_timesteps, layers)
@@ -82,7 +84,8 @@ class MLPDenoiser(_Denoiser):
         expansion (int): Hidden channels as a multiple of C. Defaults to 4.
     """
 
-    def __init__(self, channels: int, num_train_timesteps: int = 1000, expansion: int = 4):
+    @check_arguments
+    def __init__(self, channels: int, num_train_timesteps: int = 1000, expansion: Count = 4):
         hidden = channels * expansion
         layers = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),

@@ -1,3 +1,4 @@
+import copy
 from contextlib import nullcontext
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -8,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import Channels, ConfigError, NonNegative, build_part, check_arguments, in_key, one_line
 
 from .autoencoder import LinearAutoencoder
 
@@ -71,12 +73,12 @@ class FeatureDiffusion(nn.Module):
             to True.
         align (bool): Whether a 1x1 convolution maps the student features to C channels. False requires
             ``denoise=False``. Defaults to True.
-        denoiser (dict, optional): Config of the denoiser, which receives features in channels-last memory format.
-            Defaults to ``BottleneckDenoiser``.
-        noise_adapter (dict, optional): Config of the noise adapter. Defaults to ``NoiseAdapter``.
-        scheduler (dict, optional): Config of the noise scheduler. Defaults to ``DDIMScheduler``.
-        loss_kd (dict, optional): Config of the distillation loss, called as ``loss_kd(student, teacher)``. Defaults to
-            ``MSELoss``.
+        denoiser (dict, optional): Config of the denoiser, which receives features in channels-last memory format. The
+            default type is ``BottleneckDenoiser``.
+        noise_adapter (dict, optional): Config of the noise adapter. The default type is ``NoiseAdapter``.
+        scheduler (dict, optional): Config of the noise scheduler. The default type is ``DDIMScheduler``.
+        loss_kd (dict, optional): Config of the distillation loss, called as ``loss_kd(student, teacher)``. The default
+            type is ``MSELoss``.
         loss_diffusion_weight (float): Weight of the diffusion loss. Defaults to 1.
         loss_reconstruction_weight (float): Weight of the autoencoder's loss. Defaults to 1.
         num_grad_steps (int, optional): Number of denoising steps, counted from the last step, in which ``loss_kd`` is
@@ -88,36 +90,40 @@ class FeatureDiffusion(nn.Module):
             Defaults to True.
 
     Raises:
-        ValueError: If ``align``, ``latent_channels`` or ``num_grad_steps`` conflict with the other arguments, or if
-            ``loss_kd`` compares classes and student and teacher have different numbers of classes or only one class.
+        ConfigError: If a value is invalid or conflicts with another argument, if ``loss_kd`` compares classes and
+            student and teacher have different numbers of classes or only one class, or if a part of another package
+            does not run on random features or its loss is negative or not finite.
     """
 
+    @check_arguments
     def __init__(
         self,
         student_channels: int,
         teacher_channels: int,
-        latent_channels: Optional[int] = None,
+        latent_channels: Optional[Channels] = None,
         denoise: bool = True,
         align: bool = True,
         denoiser: Optional[dict] = None,
         noise_adapter: Optional[dict] = None,
         scheduler: Optional[dict] = None,
         loss_kd: Optional[dict] = None,
-        loss_diffusion_weight: float = 1.0,
-        loss_reconstruction_weight: float = 1.0,
+        loss_diffusion_weight: NonNegative = 1.0,
+        loss_reconstruction_weight: NonNegative = 1.0,
         num_grad_steps: Optional[int] = None,
         memory_efficient: bool = True,
     ):
         super().__init__()
-        for name, value in dict(latent_channels=latent_channels, num_grad_steps=num_grad_steps).items():
+        parts = dict(denoiser=denoiser, noise_adapter=noise_adapter, scheduler=scheduler)
+        for name, value in dict(latent_channels=latent_channels, num_grad_steps=num_grad_steps, **parts).items():
             if not denoise and value is not None:
-                raise ValueError(f'{name}={value} has no effect with denoise=False; remove it.')
+                raise ConfigError(name, f'={value} has no effect with denoise=False; remove it.')
         if denoise and not align:
-            raise ValueError('align=False needs denoise=False: the denoiser needs aligned student features.')
+            raise ConfigError('align', '=False needs denoise=False: the denoiser needs aligned student features.')
         if not align and student_channels != teacher_channels:
-            raise ValueError(
-                f'align=False compares features without an adapter, but the student has {student_channels} channels '
-                f'and the teacher has {teacher_channels}; set align=True.'
+            raise ConfigError(
+                'align',
+                f'=False compares features without an adapter, but the student has {student_channels} channels and the '
+                f'teacher has {teacher_channels}; set align=True.',
             )
         channels = latent_channels or teacher_channels
         self.denoise = denoise
@@ -125,26 +131,33 @@ class FeatureDiffusion(nn.Module):
         self.loss_diffusion_weight = loss_diffusion_weight
         self.loss_reconstruction_weight = loss_reconstruction_weight
         self.align = nn.Conv2d(student_channels, channels, 1) if align else nn.Identity()
-        self.loss_kd = MODELS.build(loss_kd or dict(type='mmdiffkd.MSELoss'))
+        self.loss_kd = build_part(MODELS, loss_kd or {}, 'loss_kd', 'mmdiffkd.MSELoss')
         if getattr(self.loss_kd, 'compares_classes', False):
             self._check_classes(student_channels, teacher_channels)
+        try_loss(self.loss_kd, channels, loss_kd or {})
         if not denoise:
             return
-        self.scheduler = MODELS.build(scheduler or {}, default_args=dict(type='mmdiffkd.DDIMScheduler'))
+        self.scheduler = build_part(MODELS, scheduler or {}, 'scheduler', 'mmdiffkd.DDIMScheduler')
         num_steps = len(self.scheduler.timesteps)
         self.num_grad_steps = num_steps if num_grad_steps is None else num_grad_steps
         if not 1 <= self.num_grad_steps <= num_steps:
-            raise ValueError(
-                f'num_grad_steps={num_grad_steps} must be between 1 and scheduler.num_inference_steps={num_steps}.'
+            raise ConfigError(
+                'num_grad_steps',
+                f'={num_grad_steps} must be between 1 and scheduler.num_inference_steps={num_steps}.',
             )
         self.autoencoder = None if latent_channels is None else LinearAutoencoder(teacher_channels, channels)
-        self.noise_adapter = MODELS.build(
-            noise_adapter or dict(type='mmdiffkd.NoiseAdapter'), default_args=dict(channels=channels)
+        self.noise_adapter = build_part(
+            MODELS, noise_adapter or {}, 'noise_adapter', 'mmdiffkd.NoiseAdapter', channels=channels
         )
-        self.denoiser = MODELS.build(
-            denoiser or dict(type='mmdiffkd.BottleneckDenoiser'),
-            default_args=dict(channels=channels, num_train_timesteps=self.scheduler.num_train_timesteps),
+        self.denoiser = build_part(
+            MODELS,
+            denoiser or {},
+            'denoiser',
+            'mmdiffkd.BottleneckDenoiser',
+            channels=channels,
+            num_train_timesteps=self.scheduler.num_train_timesteps,
         )
+        try_diffusion(self.scheduler, self.noise_adapter, self.denoiser, channels)
         self.proj = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
 
     def describe(self) -> dict:
@@ -176,14 +189,16 @@ class FeatureDiffusion(nn.Module):
     def _check_classes(self, student: int, teacher: int) -> None:
         name = type(self.loss_kd).__name__
         if student != teacher:
-            raise ValueError(
-                f'{name} compares class by class, but the student has {student} classes and the teacher {teacher}; tap '
-                "features instead, such as dict(student='backbone', teacher='backbone')."
+            raise ConfigError(
+                'loss_kd',
+                f': {name} compares class by class, but the student has {student} classes and the teacher {teacher}; '
+                "tap features instead, such as dict(student='backbone', teacher='backbone').",
             )
         if student == 1:
-            raise ValueError(
-                f'{name} compares distributions over classes, but there is only one channel; use a loss for '
-                "features, such as dict(type='mmdiffkd.MSELoss')."
+            raise ConfigError(
+                'loss_kd',
+                f': {name} compares distributions over classes, but there is only one channel; use a loss for '
+                "features, such as dict(type='mmdiffkd.MSELoss').",
             )
 
     def forward(
@@ -327,6 +342,67 @@ class _FrozenStatistics:
         for norm, momentum, count in self.saved:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
+
+
+def try_loss(loss_kd: nn.Module, channels: int, cfg: dict) -> None:
+    """Run a distillation loss forward and backward on random features.
+
+    Args:
+        loss_kd (Module): The loss.
+        channels (int): Number of channels.
+        cfg (dict): Config of the loss, for the error message.
+
+    Raises:
+        ConfigError: If the loss fails, is not a scalar, is negative or not finite, or has no gradient.
+    """
+    settings = ', '.join(f'{key}={value!r}' for key, value in cfg.items() if key != 'type')
+    name = f'{type(loss_kd).__name__}({settings})'
+    with in_key('loss_kd'), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        student, teacher = torch.randn(2, 2, channels, 4, 4).unbind()
+        try:
+            loss = copy.deepcopy(loss_kd)(student.requires_grad_(), teacher)  # a copy, because a loss can have buffers
+            torch.autograd.grad(loss, student)
+        except Exception as error:
+            raise ConfigError('', f': {name} does not run on random features: {one_line(error)}') from error
+        if not loss.is_meta and not (loss.isfinite() and loss >= -1e-6):
+            raise ConfigError(
+                '', f': {name} is {loss.item():g} for random features; it must be finite and not negative.'
+            )
+
+
+def try_diffusion(scheduler: nn.Module, noise_adapter: nn.Module, denoiser: nn.Module, channels: int) -> None:
+    """Run a noise adapter, a scheduler and a denoiser on random features, and check the shapes of the results.
+
+    Raises:
+        ConfigError: If a part fails, returns a tensor of the wrong shape or that is not finite, or gamma is not between
+            0 and 1.
+    """
+    # copies, because eval() would have to be undone
+    noise_adapter, denoiser = (copy.deepcopy(part).eval() for part in (noise_adapter, denoiser))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        latent, noise = torch.randn(2, 2, channels, 4, 4).unbind()
+        gamma = _try_part('noise_adapter', latent.shape[:1], noise_adapter, latent)
+        if not gamma.is_meta and not ((gamma >= 0) & (gamma <= 1)).all():
+            raise ConfigError('noise_adapter', f': gamma is {gamma.tolist()}; it must be between 0 and 1.')
+        timesteps = _try_part('scheduler', latent.shape[:1], scheduler.sample_timesteps, 2, latent.device)
+        noisy = _try_part('scheduler', latent.shape, scheduler.add_noise, latent, noise, timesteps)
+        _try_part('scheduler', latent.shape, scheduler.target, latent, noise, timesteps)
+        predicted = _try_part('denoiser', latent.shape, denoiser, noisy, timesteps)
+        _try_part('scheduler', latent.shape, scheduler.step, predicted, scheduler.timesteps[0], noisy)
+
+
+def _try_part(key: str, shape: torch.Size, function, *args) -> Tensor:
+    name = getattr(function, '__qualname__', type(function).__name__)
+    try:
+        result = function(*args)
+    except Exception as error:
+        raise ConfigError(key, f': {name} does not run on random features: {one_line(error)}') from error
+    found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    if found != tuple(shape):
+        raise ConfigError(key, f': {name} returns {found} instead of a tensor of shape {tuple(shape)}.')
+    if not result.is_meta and not result.isfinite().all():
+        raise ConfigError(key, f': {name} returns values that are not finite for random features.')
+    return result
 
 
 def _randn_like(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ from typing import Optional
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import Count, Fraction, check_arguments
 
 from .denoisers import Bottleneck
 
@@ -33,7 +34,8 @@ class NoiseAdapter(_NoiseAdapter):
         reduction (int): Channel reduction of the bottleneck. Defaults to 8.
     """
 
-    def __init__(self, channels: int, reduction: int = 8):
+    @check_arguments
+    def __init__(self, channels: int, reduction: Count = 8):
         super().__init__(channels, Bottleneck(channels, reduction))
 
 
@@ -46,7 +48,8 @@ class MLPNoiseAdapter(_NoiseAdapter):
         expansion (int): Hidden channels as a multiple of C. Defaults to 2.
     """
 
-    def __init__(self, channels: int, expansion: int = 2):
+    @check_arguments
+    def __init__(self, channels: int, expansion: Count = 2):
         hidden = channels * expansion
         layers = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),
@@ -70,10 +73,9 @@ class FixedGamma(nn.Module):
         ValueError: If gamma is not between 0 and 1.
     """
 
-    def __init__(self, gamma: float = 1.0, channels: Optional[int] = None):
+    @check_arguments
+    def __init__(self, gamma: Fraction = 1.0, channels: Optional[int] = None):
         super().__init__()
-        if not 0 <= gamma <= 1:
-            raise ValueError(f'noise_adapter.gamma={gamma} must be between 0 (only noise) and 1 (no noise).')
         self.gamma = gamma
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,14 +19,13 @@ Notation, as in DDPM and DDIM:
 - x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps, with x_0 solved from x_t      (DDIM step, eta = 0)
 """
 
-from typing import List, Optional, Union
+from typing import Annotated, List, Literal, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-
-PREDICTION_TYPES = ('epsilon', 'sample', 'v_prediction')
+from mmdiffkd.utils.validation import ConfigError, Fraction, Limits, Natural, check_arguments
 
 
 @MODELS.register_module()
@@ -47,31 +46,34 @@ class DDIMScheduler(nn.Module):
             ``'v_prediction'`` (sqrt(a_t) eps - sqrt(1 - a_t) x_0). Defaults to ``'epsilon'``, as in the paper.
 
     Raises:
-        ValueError: If ``num_inference_steps`` or ``start_timestep`` is out of range, or ``prediction_type`` is unknown.
+        ConfigError: If ``num_inference_steps`` or ``start_timestep`` is out of range, or a value is invalid.
     """
 
+    @check_arguments
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
+        num_train_timesteps: Annotated[int, Limits(2, 100_000)] = 1000,
         num_inference_steps: int = 5,
-        start_timestep: Optional[int] = None,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        prediction_type: str = 'epsilon',
+        start_timestep: Optional[Natural] = None,
+        beta_start: Fraction = 1e-4,
+        beta_end: Fraction = 0.02,
+        prediction_type: Literal['epsilon', 'sample', 'v_prediction'] = 'epsilon',
     ):
         super().__init__()
-        if prediction_type not in PREDICTION_TYPES:
-            known = ', '.join(map(repr, PREDICTION_TYPES))
-            raise ValueError(f"scheduler.prediction_type='{prediction_type}' must be one of {known}.")
         if not 1 <= num_inference_steps <= num_train_timesteps // 2:
-            raise ValueError(
-                f'scheduler.num_inference_steps={num_inference_steps} must be between 1 and half of '
-                f'num_train_timesteps={num_train_timesteps}.'
+            raise ConfigError(
+                'num_inference_steps',
+                f'={num_inference_steps} must be between 1 and half of num_train_timesteps={num_train_timesteps}.',
             )
         if start_timestep is not None and not num_inference_steps - 1 <= start_timestep < num_train_timesteps:
-            raise ValueError(
-                f'scheduler.start_timestep={start_timestep} must be between num_inference_steps - 1 = '
-                f'{num_inference_steps - 1} and num_train_timesteps - 1 = {num_train_timesteps - 1}.'
+            raise ConfigError(
+                'start_timestep',
+                f'={start_timestep} must be between num_inference_steps - 1 = {num_inference_steps - 1} and '
+                f'num_train_timesteps - 1 = {num_train_timesteps - 1}.',
+            )
+        if not 0 < beta_start <= beta_end < 1:
+            raise ConfigError(
+                'beta_end', f'={beta_end} must be at least beta_start={beta_start}, both between 0 and 1.'
             )
         self.num_train_timesteps = num_train_timesteps
         self.prediction_type = prediction_type

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from logging import WARNING
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from mmengine.config import ConfigDict
@@ -17,12 +17,14 @@ from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.engine.dist import on_all_ranks
 from mmdiffkd.engine.weights import fit_on_load, use_checked_files
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.config import closest_names, refuse_old_keys, type_name, with_preprocessor
+from mmdiffkd.utils.config import type_name, with_preprocessor
+from mmdiffkd.utils.validation import ConfigError, bind, build_part, check_value, in_key
 from mmdiffkd.version import __version__
 
 from ..diffusion.feature_diffusion import DiffusionOutput
 from ..losses.naming import name_losses, non_finite_names
-from ..necks.base import DistillContext, check_neck
+from ..necks import DistillContext, FeatureDiffusionNeck
+from ..necks.base import check_neck, try_neck
 from .feature_info import (
     ENCODERS,
     FeatureInfo,
@@ -36,12 +38,14 @@ from .pairs import Pair, check_roi_taps, read_pairs
 from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, find_module, is_roi_tap, record_rois
 from .teacher import Teacher
 
+TRIAL_SIZE = 128  # size of the images whose features try a neck
+
 
 class DistillRecord(NamedTuple):
     """Features compared in one iteration, kept for visualization.
 
     Attributes:
-        images (Tensor): Preprocessed images of the student, (N, 3, H, W).
+        images (Tensor): Preprocessed images of the student, (N, C, H, W).
         outputs (dict[str, dict[int, DiffusionOutput]]): Outputs by pair and level. Pairs whose neck does not return
             features are left out.
     """
@@ -113,7 +117,8 @@ class DiffKDDistiller(BaseModel):
             Used if the config of the student has no preprocessor. Defaults to None.
 
     Raises:
-        ValueError: If taps, levels or channels do not fit, or if a key was renamed.
+        ConfigError, ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
+            key.
         FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. Raised
             when training starts; building the model only logs a warning, because the model can still predict.
     """
@@ -123,7 +128,7 @@ class DiffKDDistiller(BaseModel):
     def __new__(cls, *args, **kwargs):
         if cls._student_type is not None:  # copying or unpickling a converted model
             return super().__new__(cls)
-        refuse_old_keys(kwargs, 'DiffKDDistiller')
+        bind(cls.__init__, cls.__name__, (None, *args), kwargs)
         student = MODELS.build(_student_cfg(*args, **kwargs))
         _check_convertible(student)
         student.__class__ = _converted_class(cls, type(student))
@@ -146,6 +151,8 @@ class DiffKDDistiller(BaseModel):
         self.matched_levels: Dict[str, List[List[Tuple[int, int]]]] = {}
         self.student_info: Dict[str, FeatureInfo] = {}
         self.encoder_path: Optional[str] = None
+        if init_from_teacher is not None and init_from_teacher != []:
+            check_value('init_from_teacher', init_from_teacher, Union[str, Sequence[str]])
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
         self._distill_handles = [
             self._register_load_state_dict_pre_hook(self._fit_weights),
@@ -154,10 +161,14 @@ class DiffKDDistiller(BaseModel):
         ]
         if teacher is None:
             return
-        _check_teacher_keys(teacher)
+        if not isinstance(teacher, dict):
+            raise ConfigError('teacher', f'={teacher!r} must be dict(config=..., checkpoint=...).')
         student_cfg = _student_cfg(student, data_preprocessor=data_preprocessor)
         try:
-            self._build_pairs(Teacher(**teacher), student_cfg, distill, preset)
+            with in_key('teacher'):
+                bind(Teacher, 'teacher', (), teacher)
+                teacher = Teacher(**teacher)
+            self._build_pairs(teacher, student_cfg, distill, preset)
         except (OSError, ImportError, KeyError) as error:
             if isinstance(error, KeyError) and 'registry' not in str(error):
                 raise
@@ -172,11 +183,13 @@ class DiffKDDistiller(BaseModel):
         teacher_cfg = teacher.model_cfg
         pairs = self.read_pairs(distill, student_cfg, teacher_cfg, preset)
         check_roi_taps(pairs, student_cfg, teacher_cfg)
-        taps = [{tap for pair in pairs.values() for tap in side(pair)} for side in (_student_taps, _teacher_taps)]
-        self.student_info = infer_feature_info(student_cfg, taps[0], 'student')
-        teacher_info = infer_feature_info(teacher_cfg, taps[1], 'teacher')
+        self.student_info, teacher_info = (
+            _infer_feature_info(cfg, pairs, owner)
+            for cfg, owner in ((student_cfg, 'student'), (teacher_cfg, 'teacher'))
+        )
         self.encoder_path = encoder_path(self)  # before wrappers change the paths of modules
-        teacher.expect(student_cfg.get('data_preprocessor'), teacher_info)
+        channels = next(iter(self.student_info.values())).image_channels
+        teacher.expect(_scoped_preprocessor(student_cfg), teacher_info, channels)
         if distill is None:  # leave out default pairs with frozen features, unless no pair remains
             trainable = {
                 name: pair
@@ -193,21 +206,32 @@ class DiffKDDistiller(BaseModel):
             ours = [[info.channels[s] for s, _ in levels] for (info, _), levels in zip(infos, matches)]
             theirs = [[info.channels[t] for _, t in levels] for (_, info), levels in zip(infos, matches)]
             widths = dict(student_channels=_per_tap(pair, ours), teacher_channels=_per_tap(pair, theirs))
-            try:
-                # fork_rng, so that the student starts with the same weights as without distillation
-                with torch.random.fork_rng(devices=[]):
-                    neck = MODELS.build(pair.neck, default_args=widths)
-                check_neck(neck)
-            except (TypeError, ValueError, KeyError) as error:
-                raise ValueError(f'distill.{name}.neck cannot be built: {error}') from error
-            necks[name] = neck
+            # fork_rng, so that the student starts with the same weights as without distillation
+            with in_key(f'distill.{name}'), torch.random.fork_rng(devices=[]):
+                necks[name] = build_part(MODELS, pair.neck, 'neck', **widths)
+                with in_key('neck'):
+                    check_neck(necks[name])
+                    if not isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
+                        self._try_neck(necks[name], pair, infos, matches)
         self.diffkd = nn.ModuleDict(necks)
         # read the attributes before FSDP wraps the necks
         self._auxiliary_losses = {name: tuple(getattr(neck, 'auxiliary_losses', ())) for name, neck in necks.items()}
         self._ignored_labels = {name: find_ignore_index(self, pair.student_taps[0]) for name, pair in pairs.items()}
         for path in self._init_paths:
-            find_module(self, path, 'student')
+            with in_key('init_from_teacher'):
+                find_module(self, path, 'student')
         self.diffkd_teacher = teacher
+
+    def _try_neck(self, neck: nn.Module, pair: Pair, infos: list, matches: List[List[Tuple[int, int]]]) -> None:
+        """Run a neck on random features with the shapes that images of ``TRIAL_SIZE`` pixels would give."""
+        sides: Tuple[list, list] = ([], [])
+        for tap_infos, levels in zip(infos, matches):
+            for side, info, index in zip(sides, tap_infos, (0, 1)):
+                shapes = [_shape_on(TRIAL_SIZE, info, level[index]) for level in levels]
+                side.append([torch.randn(shape).requires_grad_(index == 0) for shape in shapes])
+        student, teacher = (_per_tap(pair, side) for side in sides)
+        images = torch.randn(2, 3, TRIAL_SIZE, TRIAL_SIZE)
+        try_neck(neck, student, teacher, DistillContext(images, input_size=(TRIAL_SIZE, TRIAL_SIZE), student=self))
 
     def init_weights(self) -> None:
         """Load the teacher, and initialize the student as without distillation. The Runner calls this before training.
@@ -259,7 +283,7 @@ class DiffKDDistiller(BaseModel):
         """Compute the student's losses and the distillation losses.
 
         Args:
-            inputs (Tensor): Preprocessed images, (N, 3, H, W). For models that take views or clips, the teacher sees
+            inputs (Tensor): Preprocessed images, (N, C, H, W). For models that take views or clips, the teacher sees
                 the input of the first call of the student's encoder.
             data_samples (list, optional): Data samples of the images.
 
@@ -516,12 +540,21 @@ def _check_convertible(model: nn.Module) -> None:
         )
 
 
-def _student_taps(pair: Pair) -> List[str]:
-    return pair.student_taps
+def _infer_feature_info(model_cfg: dict, pairs: Dict[str, Pair], owner: str) -> Dict[str, FeatureInfo]:
+    """Infer the features of all taps of a model. Errors about a tap name the key of its pair."""
+    taps = {tap: name for name, pair in pairs.items() for tap in getattr(pair, f'{owner}_taps')}
+    try:
+        return infer_feature_info(model_cfg, set(taps), owner)
+    except TapError as error:
+        keys = [f'distill.{name}.{owner}: ' for tap, name in taps.items() if f"'{tap}'" in str(error)]
+        raise TapError(f'{"".join(keys[:1])}{error}') from error
 
 
-def _teacher_taps(pair: Pair) -> List[str]:
-    return pair.teacher_taps
+def _shape_on(size: int, info: FeatureInfo, level: int) -> Tuple[int, int, int, int]:
+    """Return the shape of a level for two square images; a vector has the stride None."""
+    stride = info.strides[level]
+    side = 1 if stride is None else max(1, round(size / stride))
+    return 2, info.channels[level], side, side
 
 
 def _per_tap(pair: Pair, values: list):
@@ -559,21 +592,18 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
     return with_preprocessor(cfg, data_preprocessor)
 
 
+def _scoped_preprocessor(model_cfg: ConfigDict) -> Optional[dict]:
+    """Return the config of a model's preprocessor with the scope of the model."""
+    preprocessor = model_cfg.get('data_preprocessor')
+    if not preprocessor or not preprocessor.get('type') or not model_cfg.get('_scope_'):
+        return preprocessor
+    return {'_scope_': model_cfg['_scope_'], **preprocessor}
+
+
 def _versions() -> List[str]:
     """Versions of this package and of the imported OpenMMLab packages, for the log."""
     upstream = [name for name in ('mmdet', 'mmseg', 'mmpretrain') if name in sys.modules]
     return [f'mmdiffkd {__version__}', *(f'{name} {sys.modules[name].__version__}' for name in upstream)]
-
-
-def _check_teacher_keys(teacher: dict) -> None:
-    if not isinstance(teacher, dict):
-        raise ValueError(f'teacher={teacher!r} must be dict(config=..., checkpoint=...).')
-    keys = ('config', 'checkpoint', 'dtype', 'channels_last', 'compile')
-    for key in teacher:
-        if key not in keys:
-            raise ValueError(f"teacher has no key '{key}'; the nearest are {closest_names(key, keys)}.")
-    if 'config' not in teacher:
-        raise ValueError("teacher.config is missing: give 'pkg::path', a file or a dict.")
 
 
 class _AttachUnused(torch.autograd.Function):

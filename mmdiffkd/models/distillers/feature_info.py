@@ -1,9 +1,11 @@
 """Find channels, strides and gradients of tapped features in a dry run, and match student and teacher levels."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from itertools import chain
 from logging import DEBUG
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from math import lcm
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import print_log
@@ -11,7 +13,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmdiffkd.utils.config import image_channels, type_name
+from mmdiffkd.utils.config import ENCODERS, WRAPPED, image_channels, type_name
 from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
 from .recorders import ModuleOutputsRecorder, TapError, Tokens, find_module, flatten
@@ -36,6 +38,7 @@ class FeatureInfo(NamedTuple):
         requires_grad (list[bool], optional): Whether gradients reach the model through each level; None for teachers.
         tokens (list[Tokens or None], optional): Token layout of each level; None for levels without tokens.
         num_outputs (int): Number of tensors that one call of the module returns.
+        image_channels (int): Number of channels of the images.
     """
 
     channels: List[int]
@@ -45,6 +48,7 @@ class FeatureInfo(NamedTuple):
     requires_grad: Optional[List[bool]] = None
     tokens: Optional[List[Optional[Tokens]]] = None
     num_outputs: int = 1
+    image_channels: int = 3
 
 
 def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, FeatureInfo]:
@@ -66,10 +70,9 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
         RuntimeError: If the model fails for all image sizes.
     """
     paths, problems = list(paths), []
-    channels = image_channels(model_cfg.get('data_preprocessor'))
-    widths = (3, 1) if channels == 1 else (channels,)  # a single mean in the config may apply to three channels
+    widths = image_channels(model_cfg)
     attempts = [(*attempt, width) for attempt in (*_own_size(model_cfg), *ATTEMPTS) for width in widths]
-    for device, size, width in attempts:
+    for device, size, width in chain(attempts, _stem_channels(model_cfg)):
         try:
             return _run(model_cfg, paths, owner, device, (width, size, size))
         except TapError:
@@ -84,6 +87,55 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
         f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels, and of the img_size of its backbone if it '
         f'is set; the last error was: {problems[-1]}'
     ) from problems[-1]
+
+
+def _stem_channels(model_cfg: dict) -> Iterator[Tuple[str, int, int]]:
+    """Yield an attempt with the channels of the model's first convolution, for configs that do not tell them."""
+    known = image_channels(model_cfg)
+    with suppress(Exception):
+        model = build_on_meta(model_cfg)
+        width = next(layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d))
+        if width not in known:
+            yield from ((*attempt, width) for attempt in ATTEMPTS)
+
+
+# numbers by which image sizes may have to be divisible
+PAD_DIVISORS = tuple(2**i for i in range(8))
+
+
+@torch.no_grad()
+def infer_pad_divisor(model_cfg: dict, taps: Dict[str, FeatureInfo], declared: int) -> int:
+    """Find the number by which image sizes must be divisible, in dry runs on the meta device.
+
+    Models such as YOLOX and RTMDet concatenate upsampled features, which needs multiples of their largest stride, but
+    not all configs say so.
+
+    Args:
+        model_cfg (dict): Config of the model.
+        taps (dict[str, FeatureInfo]): Taps of the model.
+        declared (int): Divisor in the config of the preprocessor.
+
+    Returns:
+        int: A multiple of ``declared``; ``declared`` itself if the model does not run on the meta device.
+    """
+    calls = {path: info.calls for path, info in taps.items()}
+    info = next(iter(taps.values()))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = build_on_meta(model_cfg).eval()
+    except Exception:
+        return declared
+    for divisor in dict.fromkeys(lcm(declared, divisor) for divisor in PAD_DIVISORS):
+        size = divisor * (256 // divisor | 1)  # an odd multiple
+        images = torch.zeros(IMAGES, info.image_channels, size, size, device='meta')
+        samples = [blank_sample(size, size) for _ in range(IMAGES)]
+        try:
+            with QuickMeta(), ModuleOutputsRecorder(model, calls, 'teacher', stop_after=calls):
+                forward_fns(model)[info.forward_fn](images, samples)
+            return divisor
+        except Exception as error:
+            print_log(f'The teacher does not run on images of {size}x{size}: {error}', 'current', DEBUG)
+    return declared
 
 
 def check_training_outputs(pair: str, path: str, outputs: List[list], tap: FeatureInfo) -> None:
@@ -178,7 +230,10 @@ def _run(
                 continue
             unreached = [path for path, outputs in taps.outputs.items() if not outputs]
             if not unreached:
-                return {path: _describe(taps, path, shape[1], forward_fn) for path in paths}
+                return {
+                    path: _describe(taps, path, shape[1], forward_fn)._replace(image_channels=shape[0])
+                    for path in paths
+                }
     if problem is not None:
         raise problem
     raise TapError(
@@ -327,12 +382,6 @@ def _numbers(levels: Sequence[int]) -> str:
 def _strides(tap: FeatureInfo) -> str:
     strides = [tap.strides[level] for level in _present(tap)]
     return ', '.join('none' if stride is None else f'{stride:g}' for stride in strides)
-
-
-# attributes of OpenMMLab models that hold the image encoder
-ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
-# attributes of trackers and semi-supervised models that hold a whole detector
-WRAPPED = ('detector', 'student')
 
 
 def encoder_path(model: nn.Module) -> Optional[str]:

@@ -1,9 +1,10 @@
-from typing import Dict, List, NamedTuple, Optional, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Union
 
 from torch import nn
 
 from mmdiffkd.registry import MODELS, PRESETS
 from mmdiffkd.utils.config import closest_names, comparable, refuse_old_keys, type_name
+from mmdiffkd.utils.validation import check_value, get_class
 
 from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
 from .recorders import is_roi_tap
@@ -12,7 +13,12 @@ from .recorders import is_roi_tap
 COMPARABLE = ('bbox_coder', 'reg_class_agnostic', 'num_classes')
 # not allowed in pair names: typical keys of custom_keys, which match anywhere in a parameter's name
 PARTS = ('backbone', 'neck', 'head')
-FIELDS = ('student', 'teacher', 'levels', 'neck')
+FIELDS = dict(
+    student=Union[str, Sequence[str], None],
+    teacher=Union[str, Sequence[str], None],
+    levels=Union[int, Sequence[int], None],
+    neck=Optional[dict],
+)
 PRESET_MEMBERS = ('neck_defaults', 'default_pairs', 'known_pairs', 'default_distance')
 RENAMED_PRESETS = dict(paper='diffkd')
 
@@ -66,9 +72,11 @@ def read_pairs(
     Raises:
         ValueError: If ``distill`` is empty, a pair has unknown keys or no taps, or the preset is unknown or incomplete.
     """
+    check_value('preset', preset, str)
     chosen = _get_preset(preset)
     models = student, student_cfg, teacher_cfg
-    if distill is not None and (not isinstance(distill, dict) or not distill):
+    check_value('distill', distill, Optional[dict])
+    if distill is not None and not distill:
         raise ValueError(
             'distill is empty: remove it to distill the default pairs, or define pairs, such as '
             "distill=dict(fpn=dict(student='neck', teacher='neck'))."
@@ -77,7 +85,9 @@ def read_pairs(
         _check_pair(name, cfg)
     if distill is None:
         distill = chosen.default_pairs(*models)
-    elif any(not (cfg.get('student') and cfg.get('teacher')) for cfg in distill.values()):
+    # a field that is None counts as not set
+    distill = {name: {key: value for key, value in cfg.items() if value is not None} for name, cfg in distill.items()}
+    if any(not (cfg.get('student') and cfg.get('teacher')) for cfg in distill.values()):
         defaults, known = chosen.default_pairs(*models), chosen.known_pairs(*models)
         distill = {name: _completed(name, cfg, defaults, known) for name, cfg in distill.items()}
     return {name: _read_pair(cfg, student_cfg, chosen) for name, cfg in distill.items()}
@@ -86,7 +96,7 @@ def read_pairs(
 def _get_preset(name: str):
     """Build the preset with this name."""
     PRESETS.import_from_location()
-    preset = PRESETS.get(name) if isinstance(name, str) else None
+    preset = PRESETS.get(name)
     if name in RENAMED_PRESETS:
         raise ValueError(f"There is no preset='{name}': the preset is called '{RENAMED_PRESETS[name]}' now.")
     if preset is None:
@@ -184,7 +194,12 @@ def _check_pair(name: str, cfg: dict) -> None:
         raise ValueError(f"distill.{name}={cfg!r} must be a dict such as dict(student='neck', teacher='neck').")
     for field in cfg:
         if field not in FIELDS:
-            raise ValueError(f"distill.{name} has no field '{field}'; the nearest are {closest_names(field, FIELDS)}.")
+            nearest = closest_names(field, FIELDS)
+            raise ValueError(f'distill.{name}.{field} is not a field of a pair; the nearest are {nearest}.')
+        check_value(f'distill.{name}.{field}', cfg[field], FIELDS[field])
+    levels = cfg.get('levels')
+    if isinstance(levels, (list, tuple)) and len(set(levels)) < len(levels):
+        raise ValueError(f'distill.{name}.levels={list(levels)} names a level twice.')
     refuse_old_keys(cfg.get('neck') or {}, f'distill.{name}.neck')
     counts = [1 if isinstance(tap, str) else len(tap) for tap in (cfg.get('student'), cfg.get('teacher')) if tap]
     if len(set(counts)) > 1:
@@ -195,6 +210,8 @@ def _check_pair(name: str, cfg: dict) -> None:
 
 def _read_pair(cfg: dict, student_cfg: dict, preset) -> Pair:
     neck, levels = dict(cfg.get('neck') or {}), cfg.get('levels')
+    if neck.get('loss_kd', {}) is None:
+        del neck['loss_kd']
     neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
     if _is_feature_diffusion(neck['type']) and neck.get('denoise', True):
         neck = {**preset.neck_defaults, **neck}
@@ -231,5 +248,5 @@ def _as_taps(taps) -> Union[str, List[str]]:
 
 def _is_feature_diffusion(kind) -> bool:
     """Return whether a neck type is ``FeatureDiffusionNeck`` or a subclass."""
-    cls = MODELS.get(kind) if isinstance(kind, str) else kind
+    cls = get_class(MODELS, kind) if isinstance(kind, str) else kind
     return isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)

@@ -1,6 +1,7 @@
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
 
 
 @MODELS.register_module()
@@ -15,7 +16,8 @@ class AttentionMSELoss(nn.Module):
         tau (float): Temperature of the softmax. Defaults to 0.5.
     """
 
-    def __init__(self, loss_weight: float = 1.0, tau: float = 0.5):
+    @check_arguments
+    def __init__(self, loss_weight: NonNegative = 1.0, tau: Positive = 0.5):
         super().__init__()
         self.loss_weight = loss_weight
         self.tau = tau

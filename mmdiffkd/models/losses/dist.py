@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
 
 from .utils import flatten_logits, masked_mean
 
@@ -25,7 +26,10 @@ class DISTLoss(nn.Module):
     compares_classes = True
     takes_mask = True
 
-    def __init__(self, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0, loss_weight: float = 1.0):
+    @check_arguments
+    def __init__(
+        self, beta: NonNegative = 1.0, gamma: NonNegative = 1.0, tau: Positive = 1.0, loss_weight: NonNegative = 1.0
+    ):
         super().__init__()
         self.beta = beta
         self.gamma = gamma

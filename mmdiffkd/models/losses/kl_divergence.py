@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
 
 from .utils import flatten_logits, masked_mean
 
@@ -22,7 +23,8 @@ class KLDivergence(nn.Module):
     compares_classes = True
     takes_mask = True
 
-    def __init__(self, tau: float = 1.0, loss_weight: float = 1.0):
+    @check_arguments
+    def __init__(self, tau: Positive = 1.0, loss_weight: NonNegative = 1.0):
         super().__init__()
         self.tau = tau
         self.loss_weight = loss_weight

@@ -1,6 +1,7 @@
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import NonNegative, check_arguments
 
 
 @MODELS.register_module()
@@ -11,7 +12,8 @@ class MSELoss(nn.Module):
         loss_weight (float): Weight of the loss. Defaults to 1.
     """
 
-    def __init__(self, loss_weight: float = 1.0):
+    @check_arguments
+    def __init__(self, loss_weight: NonNegative = 1.0):
         super().__init__()
         self.loss_weight = loss_weight
 

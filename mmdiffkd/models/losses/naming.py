@@ -6,6 +6,7 @@ from typing import Dict, List, Sequence
 from torch import Tensor
 
 from mmdiffkd.engine.checkpoint import PREFIX
+from mmdiffkd.utils.validation import in_key
 
 LOSS = 'loss_'
 PAIR_KEY_RE = re.compile(re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<term>\w+)')
@@ -37,7 +38,8 @@ def name_losses(
     """
     losses, logs = [], []
     for output in outputs:
-        _check_names(pair, output)
+        with in_key(f'distill.{pair}.neck'):
+            check_names(output)
         is_scaled = {name: weight != 1 and name not in auxiliary for name in output.losses}
         losses.append({name: value * weight if is_scaled[name] else value for name, value in output.losses.items()})
         logs.append({name: value.detach().float().mean() for name, value in output.logs.items()})
@@ -56,15 +58,20 @@ def name_losses(
     return named
 
 
-def _check_names(pair: str, output) -> None:
+def check_names(output) -> None:
+    """Check the names of a neck's losses and logged values.
+
+    Raises:
+        ValueError: If a loss has a name without the prefix ``loss_``, or a logged value has a name with ``loss`` in it.
+    """
     for name in output.losses:
         if not name.startswith(LOSS):
-            raise ValueError(f"The neck of distill.{pair} returns the loss '{name}': rename it to '{LOSS}{name}'.")
+            raise ValueError(f"the neck returns the loss '{name}': rename it to '{LOSS}{name}'.")
     for name in output.logs:
         if 'loss' in name:
             raise ValueError(
-                f"The neck of distill.{pair} logs '{name}': a value with 'loss' in its name would be optimized; return "
-                'it in losses, or rename it.'
+                f"the neck logs '{name}': a value with 'loss' in its name would be optimized; return it in losses, or "
+                'rename it.'
             )
 
 

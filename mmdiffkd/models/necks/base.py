@@ -1,10 +1,17 @@
 """Interface of necks: base class, inputs and outputs."""
 
+import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
+import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
+
+from mmdiffkd.utils.validation import ConfigError, one_line
+
+from ..losses.naming import check_names
 
 Features = Union[Sequence[Tensor], Sequence[Sequence[Tensor]]]
 
@@ -14,7 +21,7 @@ class DistillContext:
     """Inputs of a neck in addition to the features.
 
     Attributes:
-        images (Tensor, optional): Preprocessed images of the student, (N, 3, H, W).
+        images (Tensor, optional): Preprocessed images of the student, (N, C, H, W).
         data_samples (list, optional): Data samples of the images, with ground truth. None if the student takes views or
             clips instead of images.
         input_size (tuple[int, int], optional): Height and width of the images in pixels, including padding.
@@ -91,12 +98,43 @@ def check_neck(neck: nn.Module) -> None:
     """Check that a neck has the methods that the distiller calls.
 
     Raises:
-        TypeError: If a method is missing or has a different signature.
+        ValueError: If a method is missing or has a different signature.
     """
     name = type(neck).__name__
     if not callable(getattr(neck, 'describe', None)):
-        raise TypeError(f'{name} has no method describe(); inherit from mmdiffkd.models.DistillNeck.')
+        raise ValueError(f'{name} has no method describe(); inherit from mmdiffkd.models.DistillNeck.')
     try:
         inspect.signature(neck.forward).bind('student', 'teacher', 'context')
     except TypeError as error:
-        raise TypeError(f'{name}.forward must take (student, teacher, context): {error}.') from error
+        raise ValueError(f'{name}.forward must take (student, teacher, context): {error}.') from error
+
+
+def try_neck(neck: nn.Module, student: Features, teacher: Features, context: DistillContext) -> None:
+    """Run a neck forward and backward on random features, and check its losses.
+
+    A neck that does not run is not refused, because it may need data samples or the teacher's modules.
+
+    Raises:
+        ValueError: If a name is invalid, or a loss is not a scalar, is negative or not finite, or has no gradient.
+    """
+    name = type(neck).__name__
+    leaves = [feature for level in student for feature in ([level] if isinstance(level, Tensor) else level)]
+    with torch.enable_grad():
+        try:
+            outputs = copy.deepcopy(neck)(student, teacher, context)  # a copy, because a neck can have buffers
+        except Exception as error:
+            print_log(f'{name} was not tried before the training: {one_line(error)}', logger='current')
+            return
+        for output in outputs:
+            check_names(output)
+        losses = [(key, loss) for output in outputs for key, loss in output.losses.items()]
+        for key, loss in losses:
+            if not isinstance(loss, Tensor) or loss.dim() > 0:
+                raise ConfigError('', f': {key} of {name} is not a scalar tensor.')
+            if not loss.is_meta and not (loss.isfinite() and loss >= -1e-6):
+                raise ConfigError('', f': {key} of {name} is {loss:g} for random features; it must be finite and >= 0.')
+        total = sum(loss for _, loss in losses)
+        if not any(loss.requires_grad for _, loss in losses) or not any(
+            gradient is not None for gradient in torch.autograd.grad(total, leaves, allow_unused=True)
+        ):
+            raise ConfigError('', f': no loss of {name} has a gradient to the student features.')

@@ -1,8 +1,9 @@
-from typing import List, Optional, Sequence, Union
+from typing import Any, List, Optional, Sequence, Union
 
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import ConfigError, check_arguments
 
 from ..diffusion.feature_diffusion import DiffusionOutput, FeatureDiffusion, NoiseInputs
 from .base import DistillContext, DistillNeck
@@ -28,17 +29,19 @@ class FeatureDiffusionNeck(DistillNeck):
             ``loss_diffusion_weight``, ``loss_reconstruction_weight``, ``num_grad_steps``, ``memory_efficient``.
 
     Raises:
-        ValueError: If student and teacher have different numbers of levels or several taps, if ``share_levels`` is set
-            and the channels differ between levels, or if ``compile`` conflicts with the other arguments.
+        ConfigError: If an argument is invalid, if student and teacher have different numbers of levels or several taps,
+            if ``share_levels`` is set and the channels differ between levels, or if ``compile`` conflicts with the
+            other arguments.
     """
 
     part = FeatureDiffusion  # module class of a level
     auxiliary_losses = ('loss_diffusion', 'loss_reconstruction')
 
+    @check_arguments
     def __init__(
         self,
-        student_channels: Ints,
-        teacher_channels: Ints,
+        student_channels: Union[int, Sequence[Any]],
+        teacher_channels: Union[int, Sequence[Any]],
         share_levels: bool = False,
         compile: bool = False,
         **level_cfg,
@@ -57,18 +60,20 @@ class FeatureDiffusionNeck(DistillNeck):
             )
         widths = list(zip(student_channels, teacher_channels))
         if share_levels and len(set(widths)) > 1:
-            raise ValueError(
-                f'share_levels=True needs the same channels on all levels, but student_channels={student_channels} and '
-                f'teacher_channels={teacher_channels}.'
+            raise ConfigError(
+                'share_levels',
+                f'=True needs the same channels on all levels, but student_channels={student_channels} and '
+                f'teacher_channels={teacher_channels}.',
             )
         self.num_levels = len(widths)
         if share_levels:
             widths = widths[:1]
         if compile:
             if level_cfg.get('memory_efficient') or not level_cfg.get('denoise', True):
-                raise ValueError(
-                    'compile=True needs denoise=True and memory_efficient=False: torch.compile is applied to the '
-                    'diffusion module, and chooses the activations to save.'
+                raise ConfigError(
+                    'compile',
+                    '=True needs denoise=True and memory_efficient=False: torch.compile is applied to the diffusion '
+                    'module, and chooses the activations to save.',
                 )
             level_cfg['memory_efficient'] = False
         self.levels = nn.ModuleList(self.part(s, t, **level_cfg) for s, t in widths)

@@ -130,10 +130,10 @@ def test_runner_can_train_twice(runner):
 @pytest.mark.parametrize(
     'hook, message',
     [
-        (dict(begin=5, end=5), 'must fit between begin and end'),
-        (dict(interval=0), r'must be 1 \(every iteration\) or more'),
-        (dict(warmup=-1), 'no value may be negative'),
-        (dict(begin=2, end=4, warmup=2, decay=1), 'must fit between begin and end'),
+        (dict(begin=5, end=5), 'end=.* is too early'),
+        (dict(interval=0), 'DistillScheduleHook: interval=0 must be an integer of at least 1'),
+        (dict(warmup=-1), 'warmup=-1 must be a finite number of at least 0'),
+        (dict(begin=2, end=4, warmup=2, decay=1), 'end=.* is too early'),
         (dict(end=9), 'do not fit into the 8 iterations'),
         (dict(by_epoch=True), 'counts epochs, but the IterBasedTrainLoop has no epochs'),
     ],

@@ -180,5 +180,5 @@ def test_needs_a_distiller(runner):
 
 
 def test_unknown_policy(runner):
-    with pytest.raises(ValueError, match="policy='ignore'.: policy must be 'raise' or 'skip'"):
+    with pytest.raises(ValueError, match="NonFiniteHook: policy='ignore' must be 'raise' or 'skip'"):
         runner(policy='ignore').train()

@@ -32,5 +32,5 @@ def test_fixed_gamma_is_the_share_of_the_student():
         torch.randn(4, 8, 6, 5), torch.randn(4, 8, 6, 5), NoiseInputs(adapter_noise=noise), return_trajectory=True
     )
     torch.testing.assert_close(output.trajectory[0], 0.25 * output.student_latent + 0.75 * noise)
-    with pytest.raises(ValueError, match='noise_adapter.gamma=1.5 must be between 0'):
+    with pytest.raises(ValueError, match='gamma=1.5 must be a finite number from 0 to 1'):
         FixedGamma(1.5)

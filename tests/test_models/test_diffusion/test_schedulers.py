@@ -59,7 +59,7 @@ def test_float32_under_autocast_and_not_in_checkpoints():
         (dict(num_inference_steps=501), 'half of num_train_timesteps=1000'),
         (dict(start_timestep=1000), 'start_timestep=1000'),
         (dict(start_timestep=2), 'start_timestep=2'),
-        (dict(prediction_type='noise'), "prediction_type='noise' must be one of 'epsilon', 'sample', 'v_prediction'"),
+        (dict(prediction_type='noise'), "prediction_type='noise' must be one of 'epsilon', 'sample' or 'v_prediction'"),
     ],
 )
 def test_invalid_settings(options, message):

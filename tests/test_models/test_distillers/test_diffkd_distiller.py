@@ -326,8 +326,14 @@ class TestInvalidConfig:
             ),
             (dict(distill=dict(fpn=dict(teacher='backbone.layer5'))), "the nearest are 'backbone.layer"),
             (dict(distill=dict(fpn=dict(levels=[5]))), 'names level 5'),
-            (dict(distill=dict(fpn=dict(studnet='neck'))), "no field 'studnet'; the nearest are 'student'"),
-            (dict(distill=dict(fpn=dict(neck=dict(latent=3)))), 'distill.fpn.neck cannot be built'),
+            (
+                dict(distill=dict(fpn=dict(studnet='neck'))),
+                "distill.fpn.studnet is not a field of a pair; the nearest .* 'student'",
+            ),
+            (
+                dict(distill=dict(fpn=dict(neck=dict(latent=3)))),
+                'distill.fpn.neck.latent is not an argument of FeatureDiffusion; the nearest are .latent_channels',
+            ),
             (dict(distill={'a.b': dict()}), "pair name 'a.b' cannot be used"),
             (dict(distill=dict(keys=dict())), "pair name 'keys' cannot be used"),
             (dict(distill=dict(loss_fpn=dict())), "pair name 'loss_fpn' cannot be used.*log keys with 'loss'"),
@@ -342,7 +348,10 @@ class TestInvalidConfig:
         'teacher, message',
         [
             (dict(checkpoint='x.pth'), 'teacher.config is missing'),
-            (dict(config=tiny.RETINANET, ckpt='x'), "no key 'ckpt'; the nearest are 'checkpoint'"),
+            (
+                dict(config=tiny.RETINANET, ckpt='x'),
+                'teacher.ckpt is not an argument of teacher',
+            ),
             (tiny.RETINANET, r'must be dict\(config=..., checkpoint=...\)'),
         ],
     )

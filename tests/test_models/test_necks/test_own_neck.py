@@ -185,14 +185,14 @@ class Misnamed(DistillNeck):
         self.names = names
 
     def forward(self, student, teacher, context):
-        value = student[0].mean()
+        value = student[0].square().mean()
         return [DistillOutput({self.names.get('loss', 'loss_a'): value}, {self.names.get('log', 'b'): value})]
 
 
 @pytest.mark.parametrize(
     'neck, message',
     [
-        (Bare, r'distill\.fpn\.neck cannot be built: Bare has no method describe\(\)'),
+        (Bare, r'distill\.fpn\.neck: Bare has no method describe\(\)'),
         (Described, r'Described\.forward must take \(student, teacher, context\)'),
     ],
 )
@@ -205,15 +205,43 @@ def test_invalid_necks_are_refused_at_build(tmp_path, neck, message):
 @pytest.mark.parametrize(
     'names, message',
     [
-        (dict(loss='kd'), "distill.fpn returns the loss 'kd': rename it to 'loss_kd'"),
-        (dict(log='my_loss'), "logs 'my_loss': a value with 'loss' in its name would be optimized"),
+        (dict(loss='kd'), "distill.fpn.neck: the neck returns the loss 'kd': rename it to 'loss_kd'"),
+        (
+            dict(log='my_loss'),
+            "distill.fpn.neck: the neck logs 'my_loss': a value with 'loss' in its name would",
+        ),
     ],
 )
 def test_invalid_loss_and_log_names(tmp_path, names, message):
     distill = dict(fpn=dict(student='neck', teacher='neck', neck=dict(type=Misnamed, **names)))
-    model = tiny.build(tiny.distiller_cfg(tmp_path, distill=distill))
     with pytest.raises(ValueError, match=message):
-        model.loss(*tiny.batch(model))
+        MODELS.build(tiny.distiller_cfg(tmp_path, distill=distill))
+
+
+class Weighted(DistillNeck):
+    def __init__(self, student_channels, teacher_channels, weight, detach=False):
+        super().__init__()
+        self.weight = weight
+        self.detach = detach
+
+    def forward(self, student, teacher, context):
+        student = [level.detach() if self.detach else level for level in student]
+        return [DistillOutput(dict(loss_a=self.weight * (s - t).square().mean())) for s, t in zip(student, teacher)]
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(weight=-1.0), 'distill.fpn.neck: loss_a of Weighted is -.* for random features'),
+        (dict(weight=float('nan')), 'distill.fpn.neck: loss_a of Weighted is nan for random features'),
+        (dict(weight=torch.ones(2)), 'distill.fpn.neck: loss_a of Weighted is not a scalar'),
+        (dict(weight=1.0, detach=True), 'distill.fpn.neck: no loss of Weighted has a gradient to the student'),
+    ],
+)
+def test_losses_are_tried_at_build(tmp_path, options, message):
+    distill = dict(fpn=dict(student='neck', teacher='neck', neck=dict(type=Weighted, **options)))
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(tiny.distiller_cfg(tmp_path, distill=distill))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,252 @@
+"""Check configs against the signatures of the classes that they configure.
+
+The annotations of a signature are the schema: ``check_arguments`` is a decorator that compares the values with them,
+and ``build_part`` builds a nested config. Both raise :class:`ConfigError` with the path of the wrong key.
+"""
+
+import functools
+import inspect
+import typing
+from contextlib import contextmanager, suppress
+from math import inf, isfinite
+from numbers import Integral, Real
+from typing import Annotated, Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
+
+from mmengine.registry import Registry
+
+from .config import RENAMED_KEYS, closest_names
+
+
+class ConfigError(ValueError):
+    """A wrong value in a config.
+
+    Args:
+        key (str): The key, such as ``'loss_weight'``; :func:`in_key` adds the keys around it.
+        problem (str): What is wrong, such as ``'=-1 must be a number of at least 0.'``.
+    """
+
+    def __init__(self, key: str, problem: str):
+        super().__init__(key, problem)
+        self.key = key
+        self.problem = problem
+        self.owner: Optional[str] = None  # class with the argument, named in messages without a path
+
+    def __str__(self):
+        return f'{f"{self.owner}: " if self.owner else ""}{self.key}{self.problem}'
+
+
+@contextmanager
+def in_key(key: str) -> Iterator[None]:
+    """Add a key to the path in the ConfigErrors of a block. Other ValueErrors become ConfigErrors of this key."""
+    try:
+        yield
+    except ConfigError as error:
+        error.key = f'{key}.{error.key}' if error.key else key
+        error.owner = None
+        raise
+    except ValueError as error:
+        raise ConfigError(key, f': {error}') from error
+
+
+class Limits(NamedTuple):
+    """Smallest and largest value of a number; ``above`` excludes ``low``."""
+
+    low: float = -inf
+    high: float = inf
+    above: bool = False
+
+
+NonNegative = Annotated[float, Limits(0)]
+Positive = Annotated[float, Limits(0, above=True)]
+Fraction = Annotated[float, Limits(0, 1)]
+Natural = Annotated[int, Limits(0)]
+# counts of blocks and channels have upper limits, because larger models would use up the memory
+Count = Annotated[int, Limits(1, 1000)]
+Channels = Annotated[int, Limits(1, 16384)]
+
+
+def check_arguments(init: Callable) -> Callable:
+    """Decorator of ``__init__``: check that the arguments exist and that their values fit the annotations.
+
+    Annotations may be ``bool``, ``int``, ``float``, ``str``, ``dict``, ``Literal``, ``Optional``, ``Union``,
+    ``Sequence``, any of these in ``Annotated`` with :class:`Limits`, and other classes. Numbers must be finite.
+
+    Raises:
+        ConfigError: If an argument is unknown or missing, or a value does not fit.
+    """
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        name = type(self).__name__
+        arguments = bind(init, name, (self, *args), kwargs)
+        try:
+            for key, value in arguments.items():
+                check_value(key, value, _hints(init).get(key, Any))
+            init(self, *args, **kwargs)
+        except ConfigError as error:
+            error.owner = error.owner or name
+            raise
+
+    return checked
+
+
+def check_value(key: str, value, hint) -> None:
+    """Check that the value of a key fits an annotation; see :func:`check_arguments`.
+
+    Raises:
+        ConfigError: If the value does not fit.
+    """
+    if not _fits(value, hint):
+        raise ConfigError(key, f'={value!r} must be {_expected(hint)}.')
+
+
+def bind(function: Callable, name: str, args: tuple, kwargs: dict) -> dict:
+    """Return the arguments of a call by name, without those for ``*args`` and ``**kwargs``.
+
+    Raises:
+        ConfigError: If an argument is unknown or missing.
+    """
+    signature = inspect.signature(function)
+    parameters = signature.parameters
+    accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in kwargs:
+        if key not in parameters and not accepts_all:
+            if key in RENAMED_KEYS and RENAMED_KEYS[key] in parameters:
+                raise ConfigError(key, f" is now called '{RENAMED_KEYS[key]}'.")
+            known = [other for other in parameters if other != 'self']
+            nearest = f'; the nearest are {closest_names(key, known)}' if known else ''
+            raise ConfigError(key, f' is not an argument of {name}{nearest}.')
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        missing = [
+            key
+            for key, parameter in list(parameters.items())[len(args) :]
+            if parameter.default is parameter.empty and key not in kwargs and parameter.kind.name[:3] != 'VAR'
+        ]
+        if missing:
+            raise ConfigError(missing[0], f' is missing: {name} needs it.') from None
+        raise ConfigError('', f'{name} cannot be built: {error}.') from None
+
+
+def build_part(registry: Registry, cfg: dict, key: str, default_type: Optional[str] = None, **defaults):
+    """Build the object of a nested config.
+
+    Args:
+        registry (Registry): Registry of the class.
+        cfg (dict): ``type`` and arguments.
+        key (str): Key of the config, for error messages.
+        default_type (str, optional): Class of a config without ``type``. Defaults to None.
+        **defaults: Arguments that the config may override.
+
+    Raises:
+        ConfigError: If the class is unknown, an argument is unknown or missing, or the class refuses a value.
+    """
+    with in_key(key):
+        check_value('', cfg, dict)
+        with registry.switch_scope_and_registry(cfg.get('_scope_')) as scoped:
+            cls = find_class(scoped, cfg.get('type', default_type))
+        name = getattr(cls, '__name__', str(cls))
+        arguments = {**defaults, **{key: value for key, value in cfg.items() if key not in ('type', '_scope_')}}
+        bind(cls, name, (), arguments)
+        _check_numbers(cls, arguments)
+        try:
+            return cls(**arguments)
+        except ValueError:
+            raise
+        except Exception as error:  # classes of other packages raise all kinds of errors for wrong values
+            raise ConfigError('', f': {name} cannot be built: {one_line(error)}') from error
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's message as a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip('.') + '.'
+
+
+def _check_numbers(cls: type, arguments: dict) -> None:
+    """Check arguments of any class that are annotated as numbers. Annotations of other packages may be inexact."""
+    hints = {}
+    with suppress(Exception):
+        hints = _hints(cls.__init__)
+    for key, parameter in inspect.signature(cls).parameters.items():
+        is_number = hints.get(key) in (int, float) and isinstance(parameter.default, Real)
+        if is_number and key in arguments and arguments[key] is not parameter.default:
+            check_value(key, arguments[key], float)
+
+
+def find_class(registry: Registry, kind):
+    """Return the class of a config's ``type``.
+
+    Raises:
+        ConfigError: If there is no such class; the message lists the nearest names.
+    """
+    if kind is None:
+        raise ConfigError('type', ' is missing: name a registered class.')
+    cls = kind if callable(kind) else get_class(registry, kind)
+    if cls is None:
+        names = [f'{registry.scope}.{name}' for name in registry.module_dict]
+        raise ConfigError(
+            'type',
+            f'={kind!r} is not a registered class; the nearest are {closest_names(str(kind), names)}. Import a class '
+            'of your own with custom_imports.',
+        )
+    return cls
+
+
+def get_class(registry: Registry, kind) -> Optional[Callable]:
+    """Return the class of a registered name; None for anything else, such as the name of a module."""
+    cls = registry.get(kind) if isinstance(kind, str) and kind else None
+    return cls if callable(cls) else None
+
+
+@functools.cache
+def _hints(init: Callable) -> dict:
+    return typing.get_type_hints(init, include_extras=True)
+
+
+def _fits(value, hint) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in (Any, inspect.Parameter.empty):
+        return True
+    if origin is Annotated:
+        base, limits = arguments
+        is_in = _fits(value, base) and limits.low <= value <= limits.high
+        return is_in and not (limits.above and value == limits.low)
+    if origin is Union:
+        return any(_fits(value, choice) for choice in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if isinstance(origin, type) and issubclass(origin, typing.Sequence):
+        is_list = isinstance(value, (list, tuple)) and len(value) > 0
+        return is_list and all(_fits(entry, arguments[0]) for entry in value)
+    if hint in (int, float):
+        kind = Integral if hint is int else Real
+        return isinstance(value, kind) and not isinstance(value, bool) and isfinite(value)
+    if hint is str:
+        return isinstance(value, str) and value != ''
+    return isinstance(value, origin or hint)
+
+
+def _expected(hint) -> str:
+    """Describe the values that fit an annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        base, limits = arguments
+        noun = _expected(base)
+        if limits.high < inf:
+            return f'{noun} from {limits.low:g} to {limits.high:g}'
+        return f'{noun} greater than {limits.low:g}' if limits.above else f'{noun} of at least {limits.low:g}'
+    if origin is Union:
+        return _either([_expected(choice) for choice in arguments])
+    if origin is typing.Literal:
+        return f'{"one of " * (len(arguments) > 2)}{_either([repr(choice) for choice in arguments])}'
+    if isinstance(origin, type) and issubclass(origin, typing.Sequence):
+        return f'a list, and each entry {_expected(arguments[0])}'
+    names = {bool: 'True or False', int: 'an integer', float: 'a finite number', str: 'a non-empty string'}
+    names.update({dict: 'a dict', type(None): 'None'})
+    return names.get(hint) or f'a {getattr(hint, "__name__", hint)}'
+
+
+def _either(choices: Sequence[str]) -> str:
+    return choices[0] if len(choices) == 1 else f'{", ".join(choices[:-1])} or {choices[-1]}'
