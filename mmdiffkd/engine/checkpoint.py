@@ -681,9 +681,9 @@ class AtomicBackend(LocalBackend):
         except OSError as error:
             with suppress(OSError):
                 os.remove(temporary)
+            cure = _state_and_cure(error, folder, len(obj))
             raise OSError(
-                f"'{path}' could not be written: {error.strerror or error}{_free_space(error, folder, len(obj))}. "
-                'Earlier files are intact: free disk space or restore access, and restart with --resume.'
+                f"'{path}' could not be written: {error.strerror or error}{cure} and restart with --resume."
             ) from error
 
 
@@ -707,10 +707,11 @@ def _write(path: str, content: bytes) -> None:
             )
 
 
-def _free_space(error: OSError, folder: str, size: int) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ''
-    return f' ({size / 1e6:.1f} MB needed, {shutil.disk_usage(folder).free / 1e6:.1f} MB free)'
+def _state_and_cure(error: OSError, folder: str, size: int) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return '. Earlier files are intact: make the folder writable'
+    free = shutil.disk_usage(folder).free
+    return f' ({size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free). Earlier files are intact: free disk space'
 
 
 @cache

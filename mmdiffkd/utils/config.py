@@ -227,7 +227,7 @@ def pipeline_normalization(cfg: Config) -> Optional[dict]:
 
 def _normalize_steps(cfg) -> Iterator[dict]:
     for step in _typed_dicts(cfg):
-        if str(step['type']).split('.')[-1] == 'Normalize' and step.get('mean') and step.get('std'):
+        if type_name(step['type']) == 'Normalize' and step.get('mean') and step.get('std'):
             yield step
 
 
@@ -249,7 +249,7 @@ def loaded_order(cfg: Config) -> Optional[str]:
     """Return the color order of the images that the training set of a config gives: ``'BGR'``, ``'RGB'`` or None."""
     order = None
     for step in _typed_dicts((cfg.get('train_dataloader') or {}).get('dataset')):
-        kind = str(step['type']).split('.')[-1]
+        kind = type_name(step['type'])
         if kind in RGB_DATASETS:
             order = 'RGB'
         elif kind == 'LoadImageFromFile':
