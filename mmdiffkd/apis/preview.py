@@ -135,7 +135,7 @@ def list_taps(
 
     Raises:
         ValueError: If ``owner`` is ``'teacher'`` and the config has no teacher.
-        RuntimeError: If the model does not run at this image size.
+        ValueError: If the model does not run at this image size.
     """
     cfg = read_config(config, cfg_options)
     size = size or image_size(cfg)
@@ -224,7 +224,7 @@ def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
             return
         except Exception as error:
             problem = error
-    raise RuntimeError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
+    raise ValueError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
 
 
 def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:

@@ -29,7 +29,7 @@ class TeacherCheckHook(Hook):
     def __init__(self, min_score: Optional[float] = None, metric: Optional[str] = None, **old_keys):
         refuse_old_keys(old_keys, 'TeacherCheckHook')
         if old_keys:
-            raise TypeError(f"TeacherCheckHook has no argument '{next(iter(old_keys))}'.")
+            raise ValueError(f"TeacherCheckHook has no argument '{next(iter(old_keys))}'.")
         self.min_score = min_score
         self.metric = metric
 
@@ -37,9 +37,8 @@ class TeacherCheckHook(Hook):
         """Evaluate the teacher, on all ranks.
 
         Raises:
-            TypeError: If the model is not a distiller.
-            ValueError: If the config has no validation set, the teacher cannot be evaluated on the validation set, or
-                the teacher scores below ``min_score``.
+            ValueError: If the model is not a distiller, the config has no validation set, the teacher cannot be
+                evaluated on the validation set, or the teacher scores below ``min_score``.
         """
         model = require_distiller(runner, self)
         if runner.iter > 0 or model.diffkd_teacher is None:

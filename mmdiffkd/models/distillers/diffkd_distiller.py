@@ -8,7 +8,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, 
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import all_gather_object, all_reduce
+from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmdiffkd.engine.checkpoint import PREFIX, check_is_data
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.config import closest_names, refuse_old_keys, with_preprocessor
+from mmdiffkd.utils.student_config import write_student_config
 from mmdiffkd.version import __version__
 
 from ..diffusion.feature_diffusion import DiffusionOutput
@@ -120,6 +121,11 @@ class DiffKDDistiller(BaseModel):
         if cls._student_type is not None:  # copying or unpickling a converted model
             return super().__new__(cls)
         refuse_old_keys(kwargs, 'DiffKDDistiller')
+        if {'pretrained', 'train_cfg'} <= set(kwargs) and 'backbone' not in kwargs:
+            raise ValueError(
+                "The init_model of mmseg opens only the config of the plain student: 'student.py' in the work dir of "
+                'the run, or as exported.'
+            )
         student = MODELS.build(_student_cfg(*args, **kwargs))
         _check_convertible(student)
         student.__class__ = _converted_class(cls, type(student))
@@ -142,6 +148,7 @@ class DiffKDDistiller(BaseModel):
         self.matched_levels: Dict[str, List[List[Tuple[int, int]]]] = {}
         self.student_info: Dict[str, FeatureInfo] = {}
         self.encoder_path: Optional[str] = None
+        self._wrote_student_config = False
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
         self._distill_handles = [
             self._register_load_state_dict_pre_hook(self._drop_diffusion_keys),
@@ -207,6 +214,8 @@ class DiffKDDistiller(BaseModel):
     def init_weights(self) -> None:
         """Initialize the student as without distillation, then load the teacher. The Runner calls this before training.
 
+        The config of the plain student is written to the work dir of the run.
+
         Raises:
             FileNotFoundError, ValueError: If the checkpoint of the teacher or of an ``init_cfg`` does not exist, does
                 not fit, or contains other objects than data.
@@ -214,6 +223,7 @@ class DiffKDDistiller(BaseModel):
         if self.deferred_error is not None:
             raise self.deferred_error
         print_log(f'Versions: {", ".join(_versions())}', logger='current')
+        self._wrote_student_config = _write_student_config()
         # remove the diffusion module for now: the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
@@ -225,6 +235,12 @@ class DiffKDDistiller(BaseModel):
                 self._modules['diffkd'] = diffkd
         if self.diffkd_teacher is not None:
             self._init_from_teacher(self.diffkd_teacher.model)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode of the student and the diffusion module; see :meth:`torch.nn.Module.train`."""
+        if mode and not self._wrote_student_config:  # FlexibleRunner publishes its config after init_weights
+            self._wrote_student_config = _write_student_config()
+        return super().train(mode)
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
         """Copy the teacher's weights to the modules in ``init_from_teacher``."""
@@ -468,6 +484,7 @@ ATTRIBUTES = (
     'matched_levels',
     'student_info',
     'encoder_path',
+    '_wrote_student_config',
     '_init_paths',
     '_auxiliary_losses',
     '_ignored_labels',
@@ -538,6 +555,14 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     return with_preprocessor(cfg, data_preprocessor)
+
+
+def _write_student_config() -> bool:
+    """Write the plain student's config of the current run. Return whether the run has published its config."""
+    run_config = MessageHub.get_current_instance().get_info('cfg')
+    if run_config is not None and is_main_process():
+        write_student_config(run_config)
+    return run_config is not None
 
 
 def _versions() -> List[str]:

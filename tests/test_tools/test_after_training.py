@@ -1,0 +1,121 @@
+"""What users do with a finished run: inference, pictures and analysis, with the functions and tools of the packages."""
+
+import importlib
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmdiffkd.apis import student_config
+from tests.conftest import call_tool
+from tests.test_tools import runs
+
+# functions that build a model, and the inferencer
+APIS = dict(
+    mmdet=('init_detector', 'inference_detector', 'DetInferencer'),
+    mmseg=('init_model', 'inference_model', 'MMSegInferencer'),
+    mmpretrain=('get_model', None, 'ImageClassificationInferencer'),
+)
+
+
+@pytest.fixture(scope='module', params=APIS)
+def run(request, tmp_path_factory, shapes):
+    """A short run of a package with mmengine's hooks, and the exported student."""
+    run = runs.train(request.param, tmp_path_factory.mktemp(request.param), shapes)
+    run.weights = run.folder / 'student.pth'
+    run.exported_config = run.folder / 'student.py'
+    done = call_tool(
+        'model_converters/export_student.py',
+        run.config,
+        run.checkpoint,
+        run.weights,
+        '--config-out',
+        run.exported_config,
+    )
+    assert 'averaged weights' in done.stdout
+    return run
+
+
+def init(run, config, weights):
+    apis = importlib.import_module(f'{run.package}.apis')
+    return getattr(apis, APIS[run.package][0])(str(config), str(weights), device='cpu')
+
+
+def infer(run, config, weights):
+    apis = importlib.import_module(f'{run.package}.apis')
+    result = getattr(apis, APIS[run.package][2])(config and str(config), str(weights), device='cpu')(run.image)
+    return str(result)
+
+
+@pytest.mark.situation(
+    'after',
+    'inference functions with a checkpoint of the run',
+    'mmdetection #10355, mmsegmentation #2907',
+    'every run writes the config of the plain student to `student.py` in its work dir. The inference functions and '
+    'inferencers of the packages open it with any checkpoint of the run.',
+)
+def test_inference_opens_the_config_in_the_work_dir(run):
+    assert run.plain_config.read_text() == student_config(Config.fromfile(run.config)).pretty_text
+    expected = torch.load(run.weights, weights_only=True)
+    results = set()
+    for weights in (run.checkpoint, run.weights):
+        model = init(run, run.plain_config, weights)
+        assert all(torch.equal(value, expected['state_dict'][key]) for key, value in model.state_dict().items())
+        meta = getattr(model, 'dataset_meta', None) or model._dataset_meta  # the name in mmpretrain
+        assert meta['classes'] == expected['meta']['dataset_meta']['classes']
+        if run.package != 'mmpretrain':  # has no palettes
+            assert meta['palette'] == expected['meta']['dataset_meta']['palette']
+        if APIS[run.package][1] is not None:
+            assert getattr(importlib.import_module(f'{run.package}.apis'), APIS[run.package][1])(model, run.image)
+        results.add(infer(run, run.plain_config, weights))
+    assert len(results) == 1
+
+
+@pytest.mark.situation(
+    'after',
+    'inference from the weights alone',
+    'mmengine #1678',
+    'exported weights hold the classes, the palette and the plain config, and the inferencers need no other file. With '
+    '`EMAHook`, they are the averaged weights, as in validation.',
+)
+def test_exported_weights_suffice(run):
+    content = torch.load(run.checkpoint, weights_only=False)
+    exported = torch.load(run.weights, weights_only=True)
+    assert exported['meta']['cfg'] == run.plain_config.read_text()
+    # EMAHook stores the averaged weights in state_dict, and the weights that the optimizer changes in ema_state_dict
+    other = {key.removeprefix('module.'): value for key, value in content['ema_state_dict'].items()}
+    trained = [key for key in exported['state_dict'] if key.endswith('conv1.weight')]
+    for key in trained:
+        assert torch.equal(exported['state_dict'][key], content['state_dict'][key])
+    assert trained and any(not torch.equal(exported['state_dict'][key], other[key]) for key in trained)
+    if run.package != 'mmpretrain':  # its inferencer needs a config
+        assert infer(run, None, run.weights) == infer(run, run.exported_config, run.weights)
+
+
+@pytest.mark.parametrize('with_teacher', [True, False])
+def test_inference_with_the_config_of_the_distillation(run, with_teacher):
+    config = run.config
+    if not with_teacher:
+        cfg = Config.fromfile(config)
+        cfg.model.teacher = dict(config='absent.py', checkpoint='absent.pth')
+        cfg.dump(config := run.folder / 'without_teacher.py')
+    assert infer(run, config, run.checkpoint) == infer(run, run.plain_config, run.checkpoint)
+    messages = dict(mmdet="'ConfigDict' object has no attribute 'backbone'", mmseg="'student.py' in the work dir of")
+    if run.package in messages:
+        with pytest.raises((AttributeError, ValueError), match=messages[run.package]):
+            init(run, config, run.checkpoint)
+    else:
+        model = init(run, config, run.checkpoint)
+        assert not any(key.startswith('teacher') for key in model.state_dict())
+
+
+@pytest.mark.situation(
+    'after',
+    '`test.py --show-dir` writes no pictures',
+    'mmsegmentation #2248, #2975, #3479, mmdetection #10548',
+    'a picture of every image, in mmdet, mmseg and mmpretrain.',
+)
+def test_show_dir(run, tmp_path):
+    call_tool('test.py', run.config, run.checkpoint, '--work-dir', tmp_path / 'work', '--show-dir', tmp_path / 'shown')
+    pictures = [file for file in (tmp_path / 'shown').rglob('*') if file.suffix in ('.png', '.jpg')]
+    assert len(pictures) == runs.COUNT and all(file.stat().st_size for file in pictures)
