@@ -12,7 +12,7 @@ from tests import tiny
 from tests.test_upstream import models
 
 CLASSES = ('disk', 'ring', 'bar')
-PALETTE = [[220, 20, 60], [0, 200, 60], [0, 60, 220]]
+SHAPES = ('stop sign', 'sports ball', 'kite', 'pizza', 'donut')  # classes of the data set of the fixture shapes
 COUNT = 3  # images
 FCN = 'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
 RUNTIME = dict(mmseg=FCN, mmpretrain='mmpretrain::resnet/resnet18_8xb32_in1k.py')
@@ -29,10 +29,11 @@ def write_images(folder):
 
 
 def detection(folder, shapes):
-    cfg = tiny.run_cfg(tiny.distiller_cfg(folder), shapes, folder / 'run')
+    models = [tiny.detector(base_channels=width, **{'bbox_head.num_classes': len(SHAPES)}) for width in (8, 16)]
+    cfg = tiny.run_cfg(tiny.distiller_cfg(folder, *models), shapes, folder / 'run')
     cfg.pop('experiment_name')
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        loader.dataset.indices = COUNT
+        loader.dataset.update(indices=COUNT, metainfo=dict(classes=SHAPES))
     return cfg
 
 
@@ -45,19 +46,18 @@ def segmentation(folder, shapes):
         backbone__stem_channels=8,
         decode_head__in_channels=64,
         decode_head__channels=16,
-        decode_head__num_classes=3,
+        decode_head__num_classes=6,
         auxiliary_head__in_channels=32,
         auxiliary_head__channels=16,
-        auxiliary_head__num_classes=3,
+        auxiliary_head__num_classes=6,
         data_preprocessor__size=(64, 64),
     )
     load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
     dataset = dict(
-        type='BaseSegDataset',
+        type='PotsdamDataset',
         data_root=str(folder),
         seg_map_suffix='.png',
         img_suffix='.png',
-        metainfo=dict(classes=CLASSES, palette=PALETTE),
         data_prefix=dict(img_path='images', seg_map_path='labels'),
         pipeline=[*load, dict(type='PackSegInputs')],
     )

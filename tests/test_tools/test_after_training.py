@@ -1,13 +1,16 @@
 """What users do with a finished run: inference, pictures and analysis, with the functions and tools of the packages."""
 
 import importlib
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 
 from mmdiffkd.apis import student_config
-from tests.conftest import call_tool
+from tests.conftest import call_tool, in_process
 from tests.test_tools import runs
 
 # functions that build a model, and the inferencer
@@ -119,3 +122,84 @@ def test_show_dir(run, tmp_path):
     call_tool('test.py', run.config, run.checkpoint, '--work-dir', tmp_path / 'work', '--show-dir', tmp_path / 'shown')
     pictures = [file for file in (tmp_path / 'shown').rglob('*') if file.suffix in ('.png', '.jpg')]
     assert len(pictures) == runs.COUNT and all(file.stat().st_size for file in pictures)
+
+
+@pytest.fixture(scope='module')
+def predictions(run):
+    """File with the predictions of the exported student; for mmseg, a folder of label maps."""
+    out, maps = run.folder / 'predictions.pkl', run.folder / 'maps'
+    options = ['--cfg-options', f'test_evaluator.output_dir={maps}'] if run.package == 'mmseg' else []
+    work_dir = run.folder / 'tested'
+    call_tool('test.py', run.exported_config, run.weights, '--work-dir', work_dir, '--out', out, *options)
+    return maps if run.package == 'mmseg' else out
+
+
+def call_upstream(run, tool, *args):
+    """Run a tool of the run's package, and return its output."""
+    file = Path(importlib.import_module(run.package).__file__).parent / '.mim' / 'tools' / tool
+
+    def start():
+        sys.path.insert(0, str(file.parent))
+        sys.modules.pop('utils', None)  # several packages have tools with a module of this name
+        runpy.run_path(str(file), run_name='__main__')
+
+    return in_process(start, file, *args, cwd=run.folder).stdout
+
+
+def test_get_flops(run):
+    """The tool counts the diffusion module as parameters if it gets the config of the distillation."""
+    size = ['--num-images', 1] if run.package == 'mmdet' else ['--shape', 64, 64]
+    output = call_upstream(run, 'analysis_tools/get_flops.py', run.plain_config, *size)
+    parameters = init(run, run.plain_config, run.weights).named_parameters()
+    count = sum(p.numel() for name, p in parameters if not name.startswith('auxiliary_head'))  # mmseg removes this head
+    assert f'Params: {count / 1e6:.3f}'.rstrip('0') in output
+
+
+@pytest.mark.situation(
+    'after',
+    'analysis tools of the packages',
+    'FGD #92, mmrazor #150',
+    'get_flops.py, confusion_matrix.py and the other tools run on the exported student and on `student.py` of the work '
+    'dir. With the config of the distillation, get_flops.py also counts the diffusion module.',
+)
+def test_confusion_matrix(run, predictions):
+    out = run.folder / 'matrix'
+    args = ['--show-path', out / 'matrix.png'] if run.package == 'mmpretrain' else [out]
+    out.mkdir()
+    call_upstream(run, 'analysis_tools/confusion_matrix.py', run.exported_config, predictions, *args)
+    assert list(out.glob('*.png'))
+
+
+TOOLS = dict(
+    mmdet={
+        'analysis_tools/analyze_results.py': '{config} {predictions} results --topk 1',
+        'analysis_tools/analyze_logs.py': 'cal_train_time {log}',
+        'analysis_tools/browse_dataset.py': '{config} --output-dir images --not-show',
+        'analysis_tools/eval_metric.py': '{config} {predictions}',
+        'misc/print_config.py': '{config}',
+        'model_converters/publish_model.py': '{weights} published.pth',
+    },
+    mmseg={
+        'analysis_tools/benchmark.py': '{config} {weights} --repeat-times 1',
+        'analysis_tools/browse_dataset.py': '{config} --output-dir images --not-show',
+        'misc/print_config.py': '{config}',
+        'misc/publish_model.py': '{weights} published.pth',
+    },
+    mmpretrain={
+        'analysis_tools/analyze_logs.py': 'plot_curve {log} --keys loss --out curve.png',
+        'analysis_tools/analyze_results.py': '{config} {predictions} --out-dir results',
+        'analysis_tools/eval_metric.py': '{predictions} --metric type=Accuracy topk=1,',
+        'misc/print_config.py': '{config}',
+        'misc/verify_dataset.py': '{config} --out-path broken.log',
+        'model_converters/publish_model.py': '{weights} published.pth',
+        'visualization/vis_scheduler.py': '{config} --dataset-size 10 --save-path schedule.png',
+    },
+)
+
+
+@pytest.mark.slow
+def test_other_tools(run, predictions):
+    (log,) = run.work_dir.glob('*/vis_data/scalars.json')
+    for tool, args in TOOLS[run.package].items():
+        args = args.format(config=run.exported_config, predictions=predictions, weights=run.weights, log=log)
+        call_upstream(run, tool, *args.split())

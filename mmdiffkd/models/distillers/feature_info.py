@@ -63,7 +63,7 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
 
     Raises:
         TapError: If a module does not exist, or a forward pass does not call the module.
-        ValueError: If the model fails for all image sizes.
+        RuntimeError: If the model fails for all image sizes.
     """
     paths, problems = list(paths), []
     channels = image_channels(model_cfg.get('data_preprocessor'))
@@ -79,7 +79,7 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
             problems.append(error)
     if len({str(error) for error in problems}) == 1:  # the image size is not the cause: raise the error itself
         raise problems[0]
-    raise ValueError(
+    raise RuntimeError(
         f'The {owner} {model_cfg["type"]} fails on blank images of '
         f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels, and of the img_size of its backbone if it '
         f'is set; the last error was: {problems[-1]}'
