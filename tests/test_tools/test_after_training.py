@@ -5,11 +5,14 @@ import runpy
 import sys
 from pathlib import Path
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 
 from mmdiffkd.apis import student_config
+from tests import tiny
 from tests.conftest import call_tool, in_process
 from tests.test_tools import runs
 
@@ -122,6 +125,39 @@ def test_show_dir(run, tmp_path):
     call_tool('test.py', run.config, run.checkpoint, '--work-dir', tmp_path / 'work', '--show-dir', tmp_path / 'shown')
     pictures = [file for file in (tmp_path / 'shown').rglob('*') if file.suffix in ('.png', '.jpg')]
     assert len(pictures) == runs.COUNT and all(file.stat().st_size for file in pictures)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+@pytest.mark.parametrize('package', ['mmseg', 'mmpretrain'])
+def test_show_dir_with_other_channels(package, channels, tmp_path):
+    cfg = runs.RUNS[package](tmp_path, None)
+    for key in ('train_dataloader', 'val_dataloader', 'val_evaluator', 'val_cfg', 'optim_wrapper'):
+        cfg.pop(key)
+    cfg.model = cfg.model.student
+    cfg.model.backbone.in_channels = channels
+    cfg.model.data_preprocessor.update(mean=None, std=None, bgr_to_rgb=False)
+    if package == 'mmpretrain':
+        cfg.model.data_preprocessor = dict(type='ClsDataPreprocessor')
+    cfg.test_dataloader.dataset.pipeline[0].color_type = 'unchanged' if channels == 4 else 'grayscale'
+    for file in [*(tmp_path / 'images').iterdir(), *(tmp_path / 'folders').glob('*/*')]:
+        mmcv.imwrite(np.zeros((64, 64, channels), np.uint8), str(file))
+    cfg.dump(tmp_path / 'student.py')
+    weights = tiny.write_checkpoint(cfg.model, tmp_path / 'student.pth')
+    call_tool(
+        'test.py', tmp_path / 'student.py', weights, '--work-dir', tmp_path / 'work', '--show-dir', tmp_path / 'shown'
+    )
+    assert len(list((tmp_path / 'shown').rglob('*.png'))) == runs.COUNT
+
+
+def test_show_and_save_at_once(tmp_path):
+    """The hook of mmseg disables saving if it shows predictions."""
+    runs.segmentation(tmp_path, None).dump(tmp_path / 'config.py')
+    weights = tiny.write_checkpoint(dict(type='mmdiffkd.MSELoss'), tmp_path / 'weights.pth')
+    done = call_tool('test.py', tmp_path / 'config.py', weights, '--show', '--show-dir', tmp_path / 'x', check=False)
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[-1] == (
+        'Error: SegVisualizationHook either shows predictions or saves them: give --show or --show-dir.'
+    )
 
 
 @pytest.fixture(scope='module')
