@@ -55,6 +55,7 @@ def segmentation(folder, shapes):
     load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
     dataset = dict(
         type='PotsdamDataset',
+        reduce_zero_label=False,
         data_root=str(folder),
         seg_map_suffix='.png',
         img_suffix='.png',

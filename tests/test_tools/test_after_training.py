@@ -170,8 +170,16 @@ def predictions(run):
     return maps if run.package == 'mmseg' else out
 
 
+# errors of the original packages' tools with any config, and of a tool whose package is not installed
+UPSTREAM_BUGS = (
+    '"input_shape" and "inputs" cannot be both set',
+    "in function 'rectangle'",
+    "No module named 'seaborn'",
+)
+
+
 def call_upstream(run, tool, *args):
-    """Run a tool of the run's package, and return its output."""
+    """Run a tool of the run's package, and return its output, or None if the tool itself is broken."""
     file = Path(importlib.import_module(run.package).__file__).parent / '.mim' / 'tools' / tool
 
     def start():
@@ -179,13 +187,18 @@ def call_upstream(run, tool, *args):
         sys.modules.pop('utils', None)  # several packages have tools with a module of this name
         runpy.run_path(str(file), run_name='__main__')
 
-    return in_process(start, file, *args, cwd=run.folder).stdout
+    done = in_process(start, file, *args, cwd=run.folder, check=False)
+    is_broken = any(bug in done.stdout for bug in UPSTREAM_BUGS)
+    assert done.returncode == 0 or is_broken, done.stdout[-4000:]
+    return done.stdout if done.returncode == 0 else None
 
 
 def test_get_flops(run):
     """The tool counts the diffusion module as parameters if it gets the config of the distillation."""
     size = ['--num-images', 1] if run.package == 'mmdet' else ['--shape', 64, 64]
     output = call_upstream(run, 'analysis_tools/get_flops.py', run.plain_config, *size)
+    if output is None:
+        pytest.skip(f'get_flops.py of this {run.package} does not work')
     parameters = init(run, run.plain_config, run.weights).named_parameters()
     count = sum(p.numel() for name, p in parameters if not name.startswith('auxiliary_head'))  # mmseg removes this head
     assert f'Params: {count / 1e6:.3f}'.rstrip('0') in output
