@@ -4,7 +4,7 @@ import argparse
 
 from mmengine.config import DictAction
 
-from mmdiffkd.cli import own_process, without_gc
+from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
 
 def parse_args():
@@ -29,11 +29,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with without_gc():
-        import torch
+    with exit_on_mistake():
+        with without_gc():
+            import torch
 
-        runner = build_runner(args)
-    runner.train()
+            runner = build_runner(args)
+        runner.train()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -53,7 +54,7 @@ def build_runner(args):
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise SystemExit('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
+            raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
         cfg.resume = True

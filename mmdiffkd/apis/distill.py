@@ -111,7 +111,7 @@ def _export(runner: Runner, work_dir: Path) -> dict:
     if is_main_process():
         runner.cfg.dump(config)
         student_config(runner.cfg).dump(plain_config)
-        torch.save(student_weights(checkpoint), plain_checkpoint)
+        torch.save(student_weights(checkpoint, runner.cfg), plain_checkpoint)
     barrier()
     metrics = {
         key[len('val/') :]: float(scalar.current())

@@ -160,7 +160,7 @@ def list_taps(
 
     Raises:
         ValueError: If ``owner`` is ``'teacher'`` and the config has no teacher.
-        RuntimeError: If the model does not run at this image size.
+        ValueError: If the model does not run at this image size.
     """
     cfg = read_config(config, cfg_options)
     size = size or image_size(cfg)
@@ -177,7 +177,7 @@ def list_taps(
     net = build_for_inspection(model_cfg)
     try:
         return _output_shapes(net, size, image_channels(model_cfg))
-    except RuntimeError:
+    except ValueError:
         if next(net.parameters()).device.type == 'cpu':
             raise
     # slower, but some operators do not support the meta device
@@ -274,7 +274,7 @@ def _run_longest(net: nn.Module, size: Size, channels: Sequence[int], shortest: 
                 return
             except Exception as error:
                 problem = problem or error
-    raise RuntimeError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
+    raise ValueError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
 
 
 def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:

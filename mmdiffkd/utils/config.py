@@ -40,15 +40,14 @@ def resolve_config(source: ConfigSource) -> Config:
     Raises:
         FileNotFoundError: If the file does not exist.
         ModuleNotFoundError: If the package is not installed.
-        ValueError: If the config has no model.
-        TypeError: If ``source`` is not a str, Path or dict.
+        ValueError: If the config has no model, or ``source`` is not a str, Path or dict.
     """
     if isinstance(source, dict):
         cfg = Config(dict(source) if 'model' in source else dict(model=dict(source)))
     elif isinstance(source, (str, Path)):
         cfg = Config.fromfile(_config_file(str(source)))
     else:
-        raise TypeError(f'A config must be a path, pkg::path or a dict, not {type(source).__name__}.')
+        raise ValueError(f'A config must be a path, pkg::path or a dict, not {type(source).__name__}.')
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
         raise ValueError(f"The config ({_name(source)}) has no model: it needs a 'model' dict with a 'type'.")
     return cfg

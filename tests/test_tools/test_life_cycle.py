@@ -171,7 +171,7 @@ def test_test_time_augmentation(config, tmp_path):
     call_tool('test.py', augmented, tmp_path / 'weights.pth', '--work-dir', tmp_path / 'tta', '--tta')
     assert map_of_test(tmp_path / 'tta') >= 0
     done = call_tool('test.py', config, tmp_path / 'weights.pth', '--tta', check=False)
-    assert done.returncode == 1 and '--tta needs tta_model and tta_pipeline' in done.stdout
+    assert done.returncode == 2 and '--tta needs tta_model and tta_pipeline' in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -282,6 +282,6 @@ def test_bad_teacher_stops_before_the_first_iteration(config, tmp_path, kind, me
     if kind == 'html':
         file.write_text('<html>not found</html>')
     done = call_tool('train.py', config, '--cfg-options', f'model.teacher.checkpoint={file}', check=False)
-    assert done.returncode != 0
+    assert done.returncode == 2 and 'Traceback' not in done.stdout
     assert message in done.stdout.splitlines()[-1]
     assert not logged(tmp_path / 'run')

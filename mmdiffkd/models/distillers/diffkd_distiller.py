@@ -8,7 +8,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tu
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import all_gather_object, all_reduce
+from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from mmdiffkd.engine.dist import on_all_ranks
 from mmdiffkd.engine.weights import fit_on_load, use_checked_files
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.config import type_name, with_preprocessor
+from mmdiffkd.utils.student_config import write_student_config
 from mmdiffkd.utils.validation import ConfigError, bind, build_part, check_value, in_key
 from mmdiffkd.version import __version__
 
@@ -141,6 +142,11 @@ class DiffKDDistiller(BaseModel):
     def __new__(cls, *args, **kwargs):
         if cls._student_type is not None:  # copying or unpickling a converted model
             return super().__new__(cls)
+        if {'pretrained', 'train_cfg'} <= set(kwargs) and 'backbone' not in kwargs:
+            raise ValueError(
+                "The init_model of mmseg opens only the config of the plain student: 'student.py' in the work dir of "
+                'the run, or as exported.'
+            )
         bind(cls.__init__, cls.__name__, (None, *args), kwargs)
         student = MODELS.build(_student_cfg(*args, **kwargs))
         _check_convertible(student)
@@ -166,6 +172,7 @@ class DiffKDDistiller(BaseModel):
         self.encoder_path: Optional[str] = None
         if init_from_teacher is not None and init_from_teacher != []:
             check_value('init_from_teacher', init_from_teacher, Union[str, Sequence[str]])
+        self._wrote_student_config = False
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
         self._distill_handles = [
             self._register_load_state_dict_pre_hook(self._fit_weights),
@@ -249,11 +256,14 @@ class DiffKDDistiller(BaseModel):
     def init_weights(self) -> None:
         """Load the teacher, and initialize the student as without distillation. The Runner calls this before training.
 
+        The config of the plain student is written to the work dir of the run.
+
         Raises:
             FileNotFoundError, ValueError: On all ranks, if on any rank the checkpoint of the teacher or of an
                 ``init_cfg`` does not exist, does not fit, or contains other objects than data.
         """
         print_log(f'Versions: {", ".join(_versions())}', logger='current')
+        self._wrote_student_config = _write_student_config()
         # remove the diffusion module for now: the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
@@ -275,6 +285,12 @@ class DiffKDDistiller(BaseModel):
     def _raise_deferred_error(self) -> None:
         if self.deferred_error is not None:
             raise self.deferred_error
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode of the student and the diffusion module; see :meth:`torch.nn.Module.train`."""
+        if mode and not self._wrote_student_config:  # FlexibleRunner publishes its config after init_weights
+            self._wrote_student_config = _write_student_config()
+        return super().train(mode)
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
         """Copy the teacher's weights to the modules in ``init_from_teacher``."""
@@ -607,6 +623,7 @@ ATTRIBUTES = (
     'matched_levels',
     'student_info',
     'encoder_path',
+    '_wrote_student_config',
     '_init_paths',
     '_auxiliary_losses',
     '_ignored_labels',
@@ -695,6 +712,14 @@ def _scoped_preprocessor(model_cfg: ConfigDict) -> Optional[dict]:
     if not preprocessor or not preprocessor.get('type') or not model_cfg.get('_scope_'):
         return preprocessor
     return {'_scope_': model_cfg['_scope_'], **preprocessor}
+
+
+def _write_student_config() -> bool:
+    """Write the plain student's config of the current run. Return whether the run has published its config."""
+    run_config = MessageHub.get_current_instance().get_info('cfg')
+    if run_config is not None and is_main_process():
+        write_student_config(run_config)
+    return run_config is not None
 
 
 def _versions() -> List[str]:
