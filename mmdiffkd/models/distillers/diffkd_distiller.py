@@ -30,6 +30,7 @@ from .batches import (
     as_data_elements,
     choose_images,
     find_data_samples,
+    find_images,
     find_rows,
     take_samples,
     trains,
@@ -342,6 +343,16 @@ class DiffKDDistiller(BaseModel):
             encoder = stack.enter_context(ModuleInputsRecorder(self, self.encoder_path)) if self.encoder_path else None
             losses = dict(super().loss(*args, **kwargs))
         images = self.find_images(args, kwargs, encoder)
+        if (
+            encoder
+            and encoder.images
+            and images is encoder.images[0]
+            and next(find_images((args, kwargs)), None) is not None
+        ):
+            self._log_once(
+                'The student encodes other images than loss() receives, for example flipped ones: the teacher gets the '
+                'images that the student encodes, and losses that need ground truth get none.'
+            )
         samples = find_data_samples(args, kwargs, images)
         teacher_features = self.diffkd_teacher.features(images, as_data_elements(samples, images), rois[0])
         context = DistillContext(
@@ -374,6 +385,7 @@ class DiffKDDistiller(BaseModel):
                 teacher = [[level[rows] for level in levels] for levels in teacher]
                 mask = of_pair.mask if of_pair.mask is None else of_pair.mask[rows]
                 of_pair = replace(of_pair, images=images[rows], data_samples=take_samples(samples, rows), mask=mask)
+            student, teacher = (self._as_dtype_of_neck(name, features) for features in (student, teacher))
             outputs = self.diffkd[name](_per_tap(pair, student), _per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
             losses.update(name_losses(name, outputs, levels, state.weight, self._auxiliary_losses[name]))
@@ -433,6 +445,14 @@ class DiffKDDistiller(BaseModel):
                 self._record_gradients(name, dict(zip(levels, recorded)))
             features.append(recorded)
         return None if any(not len(level) for levels in features for level in levels) else features
+
+    def _as_dtype_of_neck(self, name: str, features: List[List[Tensor]]) -> List[List[Tensor]]:
+        """Convert features to the type of the neck's weights. Under autocast, the neck's operators convert them."""
+        device = features[0][0].device.type
+        weight = next(self.diffkd[name].parameters(), None)
+        if weight is None or _is_autocast_enabled(device):
+            return features
+        return [[level.to(weight.dtype) for level in levels] for levels in features]
 
     def _compares(self, name: str, pair: Pair, has_images: bool) -> bool:
         """Return whether a pair is compared: with SyncBatchNorm, which waits for all ranks, only if all have images."""
@@ -674,6 +694,13 @@ def _shape_on(size: int, info: FeatureInfo, level: int) -> Tuple[int, int, int, 
 def _per_tap(pair: Pair, values: list):
     """Return the list with one value per tap, or only the value if the pair has a single tap."""
     return values[0] if isinstance(pair.student, str) else values
+
+
+def _is_autocast_enabled(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:  # torch before 2.4
+        return torch.is_autocast_enabled() if device == 'cuda' else torch.is_autocast_cpu_enabled()
 
 
 def _progress() -> float:
