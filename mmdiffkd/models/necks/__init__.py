@@ -1,11 +1,13 @@
 from .base import DistillContext, DistillNeck, DistillOutput
 from .bckd_neck import BCKDNeck
+from .crosskd_neck import CrossKDNeck
 from .feature_diffusion_neck import FeatureDiffusionNeck
 from .fgd_neck import FGDNeck
 from .ld_neck import LDNeck
 
 __all__ = [
     'BCKDNeck',
+    'CrossKDNeck',
     'DistillContext',
     'DistillNeck',
     'DistillOutput',

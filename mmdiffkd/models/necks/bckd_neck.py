@@ -8,7 +8,7 @@ from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import Channels, NonNegative, check_arguments
 
 from .base import DistillContext, DistillNeck, DistillOutput
-from .dense_heads import EPS, as_rows, assign_labels, decode_boxes, giou, heads_of, regression_rows
+from .dense_heads import EPS, as_rows, assign_labels, decode_boxes, giou, head_of, regression_rows
 from .ld_neck import check_two_taps
 
 
@@ -77,7 +77,7 @@ class BCKDNeck(DistillNeck):
         Raises:
             ValueError: If the context is incomplete, or not all levels are distilled.
         """
-        heads = heads_of(self, student, context)
+        heads = {owner: head_of(self, owner, context, len(student[0])) for owner in ('student', 'teacher')}
         positives, label_weights, count = assign_labels(heads['student'], student[0], context.data_samples)
         predictions = [
             predict(heads[owner], *features) for owner, features in (('student', student), ('teacher', teacher))

@@ -5,7 +5,7 @@ layers run once per level, so a tap has one feature map per level of the head.
 """
 
 from contextlib import suppress
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.dist import all_reduce
@@ -47,25 +47,29 @@ def predicts_distributions(head: nn.Module) -> bool:
     return hasattr(head, 'reg_max')
 
 
-def heads_of(neck: nn.Module, student: Sequence[Sequence[Tensor]], context: DistillContext) -> Dict[str, nn.Module]:
-    """Return the heads ``student`` and ``teacher`` for features of all levels of their last layers.
+def head_of(neck: nn.Module, owner: str, context: DistillContext, num_levels: int) -> nn.Module:
+    """Return the dense head of a model, for a neck that compares all levels of the head.
+
+    Args:
+        neck (nn.Module): The neck, for error messages.
+        owner (str): ``'student'`` or ``'teacher'``.
+        context (DistillContext): Holds the models.
+        num_levels (int): Number of distilled levels.
 
     Raises:
-        ValueError: If a model, its head or the data samples are missing, or not all levels are distilled.
+        ValueError: If there is no head, or not all its levels are distilled.
     """
+    head = getattr(getattr(context, owner), 'bbox_head', None)
     name = type(neck).__name__
-    models = dict(student=context.student, teacher=context.teacher)
-    heads = {owner: getattr(model, 'bbox_head', None) for owner, model in models.items()}
-    if context.data_samples is None or None in heads.values():
-        raise ValueError(f'{name} needs data samples with ground truth, and the bbox_head of student and teacher.')
-    for owner, head in heads.items():
-        count = len(head.prior_generator.strides)
-        if any(len(maps) != count for maps in student):
-            raise ValueError(
-                f'{name} compares all levels of a head: the head of the {owner} has {count} levels, but '
-                f'{len(student[0])} are distilled. Both heads need the same strides, and the pair no levels=[...].'
-            )
-    return heads
+    if head is None:
+        raise ValueError(f'{name} needs the bbox_head of the {owner}.')
+    strides = head.prior_generator.strides
+    if len(strides) != num_levels:
+        raise ValueError(
+            f'{name} compares all levels of a head: the head of the {owner} has {len(strides)} levels, but '
+            f'{num_levels} are distilled. Both heads need the same strides, and the pair no levels=[...].'
+        )
+    return head
 
 
 def as_rows(maps: Tensor, width: int) -> Tensor:
@@ -74,7 +78,7 @@ def as_rows(maps: Tensor, width: int) -> Tensor:
 
 
 def assign_labels(
-    head: nn.Module, maps: Sequence[Tensor], data_samples: list
+    head: nn.Module, maps: Sequence[Tensor], data_samples: Optional[list]
 ) -> Tuple[List[Tensor], List[Tensor], Tensor]:
     """Assign the ground truth to the priors of a head, as the head does for its own losses.
 
@@ -87,7 +91,12 @@ def assign_labels(
         tuple[list[Tensor], list[Tensor], Tensor]: Positive priors, (N * H * W * A, ) of type bool per level; label
         weights of the same shape, 0 for ignored priors; and the number of positive priors, see
         :func:`count_positives`.
+
+    Raises:
+        ValueError: If there are no data samples.
     """
+    if data_samples is None:
+        raise ValueError('The labels of a head need data samples with ground truth.')
     from mmdet.models.utils import unpack_gt_instances
 
     sizes, device = [level.shape[-2:] for level in maps], maps[0].device

@@ -7,7 +7,7 @@ from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import Channels, NonNegative, Positive, check_arguments
 
 from .base import DistillContext, DistillNeck, DistillOutput
-from .dense_heads import EPS, as_rows, assign_labels, heads_of, regression_rows
+from .dense_heads import EPS, as_rows, assign_labels, head_of, regression_rows
 
 
 @MODELS.register_module()
@@ -68,7 +68,7 @@ class LDNeck(DistillNeck):
         Raises:
             ValueError: If the context is incomplete, or not all levels are distilled.
         """
-        heads = heads_of(self, student, context)
+        heads = {owner: head_of(self, owner, context, len(student[0])) for owner in ('student', 'teacher')}
         positives, _, _ = assign_labels(heads['student'], student[0], context.data_samples)
         outputs = []
         for level, (scores, is_positive) in enumerate(zip(student[0], positives)):

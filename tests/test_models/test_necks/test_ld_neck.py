@@ -48,7 +48,18 @@ def test_the_other_losses_are_the_student_s_own(path, case):
     GFLHead = pytest.importorskip('mmdet.models.dense_heads').GFLHead
     data = golden_methods.load(path, case)
     hyper = golden_methods.group(data, 'hyper')
-    head = GFLHead(hyper['num_classes'], 8, feat_channels=8, norm_cfg=None, reg_max=hyper['reg_max'])
+    anchors = dict(type='AnchorGenerator', ratios=[1.0], scales=[8], strides=[hyper['stride']])
+    head = GFLHead(
+        hyper['num_classes'],
+        8,
+        feat_channels=8,
+        norm_cfg=None,
+        reg_max=hyper['reg_max'],
+        anchor_generator=anchors,
+        bbox_coder=dict(type='DistancePointBBoxCoder'),
+        loss_cls=dict(type='QualityFocalLoss', beta=hyper['qfl_beta']),
+        loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
+    )
     scores = data['in/cls_student'].requires_grad_()
     targets = [data[f'in/{name}'] for name in ('labels', 'label_weights', 'box_targets')]
     strides = (hyper['stride'],) * 2
