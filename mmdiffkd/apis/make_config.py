@@ -27,10 +27,9 @@ model = dict(
         config={config},
         checkpoint={checkpoint!r},  # a path, a URL, or 'zoo'
     ),
+    preset={preset!r},  # the method (docs/configure/methods.md); leave out distill if you change it
     # Default pairs. Uncomment to change taps, levels or settings; tune neck.loss_kd.loss_weight first.
-    # To reduce the cost: neck=dict(latent_channels=64).
-    # For the extended preset, set preset='plus' and leave out distill (docs/configure/methods.md).
-{distill}
+{hint}{distill}
 )
 # Atomic checkpoints and a fixed seed: a run that is killed and resumed ends with the same weights.
 default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
@@ -42,9 +41,12 @@ randomness = dict(seed=0)
 # ]
 # If the loss diverges: optim_wrapper = dict(clip_grad=dict(max_norm=35))
 """
+HINT = '    # To reduce the cost: neck=dict(latent_channels=64).\n'
 
 
-def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Optional[str] = None) -> str:
+def make_config(
+    student: str, teacher: str, checkpoint: str = 'zoo', output: Optional[str] = None, preset: str = 'diffkd'
+) -> str:
     """Write the config that distills a teacher into a student, and check that it can be built.
 
     Args:
@@ -54,6 +56,7 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
             its package lists. A path is relative to the working directory of the training. Defaults to ``'zoo'``.
         output (str, optional): File to write, with config paths relative to its folder. With None, no file is written
             and the paths are absolute. Defaults to None.
+        preset (str): Method, such as ``'cwd'``; :func:`list_presets` lists the names. Defaults to ``'diffkd'``.
 
     Returns:
         str: The text of the config.
@@ -85,6 +88,8 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
             imports=[*get_custom_imports(student_cfg), 'mmdiffkd'],
             config=_file(teacher, folder, '{{ fileDirname }}/'),
             checkpoint=checkpoint,
+            preset=preset,
+            hint=HINT if 'denoiser' in distill else '',
             hooks=own_hooks,
             distill=distill,
         )

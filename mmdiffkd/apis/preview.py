@@ -53,7 +53,12 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
+def preview(
+    config: Union[str, Config],
+    cfg_options: Optional[dict] = None,
+    size: Optional[Size] = None,
+    preset: Optional[str] = None,
+) -> dict:
     """Report the features that a config distills and the cost of the distillation.
 
     Args:
@@ -61,6 +66,8 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         cfg_options (dict, optional): Overrides, as on the command line.
         size (tuple[int, int], optional): Height and width of the images. None uses the size of the training images,
             see ``mmdiffkd.utils.config.image_size``. Defaults to None.
+        preset (str, optional): Method to preview instead of ``preset`` and ``distill`` of the config; see
+            :func:`list_presets`. Defaults to None.
 
     Returns:
         dict: The report:
@@ -82,6 +89,10 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         ValueError: If the config is not a distillation config, or a tap cannot be distilled in training.
     """
     with torch.random.fork_rng(devices=[]):
+        if preset is not None:
+            config, cfg_options = read_config(config, cfg_options), None
+            config.model.pop('distill', None)
+            config.model.preset = preset
         cfg, model = build_distiller(config, cfg_options)
     tried = check_training_pass(cfg, model)
     teacher = model.diffkd_teacher

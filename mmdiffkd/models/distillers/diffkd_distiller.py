@@ -105,8 +105,8 @@ class DiffKDDistiller(BaseModel):
             to None.
         distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=)}``. None uses the pairs of
             the preset. Defaults to None.
-        preset (str): Default pairs and settings: ``'diffkd'`` (the paper's), ``'plus'``, or a custom preset.
-            Defaults to ``'diffkd'``.
+        preset (str): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
+            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to ``'diffkd'``.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.

@@ -1,0 +1,13 @@
+from typing import Dict
+
+import mmdiffkd.models  # noqa: F401  registers the presets
+from mmdiffkd.registry import PRESETS
+
+
+def list_presets() -> Dict[str, str]:
+    """List the distillation methods that ``preset`` can name, with those that imported modules have registered.
+
+    Returns:
+        dict[str, str]: A summary of one line by name.
+    """
+    return {name: getattr(preset, 'summary', '') for name, preset in PRESETS.module_dict.items()}
