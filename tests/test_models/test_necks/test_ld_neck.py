@@ -57,7 +57,7 @@ def test_the_other_losses_are_the_student_s_own(path, case):
         reg_max=hyper['reg_max'],
         anchor_generator=anchors,
         bbox_coder=dict(type='DistancePointBBoxCoder'),
-        loss_cls=dict(type='QualityFocalLoss', beta=hyper['qfl_beta']),
+        loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=hyper['qfl_beta']),
         loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
     )
     scores = data['in/cls_student'].requires_grad_()
