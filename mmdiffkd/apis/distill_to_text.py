@@ -40,7 +40,7 @@ def distill_to_text(model: DiffKDDistiller) -> str:
 def _with_defaults(cfg: dict, neck: nn.Module) -> dict:
     """Add the default arguments of mmdiffkd's neck and its modules to the config of a neck."""
     if type(neck) is not FeatureDiffusionNeck:
-        return cfg
+        return _part(cfg, neck)
     level = neck.levels[0]
     full = {**_defaults(FeatureDiffusion, WIDTHS), **_defaults(FeatureDiffusionNeck, WIDTHS)}
     if not level.denoise:

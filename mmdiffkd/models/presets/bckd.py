@@ -18,8 +18,8 @@ class BCKDPreset(DenseHeadPreset):
 
     summary = 'BCKD: binary cross-entropy of scores, weighted by their difference, and GIoU of boxes'
     paper = (
-        'Yang et al., Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, ICCV 2023, '
-        'arXiv 2308.14286'
+        'Yang et al., Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, '
+        'ICCV 2023, arXiv 2308.14286'
     )
     needs = 'GFL, ATSS, RetinaNet or FCOS heads with the same classes and strides'
     pair_name = 'bckd'
