@@ -3,6 +3,7 @@
 import copy
 from contextlib import contextmanager, nullcontext
 from math import ceil
+from types import SimpleNamespace
 from typing import Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
@@ -257,7 +258,8 @@ def _count_necks(
             for output in necks[name](student, teacher, context):
                 losses.extend(output.losses.values())
 
-    context = DistillContext(student=model)
+    samples = [SimpleNamespace(gt_label=torch.zeros(1, dtype=torch.long, device=device))] * 2
+    context = DistillContext(student=model, data_samples=samples)
     inputs = {}
     for name, pair in model.pairs.items():
         sides = [], []

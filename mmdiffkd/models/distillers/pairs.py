@@ -217,9 +217,11 @@ def _read_pair(cfg: dict, student_cfg: dict, preset) -> Pair:
     if neck.get('loss_kd', {}) is None:
         del neck['loss_kd']
     neck.setdefault('type', preset.neck_defaults.get('type', 'mmdiffkd.FeatureDiffusionNeck'))
-    if _is_feature_diffusion(neck['type']) and neck.get('denoise', True):
+    cls = get_class(MODELS, neck['type']) if isinstance(neck['type'], str) else neck['type']
+    is_feature_diffusion = isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)
+    if is_feature_diffusion and neck.get('denoise', cls.denoises):
         neck = {**preset.neck_defaults, **neck}
-    if _is_feature_diffusion(neck['type']) and 'type' not in (neck.get('loss_kd') or {}):
+    if is_feature_diffusion and 'type' not in (neck.get('loss_kd') or {}):
         neck = _with_defaults(neck, dict(loss_kd=preset.default_distance(student_cfg)))
     return Pair(
         *(_as_taps(cfg[side]) for side in ('student', 'teacher')), [levels] if isinstance(levels, int) else levels, neck
@@ -248,9 +250,3 @@ def _box_head(name: str, owner: str, model_cfg: dict) -> dict:
 
 def _as_taps(taps) -> Union[str, List[str]]:
     return taps if isinstance(taps, str) else list(taps)
-
-
-def _is_feature_diffusion(kind) -> bool:
-    """Return whether a neck type is ``FeatureDiffusionNeck`` or a subclass."""
-    cls = get_class(MODELS, kind) if isinstance(kind, str) else kind
-    return isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)

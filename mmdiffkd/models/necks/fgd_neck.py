@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import Channels, NonNegative, Positive, check_arguments
 
+from ..losses.utils import spatial_attention
 from .base import DistillContext, DistillNeck, DistillOutput
 
 
@@ -181,11 +182,8 @@ class ContextBlock(nn.Module):
 
 def attention(feature: Tensor, tau: float) -> Tuple[Tensor, Tensor]:
     """Return spatial attention, (N, H, W), and channel attention, (N, C), with a mean of 1 each."""
-    magnitude = feature.abs()
-    mean = magnitude.mean(dim=1)
-    spatial = mean[0].numel() * (mean.flatten(1) / tau).softmax(dim=1).view_as(mean)
-    channel = feature.size(1) * (magnitude.mean(dim=(2, 3)) / tau).softmax(dim=1)
-    return spatial, channel
+    channel = (feature.abs().mean(dim=(2, 3)) / tau).softmax(dim=1) * feature.size(1)
+    return spatial_attention(feature, tau)[:, 0], channel
 
 
 def ground_truth_boxes(data_samples) -> List[Tensor]:

@@ -13,68 +13,44 @@ from mmdiffkd.models.necks.dense_heads import (
     expected_distances,
     giou,
 )
-from tests import golden_methods
+from tests import golden
 
 
-@pytest.mark.parametrize('path, case', golden_methods.cases('bckd', 'in/dfl_student', 'out/loss_cls_kd'))
-def test_reproduces_the_losses_of_a_level(path, case):
-    data = golden_methods.load(path, case)
-    hyper = golden_methods.group(data, 'hyper')
-    inputs = {name: data[f'in/{name}'].requires_grad_() for name in ('cls_student', 'dfl_student')}
-    anchors = data['in/anchors'].flatten(0, 1)
+@pytest.mark.parametrize('case', golden.method_cases('bckd'))
+def test_reproduces_the_released_code(case):
+    inputs, hyper = case.group('in'), {name: value.item() for name, value in case.group('hyper').items()}
+    if 'student' not in inputs:
+        results, leaves = losses_of_a_level(inputs, hyper)
+    else:
+        student, teacher, weight = inputs['student'].requires_grad_(), inputs['teacher'], inputs['weight']
+        if 'giou_eps' in hyper:  # boxes
+            values = 1 - giou(student, teacher, hyper['giou_eps'])
+        else:
+            values = score_divergence(student, teacher, hyper['beta'])
+        factor = hyper.get('loss_weight', 1)
+        weighted = factor * (values * weight).sum() / (hyper['avg_factor'] + EPS)
+        results, leaves = dict(mean=factor * values.mean(), weighted=weighted), dict(student=student)
+    case.check(results, leaves, dict(cls_kd='loss_cls_kd', loc_kd='loss_loc_kd'))
+
+
+def losses_of_a_level(inputs, hyper):
+    """Return the results of a level and the inputs with gradients."""
+    leaves = {name: inputs[name].requires_grad_() for name in ('cls_student', 'dfl_student')}
+    anchors = inputs['anchors'].flatten(0, 1)
     centers = (anchors[:, :2] + anchors[:, 2:]) / 2 / hyper['stride']
     predictions = []
     for owner in ('student', 'teacher'):
-        distances = expected_distances(as_rows(data[f'in/dfl_{owner}'], 4 * (hyper['reg_max'] + 1)))
-        predictions += [
-            as_rows(data[f'in/cls_{owner}'], hyper['num_classes']),
-            distances_to_boxes(centers, distances),
-        ]
-    labels, weights = data['in/labels'], data['in/label_weights'].flatten()
+        distances = expected_distances(as_rows(inputs[f'dfl_{owner}'], 4 * (hyper['reg_max'] + 1)))
+        scores = as_rows(inputs[f'cls_{owner}'], hyper['num_classes'])
+        predictions += [scores, distances_to_boxes(centers, distances)]
+    labels, weights = inputs['labels'].flatten(), inputs['label_weights'].flatten()
     positives = (labels >= 0) & (labels < hyper['num_classes'])
-    golden_methods.check(loc_weights(predictions[0], predictions[2], weights), data['out/loc_weight'])
-
+    results = dict(loc_weight=loc_weights(predictions[0], predictions[2], weights))
     for suffix, is_positive in (('', positives), ('_without_positives', torch.zeros_like(positives))):
-        losses = balanced_losses(*predictions, is_positive.flatten(), weights, hyper['avg_factor'], hyper['beta'])
-        results = dict(
-            cls_kd=hyper['loss_weight_cls'] * losses.cls,
-            loc_kd=hyper['loss_weight_loc'] * losses.loc,
-        )
-        for name, loss in results.items():
-            golden_methods.check(loss, data[f'out/loss_{name}{suffix}'], name + suffix)
-            if not suffix:
-                check_gradients(loss, inputs, golden_methods.group(data, f'grad_{name}'))
-
-
-@pytest.mark.parametrize('path, case', golden_methods.cases('bckd', 'hyper/beta', 'in/student'))
-def test_reproduces_the_class_loss_of_rows(path, case):
-    data = golden_methods.load(path, case)
-    hyper = golden_methods.group(data, 'hyper')
-    student = data['in/student'].requires_grad_()
-    values = score_divergence(student, data['in/teacher'], hyper['beta'])
-    golden_methods.check(values.mean(), data['out/mean'])
-    check_weighted(values, student, data, hyper)
-
-
-@pytest.mark.parametrize('path, case', golden_methods.cases('bckd', 'hyper/giou_eps', 'in/student'))
-def test_reproduces_the_box_loss_of_rows(path, case):
-    data = golden_methods.load(path, case)
-    hyper = golden_methods.group(data, 'hyper')
-    student = data['in/student'].requires_grad_()
-    check_weighted(1 - giou(student, data['in/teacher'], hyper['giou_eps']), student, data, hyper)
-
-
-def check_weighted(values, student, data, hyper):
-    loss = hyper.get('loss_weight', 1) * (values * data['in/weight']).sum() / (hyper['avg_factor'] + EPS)
-    golden_methods.check(loss, data['out/weighted'])
-    check_gradients(loss, dict(student=student), golden_methods.group(data, 'grad_weighted'))
-
-
-def check_gradients(loss, inputs, expected):
-    """Compare the gradients of a loss; None counts as zero."""
-    found = torch.autograd.grad(loss, [inputs[name] for name in expected], retain_graph=True, allow_unused=True)
-    for gradient, (name, value) in zip(found, expected.items()):
-        golden_methods.check(torch.zeros_like(value) if gradient is None else gradient, value, name)
+        losses = balanced_losses(*predictions, is_positive, weights, hyper['avg_factor'], hyper['beta'])
+        results[f'loss_cls_kd{suffix}'] = hyper['loss_weight_cls'] * losses.cls
+        results[f'loss_loc_kd{suffix}'] = hyper['loss_weight_loc'] * losses.loc
+    return results, leaves
 
 
 def test_each_image_counts_at_least_one_positive():

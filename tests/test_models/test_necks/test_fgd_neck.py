@@ -8,7 +8,7 @@ from mmengine.structures import BaseDataElement, InstanceData
 
 from mmdiffkd.models.necks import DistillContext, FGDNeck
 from mmdiffkd.models.necks.fgd_neck import attention, box_masks
-from tests import golden_methods
+from tests import golden
 
 SIDES = dict(s='relation_student', t='relation_teacher')
 
@@ -28,54 +28,36 @@ def context(boxes, image_shapes, input_size):
     return DistillContext(data_samples=samples, input_size=input_size)
 
 
-@pytest.mark.parametrize('path, case', golden_methods.cases('fgd', 'in/boxes', 'out/fg'))
-def test_reproduces_the_released_code(path, case):
-    data = golden_methods.load(path, case)
-    student, teacher = data['in/student'].requires_grad_(), data['in/teacher']
-    boxes = data['in/boxes'].split(data['in/boxes_per_image'].tolist())
-    shapes = [tuple(shape) for shape in data['in/image_shapes'].tolist()]
-    hyper = golden_methods.group(data, 'hyper')
-    neck = FGDNeck(
-        [student.size(1)],
-        [teacher.size(1)],
-        tau=hyper['temp'],
-        foreground_weight=hyper['alpha'],
-        background_weight=hyper['beta'],
-        attention_weight=hyper['gamma'],
-        relation_weight=hyper['lambda'],
-        padded_boxes=False,
+@pytest.mark.parametrize('case', golden.method_cases('fgd'))
+def test_reproduces_the_released_code(case):
+    inputs = case.group('in')
+    student, teacher = inputs['student'].requires_grad_(), inputs['teacher']
+    boxes = inputs['boxes'].split(inputs['boxes_per_image'].tolist())
+    shapes = [tuple(shape) for shape in inputs['image_shapes'].tolist()]
+    hyper = case.hyper(
+        tau='temp',
+        foreground_weight='alpha',
+        background_weight='beta',
+        attention_weight='gamma',
+        relation_weight='lambda',
     )
+    neck = FGDNeck([student.size(1)], [teacher.size(1)], padded_boxes=False, **hyper)
     (level,) = neck.levels
-    level.load_state_dict({renamed(name): value for name, value in golden_methods.group(data, 'weight').items()})
-
+    level.load_state_dict({renamed(name): value for name, value in case.group('weight').items()})
     masks = box_masks(boxes, shapes, teacher.shape[-2:])
-    (ours, our_channels), (theirs, their_channels) = (
-        attention(x, hyper['temp']) for x in (level.align(student), teacher)
-    )
-    for found, name in [
-        (masks[0], 'mask_fg'),
-        (masks[1], 'mask_bg'),
-        (ours, 'spatial_attention_student'),
-        (our_channels, 'channel_attention_student'),
-        (theirs, 'spatial_attention_teacher'),
-        (their_channels, 'channel_attention_teacher'),
-    ]:
-        golden_methods.check(found, data[f'out/{name}'], name)
-
     (output,) = neck([student], [teacher], context(boxes, shapes, None))
-    parts = level(student, teacher, *masks)
-    losses = dict(zip(('fg', 'bg', 'attention', 'relation'), parts), loss=sum(output.losses.values()))
-    results = {name: (losses[name], 1) for name in losses} | dict(loss_x1000=(losses['loss'], 1000))
-    for name, (loss, factor) in results.items():
-        if f'out/{name}' in data:
-            golden_methods.check(loss, data[f'out/{name}'], name)
-        gradients = golden_methods.group(data, f'grad_{name}')
-        inputs = dict(level.named_parameters(), student=student)
-        wanted = [inputs[renamed(key)] for key in gradients]
-        found = torch.autograd.grad(factor * loss, wanted, retain_graph=True) if wanted else []
-        for gradient, (key, expected) in zip(found, gradients.items()):
-            golden_methods.check(gradient, expected, f'grad_{name}/{key}')
-    assert any(name.startswith('grad_') for name in data)
+    results = dict(
+        zip(('fg', 'bg', 'attention', 'relation'), level(student, teacher, *masks)),
+        loss=sum(output.losses.values()),
+        mask_fg=masks[0],
+        mask_bg=masks[1],
+    )
+    for owner, feature in (('student', level.align(student)), ('teacher', teacher)):
+        spatial, channel = attention(feature, hyper['tau'])
+        results.update({f'spatial_attention_{owner}': spatial, f'channel_attention_{owner}': channel})
+    parameters = dict(level.named_parameters())
+    leaves = {name: parameters[renamed(name)] for name in case.group('weight')}
+    case.check(results, dict(leaves, student=student))
 
 
 def test_boxes_in_padded_images():
