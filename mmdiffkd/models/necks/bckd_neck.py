@@ -1,11 +1,11 @@
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Channels, NonNegative, check_arguments
+from mmdiffkd.utils.validation import NonNegative, check_arguments
 
 from .base import DistillContext, DistillNeck, DistillOutput
 from .dense_heads import EPS, as_rows, assign_labels, decode_boxes, giou, head_of, regression_rows
@@ -42,8 +42,8 @@ class BCKDNeck(DistillNeck):
     @check_arguments
     def __init__(
         self,
-        student_channels: Sequence[Sequence[Channels]],
-        teacher_channels: Sequence[Sequence[Channels]],
+        student_channels: Sequence[Any],
+        teacher_channels: Sequence[Any],
         beta: NonNegative = 1.0,
         cls_weight: NonNegative = 1.0,
         loc_weight: NonNegative = 4.0,

@@ -1,4 +1,4 @@
-from typing import List, Literal, Optional, Sequence
+from typing import Any, List, Literal, Optional, Sequence
 
 import torch
 from mmengine.dist import all_reduce
@@ -63,8 +63,8 @@ class CrossKDNeck(DistillNeck):
     @check_arguments
     def __init__(
         self,
-        student_channels: Sequence[Sequence[Channels]],
-        teacher_channels: Sequence[Sequence[Channels]],
+        student_channels: Sequence[Any],
+        teacher_channels: Sequence[Any],
         num_convs: Natural = 1,
         head_channels: Optional[Channels] = None,
         beta: NonNegative = 2.0,

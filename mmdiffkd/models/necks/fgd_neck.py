@@ -1,11 +1,11 @@
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import torch
 from mmengine.model import kaiming_init
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Channels, NonNegative, Positive, check_arguments
+from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
 
 from ..losses.utils import spatial_attention
 from .base import DistillContext, DistillNeck, DistillOutput
@@ -36,14 +36,15 @@ class FGDNeck(DistillNeck):
             True.
 
     Raises:
-        ConfigError: If an argument is invalid, or the pair has several taps.
+        ConfigError: If an argument is invalid.
+        ValueError: If the pair has several taps.
     """
 
     @check_arguments
     def __init__(
         self,
-        student_channels: Sequence[Channels],
-        teacher_channels: Sequence[Channels],
+        student_channels: Sequence[Any],
+        teacher_channels: Sequence[Any],
         tau: Positive = 0.5,
         foreground_weight: NonNegative = 1e-3,
         background_weight: NonNegative = 5e-4,
@@ -52,6 +53,8 @@ class FGDNeck(DistillNeck):
         padded_boxes: bool = True,
     ):
         super().__init__()
+        if not isinstance(student_channels[0], int):
+            raise ValueError('FGDNeck compares one student tap with one teacher tap; define one pair per tap.')
         self.levels = nn.ModuleList(FGDLevel(s, t, tau) for s, t in zip(student_channels, teacher_channels))
         self.weights = dict(
             foreground=foreground_weight,

@@ -1,10 +1,10 @@
-from typing import List, Sequence
+from typing import Any, List, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Channels, NonNegative, Positive, check_arguments
+from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
 
 from .base import DistillContext, DistillNeck, DistillOutput
 from .dense_heads import EPS, as_rows, assign_labels, head_of, regression_rows
@@ -35,8 +35,8 @@ class LDNeck(DistillNeck):
     @check_arguments
     def __init__(
         self,
-        student_channels: Sequence[Sequence[Channels]],
-        teacher_channels: Sequence[Sequence[Channels]],
+        student_channels: Sequence[Any],
+        teacher_channels: Sequence[Any],
         tau: Positive = 10.0,
         loss_weight: NonNegative = 0.25,
     ):
@@ -93,7 +93,7 @@ def check_two_taps(neck: DistillNeck, channels: Sequence) -> None:
     Raises:
         ValueError: If it has another number of taps.
     """
-    if len(channels) != 2:
+    if len(channels) != 2 or isinstance(channels[0], int):
         raise ValueError(
             f'{type(neck).__name__} needs two taps per model, the class layer and the box layer of the heads, such as '
             "['bbox_head.gfl_cls', 'bbox_head.gfl_reg']."

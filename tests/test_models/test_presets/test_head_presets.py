@@ -149,6 +149,25 @@ def test_unequal_heads_that_fit(tmp_path, preset, name, teacher, changes):
         assert [layer.out_channels for layer in model.diffkd['crosskd'].align] == [8, 8]
 
 
+@pytest.mark.parametrize(
+    'taps, neck, message',
+    [
+        (
+            'bbox_head.gfl_cls',
+            'LDNeck',
+            "needs two taps per model, .* such as .'bbox_head.gfl_cls', 'bbox_head.gfl_reg'",
+        ),
+        ('bbox_head.gfl_cls', 'BCKDNeck', 'needs two taps per model'),
+        ('bbox_head.gfl_cls', 'CrossKDNeck', 'needs two taps per model'),
+        (['neck', 'backbone'], 'FGDNeck', 'compares one student tap with one teacher tap'),
+    ],
+)
+def test_wrong_number_of_taps(tmp_path, taps, neck, message):
+    pair = dict(student=taps, teacher=taps, neck=dict(type=f'mmdiffkd.{neck}'))
+    with pytest.raises(ValueError, match=f'distill.own.neck: {neck} {message}'):
+        MODELS.build(tiny.distiller_cfg(tmp_path, detector('GFL'), detector('GFL'), distill=dict(own=pair)))
+
+
 def test_crosskd_of_neck_features(tmp_path):
     """A head with a single convolution has no middle: the features of the neck run through the teacher's whole head."""
     student = detector('RetinaNet', **{'bbox_head.stacked_convs': 1})
