@@ -10,4 +10,5 @@ def list_presets() -> Dict[str, str]:
     Returns:
         dict[str, str]: A summary of one line by name.
     """
-    return {name: getattr(preset, 'summary', '') for name, preset in PRESETS.module_dict.items()}
+    names = sorted(PRESETS.module_dict, key=lambda name: (name != 'diffkd', name))  # the default first
+    return {name: getattr(PRESETS.get(name), 'summary', '') for name in names}

@@ -140,6 +140,7 @@ class Preset:
             ValueError: If a model has no logit layer, or the classes differ.
         """
         self.check_task(student_cfg)
+        self.feature_taps(student_cfg, teacher_cfg)  # refuses different tasks
         cfgs, models = (student_cfg, teacher_cfg), (student, build_for_inspection(teacher_cfg))
         taps = find_logits(find_task(student_cfg), models, cfgs)
         if taps is None:
@@ -175,6 +176,11 @@ def find_task(cfg: dict) -> str:
     if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, 'detector')):
         return 'detection'
     return 'classification' if cfg['type'].split('.')[-1] == 'ImageClassifier' else 'other'
+
+
+def is_two_stage(cfg: dict) -> bool:
+    """Return whether the config is one of a detector with an RoI head."""
+    return bool(cfg.get('roi_head') or (cfg.get('detector') or {}).get('roi_head'))
 
 
 def find_features(cfg: dict) -> Optional[str]:
@@ -227,23 +233,29 @@ def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
         for name, module in model.named_modules()
         if name.startswith('head.') and isinstance(module, nn.Linear) and module.out_features == classes
     ]
-    if not linear or 'MultiLabel' in kind or 'CSRA' in kind:
+    if not linear or is_multi_label(cfg):
         return None, 0
     # A stacked head ends with its logit layer. Other heads start with the logit layer; the second layer of DeiT's head
     # classifies the distillation token.
     return linear[-1 if 'Stacked' in kind else 0], classes
 
 
+def is_multi_label(cfg: dict) -> bool:
+    """Return whether the config is one of a classifier that gives several labels per image."""
+    head = cfg.get('head')
+    return isinstance(head, dict) and any(part in str(head.get('type')) for part in ('MultiLabel', 'CSRA'))
+
+
 def missing_logits(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> str:
-    """Say why :func:`find_logits` finds nothing, as the end of a sentence."""
-    tasks = [find_task(cfg) for cfg in cfgs]
-    if tasks[0] != tasks[1]:
-        return f'the student {short_type(cfgs[0])} and the teacher {short_type(cfgs[1])} have different tasks'
-    find = LOGIT_FINDERS.get(tasks[0])
+    """Say why :func:`find_logits` finds nothing for models of the same task, as the end of a sentence."""
+    task = find_task(cfgs[0])
+    find = LOGIT_FINDERS.get(task)
     found = [(None, 0) if find is None else find(model, cfg) for model, cfg in zip(models, cfgs)]
     for owner, cfg, (path, _) in zip(('student', 'teacher'), cfgs, found):
+        if path is None and is_multi_label(cfg):
+            return f'the {owner} {short_type(cfg)} gives several labels per image'
         if path is None:
-            layer = 'decode_head.conv_seg' if tasks[0] == 'segmentation' else 'head.fc'
+            layer = 'decode_head.conv_seg' if task == 'segmentation' else 'head.fc'
             return f"the {owner} {short_type(cfg)} has no layer such as '{layer}' that gives one logit per class"
     if found[0][1] != found[1][1]:
         return f'the student has {found[0][1]} classes and the teacher {found[1][1]}'

@@ -8,6 +8,7 @@ from mmdiffkd.registry import PRESETS
 from mmdiffkd.utils.meta_device import build_for_inspection
 
 from .base import Preset, dense_head_pairs, short_type
+from .cwd import CWDPreset
 
 
 @PRESETS.register_module(name='cwd_head')
@@ -22,11 +23,11 @@ class CWDHeadPreset(Preset):
     """
 
     summary = 'CWD of the feature maps of detectors, and of their class outputs; L1 of their box outputs'
-    paper = 'Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021, arXiv 2011.13256'
+    paper = CWDPreset.paper
     needs = 'dense heads or RPNs with the same anchors and output channels'
     weights = dict(detection=3.0)
-    distance = dict(type='mmdiffkd.ChannelWiseDivergence')
-    neck_defaults = dict(denoise=False)
+    distance = CWDPreset.distance
+    neck_defaults = CWDPreset.neck_defaults
 
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
         """Return the pair ``fpn`` and the pairs of the heads. Arguments: see :meth:`.Preset.default_pairs`."""
