@@ -11,7 +11,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmdiffkd.utils.config import get_custom_imports, resolve_config, zoo_checkpoint
+from mmdiffkd.utils.config import get_custom_imports, resolve_config, set_loader_defaults, zoo_checkpoint
 
 from .export import student_config, student_weights
 
@@ -66,6 +66,7 @@ def distill(
     cfg.work_dir, cfg.resume = str(work_dir), resume
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *custom_hooks]
     cfg.merge_from_dict(cfg_options or {})
+    set_loader_defaults(cfg)
     # use a new name: mmengine caches visualizers by name, so a second run would write to the first run's folder
     cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
     cfg.visualizer.name = f'{work_dir}_{time.time_ns()}'
@@ -120,7 +121,7 @@ def _export(runner: Runner, work_dir: Path) -> dict:
     if is_main_process():
         runner.cfg.dump(config)
         student_config(runner.cfg).dump(plain_config)
-        torch.save(student_weights(checkpoint), plain_checkpoint)
+        torch.save(student_weights(checkpoint, runner.cfg), plain_checkpoint)
     barrier()
     metrics = {
         key[len('val/') :]: float(scalar.current())

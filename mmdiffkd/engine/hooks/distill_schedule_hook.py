@@ -66,7 +66,7 @@ class DistillScheduleHook(Hook):
         """Convert epochs to iterations, and register an optimizer hook that keeps an idle diffusion module unchanged.
 
         Raises:
-            TypeError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
+            ValueError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
             ValueError: If epochs are given in an iteration-based loop, the schedule is longer than the training, or
                 FSDP hides the parameters of the diffusion module.
         """

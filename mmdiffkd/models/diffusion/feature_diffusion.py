@@ -4,6 +4,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from mmengine.dist import get_world_size
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -236,7 +237,7 @@ class FeatureDiffusion(nn.Module):
             )
         if student.shape[-2:] == (1, 1):
             teacher = teacher.mean(dim=(2, 3), keepdim=True)
-        if self.training and teacher[:, 0].numel() == 1:
+        if self.training and teacher[:, 0].numel() == 1 and not self._syncs_ranks():
             # batch statistics need more than one value per channel: use the running statistics
             in_training = [module for module in self.modules() if module.training]
             self.eval()
@@ -267,6 +268,10 @@ class FeatureDiffusion(nn.Module):
         losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, noise_inputs)
         losses['loss_kd'] = self._distance(denoised, target, mask, labels)
         return DiffusionOutput(losses, gamma, denoised, target, latent, samples)
+
+    def _syncs_ranks(self) -> bool:
+        """Return whether batch statistics are those of several ranks, which all have to compute them."""
+        return get_world_size() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in self.modules())
 
     def _align(self, student: Tensor, size: torch.Size) -> Tensor:
         latent = self.align(student)

@@ -3,7 +3,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Union
 from torch import nn
 
 from mmdiffkd.registry import MODELS, PRESETS
-from mmdiffkd.utils.config import closest_names, refuse_old_keys
+from mmdiffkd.utils.config import closest_names, comparable, refuse_old_keys, type_name
 from mmdiffkd.utils.validation import check_value, get_class
 
 from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
@@ -135,7 +135,7 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
         heads = [_box_head(name, owner, cfg) for owner, cfg in (('student', student_cfg), ('teacher', teacher_cfg))]
         for key in COMPARABLE:
             ours, theirs = (head.get(key) for head in heads)
-            if ours != theirs:
+            if comparable(ours) != comparable(theirs):
                 raise ValueError(
                     f'distill.{name}: the box heads of student and teacher differ in {key} ({ours} and {theirs}), so '
                     'their outputs have different meanings; leave this pair out.'
@@ -236,12 +236,12 @@ def _box_head(name: str, owner: str, model_cfg: dict) -> dict:
     bbox_head = (model_cfg.get('roi_head') or {}).get('bbox_head')
     if bbox_head is None:
         raise ValueError(
-            f'distill.{name} compares RoI heads, but the {owner} {model_cfg["type"]} has no RoI head; leave this pair '
-            'out.'
+            f'distill.{name} compares RoI heads, but the {owner} {type_name(model_cfg["type"])} has no RoI head; leave '
+            'this pair out.'
         )
     if isinstance(bbox_head, (list, tuple)):
         raise ValueError(
-            f"distill.{name} compares RoI heads, but the {owner}'s {model_cfg['roi_head']['type']} has "
+            f"distill.{name} compares RoI heads, but the {owner}'s {type_name(model_cfg['roi_head']['type'])} has "
             f'{len(bbox_head)} stages with different box targets, which cannot be compared with the box targets of a '
             'different head; leave this pair out.'
         )

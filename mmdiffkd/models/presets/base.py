@@ -5,6 +5,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from torch import nn
 
 from mmdiffkd.registry import PRESETS
+from mmdiffkd.utils.config import comparable, type_name
 from mmdiffkd.utils.meta_device import build_for_inspection
 
 from ..distillers.feature_info import ENCODERS
@@ -104,9 +105,11 @@ class Preset:
         """
         features = [find_features(cfg) for cfg in (student_cfg, teacher_cfg)]
         if find_task(student_cfg) != find_task(teacher_cfg) or None in features:
+            names = [short_type(cfg) for cfg in (student_cfg, teacher_cfg)]
             raise ValueError(
-                f'There is no default tap for the student {student_cfg["type"]} and the teacher '
-                f"{teacher_cfg['type']}; set the taps: distill=dict(feat=dict(student='backbone', teacher='backbone'))."
+                f'There is no default tap for the student {names[0]} and the teacher {names[1]}; set the taps: '
+                "distill=dict(feat=dict(student='backbone', teacher='...')). "
+                'tools/analysis_tools/preview.py CONFIG --list-taps teacher lists them.'
             )
         return features
 
@@ -150,7 +153,7 @@ class Preset:
 
 def short_type(cfg: dict) -> str:
     """Return the class name of a model's config, without its scope."""
-    return str(cfg['type']).split('.')[-1]
+    return type_name(cfg['type'])
 
 
 def make_pair(taps: Sequence[str], distance: Optional[str] = None, **neck) -> dict:
@@ -175,7 +178,7 @@ def find_task(cfg: dict) -> str:
         return 'segmentation'
     if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, 'detector')):
         return 'detection'
-    return 'classification' if cfg['type'].split('.')[-1] == 'ImageClassifier' else 'other'
+    return 'classification' if type_name(cfg['type']) == 'ImageClassifier' else 'other'
 
 
 def is_two_stage(cfg: dict) -> bool:
@@ -196,7 +199,7 @@ def find_features(cfg: dict) -> Optional[str]:
         if cfg.get(name):
             is_list = isinstance(cfg[name], (list, tuple))  # a list holds the encoder and its post-processing
             path, encoder = (f'{name}.0', cfg[name][0]) if is_list else (name, cfg[name])
-            last = LAST_MAPS.get(str(encoder.get('type')).split('.')[-1])
+            last = LAST_MAPS.get(type_name(encoder.get('type'))) if isinstance(encoder, dict) else None
             return path if last is None else f'{path}.{last}'
     return None
 
@@ -227,7 +230,7 @@ def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
     The path is None if there is no such layer, and for multi-label classifiers.
     """
     head = cfg.get('head') or {}
-    kind, classes = str(head.get('type')), head.get('num_classes')
+    kind, classes = type_name(head.get('type')), head.get('num_classes')
     linear = [
         name
         for name, module in model.named_modules()
@@ -243,7 +246,7 @@ def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
 def is_multi_label(cfg: dict) -> bool:
     """Return whether the config is one of a classifier that gives several labels per image."""
     head = cfg.get('head')
-    return isinstance(head, dict) and any(part in str(head.get('type')) for part in ('MultiLabel', 'CSRA'))
+    return isinstance(head, dict) and any(part in type_name(head.get('type')) for part in ('MultiLabel', 'CSRA'))
 
 
 def missing_logits(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> str:
@@ -269,7 +272,7 @@ def dense_head_pairs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict
     for part in ('bbox_head', 'rpn_head'):
         heads = [getattr(model, part, None) for model in models]
         anchors, coders = (
-            [(cfg.get(part) or {}).get(key) for cfg in cfgs] for key in ('anchor_generator', 'bbox_coder')
+            [comparable((cfg.get(part) or {}).get(key)) for cfg in cfgs] for key in ('anchor_generator', 'bbox_coder')
         )
         if None in heads or anchors[0] != anchors[1]:
             continue

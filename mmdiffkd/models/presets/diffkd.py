@@ -5,9 +5,10 @@ from typing import Dict
 from torch import nn
 
 from mmdiffkd.registry import PRESETS
+from mmdiffkd.utils.config import type_name
 from mmdiffkd.utils.meta_device import build_for_inspection
 
-from .base import Preset, find_logits, find_task, make_pair, short_type
+from .base import Preset, find_logits, find_task, make_pair
 
 # latent channels of the paper's autoencoder for classifiers
 CLASSIFIER_LATENT_CHANNELS = 1024
@@ -51,5 +52,5 @@ class DiffKDPreset(Preset):
 
     def default_distance(self, student_cfg: dict) -> dict:
         """Return the config of the distance between features, used if a pair has no ``loss_kd``."""
-        loss_weight = FEATURE_LOSS_WEIGHTS.get(short_type(student_cfg), DEFAULT_FEATURE_LOSS_WEIGHT)
+        loss_weight = FEATURE_LOSS_WEIGHTS.get(type_name(student_cfg['type']), DEFAULT_FEATURE_LOSS_WEIGHT)
         return dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight)

@@ -150,7 +150,7 @@ def test_no_op_without_a_teacher(runner, tmp_path):
 
 
 def test_needs_a_distiller(runner):
-    with pytest.raises(TypeError, match='DistillScheduleHook needs a DiffKDDistiller, but the model is a RetinaNet'):
+    with pytest.raises(ValueError, match='DistillScheduleHook needs a DiffKDDistiller, but the model is a RetinaNet'):
         runner(model_cfg=tiny.detector()).train()
 
 
