@@ -123,7 +123,7 @@ class CrossKDNeck(DistillNeck):
         for level, priors in enumerate(all_priors):
             ours = as_rows(cross[0][level], head.num_classes)
             cls = score_divergence(ours, logits[level], self.beta)
-            rows = [regression_rows(head, level, outputs[1][level]) for outputs in (cross, teacher)]
+            rows = [regression_rows(head, level, maps[1][level]) for maps in (cross, teacher)]
             reg = self.compare_boxes(head, level, *rows, priors) * regions[level]
             losses = dict(cls=cls.sum() / total, reg=reg.sum() / total)
             outputs.append(DistillOutput({f'loss_{key}': self.weights[key] * loss for key, loss in losses.items()}))
