@@ -103,7 +103,8 @@ class CrossKDNeck(DistillNeck):
             list[DistillOutput]: ``loss_cls`` and ``loss_reg`` per level.
 
         Raises:
-            ValueError: If the teacher is missing, or not all levels of its head are distilled.
+            ValueError: If the teacher is missing, not all levels of its head are distilled, or ``num_convs`` is larger
+                than the number of its convolutions.
         """
         head = head_of(self, 'teacher', context, len(teacher[0]))
         cross = [
@@ -132,6 +133,8 @@ class CrossKDNeck(DistillNeck):
     def run_branch(self, head: nn.Module, branch: str, feature: Tensor) -> Tensor:
         """Run the last layers of a branch of the teacher's head on a feature map, (N, C, H, W)."""
         convs = getattr(head, f'{branch}_convs')
+        if self.num_convs > len(convs):
+            raise ValueError(f"num_convs={self.num_convs}, but the teacher's head has {len(convs)} {branch}_convs.")
         for conv in convs[len(convs) - self.num_convs :]:
             feature = conv(feature)
         return getattr(head, find_output_layer(head, branch))(feature)

@@ -84,3 +84,9 @@ def test_needs_a_teacher():
     features = [[torch.zeros(1, 4, 1, 1)]] * 2
     with pytest.raises(ValueError, match='CrossKDNeck needs the bbox_head of the teacher'):
         CrossKDNeck([[4], [4]], [[4], [4]])(features, features, DistillContext())
+
+
+def test_too_many_convolutions():
+    head, features, teacher = prepare('RetinaNet')
+    with pytest.raises(ValueError, match="num_convs=5, but the teacher's head has 4 cls_convs"):
+        compare(head, features, teacher, num_convs=5)
