@@ -24,7 +24,7 @@ class FGDPreset(Preset):
     - Needs: detectors, and the boxes of the ground truth.
     """
 
-    summary = 'FGD: feature maps in and around boxes, weighted by the attention of the teacher, and their relations'
+    summary = 'FGD: features in and around boxes, attention of the teacher, relations between positions'
     paper = 'Yang et al., Focal and Global Knowledge Distillation for Detectors, CVPR 2022, arXiv 2111.11837'
     needs = 'detectors and boxes'
     weights = dict(detection=1.0)
