@@ -504,3 +504,19 @@ def test_shipped_configs(path, memory_full_of_nan):
     assert not any('not checked in a training pass' in warning for warning in found['warnings'])
     # deformable convolutions do not run on the meta device
     assert (found['gmacs']['teacher'] is None) is ('reppoints-x101' in path.stem)
+
+
+def test_preset_replaces_preset_and_pairs(small):
+    config = small(distill=dict(last=dict(student='backbone', teacher='backbone')))
+    result = preview(config, size=(128, 128), preset='mgd')
+    assert {row['pair'] for row in result['pairs']} == {'fpn'} and result['gmacs']['diffusion_module'] > 0
+    assert result['pairs'][0]['loss_weight'] == 2e-5 and 'mask_ratio=0.65' in result['distill']
+    assert list(config.model.distill) == ['last']
+    with pytest.raises(ValueError, match="preset='kd' is a method for segmentation and classification, but RetinaNet"):
+        preview(config, preset='kd')
+
+
+def test_labels_of_dkd_are_made_up():
+    classifier = models.resnet_classifier()
+    config = Config(dict(default_scope='mmpretrain', model=models.distiller(classifier, classifier, preset='dkd')))
+    assert preview(config, size=(64, 64))['gmacs']['diffusion_module'] == 0

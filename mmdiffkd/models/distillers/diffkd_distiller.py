@@ -124,8 +124,8 @@ class DiffKDDistiller(BaseModel):
             to None.
         distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=)}``. None uses the pairs of
             the preset. Defaults to None.
-        preset (str): Default pairs and settings: ``'diffkd'`` (the paper's), ``'plus'``, or a custom preset.
-            Defaults to ``'diffkd'``.
+        preset (str): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
+            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to ``'diffkd'``.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.
@@ -232,7 +232,9 @@ class DiffKDDistiller(BaseModel):
                 necks[name] = build_part(MODELS, pair.neck, 'neck', **widths)
                 with in_key('neck'):
                     check_neck(necks[name])
-                    if not isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
+                    if isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
+                        _check_positions(necks[name], pair, infos[0], matches[0])
+                    else:
                         self._try_neck(necks[name], pair, infos, matches)
         self.diffkd = nn.ModuleDict(necks)
         # read the attributes before FSDP wraps the necks
@@ -389,7 +391,7 @@ class DiffKDDistiller(BaseModel):
             outputs = self.diffkd[name](_per_tap(pair, student), _per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
             losses.update(name_losses(name, outputs, levels, state.weight, self._auxiliary_losses[name]))
-            drawn = {level: output for level, output in zip(levels, outputs) if isinstance(output, DiffusionOutput)}
+            drawn = {level: output for level, output in zip(levels, outputs) if _is_drawable(output)}
             if drawn and rows is None:  # otherwise, the first feature may not be of the first image
                 captured[name] = drawn
         if state.capture:
@@ -689,6 +691,24 @@ def _shape_on(size: int, info: FeatureInfo, level: int) -> Tuple[int, int, int, 
     stride = info.strides[level]
     side = 1 if stride is None else max(1, round(size / stride))
     return 2, info.channels[level], side, side
+
+
+def _check_positions(neck: FeatureDiffusionNeck, pair: Pair, infos: Sequence[FeatureInfo], levels: list) -> None:
+    """Refuse vectors for a loss that compares positions, because the loss would always be 0."""
+    loss = neck.levels[0].loss_kd
+    if getattr(loss, 'compares_positions', False):
+        for owner, tap, info, index in zip(('student', 'teacher'), (pair.student, pair.teacher), infos, (0, 1)):
+            if any(info.strides[level[index]] is None for level in levels):
+                raise ConfigError(
+                    'loss_kd',
+                    f": {type(loss).__name__} compares positions of feature maps, but '{tap}' of the {owner} gives "
+                    "vectors; use another loss or preset, such as 'fitnet'.",
+                )
+
+
+def _is_drawable(output) -> bool:
+    """Return whether an output has features that can be drawn side by side: ATLoss compares different channels."""
+    return isinstance(output, DiffusionOutput) and output.student_latent.shape == output.teacher_latent.shape
 
 
 def _per_tap(pair: Pair, values: list):
