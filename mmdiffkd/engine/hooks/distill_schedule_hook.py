@@ -37,7 +37,7 @@ class DistillScheduleHook(Hook):
             in iterations. ``interval`` is always in iterations. Defaults to True.
 
     Raises:
-        ConfigError: If a number is negative, ``interval`` is below 1, or warmup and decay are longer than the time from
+        ValueError: If a number is negative, ``interval`` is below 1, or warmup and decay are longer than the time from
             ``begin`` to ``end``.
     """
 

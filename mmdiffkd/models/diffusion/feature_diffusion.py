@@ -91,7 +91,7 @@ class FeatureDiffusion(nn.Module):
             Defaults to True.
 
     Raises:
-        ConfigError: If a value is invalid or conflicts with another argument, if ``loss_kd`` compares classes and
+        ValueError: If a value is invalid or conflicts with another argument, if ``loss_kd`` compares classes and
             student and teacher have different numbers of classes or only one class, or if a part of another package
             does not run on random features or its loss is negative or not finite.
     """
@@ -364,7 +364,7 @@ def try_loss(loss_kd: nn.Module, channels: int, cfg: dict) -> None:
         cfg (dict): Config of the loss, for the error message.
 
     Raises:
-        ConfigError: If the loss fails, is not a scalar, is negative or not finite, or has no gradient.
+        ValueError: If the loss fails, is not a scalar, is negative or not finite, or has no gradient.
     """
     settings = ', '.join(f'{key}={value!r}' for key, value in cfg.items() if key != 'type')
     name = f'{type(loss_kd).__name__}({settings})'
@@ -386,7 +386,7 @@ def try_diffusion(scheduler: nn.Module, noise_adapter: nn.Module, denoiser: nn.M
     """Run a noise adapter, a scheduler and a denoiser on random features, and check the shapes of the results.
 
     Raises:
-        ConfigError: If a part fails, returns a tensor of the wrong shape or that is not finite, or gamma is not between
+        ValueError: If a part fails, returns a tensor of the wrong shape or that is not finite, or gamma is not between
             0 and 1.
     """
     # copies, because eval() would have to be undone

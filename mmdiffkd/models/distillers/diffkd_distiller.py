@@ -132,7 +132,7 @@ class DiffKDDistiller(BaseModel):
             Used if the config of the student has no preprocessor. Defaults to None.
 
     Raises:
-        ConfigError, ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
+        ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
             key.
         FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. Raised
             when training starts; building the model only logs a warning, because the model can still predict.

@@ -35,7 +35,7 @@ class BCKDNeck(DistillNeck):
         loc_weight (float): Weight of the box loss. Defaults to 4.
 
     Raises:
-        ConfigError: If an argument is invalid.
+        ValueError: If an argument is invalid.
         ValueError: If the pair does not have two taps, or the class layers have different channels.
     """
 

@@ -56,7 +56,7 @@ class CrossKDNeck(DistillNeck):
         reg_weight (float): Weight of the box loss. Defaults to 1.
 
     Raises:
-        ConfigError: If an argument is invalid.
+        ValueError: If an argument is invalid.
         ValueError: If the pair does not have two taps.
     """
 

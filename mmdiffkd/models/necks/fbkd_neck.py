@@ -111,7 +111,7 @@ class FBKDNeck(DistillNeck):
             format. Defaults to ``(8, 4, 2, 2)``.
 
     Raises:
-        ConfigError: If an argument is invalid.
+        ValueError: If an argument is invalid.
         ValueError: If the pair has several taps.
     """
 

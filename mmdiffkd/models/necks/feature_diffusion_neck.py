@@ -30,7 +30,7 @@ class FeatureDiffusionNeck(DistillNeck):
             ``loss_diffusion_weight``, ``loss_reconstruction_weight``, ``num_grad_steps``, ``memory_efficient``.
 
     Raises:
-        ConfigError: If an argument is invalid, if student and teacher have different numbers of levels or several taps,
+        ValueError: If an argument is invalid, if student and teacher have different numbers of levels or several taps,
             if ``share_levels`` is set and the channels differ between levels, or if ``compile`` conflicts with the
             other arguments.
     """

@@ -36,7 +36,7 @@ class FGDNeck(DistillNeck):
             True.
 
     Raises:
-        ConfigError: If an argument is invalid.
+        ValueError: If an argument is invalid.
         ValueError: If the pair has several taps.
     """
 

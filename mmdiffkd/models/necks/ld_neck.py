@@ -28,7 +28,7 @@ class LDNeck(DistillNeck):
         loss_weight (float): Weight of the loss. Defaults to 0.25.
 
     Raises:
-        ConfigError: If an argument is invalid.
+        ValueError: If an argument is invalid.
         ValueError: If the pair does not have two taps, or the heads have different numbers of bins.
     """
 

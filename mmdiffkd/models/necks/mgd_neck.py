@@ -76,7 +76,7 @@ class MGDNeck(FeatureDiffusionNeck):
         share_levels (bool): Whether all levels share one module. Defaults to False.
 
     Raises:
-        ConfigError: If an argument is invalid; see :class:`FeatureDiffusionNeck`.
+        ValueError: If an argument is invalid; see :class:`FeatureDiffusionNeck`.
     """
 
     part = MaskedGeneration
