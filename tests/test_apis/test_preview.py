@@ -322,7 +322,8 @@ def test_images_of_any_number_of_channels(small, tmp_path, channels):
     model = tiny.build(cfg.model)
     model.distill_state.capture = True
     data = demo_mm_inputs(2, [[channels[0], 64, 64]] * 2, num_items=[3, 3], num_classes=80)
-    assert model.loss(**model.data_preprocessor(data, True))['diffkd.fpn.loss_kd'] > 0
+    data = model.data_preprocessor(data, True)
+    assert model.loss(data['inputs'], data['data_samples'])['diffkd.fpn.loss_kd'] > 0
     record = model.distill_state.last_record
     shown = model.diffkd_teacher.renormalize.displayed(record.images[:1])[0]
     picture = draw_comparison('fpn', shown, record.outputs['fpn'][0], 1)
