@@ -29,7 +29,7 @@ class Preset:
         summary (str): The method in one line.
         paper (str): Citation of the paper.
         needs (str): What the method needs of student and teacher, in a few words.
-        weights (dict[str, float]): Default ``loss_weight`` of :attr:`distance` by task: ``detection``,
+        weights (dict[str, float]): Default ``loss_weight`` of ``distance`` by task: ``detection``,
             ``segmentation``, ``classification``. Other tasks are refused. Models of no known task use the weight of
             classifiers.
         distance (dict): Config of the distance of a pair that has no ``loss_kd``, without ``loss_weight``.
@@ -82,7 +82,7 @@ class Preset:
         return ValueError(f"preset='{self.name()}' {reason}")
 
     def check_task(self, cfg: dict) -> str:
-        """Return the task of a model: a key of :attr:`weights`.
+        """Return the task of a model: a key of ``weights``.
 
         Raises:
             ValueError: If the preset has no weight for the task.
