@@ -40,6 +40,7 @@ from .compare_configs import (
     make_method_config,
     make_teacher_config,
     scale_schedule,
+    test_on_validation,
 )
 from .distill import Source
 from .parallel import Job, JobResult, available_cores, available_gpus, run_parallel
@@ -120,7 +121,7 @@ def compare(
     (root / 'configs').mkdir(parents=True, exist_ok=True)
     with _lock(root):
         comparison = _Comparison(root, student, teacher_config, teacher_checkpoint, schedule, list_runs)
-        comparison.add_methods(methods, seeds, is_strict=set(arms or ()))
+        comparison.add_methods(methods, seeds, strict=set(arms or ()))
         return comparison.run(metric, jobs)
 
 
@@ -259,11 +260,7 @@ class Training:
             steps.append([sys.executable, _tool('train.py'), self.config, '--work-dir', self.folder, '--resume'])
         elif self.val() is None:  # the run was killed between its last checkpoint and its last validation
             config = self.config.with_name(f'{self.name}_val.py')
-            config.write_text(
-                f"_base_ = './{self.config.name}'\n"
-                'test_dataloader = _base_.val_dataloader\ntest_evaluator = _base_.val_evaluator\n'
-                'test_cfg = dict(_delete_=True, type="TestLoop")\n'
-            )
+            config.write_text(config_text(test_on_validation(Config.fromfile(self.config))))
             steps.append([sys.executable, _tool('test.py'), config, self.checkpoint, '--work-dir', self.folder / 'val'])
         if self.is_tested and not (is_trained and self.test() is not None):
             steps.append([sys.executable, _tool('test.py'), self.config, self.checkpoint, '--work-dir', self.folder])
@@ -273,13 +270,7 @@ class Training:
         """Return why the last start failed, as far as its log says; None if it was not started here."""
         if not self.log.exists() or self.is_done:
             return None
-        text = self.log.read_text(errors='replace')[-20_000:]
-        if NO_SPACE in text or shutil.disk_usage(self.root).free < 2**20:
-            return NO_SPACE[0].lower() + NO_SPACE[1:]
-        errors = ERROR_LINE.findall(text)
-        if not errors:
-            return f'ended without an error message, perhaps out of memory; see {shorten_path(self.log)}'
-        return INTERRUPTED if errors[-1].startswith('KeyboardInterrupt') else errors[-1][:300]
+        return read_failure(self.log)
 
     def record(self, fingerprint: str, is_waiting: bool) -> dict:
         """Return the result as a line of ``results.jsonl``."""
@@ -326,17 +317,13 @@ class _Comparison:
         print(text, file=self.out, flush=True)
 
     def save_state(self) -> None:
-        part = self.state_file.with_suffix('.part')
-        part.write_text(json.dumps(self.state, indent=1))
-        part.replace(self.state_file)
+        _write(self.state_file, json.dumps(self.state, indent=1))
 
-    # ---- methods and configs
-
-    def add_methods(self, methods: Dict[str, Optional[dict]], seeds: Sequence[int], is_strict: set) -> None:
+    def add_methods(self, methods: Dict[str, Optional[dict]], seeds: Sequence[int], strict: Set[str]) -> None:
         """Write the configs of all runs, and preview each method.
 
         Raises:
-            ValueError: If a method of ``is_strict`` cannot be built, if no method can, or if a config exists with other
+            ValueError: If a method of ``strict`` cannot be built, if no method can, or if a config exists with other
                 settings.
         """
         for name, settings in methods.items():
@@ -346,7 +333,7 @@ class _Comparison:
                     with quiet_packages():
                         self.state['previews'][name] = dict(pairs=[]) if settings is None else _summary(preview(cfg))
                 except (ValueError, TypeError, KeyError, RuntimeError) as error:
-                    if name in is_strict:  # a mistake in the arms file
+                    if name in strict:  # a mistake in the arms file
                         raise ValueError(f"The arm '{name}' cannot be built: {error}") from error
                     self.not_applicable[name] = str(error)
                     continue
@@ -360,9 +347,7 @@ class _Comparison:
         self.save_state()
 
     def _write_configs(self, name: str, cfg: Config, seeds: Sequence[int]) -> None:
-        kind = 'epoch' if 'max_epochs' in cfg.train_cfg else 'iter'
-        end = f'{kind}_{cfg.train_cfg[f"max_{kind}s"]}'
-        text = None
+        end, text = _end_of(cfg), None
         for seed in seeds:
             training = Training(name, seed, self.root, end, self.is_tested)
             self.trainings.append(training)
@@ -371,9 +356,7 @@ class _Comparison:
                 check_same(training.config, Config({**cfg.to_dict(), 'randomness': randomness}))
                 continue
             text = text or config_text(cfg)
-            training.config.write_text(f'{text}\nrandomness = {randomness}\n')
-
-    # ---- before the runs
+            _write(training.config, f'{text}\nrandomness = {randomness}\n')
 
     def run(self, metric: Optional[str], jobs: Optional[int]) -> dict:
         gpus = available_gpus()
@@ -441,9 +424,7 @@ class _Comparison:
         job = Job('measure an iteration of each method', command, log)
         (result,) = run_parallel([job], workers=1, file=self.out, gpus=gpus)
         if not result.ok:
-            raise ValueError(
-                f'The student alone cannot be trained for an iteration: {_last_error(log)}. The end of {log} is above.'
-            )
+            raise ValueError(f'The student alone cannot be trained for an iteration: {read_failure(log)}')
         for stem, costs in json.loads(out.read_text()).items():
             name = stems[stem]
             if 'error' in costs:
@@ -488,8 +469,6 @@ class _Comparison:
             )
         self.say('')
 
-    # ---- runs
-
     def train(self, missing: Sequence[Training], workers: int, gpus: Sequence[str], metric: Optional[str]) -> None:
         if metric is None:
             metric = _main_metric([newest_test(self.root / TEACHER)[1]], None)
@@ -515,13 +494,8 @@ class _Comparison:
     def _write_results(self) -> List[dict]:
         """Write all results to ``results.jsonl``, and return them."""
         records = [training.record(self.fingerprint, training.name in self.waiting) for training in self.trainings]
-        file = self.root / 'results.jsonl'
-        part = file.with_suffix('.part')
-        part.write_text(''.join(json.dumps(record) + '\n' for record in records))
-        part.replace(file)
+        _write(self.root / 'results.jsonl', ''.join(json.dumps(record) + '\n' for record in records))
         return records
-
-    # ---- after the runs
 
     def finish(self, metric: Optional[str]) -> dict:
         """Write table, picture, report and the config of the best method."""
@@ -553,7 +527,7 @@ class _Comparison:
         self._draw(found, metric, split, reported, notes)
         self.say(f'\n{table}\n\n{listed}')
         if best is not None:
-            self._write_best(best, metric, split)
+            self._write_best(best, values['val'][best], metric, split)
         return result
 
     def _values(self, found: Sequence[dict], metric: str) -> Dict[str, Values]:
@@ -607,14 +581,20 @@ class _Comparison:
         out = self.root / 'report'
         write_report(named, out, [*command, '-o', str(shorten_path(out))], notes)
 
-    def _write_best(self, best: str, metric: str, split: str) -> None:
+    def _write_best(self, best: str, best_values: Dict[int, float], metric: str, split: str) -> None:
         file, folder = self.root / 'best.py', shorten_path(self.root)
         file.write_text(f'# {best}: the highest {metric} on val\n{config_text(self.cfgs[best])}')
-        steps = [f'python tools/train.py {folder}/best.py']
+        if self.schedule == 1:
+            seed = max(best_values, key=best_values.get)
+            (training,) = (t for t in self.trainings if (t.method, t.seed) == (best, seed))
+            config, checkpoint, steps = shorten_path(training.config), shorten_path(training.checkpoint), []
+        else:
+            config, checkpoint = f'{folder}/best.py', f'work_dirs/best/{_end_of(self.cfgs[best])}.pth'
+            steps = [f'python tools/train.py {config}']
         if best != BASELINE:
             steps.append(
-                f'python tools/model_converters/export_student.py {folder}/best.py work_dirs/best/CHECKPOINT.pth '
-                f'student.pth --config-out student.py'
+                f'python tools/model_converters/export_student.py {config} {checkpoint} student.pth '
+                '--config-out student.py'
             )
         files = {
             f'{folder}/table.md': 'this table; results.jsonl has all metrics of all runs',
@@ -624,7 +604,14 @@ class _Comparison:
         }
         width = max(map(len, files))
         self.say('\n' + '\n'.join(f'{name:{width}}  {what}' for name, what in files.items()))
-        self.say('\nTo train the best method with the full schedule:\n  ' + '\n  '.join(steps))
+        if steps:
+            self.say('\nTo go on with the best method:\n  ' + '\n  '.join(steps))
+
+
+def _end_of(cfg: Config) -> str:
+    """Return the last epoch or iteration as in the name of its checkpoint: ``epoch_12`` or ``iter_1000``."""
+    kind = 'epoch' if 'max_epochs' in cfg.train_cfg else 'iter'
+    return f'{kind}_{cfg.train_cfg[f"max_{kind}s"]}'
 
 
 def _tool(name: str) -> Path:
@@ -668,6 +655,13 @@ def _duration(seconds: float) -> str:
     return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
 
 
+def _write(file: Path, text: str) -> None:
+    """Write a file atomically."""
+    part = file.with_suffix('.part')
+    part.write_text(text)
+    part.replace(file)
+
+
 def _parsed(line: str) -> dict:
     try:
         record = json.loads(line)
@@ -694,9 +688,15 @@ def _main_metric(records: Sequence[dict], metric: Optional[str]) -> Optional[str
     return metric or next(iter(main or names), None)
 
 
-def _last_error(log: Path) -> str:
-    errors = ERROR_LINE.findall(log.read_text(errors='replace'))
-    return errors[-1] if errors else 'no error message'
+def read_failure(log: Path) -> str:
+    """Return the reason why a run failed, from the end of its log."""
+    text = log.read_text(errors='replace')[-20_000:]
+    if NO_SPACE in text or shutil.disk_usage(log.parent).free < 2**20:
+        return NO_SPACE.lower()
+    errors = ERROR_LINE.findall(text)
+    if not errors:
+        return f'ended without an error message, perhaps out of memory; see {shorten_path(log)}'
+    return INTERRUPTED if errors[-1].startswith('KeyboardInterrupt') else errors[-1][:300]
 
 
 def _why(reason: str) -> str:

@@ -37,7 +37,8 @@ def make_method_config(student: Config, settings: Optional[dict], teacher: Sourc
     cfg = Config(cfg.to_dict())
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), *settings.get('custom_hooks', ())]
     is_by_epoch = 'max_epochs' in cfg.train_cfg
-    hooks = cfg.setdefault('default_hooks', {})
+    cfg.default_hooks = cfg.get('default_hooks') or {}
+    hooks = cfg.default_hooks
     interval = (hooks.get('checkpoint') or {}).get(
         'interval', 1 if is_by_epoch else cfg.train_cfg.get('val_interval', 1)
     )
@@ -114,12 +115,17 @@ def has_test_split(cfg: Config) -> bool:
     return cfg.test_dataloader.get('dataset') != cfg.val_dataloader.get('dataset')
 
 
+def test_on_validation(cfg: Config) -> Config:
+    """Return a config that tests on the validation split."""
+    cfg = Config(cfg.to_dict())
+    cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = cfg.val_dataloader, cfg.val_evaluator, dict(type='TestLoop')
+    return cfg
+
+
 def make_teacher_config(student: Config, teacher: Source) -> Config:
     """Return a config that tests the teacher on the validation split of the student."""
-    cfg, teacher = Config(student.to_dict()), Config(read_config(teacher).to_dict())
+    cfg, teacher = test_on_validation(student), Config(read_config(teacher).to_dict())
     cfg.model = get_model_cfg(teacher)
-    cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
-    cfg.test_cfg = dict(type='TestLoop')
     cfg.custom_hooks, cfg.load_from = [], None
     for key in ('work_dir', 'resume', 'experiment_name'):
         cfg.pop(key, None)
@@ -141,6 +147,7 @@ def check_same(file: Path, cfg: Config) -> None:
     now = _flat(Config.fromstring(Config(cfg.to_dict(), format_python_code=False).pretty_text, '.py').to_dict())
     differ = [key for key in dict.fromkeys([*before, *now]) if before.get(key, NOT_SET) != now.get(key, NOT_SET)]
     if differ:
+        differ.sort(key=lambda key: not key.startswith(('train_cfg', 'model', 'optim_wrapper')))  # say the cause first
         listed = '; '.join(
             f'{key} was {before.get(key, NOT_SET)!r} and is {now.get(key, NOT_SET)!r}' for key in differ[:3]
         )
