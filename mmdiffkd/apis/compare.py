@@ -373,7 +373,7 @@ class _Comparison:
         self.show_preview(missing, workers)
         if self.list_runs:
             commands = [shlex.join(self.teacher_command()), *(training.command() for training in missing)]
-            print('\n'.join(command for command in commands if command), flush=True)
+            print(''.join(f'{command}\n' for command in commands if command), end='', flush=True)
         elif missing:
             self.train(missing, workers, gpus, metric)
         return self.finish(metric)

@@ -88,7 +88,10 @@ def test_interruption(tmp_path, files):
     command = [sys.executable, ROOT / 'tools' / 'compare.py', *files]
     options = dict(cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT)), text=True)
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    process = subprocess.Popen(command, **options, **pipe)
+    # restore Ctrl-C: background jobs of a shell ignore it, and their processes inherit this setting
+    process = subprocess.Popen(
+        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options, **pipe
+    )
     end = time.monotonic() + 600
     while not list(tmp_path.glob('work/*/seed*/last_checkpoint')) and time.monotonic() < end:
         time.sleep(0.1)
