@@ -112,6 +112,8 @@ def compare(
     """
     student = Config(read_config(student_config, cfg_options).to_dict())  # types as strings, which can be dumped
     _check_student(student, schedule, seeds)
+    if 'student' in read_config(teacher_config).model:
+        raise ValueError('The config of the teacher is a distillation config; give the config of a plain model.')
     methods = _read_methods(presets, arms)
     if teacher_checkpoint == 'zoo' and not isinstance(teacher_config, Config):
         teacher_checkpoint = zoo_checkpoint(str(teacher_config))
@@ -368,7 +370,7 @@ class _Comparison:
         )
         if missing and not self.list_runs:
             self.check_teacher(metric, gpus[:1])
-            self.measure_costs(gpus[:1])
+            self.measure_costs({training.method for training in missing}, gpus[:1])
             missing = [training for training in missing if training.method in self.cfgs]
         self.show_preview(missing, workers)
         if self.list_runs:
@@ -407,13 +409,15 @@ class _Comparison:
         for note in self._teacher_notes(found, {BASELINE: alone}):
             self.say(note)
 
-    def measure_costs(self, gpus: Sequence[str]) -> None:
+    def measure_costs(self, methods: Set[str], gpus: Sequence[str]) -> None:
         """Measure training iterations of methods that were not measured yet, in a process of its own.
+
+        A method whose iteration fails is left out, unless it has results, perhaps from another machine.
 
         Raises:
             ValueError: If no method completes an iteration.
         """
-        unknown = [name for name in self.cfgs if name not in self.state['costs']]
+        unknown = [name for name in self.cfgs if name in methods and name not in self.state['costs']]
         if not unknown:
             return
         names = list(dict.fromkeys([BASELINE, *unknown]))
@@ -427,11 +431,11 @@ class _Comparison:
             raise ValueError(f'The student alone cannot be trained for an iteration: {read_failure(log)}')
         for stem, costs in json.loads(out.read_text()).items():
             name = stems[stem]
-            if 'error' in costs:
+            if 'error' not in costs:
+                self.state['costs'][name] = costs
+            elif not any(training.is_done for training in self.trainings if training.method == name):
                 self.not_applicable[name] = f'an iteration failed: {costs["error"]}'
                 self.cfgs.pop(name)
-            else:
-                self.state['costs'][name] = costs
         out.unlink()
         self.trainings = [training for training in self.trainings if training.method in self.cfgs]
         self.save_state()
@@ -524,8 +528,8 @@ class _Comparison:
         table = aligned_markdown(rows)
         listed = '\n'.join(f'* {note}' for note in notes)
         (self.root / 'table.md').write_text(f'{table}\n\n{listed}\n')
-        self._draw(found, metric, split, reported, notes)
         self.say(f'\n{table}\n\n{listed}')
+        self._draw(found, metric, split, reported, notes)
         if best is not None:
             self._write_best(best, values['val'][best], metric, split)
         return result

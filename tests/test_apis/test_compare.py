@@ -291,6 +291,9 @@ def test_invalid_arguments(run, student):
         run(seeds=[1, 1])
     with pytest.raises(ValueError, match=f"There is no metric 'coco/bbox_AP'; the nearest are '{METRIC}'"):
         run(metric='coco/bbox_AP', seeds=[0])
+    distiller = Config(dict(model=dict(type='mmdiffkd.DiffKDDistiller', student=student.model)))
+    with pytest.raises(ValueError, match='The config of the teacher is a distillation config'):
+        run(teacher=(distiller, 'teacher.pth'))
     with pytest.raises(ValueError, match="The student's config has no val_dataloader: a comparison"):
         run(student=Config({key: value for key, value in student.to_dict().items() if key != 'val_dataloader'}))
 
@@ -325,6 +328,7 @@ def test_failed_trial_iteration(run, monkeypatch, tmp_path):
     result = run(Failing(), arms=dict(mse=MSE), seeds=[0])
     assert result['not_applicable'] == dict(mse='an iteration failed: RuntimeError: too large')
     assert [row['method'] for row in result['rows']] == ['alone', 'diffkd']
+    assert not run.jobs.commands.get('mse_seed0')
     with pytest.raises(ValueError, match='No method completes an iteration. mse: an iteration failed'):
         run(Failing(), arms=dict(mse=MSE), presets=[], seeds=[0], work_dir=tmp_path / 'other')
 
