@@ -138,8 +138,8 @@ def _check_student(student: Config, schedule: float, seeds: Sequence[int]) -> No
         raise ValueError(
             'The config of the student is already a distillation config; give the config of a plain model.'
         )
-    missing = [key for key in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not student.get(key)]
-    missing += [key for key in ('val_dataloader', 'val_evaluator', 'val_cfg') if not student.get(key)]
+    needed = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'val_dataloader', 'val_evaluator', 'val_cfg')
+    missing = [key for key in needed if student.get(key) is None]  # val_cfg may be empty
     if missing:
         raise ValueError(
             f"The student's config has no {missing[0]}: a comparison trains with its settings and chooses the best "
@@ -365,7 +365,7 @@ class _Comparison:
         workers = jobs or len(gpus) or available_cores()
         missing = [training for training in self.trainings if not training.is_done]
         self.say(
-            f'Comparing {", ".join(self.cfgs)} with the seeds {_numbers(t.seed for t in self.trainings)} in '
+            f'Comparing {", ".join(self.cfgs)} (seeds: {_numbers(t.seed for t in self.trainings)}) in '
             f'{shorten_path(self.root)}: {len(self.trainings) - len(missing)} of {len(self.trainings)} runs are done.'
         )
         if missing and not self.list_runs:

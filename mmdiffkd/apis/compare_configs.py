@@ -107,7 +107,7 @@ def _dicts(value) -> Iterator[dict]:
 
 def has_test_split(cfg: Config) -> bool:
     """Return whether the test data of a config have annotations and are not the validation data."""
-    if not (cfg.get('test_dataloader') and cfg.get('test_evaluator') and cfg.get('test_cfg')):
+    if any(cfg.get(key) is None for key in ('test_dataloader', 'test_evaluator', 'test_cfg')):
         return False
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
     if any(evaluator.get('format_only') for evaluator in evaluators):

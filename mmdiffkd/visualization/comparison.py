@@ -103,7 +103,7 @@ def conclude(metric: str, values: Dict[str, Values]) -> str:
         return 'There are no results yet.'
     chosen = '' if len(values) > 1 else f' The best method was chosen on {split} as well, which favors it.'
     if len(reported.get(best, {})) < 2:
-        return f'One seed cannot rank methods. {best} has the highest {metric} on {list(values)[0]}.{chosen}'
+        return f'One seed cannot rank methods. {best} has the highest {metric} on {list(values)[0]}.'
     others = [method for method in reported if method != best]
     found = {method: paired(reported[best], reported[method]) for method in others}
     found = {method: confidence(numbers) for method, numbers in found.items() if len(numbers) > 1}

@@ -157,6 +157,7 @@ def test_test_split(run, student):
     """Chooses on val, reports on test."""
     student.test_dataloader = Config(student.to_dict()).test_dataloader
     student.test_dataloader.dataset.ann_file = 'annotations/test.json'
+    student.val_cfg, student.test_cfg = {}, {}  # mmpretrain's way
     result = run()
     assert result['rows'][1][f'{METRIC} (test)'] == '0.275 ± 0.007'
     assert result['rows'][1][f'{METRIC} (val)'] == '0.329 ± 0.007'
