@@ -41,7 +41,11 @@ def machine(device: str, threads: int) -> Dict[str, str]:
 
 def _cpu_name() -> str:
     info = Path('/proc/cpuinfo')
-    names = [line for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    names = (
+        [line for line in info.read_text('utf-8').splitlines() if line.startswith('model name')]
+        if info.exists()
+        else []
+    )
     return names[0].split(':')[1].strip() if names else platform.processor()
 
 
@@ -54,6 +58,8 @@ def publish(page: Path, title: str, text: str, command: str, where: Dict[str, st
     wrapped = ' \\\n    '.join(textwrap.wrap(command, 79, break_long_words=False, break_on_hyphens=False))
     page.parent.mkdir(parents=True, exist_ok=True)
     lines = [f'# {title}', text, f'```shell\n{wrapped}\n```', f'{where["machine"]}; {where["versions"]}.', table]
-    page.write_text('\n\n'.join(lines) + '\n')
-    page.with_suffix('.json').write_text(json.dumps(dict(where, command=command, results=data), indent=1) + '\n')
+    page.write_text('\n\n'.join(lines) + '\n', encoding='utf-8')
+    page.with_suffix('.json').write_text(
+        json.dumps(dict(where, command=command, results=data), indent=1) + '\n', encoding='utf-8'
+    )
     print(f'Wrote {page} and {page.with_suffix(".json")}.')

@@ -181,7 +181,7 @@ def write_page(page: Path, where: dict, results: dict) -> None:
         f'Measured on: {where["machine"]}; {where["versions"]}.',
         markdown([row(pair, results[key]) for pair in PAIRS if (key := pair.same_as or pair.config) in results]),
     ]
-    page.write_text('\n\n'.join(text) + '\n')
+    page.write_text('\n\n'.join(text) + '\n', encoding='utf-8')
 
 
 def main():
@@ -192,7 +192,7 @@ def main():
     where = machine(device, args.threads)
     data = args.page.with_suffix('.json')
     args.page.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(data.read_text()) if data.exists() else dict(where, results={})
+    known = json.loads(data.read_text('utf-8')) if data.exists() else dict(where, results={})
     for key in ('machine', 'versions'):
         if known[key] != where[key]:
             raise SystemExit(
@@ -205,7 +205,7 @@ def main():
         results[pair.config] = measure(pair, args.rounds, device)
         gc.collect()
         print(pair.config, results[pair.config], flush=True)
-        data.write_text(json.dumps(dict(where, results=results), indent=1) + '\n')
+        data.write_text(json.dumps(dict(where, results=results), indent=1) + '\n', encoding='utf-8')
     write_page(args.page, where, results)
 
 

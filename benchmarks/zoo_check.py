@@ -119,7 +119,7 @@ def main():
     args = parse_args()
     for package in args.package:  # register here, so that forked processes need not
         import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
-    results = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    results = json.loads(args.out.read_text('utf-8')) if args.out.is_file() else {}
     for name in [f'{package}/{family}' for package in args.package for family in families(package)]:
         package, family = name.split('/')
         if args.family and family not in args.family:
@@ -137,13 +137,13 @@ def main():
                 print(f'{name} {found["model"]}: {outcome(results[name][number])}', flush=True)
     write(args.out, results)
     if args.table:
-        args.table.write_text(as_table(results))
+        args.table.write_text(as_table(results), encoding='utf-8')
 
 
 def write(file: Path, results: Dict[str, List[dict]]) -> None:
     """Write the results as JSON. Each family has its own line, so that diffs are readable."""
     lines = [f'{json.dumps(family)}: {json.dumps(results[family])}' for family in sorted(results)]
-    file.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+    file.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
 
 
 def as_table(results: Dict[str, List[dict]]) -> str:

@@ -56,7 +56,9 @@ def collect_config_pages(app):
     """Make a page per config, since browsers download .py files."""
     for file in sorted((ROOT / 'configs').rglob('*.py')):
         name = file.relative_to(ROOT)
-        code = app.builder.highlighter.highlight_block(file.read_text(), 'python')
+        code = app.builder.highlighter.highlight_block(
+            file.read_text('utf-8'), 'python'
+        )
         body = (
             f'<h1>{name.stem}</h1><p><code class="literal">{name}</code></p>{code}'
         )

@@ -3,15 +3,19 @@
 import atexit
 import gc
 import io
+import linecache
 import re
 import sys
+import traceback
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Optional
 
-# errors that wrong arguments, configs or files cause
-MISTAKES = (ValueError, TypeError, OSError, ImportError, RuntimeError, SyntaxError)
+# errors that missing or invalid files and modules cause, wherever they are raised
+FILE_ERRORS = (OSError, ImportError, SyntaxError)
+# modules of mmengine that check configs and the arguments of the classes in configs
+CONFIG_CHECKS = ('mmengine.config', 'mmengine.registry', 'mmengine.runner')
 UNKNOWN_TYPE = re.compile(r'([^\s\'"]+) is not in the \S+ registry')  # in the KeyError of mmengine's registries
 
 
@@ -37,13 +41,16 @@ def without_gc() -> Iterator[None]:
 
 
 def own_process() -> None:
-    """Exclude objects created at startup from later garbage collections, including the one at exit.
+    """Set up the process of a tool.
 
-    Has no effect if a different program, such as a test, calls the script in its process, because the garbage of that
-    program would then never be freed.
+    Has no effect if a different program, such as a test, calls the tool in its process.
+
+    - Characters that the terminal or a code page of Windows lacks are printed as escapes instead of raising an error.
+    - Objects created at startup are excluded from later garbage collections, including the one at exit.
     """
     global _is_own_process
     if sys.argv[0] in sys.orig_argv[1:]:
+        sys.stdout.reconfigure(errors='backslashreplace')
         _is_own_process = True
         atexit.register(gc.freeze)
 
@@ -70,20 +77,37 @@ def quiet_packages() -> Iterator[None]:
 def exit_on_mistake() -> Iterator[None]:
     """On a user error, print its message to stderr and exit with code 2. Internal errors are raised.
 
+    A user error is a ValueError that mmdiffkd or the calling script raises, an error of mmengine about a config, or a
+    missing or invalid file or module.
+
     >>> with exit_on_mistake():
     ...     config = student_config(read_config('my_config.py'))
     """
+    script = sys._getframe(2).f_code.co_filename  # below this frame and the one of contextlib
     try:
         yield
-    except MISTAKES as error:
-        _exit(str(error))
-    except KeyError as error:
-        unknown = UNKNOWN_TYPE.search(str(error))
-        if unknown is None:
+    except Exception as error:
+        sentence = _sentence(error, script)
+        if sentence is None:
             raise
-        _exit(f'{unknown[0]}: check the spelling of {unknown[1]}, or import its module with custom_imports.')
+        print(f'Error: {sentence}', file=sys.stderr)
+        sys.exit(2)
 
 
-def _exit(sentence: str) -> None:
-    print(f'Error: {sentence}', file=sys.stderr)
-    sys.exit(2)
+def _sentence(error: Exception, script: str) -> Optional[str]:
+    """Return the message of a user error, None for internal errors."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if unknown := UNKNOWN_TYPE.search(text) if isinstance(error, KeyError) else None:
+        return f'{unknown[0]}: check the spelling of {unknown[1]}, or import its module with custom_imports.'
+    if isinstance(error, FILE_ERRORS):
+        return text
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    module = frame.f_globals.get('__name__')
+    if module is None:  # only code that mmengine executes, a config, has no module
+        return f'The config cannot be read: {type(error).__name__} in line {line}: {text}'
+    if isinstance(error, ValueError) and (module.split('.')[0] == 'mmdiffkd' or frame.f_code.co_filename == script):
+        # other lines raise a ValueError only by accident, for example if they unpack too few values
+        is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith('raise ')
+        return text if is_raised else None
+    is_about_config = module.startswith(CONFIG_CHECKS) and not isinstance(error, (AttributeError, AssertionError))
+    return text if is_about_config and ' ' in text else None  # a bare key is no message

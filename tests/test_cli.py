@@ -4,16 +4,18 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
+import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from mmdiffkd.cli import exit_on_mistake, quiet_packages, without_gc
+from mmdiffkd.utils import read_config
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize(
-    'error', [ValueError, FileNotFoundError, PermissionError, ModuleNotFoundError, RuntimeError, SyntaxError, TypeError]
-)
+@pytest.mark.parametrize('error', [ValueError, FileNotFoundError, PermissionError, ModuleNotFoundError, SyntaxError])
 def test_user_errors_exit_with_their_message(error, capsys):
     with pytest.raises(SystemExit) as ended, exit_on_mistake():
         raise error('The file is absent; give another.')
@@ -32,10 +34,63 @@ def test_unregistered_type(capsys):
     )
 
 
-def test_internal_errors_are_raised():
-    for error in (KeyError('x'), AttributeError('x'), ZeroDivisionError()):
-        with pytest.raises(type(error)), exit_on_mistake():
-            raise error
+def unpack_too_few():
+    first, second = (1,)
+    return first, second
+
+
+def failing_hook():
+    raise TypeError('unsupported operand')
+
+
+@pytest.mark.parametrize(
+    'error, bug',
+    [
+        (KeyError, lambda: {}['x']),
+        (AttributeError, lambda: Config(dict(x=1)).y),
+        (ZeroDivisionError, lambda: 1 / 0),
+        (RuntimeError, lambda: torch.zeros(2) @ torch.zeros(3)),
+        (TypeError, failing_hook),
+        (ValueError, unpack_too_few),
+        (ValueError, lambda: np.zeros(2) + np.zeros(3)),
+        (ValueError, lambda: torch.ones(1).numpy().reshape(2)),
+    ],
+)
+def test_internal_errors_are_raised(error, bug):
+    with pytest.raises(error), exit_on_mistake():
+        bug()
+
+
+@pytest.mark.parametrize(
+    'text, options, message',
+    [
+        ("model = dict(type='X', a=undefined)", {}, "NameError in line 1: name 'undefined' is not defined"),
+        ("model = dict(type='X'", {}, 'is not valid Python'),
+        ("model = dict(type='X', a=3)", {'model.a': dict(b=1)}, 'a is a dict in the child config but is of type'),
+        ("model = dict(type='X', a=[3])", {'model.a.5': 1}, 'Index 5 exceeds the length'),
+        ("_base_ = './absent.py'", {}, 'absent.py'),
+        ("custom_imports = dict(imports='not_installed')\nmodel = dict(type='X')", {}, 'not_installed'),
+    ],
+)
+def test_mistakes_in_a_config(text, options, message, tmp_path, capsys):
+    (tmp_path / 'config.py').write_text(text)
+    with pytest.raises(SystemExit) as ended, exit_on_mistake():
+        read_config(tmp_path / 'config.py', options)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith('Error: ') and message in error
+
+
+@pytest.mark.parametrize(
+    'cfg, message',
+    [
+        (dict(type='mmdiffkd.MSELoss', weight=1), 'weight is not an argument of MSELoss'),
+        (dict(loss_weight=1), 'must contain the key "type"'),
+    ],
+)
+def test_mistakes_in_arguments(cfg, message, capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_mistake():
+        MODELS.build(cfg)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_quiet_packages(capsys, recwarn):

@@ -18,6 +18,7 @@ from mmengine.registry import init_default_scope
 
 from mmdiffkd.apis import Job, JobResult, available_cores, run_parallel
 from mmdiffkd.cli import shorten_path
+from mmdiffkd.engine.resume import last_checkpoint
 from mmdiffkd.utils.meta_device import MultiplyAddCounter, build_for_inspection
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim
@@ -106,10 +107,10 @@ class Demo:
             train_teacher=args.train_teacher,
         )
         file = self.work_dir / 'settings.json'
-        if file.exists() and json.loads(file.read_text()) != settings:
+        if file.exists() and json.loads(file.read_text('utf-8')) != settings:
             sys.exit(f'{self.work_dir} was made with different settings; choose another --work-dir or remove it.')
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings))
+        file.write_text(json.dumps(settings), encoding='utf-8')
 
     def missing(self) -> List[str]:
         """Return the rows without a result."""
@@ -126,7 +127,7 @@ class Demo:
         if name == TEACHER and self.teacher_weights:
             return config_of(name), self.teacher_weights
         folder = self.folder(name)
-        return folder / RUNS[name], (folder / 'last_checkpoint').read_text().strip()
+        return folder / RUNS[name], last_checkpoint(folder)
 
     def run_jobs(self, jobs: List[Job], on_done: Optional[Callable[[JobResult], None]] = None) -> None:
         """Run jobs. Exit if one of them failed."""
@@ -185,7 +186,7 @@ class Demo:
         """Save the metric of a row and its training time as soon as both are known."""
         folder = self.folder(result.name)
         logs = sorted(folder.glob('*/vis_data/scalars.json'))
-        records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        records = [json.loads(line) for log in logs for line in log.read_text('utf-8').splitlines()]
         # mmdet omits the metric if there are no detections
         metrics = [record.get(METRIC, 0.0) for record in records if 'iter' not in record]  # of validations
         tested = tested_metric(folder / 'tested', METRIC)
@@ -194,7 +195,7 @@ class Demo:
             return
         is_whole = len(logs) == 1 and tested is None  # trained without interruption
         content = {'mAP': metrics[-1], 'seconds': result.seconds if is_whole else None}
-        self.result_file(result.name).write_text(json.dumps(content))
+        self.result_file(result.name).write_text(json.dumps(content), encoding='utf-8')
 
     def finish(self) -> None:
         """Export and test the distilled student, draw detections, write the report and print the table."""
@@ -230,8 +231,8 @@ class Demo:
             sys.exit(f'The exported student has mAP {metric}, but it had {rows[-1]["mAP"]} in training.')
         rows.append({**rows[-1], 'name': 'exported student, in plain mmdet', 'seconds': None})
         table = as_table(rows)
-        (work_dir / 'table.md').write_text(table)
-        (work_dir / 'table.json').write_text(json.dumps(rows, indent=2))
+        (work_dir / 'table.md').write_text(table, encoding='utf-8')
+        (work_dir / 'table.json').write_text(json.dumps(rows, indent=2), encoding='utf-8')
         print(self.summary(table))
 
     def reported(self, name: str) -> Path:
@@ -240,7 +241,7 @@ class Demo:
 
     def row(self, name: str) -> dict:
         """Return a row of the table."""
-        return dict(name=name, **json.loads(self.result_file(name).read_text()), **complexity(config_of(name)))
+        return dict(name=name, **json.loads(self.result_file(name).read_text('utf-8')), **complexity(config_of(name)))
 
     def summary(self, table: str) -> str:
         """Return the table, the list of files and the next steps."""
@@ -281,7 +282,7 @@ def config_of(name: str) -> Path:
 def tested_metric(folder: Path, key: str) -> Optional[float]:
     """Return the metric of the newest test in a folder, or None without a test."""
     logs = sorted(folder.glob('*/*.json'))
-    return json.loads(logs[-1].read_text().splitlines()[-1]).get(key, 0.0) if logs else None
+    return json.loads(logs[-1].read_text('utf-8').splitlines()[-1]).get(key, 0.0) if logs else None
 
 
 def complexity(config: Path) -> dict:

@@ -4,7 +4,7 @@ import argparse
 
 from mmengine.config import DictAction
 
-from mmdiffkd.cli import own_process, without_gc
+from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
 
 def parse_args():
@@ -29,11 +29,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with without_gc():
-        import torch
+    with exit_on_mistake():
+        with without_gc():
+            import torch
 
-        runner = build_runner(args)
-    runner.train()
+            runner = build_runner(args)
+        runner.train()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -43,14 +44,17 @@ def build_runner(args):
     from mmengine.runner import Runner
 
     from mmdiffkd.apis import load_run_config
+    from mmdiffkd.utils.config import package_of
 
     cfg = load_run_config(args)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.loss_scale = 'dynamic'
+        if package_of(cfg) == 'mmdet':  # as its train.py; those of the other packages keep a loss scale
+            cfg.optim_wrapper.loss_scale = 'dynamic'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise SystemExit('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
+            raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
         cfg.resume = True
@@ -64,9 +68,12 @@ def check_before_flexible_runner(cfg):
     """Choose the checkpoint as CheckpointHook does, because FlexibleRunner loads it before it calls hooks."""
     from mmengine.registry import HOOKS
 
-    hook = cfg.get('default_hooks', {}).get('checkpoint', {})
-    if hook.get('type') == 'mmdiffkd.CheckpointHook':
-        cfg.load_from = HOOKS.build(dict(hook)).file_to_load(cfg.get('load_from'), cfg.get('resume'), cfg.work_dir)
+    from mmdiffkd.engine.hooks import CheckpointHook
+
+    settings = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    hook = HOOKS.build(dict(settings)) if 'type' in settings else None
+    if isinstance(hook, CheckpointHook):
+        cfg.load_from = hook.file_to_load(cfg.get('load_from'), cfg.get('resume'), cfg.work_dir)
         cfg.resume = bool(cfg.get('resume')) and cfg.load_from is not None
 
 

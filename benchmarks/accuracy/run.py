@@ -19,6 +19,7 @@ from benchmarks.accuracy.methods import changes_of
 from benchmarks.accuracy.table import costs_file, run_file, teacher_file, write_page
 from benchmarks.measure import machine
 from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
+from mmdiffkd.engine.resume import last_checkpoint
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {
@@ -67,8 +68,7 @@ def teacher_folder(args):
 
 def teacher_checkpoint(args):
     """Return the path of the teacher's last checkpoint, even if its training is incomplete; None if there is none."""
-    last = teacher_folder(args) / 'last_checkpoint'
-    return last.read_text() if last.exists() else None
+    return last_checkpoint(teacher_folder(args))
 
 
 def check_teacher(args):
@@ -80,7 +80,8 @@ def check_teacher(args):
     file, checkpoint = teacher_file(args.results, args.set), teacher_checkpoint(args)
     if not file.exists():
         return False
-    if checkpoint and fingerprint(read_checkpoint(checkpoint)['state_dict']) == json.loads(file.read_text())['teacher']:
+    known = json.loads(file.read_text('utf-8'))['teacher']
+    if checkpoint and fingerprint(read_checkpoint(checkpoint)['state_dict']) == known:
         return True
     sys.exit(
         f'The results in {file.parent} belong to a teacher that is not in {teacher_folder(args)}, and results of '
@@ -122,7 +123,7 @@ def write(file, record):
     """Write a JSON file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix('.part')
-    temporary.write_text(json.dumps(record, indent=1, default=float) + '\n')
+    temporary.write_text(json.dumps(record, indent=1, default=float) + '\n', encoding='utf-8')
     temporary.replace(file)
 
 
@@ -148,7 +149,7 @@ def has_costs(args):
     cost as much as those of the shorter training.
     """
     file = costs_file(args.results / args.set, args.group)
-    known = json.loads(file.read_text())['methods'] if file.exists() else {}
+    known = json.loads(file.read_text('utf-8'))['methods'] if file.exists() else {}
     return args.group in CHOICES or args.set != base_of(args.set) or set(methods_of(args.set, args.group)) <= set(known)
 
 
@@ -201,7 +202,14 @@ def start(args, *options):
     command += ['--results', args.results, *(['--data', args.data] if args.data else [])]
     command += ['--rounds', args.rounds, *options]
     env = dict(os.environ, OMP_NUM_THREADS='1')
-    done = subprocess.run(list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        list(map(str, command)),
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding='utf-8',
+        errors='replace',
+    )
     if done.returncode:
         print(done.stdout[-2000:], file=sys.stderr)
     return done.returncode == 0

@@ -39,7 +39,7 @@ def values(folder: Path, method: str, seeds: Sequence[int], metric: str, split: 
 
 def read(file: Path, metric: str, split: str = 'test') -> float:
     """Read a metric of a split, in percent."""
-    return json.loads(file.read_text())[split][metric] * (100 if metric in PERCENT else 1)
+    return json.loads(file.read_text('utf-8'))[split][metric] * (100 if metric in PERCENT else 1)
 
 
 def spread(numbers: Sequence[float]) -> str:
@@ -101,8 +101,10 @@ def paired(numbers: Dict[int, float], baseline: Dict[int, float]) -> List[float]
 
 def _check_teachers(folder: Path, runs: Dict[str, List[int]], teacher_result: Path) -> None:
     files = [run_file(folder, method, seed) for method in runs for seed in runs[method] if method != 'alone']
-    teacher = json.loads(teacher_result.read_text())['teacher']
-    mismatched = [file.name for file in files if file.exists() and json.loads(file.read_text())['teacher'] != teacher]
+    teacher = json.loads(teacher_result.read_text('utf-8'))['teacher']
+    mismatched = [
+        file.name for file in files if file.exists() and json.loads(file.read_text('utf-8'))['teacher'] != teacher
+    ]
     if mismatched:
         raise ValueError(
             f'{", ".join(mismatched)} in {folder} were distilled from a different teacher than the one in '
@@ -126,7 +128,7 @@ def write_page(
     if not found:
         return
     file = costs_file(folder, group)
-    costs = json.loads(file.read_text()) if file.exists() else {}
+    costs = json.loads(file.read_text('utf-8')) if file.exists() else {}
     rows = rows_of(found, group, costs.get('methods', {}))
     table = markdown(rows)
     print(table)
@@ -161,7 +163,7 @@ def write_page(
         text += _gains_picture(found, label, results, stem)
         if group == 'parts' and 'diffkd' in found:
             text += _gamma_picture([run_file(folder, 'diffkd', seed) for seed in found['diffkd']], results, stem)
-    (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n')
+    (results / f'{stem}.md').write_text('\n\n'.join(text) + '\n', encoding='utf-8')
 
 
 def _gains_picture(found: Dict[str, Dict[int, float]], metric: str, results: Path, stem: str) -> List[str]:
@@ -178,7 +180,7 @@ def _gains_picture(found: Dict[str, Dict[int, float]], metric: str, results: Pat
 
 def _gamma_picture(files: Sequence[Path], results: Path, stem: str) -> List[str]:
     """Draw gamma over training; return the Markdown lines that show the chart."""
-    draw_gamma([json.loads(file.read_text())['gamma'] for file in files], results / f'{stem}-gamma.png')
+    draw_gamma([json.loads(file.read_text('utf-8'))['gamma'] for file in files], results / f'{stem}-gamma.png')
     return [
         'Gamma of DiffKD during training. Each line is the mean over the seeds for one level, and the band around the '
         'line is the range of the seeds:',

@@ -1,7 +1,8 @@
 from .build import build_distiller, build_model
-from .compare import compare, list_presets
+from .compare import compare
 from .distill import distill
 from .export import student_config, student_weights
+from .list_presets import list_presets
 from .make_config import make_config
 from .parallel import Job, JobResult, available_cores, available_gpus, run_parallel
 from .preview import list_taps, preview

@@ -6,7 +6,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmdiffkd.utils import read_config
-from mmdiffkd.utils.config import with_preprocessor
+from mmdiffkd.utils.config import package_of, type_name, with_preprocessor
 
 
 def build_distiller(config: Union[str, Config], cfg_options: Optional[dict] = None) -> Tuple[Config, nn.Module]:
@@ -26,8 +26,8 @@ def build_distiller(config: Union[str, Config], cfg_options: Optional[dict] = No
     name = 'The config' if isinstance(config, Config) else config
     cfg = read_config(config, cfg_options)
     if 'student' not in cfg.model:
-        raise ValueError(f'{name} is not a distillation config: its model is a plain {cfg.model.type}.')
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+        raise ValueError(f'{name} is not a distillation config: its model is a plain {type_name(cfg.model.type)}.')
+    init_default_scope(package_of(cfg) or 'mmengine')
     model = build_model(cfg, cfg.model)
     if model.diffkd_teacher is None:
         raise ValueError(f'{name} cannot be distilled: {model.deferred_error or "it has no teacher"}')

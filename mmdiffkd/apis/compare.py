@@ -18,7 +18,6 @@ from mmengine.config import Config
 import mmdiffkd
 from mmdiffkd.cli import quiet_packages, shorten_path
 from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
-from mmdiffkd.registry import PRESETS
 from mmdiffkd.utils import closest_names, read_config, zoo_checkpoint
 from mmdiffkd.visualization.comparison import (
     Values,
@@ -43,6 +42,7 @@ from .compare_configs import (
     test_on_validation,
 )
 from .distill import Source
+from .list_presets import list_presets
 from .parallel import Job, JobResult, available_cores, available_gpus, run_parallel
 from .preview import preview
 
@@ -125,12 +125,6 @@ def compare(
         comparison = _Comparison(root, student, teacher_config, teacher_checkpoint, schedule, list_runs)
         comparison.add_methods(methods, seeds, strict=set(arms or ()))
         return comparison.run(metric, jobs)
-
-
-def list_presets() -> Dict[str, str]:
-    """Return the first line of the description of each preset, by name."""
-    PRESETS.import_from_location()
-    return {name: (preset.__doc__ or '').strip().split('\n')[0] for name, preset in PRESETS.module_dict.items()}
 
 
 def _check_student(student: Config, schedule: float, seeds: Sequence[int]) -> None:
@@ -700,7 +694,7 @@ def read_failure(log: Path) -> str:
     errors = ERROR_LINE.findall(text)
     if not errors:
         return f'ended without an error message, perhaps out of memory; see {shorten_path(log)}'
-    return INTERRUPTED if errors[-1].startswith('KeyboardInterrupt') else errors[-1][:300]
+    return INTERRUPTED if errors[-1].startswith('KeyboardInterrupt') else errors[-1].removeprefix('Error: ')[:300]
 
 
 def _why(reason: str) -> str:

@@ -31,9 +31,13 @@ def make_method_config(student: Config, settings: Optional[dict], teacher: Sourc
         cfg, settings = copy.deepcopy(student), {}
     else:
         cfg = distillation_config(
-            student, teacher, checkpoint, settings.get('distill'), settings.get('init_from_teacher')
+            student,
+            teacher,
+            checkpoint,
+            settings.get('distill'),
+            settings.get('preset'),
+            settings.get('init_from_teacher'),
         )
-        cfg.model.preset = settings.get('preset', 'diffkd')
     cfg = Config(cfg.to_dict())
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), *settings.get('custom_hooks', ())]
     is_by_epoch = 'max_epochs' in cfg.train_cfg

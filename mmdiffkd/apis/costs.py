@@ -22,6 +22,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.profiler import ProfilerActivity, profile
 
+from mmdiffkd.utils.config import set_loader_defaults
+
 from .build import build_model
 
 MIB = 2**20
@@ -79,7 +81,9 @@ def measure_costs(cfgs: Dict[str, Config]) -> Dict[str, dict]:
 
 def _load_batches(cfg: Config):
     """Return batches, the number of batches of an epoch, and the seconds per batch that training waits for them."""
-    settings = Config(dict(loader=cfg.train_dataloader)).loader
+    cfg = Config(cfg.to_dict())
+    set_loader_defaults(cfg)
+    settings = cfg.train_dataloader
     has_workers = settings.get('num_workers', 0) > 0
     settings.update(num_workers=0, persistent_workers=False)
     settings.pop('prefetch_factor', None)

@@ -11,7 +11,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmdiffkd.utils.config import get_custom_imports, resolve_config, zoo_checkpoint
+from mmdiffkd.utils.config import get_custom_imports, resolve_config, set_loader_defaults, zoo_checkpoint
 
 from .export import student_config, student_weights
 
@@ -24,6 +24,7 @@ def distill(
     teacher_checkpoint: str = 'zoo',
     work_dir: str = 'work_dirs/distill',
     pairs: Optional[dict] = None,
+    preset: Optional[str] = None,
     init_from_teacher: Optional[Sequence[str]] = None,
     custom_hooks: Sequence[dict] = (),
     cfg_options: Optional[dict] = None,
@@ -40,8 +41,10 @@ def distill(
         teacher_checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for the weights that the model
             index of its package lists. Defaults to ``'zoo'``.
         work_dir (str): Folder for logs and checkpoints. Defaults to ``'work_dirs/distill'``.
-        pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the paper's
-            pairs for the task; ``cfg_options={'model.preset': 'plus'}`` selects the extended preset.
+        pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the
+            pairs of the preset.
+        preset (str, optional): Method, such as ``'cwd'``; :func:`list_presets` lists the names. Defaults to
+            ``'diffkd'``, the paper's method.
         init_from_teacher (list[str], optional): Modules that the student copies from the teacher before training.
         custom_hooks (list[dict]): Hooks to add to the student's config, such as
             ``dict(type='mmdiffkd.DiffKDVisualizationHook')``. Defaults to ``()``.
@@ -59,10 +62,11 @@ def distill(
         FileNotFoundError, ModuleNotFoundError, ValueError: If a config or the weights are missing, or the student
             cannot be distilled from this teacher.
     """
-    cfg = distillation_config(student_config, teacher_config, teacher_checkpoint, pairs, init_from_teacher)
+    cfg = distillation_config(student_config, teacher_config, teacher_checkpoint, pairs, preset, init_from_teacher)
     cfg.work_dir, cfg.resume = str(work_dir), resume
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *custom_hooks]
     cfg.merge_from_dict(cfg_options or {})
+    set_loader_defaults(cfg)
     # use a new name: mmengine caches visualizers by name, so a second run would write to the first run's folder
     cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
     cfg.visualizer.name = f'{work_dir}_{time.time_ns()}'
@@ -72,7 +76,12 @@ def distill(
 
 
 def distillation_config(
-    student: Source, teacher: Source, checkpoint: str, pairs: Optional[dict], init_from_teacher: Optional[Sequence[str]]
+    student: Source,
+    teacher: Source,
+    checkpoint: str,
+    pairs: Optional[dict],
+    preset: Optional[str],
+    init_from_teacher: Optional[Sequence[str]],
 ) -> Config:
     """Return the config that distills a teacher into a student. Arguments and errors: see :func:`distill`."""
     cfg = copy.deepcopy(student) if isinstance(student, Config) else resolve_config(student)
@@ -95,6 +104,8 @@ def distillation_config(
     )
     if pairs:
         model['distill'] = pairs
+    if preset:
+        model['preset'] = preset
     if init_from_teacher:
         model['init_from_teacher'] = init_from_teacher
     cfg.model = model
@@ -111,7 +122,7 @@ def _export(runner: Runner, work_dir: Path) -> dict:
     if is_main_process():
         runner.cfg.dump(config)
         student_config(runner.cfg).dump(plain_config)
-        torch.save(student_weights(checkpoint), plain_checkpoint)
+        torch.save(student_weights(checkpoint, runner.cfg), plain_checkpoint)
     barrier()
     metrics = {
         key[len('val/') :]: float(scalar.current())

@@ -7,6 +7,7 @@ from torch import nn
 
 from mmdiffkd.models import DiffKDDistiller, FeatureDiffusionNeck
 from mmdiffkd.models.diffusion.feature_diffusion import FeatureDiffusion
+from mmdiffkd.utils.config import with_named_types
 
 # arguments that the distiller or the neck passes, so that configs do not contain them
 WIDTHS = ('student_channels', 'teacher_channels')
@@ -33,19 +34,25 @@ def distill_to_text(model: DiffKDDistiller) -> str:
         )
         for name, pair in model.pairs.items()
     }
-    text = Config(dict(distill=pairs)).pretty_text.strip()
+    text = Config(dict(distill=with_named_types(pairs))).pretty_text.strip()
     return re.sub(r'\[\s+([\d,\s]+?),?\s*\]', lambda match: f'[{" ".join(match[1].split())}]', text)
 
 
 def _with_defaults(cfg: dict, neck: nn.Module) -> dict:
-    """Add the default arguments of mmdiffkd's neck and its modules to the config of a neck."""
-    if type(neck) is not FeatureDiffusionNeck:
+    """Add the default arguments of mmdiffkd's necks and their modules to the config of a neck."""
+    kind = type(neck)
+    if kind.__module__.split('.')[0] != 'mmdiffkd':
         return cfg
+    if kind is not FeatureDiffusionNeck:
+        full = {**_defaults(kind, WIDTHS), **cfg}
+        if isinstance(neck, FeatureDiffusionNeck):
+            full['loss_kd'] = _part(full['loss_kd'], neck.levels[0].loss_kd)
+        return full
     level = neck.levels[0]
     full = {**_defaults(FeatureDiffusion, WIDTHS), **_defaults(FeatureDiffusionNeck, WIDTHS)}
     if not level.denoise:
         full = {key: value for key, value in full.items() if key in PLAIN}
-    full.update(cfg)
+    full.update(cfg, type='mmdiffkd.FeatureDiffusionNeck')
     full['loss_kd'] = _part(full['loss_kd'], level.loss_kd)
     if level.denoise:
         full['denoiser'] = _part(full['denoiser'], level.denoiser)
@@ -58,9 +65,10 @@ def _part(cfg: dict, module: nn.Module) -> dict:
     kind = type(module)
     if kind.__module__.split('.')[0] != 'mmdiffkd':
         return cfg
-    return {'type': f'mmdiffkd.{kind.__name__}', **_defaults(kind, GIVEN), **(cfg or {})}
+    return {**_defaults(kind, GIVEN), **(cfg or {}), 'type': f'mmdiffkd.{kind.__name__}'}
 
 
 def _defaults(kind: type, given: Sequence[str] = ()) -> dict:
     parameters = inspect.signature(kind).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
+    values = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,5 +1,7 @@
 """Write a distillation config from the configs of a student and a teacher."""
 
+import copy
+import keyword
 import os
 from pathlib import Path
 from textwrap import indent
@@ -15,7 +17,7 @@ from .distill_to_text import distill_to_text
 
 # packages whose configs are inherited by file path: mmengine resolves `mmseg::...` only for the original package
 BY_PATH = ('mmseg',)
-TEMPLATE = """\
+HEAD = """\
 # Distill {teacher_name} into {student_name}.
 _base_ = {base}
 custom_imports = dict(imports={imports}, allow_failed_imports=False)
@@ -23,17 +25,29 @@ model = dict(
     _delete_=True,
     type='mmdiffkd.DiffKDDistiller',
     student=_base_.model,
+"""
+PURE_PYTHON_HEAD = """\
+# Distill {teacher_name} into {student_name}.
+from mmengine.config import read_base
+
+with read_base():
+    from {base} import *
+
+model = dict(
+    type='mmdiffkd.DiffKDDistiller',
+    student=model,
+"""
+BODY = """\
     teacher=dict(
         config={config},
         checkpoint={checkpoint!r},  # a path, a URL, or 'zoo'
     ),
+    preset={preset!r},  # the method (docs/configure/methods.md); leave out distill if you change it
     # Default pairs. Uncomment to change taps, levels or settings; tune neck.loss_kd.loss_weight first.
-    # To reduce the cost: neck=dict(latent_channels=64).
-    # For the extended preset, set preset='plus' and leave out distill (docs/configure/methods.md).
-{distill}
+{hint}{distill}
 )
 # Atomic checkpoints and a fixed seed: a run that is killed and resumed ends with the same weights.
-default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))
+{checkpoint_hook}
 randomness = dict(seed=0)
 # Save images of the compared features (in vis_data/vis_image), and validate the teacher before training:
 # custom_hooks = [
@@ -42,18 +56,25 @@ randomness = dict(seed=0)
 # ]
 # If the loss diverges: optim_wrapper = dict(clip_grad=dict(max_norm=35))
 """
+HINT = '    # To reduce the cost: neck=dict(latent_channels=64).\n'
 
 
-def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Optional[str] = None) -> str:
+def make_config(
+    student: str, teacher: str, checkpoint: str = 'zoo', output: Optional[str] = None, preset: str = 'diffkd'
+) -> str:
     """Write the config that distills a teacher into a student, and check that it can be built.
+
+    The config has the format of the student's config, text or pure Python, because mmengine does not mix the two.
 
     Args:
         student (str): Config of the student, ``pkg::path`` or a file.
         teacher (str): Config of the teacher, ``pkg::path`` or a file.
         checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for the weights that the model index of
             its package lists. A path is relative to the working directory of the training. Defaults to ``'zoo'``.
-        output (str, optional): File to write, with config paths relative to its folder. With None, no file is written
-            and the paths are absolute. Defaults to None.
+        output (str, optional): File to write, with config paths relative to its folder. The path of a teacher of a pure
+            Python config, or on another Windows drive, is absolute. With None, no file is written and all paths are
+            absolute, except that pure Python configs are imported from the working directory. Defaults to None.
+        preset (str): Method, such as ``'cwd'``; :func:`list_presets` lists the names. Defaults to ``'diffkd'``.
 
     Returns:
         str: The text of the config.
@@ -63,7 +84,7 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
         FileNotFoundError: If a config or a local checkpoint does not exist.
         ModuleNotFoundError: If the package of a config is not installed.
         ValueError: If the model index lists no weights for the teacher, a config is already a distillation config, or
-            the student cannot be distilled from this teacher.
+            the student cannot be distilled from this teacher, or Python cannot import a pure Python config.
     """
     if output is not None and os.path.exists(output):
         raise FileExistsError(f"The file '{output}' already exists; choose a different name or remove it.")
@@ -75,41 +96,49 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
         zoo_checkpoint(teacher)
     elif '://' not in checkpoint and not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"The teacher's checkpoint '{checkpoint}' does not exist.")
-    own_hooks = "#     *_base_.get('custom_hooks', []),\n" if student_cfg.get('custom_hooks') else ''
-
-    def write(folder: Optional[Path], distill: str = '') -> str:
-        return TEMPLATE.format(
-            teacher_name=Path(teacher).stem,
-            student_name=Path(student).stem,
-            base=_base(student, folder),
-            imports=[*get_custom_imports(student_cfg), 'mmdiffkd'],
-            config=_file(teacher, folder, '{{ fileDirname }}/'),
-            checkpoint=checkpoint,
-            hooks=own_hooks,
-            distill=distill,
-        )
-
-    distill = indent(_defaults(write(None), student), '    # ', lambda line: True)
-    if output is None:
-        return write(None, distill)
-    folder = Path(output).resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    text = write(folder, distill)
-    Path(output).write_text(text)
+    folder = None if output is None else Path(output).resolve().parent
+    is_pure_python = Config._is_lazy_import(student_cfg.filename)
+    head = PURE_PYTHON_HEAD if is_pure_python else HEAD
+    own_hooks = '#     *custom_hooks,\n' if is_pure_python else "#     *_base_.get('custom_hooks', []),\n"
+    distill = indent(_defaults(student_cfg, teacher, checkpoint, preset), '    # ', lambda line: True)
+    text = (head + BODY).format(
+        teacher_name=Path(teacher).stem,
+        student_name=Path(student).stem,
+        base=_module(student_cfg.filename, folder) if is_pure_python else _base(student, folder),
+        imports=[*get_custom_imports(student_cfg), 'mmdiffkd'],
+        # mmengine replaces {{ }} in text configs only
+        config=_file(teacher, None if is_pure_python else folder, '{{ fileDirname }}/'),
+        checkpoint=checkpoint,
+        checkpoint_hook=_checkpoint_hook(student_cfg, is_pure_python),
+        hooks=own_hooks if student_cfg.get('custom_hooks') else '',
+        preset=preset,
+        hint=HINT if 'denoiser' in distill else '',
+        distill=distill,
+    )
+    if output is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # paths in other encodings contain surrogates, from which Python gets their bytes again
+        Path(output).write_text(text, encoding='utf-8', errors='surrogateescape')
     return text
 
 
-def _defaults(text: str, student: str) -> str:
-    """Build the config in ``text``, whose paths must be absolute, and return its default pairs as config text."""
-    try:
-        cfg = Config.fromstring(text, '.py')
-    except RuntimeError as error:  # a text config cannot inherit a pure Python config
-        raise ValueError(
-            f"The student's config '{student}' is a pure Python config, which cannot be inherited here; give a config "
-            'whose types are strings.'
-        ) from error
+def _defaults(student: Config, teacher: str, checkpoint: str, preset: str) -> str:
+    """Build the distiller, and return its default pairs as config text."""
+    cfg = copy.deepcopy(student)
+    teacher_cfg = dict(config=teacher, checkpoint=checkpoint)
+    cfg.model = dict(type='mmdiffkd.DiffKDDistiller', student=cfg.model, teacher=teacher_cfg, preset=preset)
     _, model = build_distiller(cfg)
     return distill_to_text(model).replace('distill = dict(', 'distill=dict(', 1) + ','
+
+
+def _checkpoint_hook(student: Config, is_pure_python: bool) -> str:
+    """Return the line that sets the checkpoint hook. Pure Python configs change the imported dicts."""
+    hook = "dict(type='mmdiffkd.CheckpointHook')"
+    if not is_pure_python or 'default_hooks' not in student:
+        return f'default_hooks = dict(checkpoint={hook})'
+    if student.default_hooks.get('checkpoint') is None:
+        return f'default_hooks.update(checkpoint={hook})'
+    return f'default_hooks.checkpoint.update({hook})'
 
 
 def _base(student: str, folder: Optional[Path]) -> str:
@@ -119,9 +148,32 @@ def _base(student: str, folder: Optional[Path]) -> str:
     return _file(student, folder)
 
 
+def _module(student: str, folder: Optional[Path]) -> str:
+    """Return the name by which a config in ``folder``, or the working directory, imports a pure Python config."""
+    folder = folder or Path.cwd()
+    parts = Path(_relative(Path(student).resolve(), folder)).with_suffix('').parts
+    names = [part for part in parts if part != '..']
+    unfit = [name for name in names if not name.isidentifier() or keyword.iskeyword(name)]
+    if unfit:
+        raise ValueError(
+            f"The student's config '{student}' is a pure Python config, and a config in '{folder}' cannot import it, "
+            f"because '{unfit[0]}' is no name of a Python module. Rename the file, or write the new config beside it."
+        )
+    return '.' * (1 + len(parts) - len(names)) + '.'.join(names)
+
+
 def _file(source: str, folder: Optional[Path], here: str = '') -> str:
     """Return the Python literal for a path in the generated config, relative to its folder if there is one."""
     if '::' in source:
         return repr(source)
     path = Path(source).resolve()
-    return repr(path.as_posix() if folder is None else here + Path(os.path.relpath(path, folder)).as_posix())
+    if folder is not None:
+        path = Path(_relative(path, folder))
+    return repr(path.as_posix() if path.is_absolute() else here + path.as_posix())
+
+
+def _relative(path: Path, folder: Path) -> str:
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:  # another drive of Windows
+        return str(path)

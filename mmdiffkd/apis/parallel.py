@@ -84,7 +84,7 @@ def available_cores() -> int:
     """Return the number of cores that this process may use: its affinity mask, limited by its cgroup's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     try:
-        quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+        quota, period = Path('/sys/fs/cgroup/cpu.max').read_text('utf-8').split()
     except (OSError, ValueError):
         return cores
     return cores if quota == 'max' else max(1, min(cores, round(int(quota) / int(period))))

@@ -2,8 +2,10 @@
 
 import copy
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from math import ceil
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from types import SimpleNamespace
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -15,21 +17,36 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.models import DiffKDDistiller, DistillContext
+from mmdiffkd.models.distillers.batches import blank_sample
 from mmdiffkd.models.distillers.feature_info import (
-    blank_sample,
+    FeatureInfo,
     check_gradient,
     check_training_outputs,
     forward_fns,
 )
+from mmdiffkd.models.distillers.input_renormalizer import COLOR_FLAGS
 from mmdiffkd.models.distillers.recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, flatten
+from mmdiffkd.models.distillers.teacher import Teacher
 from mmdiffkd.utils import read_config
-from mmdiffkd.utils.config import Size, get_model_cfg, image_size, resolve_config, with_preprocessor
+from mmdiffkd.utils.config import (
+    Size,
+    get_model_cfg,
+    get_teacher_cfg,
+    image_channels,
+    image_size,
+    loaded_order,
+    package_of,
+    pipeline_normalization,
+    resolve_config,
+    with_preprocessor,
+)
 from mmdiffkd.utils.dummy_inputs import fit_to, random_batch, without_pretrained
 from mmdiffkd.utils.meta_device import (
     MultiplyAddCounter,
     QuickInit,
     QuickMeta,
     build_for_inspection,
+    build_on_cpu,
     saved_activation_bytes,
 )
 
@@ -53,7 +70,12 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
+def preview(
+    config: Union[str, Config],
+    cfg_options: Optional[dict] = None,
+    size: Optional[Size] = None,
+    preset: Optional[str] = None,
+) -> dict:
     """Report the features that a config distills and the cost of the distillation.
 
     Args:
@@ -61,6 +83,8 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         cfg_options (dict, optional): Overrides, as on the command line.
         size (tuple[int, int], optional): Height and width of the images. None uses the size of the training images,
             see ``mmdiffkd.utils.config.image_size``. Defaults to None.
+        preset (str, optional): Method to preview instead of ``preset`` and ``distill`` of the config; see
+            :func:`list_presets`. Defaults to None.
 
     Returns:
         dict: The report:
@@ -82,6 +106,10 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         ValueError: If the config is not a distillation config, or a tap cannot be distilled in training.
     """
     with torch.random.fork_rng(devices=[]):
+        if preset is not None:
+            config, cfg_options = read_config(config, cfg_options), None
+            config.model.pop('distill', None)
+            config.model.preset = preset
         cfg, model = build_distiller(config, cfg_options)
     tried = check_training_pass(cfg, model)
     teacher = model.diffkd_teacher
@@ -90,8 +118,13 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
     part_gmacs, kept = _count_diffusion_module(model, rows)
     student_net, teacher_net = _build_for_inspection(cfg.model.student, cfg), build_for_inspection(teacher.model_cfg)
     gmacs = dict(
-        student=_count_pass(student_net, size),
-        teacher=_count_pass(teacher_net, size, {path: info.calls for path, info in teacher.taps.items()}),
+        student=_count_pass(student_net, size, _channels(model.student_info)),
+        teacher=_count_pass(
+            teacher_net,
+            teacher.renormalize.padded_size(size),
+            _channels(teacher.taps),
+            {path: info.calls for path, info in teacher.taps.items()},
+        ),
         diffusion_module=part_gmacs,
     )
     student_parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(PREFIX))
@@ -111,7 +144,11 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         weights_mb={part: number * parameters[part] / 1e6 for part, number in WEIGHT_BYTES.items()},
         overhead=(gmacs['teacher'] + gmacs['diffusion_module']) / step if known else None,
         distill=distill_to_text(model),
-        warnings=_warnings(model, cfg, parameters) + ([] if tried else [UNTRIED]),
+        warnings=[
+            *_warnings(model, cfg, parameters),
+            *_size_warnings(gmacs['teacher'], teacher, teacher_net, size),
+            *([] if tried else [UNTRIED]),
+        ],
     )
 
 
@@ -135,17 +172,32 @@ def list_taps(
 
     Raises:
         ValueError: If ``owner`` is ``'teacher'`` and the config has no teacher.
-        RuntimeError: If the model does not run at this image size.
+        ValueError: If the model does not run at this image size.
     """
     cfg = read_config(config, cfg_options)
     size = size or image_size(cfg)
     if 'student' in cfg.model and owner == 'teacher':
         if not cfg.model.get('teacher'):
             raise ValueError('The config has no teacher: set model.teacher, or use --list-taps student.')
-        cfg = resolve_config(cfg.model.teacher.config)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model_cfg = cfg.model.student if 'student' in cfg.model else cfg.model
-    net = _build_for_inspection(model_cfg, cfg)
+        scope, cfg = package_of(cfg), resolve_config(cfg.model.teacher.config)
+        init_default_scope(package_of(cfg) or scope or 'mmengine')
+        model_cfg = get_teacher_cfg(cfg)
+    else:
+        init_default_scope(package_of(cfg) or 'mmengine')
+        model_cfg = copy.deepcopy(cfg.model.student if 'student' in cfg.model else cfg.model)
+        model_cfg = with_preprocessor(model_cfg, cfg.get('data_preprocessor'))
+    net = build_for_inspection(model_cfg)
+    try:
+        return _output_shapes(net, size, image_channels(model_cfg))
+    except ValueError:
+        if next(net.parameters()).device.type == 'cpu':
+            raise
+    # slower, but some operators do not support the meta device
+    return _output_shapes(build_on_cpu(model_cfg), size, image_channels(model_cfg))
+
+
+def _output_shapes(net: nn.Module, size: Size, channels: Sequence[int]) -> Dict[str, List[List[int]]]:
+    """Run a model on one image, and return the shapes of the outputs of its modules."""
     shapes: Dict[str, List[List[int]]] = {}
 
     def note(path):
@@ -163,7 +215,7 @@ def list_taps(
     for path, module in net.named_modules():
         if path:
             module.register_forward_hook(note(path))
-    _run_longest(net, size)
+    _run_longest(net, size, channels)
     return {path: shapes[path] for path, _ in net.named_modules() if path in shapes}
 
 
@@ -195,36 +247,46 @@ def _rows(model: nn.Module, size: Size) -> List[dict]:
     return rows
 
 
+def _channels(infos: Dict[str, FeatureInfo]) -> int:
+    """Return the number of channels of a model's images."""
+    return next(iter(infos.values())).image_channels
+
+
 def _grid(stride: Optional[float], size: Size) -> List[int]:
     return [1, 1] if stride is None else [ceil(side / stride) for side in size]
 
 
-def _count_pass(net: nn.Module, size: Size, stop_after: Optional[Dict[str, int]] = None) -> Optional[float]:
+def _count_pass(
+    net: nn.Module, size: Size, channels: int, stop_after: Optional[Dict[str, int]] = None
+) -> Optional[float]:
     """Return the multiply-adds of a forward pass on one image in units of 1e9, or None if they cannot be counted."""
     net.to('meta')  # move models that had to be built on the CPU
     with MultiplyAddCounter() as counter, QuickMeta():
         try:
             with ModuleOutputsRecorder(net, stop_after or (), 'teacher', stop_after=stop_after or None):
-                _run_longest(net, size, shortest=bool(stop_after))
+                _run_longest(net, size, [channels], shortest=bool(stop_after))
         except Exception:
             return None
     return counter.total / 1e9
 
 
 @torch.no_grad()
-def _run_longest(net: nn.Module, size: Size, shortest: bool = False) -> None:
-    """Run a model on a blank image with the forward function that runs most modules, or fewest if ``shortest``."""
+def _run_longest(net: nn.Module, size: Size, channels: Sequence[int], shortest: bool = False) -> None:
+    """Run a model on a blank image with the forward function that runs most modules, or fewest if ``shortest``.
+
+    The image has the first of the numbers of channels that the model takes.
+    """
     device = next(net.parameters()).device
-    images, samples = torch.zeros(1, 3, *size, device=device), [blank_sample(*size)]
     functions = list(forward_fns(net.eval()).values())
     problem = None
     for forward_fn in functions if shortest else reversed(functions):
-        try:
-            forward_fn(images, samples)
-            return
-        except Exception as error:
-            problem = error
-    raise RuntimeError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
+        for width in channels:
+            try:
+                forward_fn(torch.zeros(1, width, *size, device=device), [blank_sample(*size)])
+                return
+            except Exception as error:
+                problem = problem or error
+    raise ValueError(f'{type(net).__name__} does not run at {size[0]}x{size[1]}: {problem}') from problem
 
 
 def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optional[float], Optional[int]]:
@@ -246,7 +308,8 @@ def _count_necks(
             for output in necks[name](student, teacher, context):
                 losses.extend(output.losses.values())
 
-    context = DistillContext(student=model)
+    samples = [SimpleNamespace(gt_label=torch.zeros(1, dtype=torch.long, device=device))] * 2
+    context = DistillContext(student=model, data_samples=samples)
     inputs = {}
     for name, pair in model.pairs.items():
         sides = [], []
@@ -306,8 +369,10 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
             f'The teacher has {parameters["teacher"] / 1e6:.1f} M parameters, no more than the student '
             f'({parameters["student"] / 1e6:.1f} M).'
         )
-    if teacher.renormalize.student != teacher.renormalize.teacher:
+    if not teacher.renormalize.is_identity:
         found.append("The teacher normalizes images differently: the student's images are converted for it.")
+    found += teacher.renormalize.notes
+    found += _loader_warnings(teacher, cfg)
     classes = [_num_classes(model_cfg) for model_cfg in (cfg.model.student, teacher.model_cfg)]
     for name in _pairs_with_class_mismatch(model, *classes):
         found.append(
@@ -317,6 +382,45 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
     if not teacher.checkpoint:
         found.append('teacher.checkpoint is missing: training would stop before the first iteration.')
     return found
+
+
+def _loader_warnings(teacher: Teacher, cfg: Config) -> List[str]:
+    """Find data pipelines that make other images than the preprocessors of student and teacher tell."""
+    found, renormalize = [], teacher.renormalize
+    orders = loaded_order(cfg), loaded_order(teacher.cfg)
+    is_given = bool({'type', *COLOR_FLAGS} & set(teacher.preprocessor_changes))
+    if None in orders or is_given:
+        found += filter(None, [renormalize.color_note])
+    elif orders[0] != orders[1]:
+        found.append(
+            f"The student's data set gives {orders[0]} images and the teacher's {orders[1]}: set "
+            f'{renormalize.color_override()}, so that the teacher gets the colors it was trained on.'
+        )
+    pipeline = pipeline_normalization(cfg)
+    if pipeline and not {'type', 'mean'} & set(teacher.preprocessor_changes):
+        override = renormalize.override_for(pipeline, pipeline_normalization(teacher.cfg))
+        if override:
+            found.append(
+                f"The student's pipeline normalizes images, so the teacher gets normalized images: set {override}, so "
+                'that they are normalized as in its training.'
+            )
+    return found
+
+
+def _size_warnings(gmacs: Optional[float], teacher: Teacher, net: nn.Module, size: Size) -> List[str]:
+    """Find teachers that run on images of other sizes only, such as transformers with a fixed number of patches."""
+    if gmacs is not None:
+        return []
+    calls = {path: info.calls for path, info in teacher.taps.items()}
+    own_size = (teacher.model_cfg.get('backbone') or {}).get('img_size') or 512
+    own_size = tuple(own_size) if isinstance(own_size, (list, tuple)) else (own_size, own_size)
+    if _count_pass(net, own_size, _channels(teacher.taps), calls) is None:  # does not run on the meta device at all
+        return []
+    height, width = teacher.renormalize.padded_size(size)
+    return [
+        f'The teacher does not run on images of {height}x{width}, but on images of {own_size[0]}x{own_size[1]}: change '
+        "the size in the student's pipeline, or choose another teacher."
+    ]
 
 
 def _pairs_with_class_mismatch(model: nn.Module, ours: Optional[int], theirs: Optional[int]) -> List[str]:
@@ -361,10 +465,12 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
     """
     plain = Config(dict(cfg.to_dict(), model=copy.deepcopy(cfg.model.student.to_dict())))
     without_pretrained(plain.model)
-    for size in SIZES:
+    # a preprocessor may change the number of channels
+    widths = dict.fromkeys([_channels(model.student_info), 3])
+    for size, width in product(SIZES, widths):
         try:
             with torch.random.fork_rng(devices=[]), _first_iteration():
-                recorder, images = _record_training_pass(plain, model, size)
+                recorder, images = _record_training_pass(plain, model, size, width)
         except TapError:
             raise
         except Exception:
@@ -372,14 +478,15 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
         for name, pair in model.pairs.items():
             for tap, matches in zip(pair.student_taps, model.matched_levels[name]):
                 info = model.student_info[tap]
-                check_training_outputs(name, tap, recorder.outputs[tap], info)
-                features = recorder.features(tap, images.shape[-2:], info.tokens)
+                outputs = recorder.passes(tap, info.calls, all(info.requires_grad))[0]
+                check_training_outputs(name, tap, outputs, info)
+                features = recorder.as_maps(tap, outputs, images.shape[-2:], info.tokens)
                 check_gradient(name, tap, features, [s for s, _ in matches])
         return True
     return False
 
 
-def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int):
+def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int, channels: int):
     """Return the recorder of the student's taps and the input images of its encoder."""
     torch.default_generator.manual_seed(0)
     with QuickInit(), _silent_log():  # init_weights() logs every parameter
@@ -387,14 +494,11 @@ def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int):
         student.init_weights()  # before this call, some parameters are uninitialized memory
     student.train()
     recorder = ModuleOutputsRecorder(student, model.student_info, 'student')
-    data = student.data_preprocessor(random_batch(plain, size), True)
-    inputs = data['inputs']
-    is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # otherwise several views or video clips
-    if not is_images:
-        model.record_encoder_inputs()  # raises if the encoder is not found
-    with recorder, nullcontext() if is_images else ModuleInputsRecorder(student, model.encoder_path) as views:
+    data = student.data_preprocessor(random_batch(plain, size, channels=channels), True)
+    views = ModuleInputsRecorder(student, model.encoder_path) if model.encoder_path else nullcontext()
+    with recorder, views as encoder:
         student(**data, mode='loss')
-    return recorder, inputs if is_images else views.images[0]
+    return recorder, model.find_images((), data, encoder)
 
 
 @contextmanager

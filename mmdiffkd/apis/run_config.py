@@ -6,6 +6,8 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from mmdiffkd.utils.config import set_loader_defaults
+
 
 def load_run_config(args: argparse.Namespace) -> Config:
     """Load the config of a run from the tools' common arguments, and set up distributed training on CPUs.
@@ -21,6 +23,7 @@ def load_run_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    set_loader_defaults(cfg)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:

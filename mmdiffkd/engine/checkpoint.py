@@ -1,4 +1,4 @@
-"""Find the checkpoint to load, read it without executing code, and write checkpoints atomically."""
+"""Read checkpoints of all kinds as data, without executing code in them."""
 
 import codecs
 import errno
@@ -7,36 +7,54 @@ import os
 import os.path as osp
 import pickle
 import re
-import shutil
 import tarfile
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from contextlib import suppress
-from glob import escape, glob
-from logging import WARNING
-from pathlib import Path
+from datetime import datetime
+from difflib import get_close_matches
+from pathlib import PurePath
 from pickle import UnpicklingError
 from types import SimpleNamespace
-from typing import List, Optional, Union
+from typing import Any, Dict, List, Optional, Tuple
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, barrier, broadcast_object_list, is_main_process
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.dist import is_main_process
+from mmengine.fileio import BaseStorageBackend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim import OneCycleParamScheduler
-from mmengine.runner import find_latest_checkpoint
-from torch import nn
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import (
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+    get_torchvision_models,
+)
+
+from .dist import on_all_ranks
+from .object_store import is_in_store, local_copy
 
 STATE = 'state_dict'
 PREFIX = 'diffkd.'  # prefix of the diffusion module's keys
 OTHER_SCHEME = re.compile(r'(?!https?:)[\w-]+://')
-URL_HASH = re.compile(r'-([a-f0-9]{8,})\.pth$')
+# errors of a cache folder that cannot be written, in contrast to errors of the network
+CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+OTHER_CACHE = 'Set the environment variable TORCH_HOME to a folder that can be written.'
+URL_HASH = re.compile(r'-(?!20\d{6}\.)([a-f0-9]{8,})\.')  # as in torch.hub, but not a date
+# entries of a checkpoint that hold tensors but no weights of a model
+OTHER_STATE = re.compile(r'optim|sched|scaler|^amp$|^meta$|message_hub|args|hyper|loops|callbacks|rng|loss|criterion')
+AVERAGED = re.compile(r'(?<![a-z])ema(?![a-z])|EMA|averag|shadow')  # name of an entry with averaged weights
 
 
 class DamagedFileError(ValueError):
     """A file that is not a complete checkpoint."""
+
+
+class MissingPackageError(ValueError):
+    """A file that needs a package that is not installed."""
 
 
 def read_checkpoint(source: str) -> dict:
@@ -46,34 +64,149 @@ def read_checkpoint(source: str) -> dict:
     and arrays). Downloads are verified against the hash in the file name and cached only when complete.
 
     Args:
-        source (str): Path or http(s) URL.
+        source (str): Path, http(s) URL, name of mmengine such as ``'torchvision://resnet50'``, or path in an object
+            store with a file backend of mmengine, such as ``s3://``.
 
     Returns:
-        dict: The checkpoint, with the weights under ``state_dict``.
+        dict: The checkpoint, with the weights under ``state_dict``, whatever name the file has for them.
 
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file cannot be downloaded, is not a checkpoint, or contains more than plain data.
     """
-    content = _read_data(source)
-    checkpoint = content if isinstance(content, dict) and STATE in content else {STATE: content}
-    _check_state_dict(checkpoint[STATE], source)
-    return checkpoint
+    return with_state_dict(read_data(source)[1], source, verbose=True)
 
 
-def check_is_data(source: str) -> None:
+def check_is_data(source: str) -> str:
     """Check that a checkpoint contains only plain data, because mmengine's loader may execute code in the file.
 
-    Folders (sharded checkpoints) and other URL schemes, such as ``torchvision://`` and ``s3://``, are not checked.
+    mmengine then reads the returned path with :func:`read_checkpoint`. Folders (sharded checkpoints) and schemes that
+    only mmengine's loader knows are not checked.
 
     Args:
-        source (str): Path or URL.
+        source (str): Path, URL, name of mmengine such as ``'torchvision://resnet50'``, or path in an object store.
+
+    Returns:
+        str: Path of the checked file, which is a download for a URL; other sources are returned unchanged.
 
     Raises:
         FileNotFoundError, ValueError: See :func:`read_checkpoint`.
     """
-    if not osp.isdir(source) and not OTHER_SCHEME.match(source):
-        _read_data(source)
+    return check_and_read(source)[0]
+
+
+def check_and_read(source: str) -> Tuple[str, Any]:
+    """Like :func:`check_is_data`, but return path and content; the content is None if the source is not checked."""
+    if osp.isdir(source) or (OTHER_SCHEME.match(url_of(source)) and not is_in_store(source)):
+        return source, None
+    path, content = read_data(source)
+    if isinstance(content, dict):
+        register_reader(path)
+    return path, content
+
+
+def register_reader(path: str, store: Optional[BaseStorageBackend] = None) -> None:
+    """Register a reader for a path, so that mmengine opens this file as data and finds the weights in it.
+
+    Args:
+        path (str): The path.
+        store (BaseStorageBackend, optional): File backend of the path. None for local files, and for paths whose scheme
+            determines the backend. Defaults to None.
+    """
+
+    def load_from_local(filename: str, map_location=None) -> dict:  # mmengine logs the name
+        return with_state_dict(read_data(filename, map_location, store)[1], filename, verbose=True)
+
+    CheckpointLoader.register_scheme(f'{re.escape(path)}$', load_from_local, force=True)
+
+
+def find_state_dict(content: dict) -> Tuple[str, dict, List[str]]:
+    """Find the weights in a checkpoint, under whatever names the saver chose.
+
+    Args:
+        content (dict): Content of a checkpoint: weights, or a dict that holds them, such as ``dict(model=...)``.
+
+    Returns:
+        tuple: Name of the entry that holds the weights ('' if the content itself does), the weights, and names of
+        entries with averaged weights that are not used. If several models are found, their names are prefixes of the
+        keys.
+
+    Raises:
+        KeyError: If there are no weights.
+    """
+    if isinstance(content.get(STATE), dict):
+        unused = [name for name in _state_dicts(content) if AVERAGED.search(name) and name != 'ema_state_dict']
+        inner = content[STATE]
+        if not inner or _count_tensors(inner):
+            return STATE, inner, unused
+    found = _state_dicts(content)
+    plain = {name: weights for name, weights in found.items() if not AVERAGED.search(name)}
+    chosen = plain or found
+    if not chosen:
+        raise KeyError(STATE)
+    unused = [name for name in found if name not in chosen]
+    if len(chosen) == 1:
+        return (*next(iter(chosen.items())), unused)
+    joined = OrderedDict((f'{name}.{key}', value) for name, weights in chosen.items() for key, value in weights.items())
+    return "' and '".join(chosen), joined, unused
+
+
+def with_state_dict(content, source: str, verbose: bool = False) -> dict:
+    """Return a checkpoint with its weights under ``state_dict``, without names of wrappers that all keys share.
+
+    Args:
+        content (Any): Content of the file.
+        source (str): Path or URL for messages.
+        verbose (bool): Whether to log what was assumed. Defaults to False.
+
+    Raises:
+        ValueError: If the content holds no weights.
+    """
+    problem = f"The checkpoint '{source}' contains a"
+    if not isinstance(content, dict):
+        raise ValueError(f'{problem} {type(content).__name__} instead of a state dict.')
+    if STATE in content and not isinstance(content[STATE], dict):
+        raise ValueError(f'{problem} {type(content[STATE]).__name__} instead of a state dict.')
+    try:
+        name, weights, unused = find_state_dict(content)
+    except KeyError:
+        keys = ', '.join(map(repr, list(content)[:6])) or 'none'
+        raise ValueError(f"The checkpoint '{source}' holds no weights of a model; its keys are {keys}.") from None
+    state = OrderedDict((key, value) for key, value in weights.items() if isinstance(value, torch.Tensor))
+    metadata = getattr(weights, '_metadata', None)
+    notes = []
+    if name not in ('', STATE):
+        notes.append(f"the weights under '{name}' are used")
+    if unused:
+        notes.append(f"the averaged weights under '{unused[0]}' are not used")
+    if len(state) < len(weights):
+        other = [str(key) for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+        notes.append(f'{len(other)} entries that are no tensors ({", ".join(other[:3])}) are left out')
+    for wrapper in ('module.', '_orig_mod.', 'module.'):  # DDP of a compiled model, and the reverse
+        if sum(key.startswith(wrapper) for key in state) >= max(1, len(state) - 1):
+            state = OrderedDict((key[len(wrapper) * key.startswith(wrapper) :], item) for key, item in state.items())
+            metadata = metadata and OrderedDict((key[len(wrapper) :], item) for key, item in metadata.items())
+    if metadata is not None:
+        state._metadata = metadata
+    if notes and verbose:
+        print_log(f"The checkpoint '{source}': {'; '.join(notes)}.", 'current')
+    return {STATE: state} if name == '' else {**content, STATE: state}
+
+
+def _state_dicts(content: dict, path: str = '', depth: int = 3) -> Dict[str, dict]:
+    """Return the dicts of tensors in a checkpoint by their path, such as ``'model'`` and ``'ema.module'``."""
+    inner = {}
+    for key, value in content.items():
+        if depth and isinstance(key, str) and isinstance(value, dict) and not OTHER_STATE.search(key):
+            inner.update(_state_dicts(value, f'{path}.{key}'.lstrip('.'), depth - 1))
+    own = _count_tensors(content)
+    if own and own >= sum(map(_count_tensors, inner.values())):
+        return {path: content}
+    return inner
+
+
+def _count_tensors(content: dict) -> int:
+    return sum(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
 
 
 def without_diffusion_module(state_dict: dict) -> OrderedDict:
@@ -90,46 +223,23 @@ def fingerprint(state_dict: dict) -> str:
     return digest.hexdigest()
 
 
-def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str) -> None:
-    """Load weights into a model; all keys and shapes must match.
+def read_data(source: str, map_location='cpu', store: Optional[BaseStorageBackend] = None) -> Tuple[str, Any]:
+    """Read a file, URL or path in a store, and refuse anything but plain data.
 
-    The diffusion module of a distilled checkpoint (``diffkd.*``) is ignored, so a distilled student can be a teacher.
-
-    Args:
-        model (nn.Module): Model to load the weights into.
-        state_dict (dict): The weights.
-        model_name (str): Description of the model for the error message.
-        source (str): Path or URL of the weights for the error message.
-
-    Raises:
-        ValueError: If keys are missing or unexpected, or shapes differ; the message lists the keys.
+    Returns:
+        tuple[str, Any]: Local path, or the path in the store, and the content.
     """
-    state = OrderedDict((re.sub(r'^module\.', '', key), value) for key, value in state_dict.items())
-    state = without_diffusion_module(state)
-    # modules read the versions in _metadata to convert the keys of old checkpoints
-    state._metadata = getattr(state_dict, '_metadata', None)
-    own = model.state_dict()
-    misshapen = [
-        f'{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the model)'
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if misshapen:
-        raise ValueError(f'The weights of {source} do not fit {model_name}: {_some(misshapen)}.')
-    result = model.load_state_dict(state, strict=False)
-    # keys that a module's load hook removed are not missing: the module computes the values itself
-    missing = [key for key in result.missing_keys if key not in state and not key.endswith('num_batches_tracked')]
-    problems = [
-        f'{kind} {_some(keys)}' for kind, keys in (('missing', missing), ('unexpected', result.unexpected_keys)) if keys
-    ]
-    if problems:
-        raise ValueError(f'The weights of {source} do not fit {model_name}: {"; ".join(problems)}.')
+    if store is not None or is_in_store(source):
+        with local_copy(source, store) as path:
+            return source, _read_file(source, path, map_location)
+    url = url_of(source)
+    is_url = url.startswith(('http://', 'https://'))
+    path = _download(url) if is_url else osp.expanduser(source)
+    return path, _read_file(source, path, map_location, url if is_url else None)
 
 
-def _read_data(source: str):
-    """Read a file or URL, and refuse anything but plain data."""
-    is_url = source.startswith(('http://', 'https://'))
-    path = _download(source) if is_url else osp.expanduser(source)
+def _read_file(source: str, path: str, map_location='cpu', url: Optional[str] = None):
+    is_url = url is not None
     if osp.isdir(path):
         raise ValueError(f"The checkpoint '{source}' is a folder, probably a sharded checkpoint; give a single file.")
     if not osp.isfile(path):
@@ -141,7 +251,9 @@ def _read_data(source: str):
             "only its 'state_dict' with torch.save and use that file."
         )
     try:
-        return load_data(path)
+        return _read_safetensors(path, name) if _is_safetensors(path) else load_data(path, map_location)
+    except MissingPackageError:
+        raise
     except Exception as error:  # damaged files raise many kinds of errors, such as EINVAL for a negative offset
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
@@ -152,63 +264,125 @@ def _read_data(source: str):
                 "code when read; save only its 'state_dict' with torch.save and use that file."
             ) from None
         problem = _not_a_checkpoint(name, path)
-        if is_url and not URL_HASH.search(path):
+        if is_url and not URL_HASH.search(_url_name(url)):
             # an interrupted download may have left a partial file, which the next run must not use
-            with suppress(FileNotFoundError):
-                os.remove(path)
-            problem += ' The file was removed; the next run downloads it again.'
+            try:
+                with suppress(FileNotFoundError):
+                    os.remove(path)
+                problem += ' The file was removed; the next run downloads it again.'
+            except OSError as cause:
+                problem += f' It cannot be removed from the cache ({cause.strerror}). {OTHER_CACHE}'
         raise DamagedFileError(problem) from None
 
 
+def _is_safetensors(path: str) -> bool:
+    """Return whether a file starts like a safetensors file: the length of a JSON header, then the header."""
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    return start[8:] == b'{' and not any(start[5:8])
+
+
+def _read_safetensors(path: str, name: str) -> dict:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise MissingPackageError(
+            f"The checkpoint '{name}' is a safetensors file: run 'pip install safetensors' to read it."
+        ) from error
+    return load_file(path)
+
+
+# lists of models that mmengine names by a scheme
+MODEL_LISTS = dict(
+    torchvision=get_torchvision_models,
+    modelzoo=get_torchvision_models,
+    openmmlab=get_external_models,
+    mmcls=get_mmcls_models,
+)
+
+
+def url_of(source: str) -> str:
+    """Return the URL of a model that mmengine names, such as ``'torchvision://resnet50'``, else the source."""
+    scheme, _, name = source.partition('://')
+    scheme = scheme.replace('open-mmlab', 'openmmlab')
+    if not name or scheme not in MODEL_LISTS:
+        return source
+    urls = {key: url for key, url in MODEL_LISTS[scheme]().items() if url}
+    if scheme == 'openmmlab':
+        name = get_deprecated_model_names().get(name, name)
+    if name not in urls:
+        nearest = ', '.join(f"'{key}'" for key in get_close_matches(name, urls, cutoff=0.3))
+        raise ValueError(f"mmengine knows no model '{source}'; the nearest names are {nearest or 'none'}.")
+    return urls[name] if urls[name].startswith('http') else source
+
+
+def _url_name(url: str) -> str:
+    return osp.basename(urlparse(url).path)
+
+
 def _download(url: str) -> str:
+    """Return the cached file of a URL, after downloading it if necessary. All ranks must call this function."""
     folder = osp.join(torch.hub.get_dir(), 'checkpoints')
-    name = osp.basename(urlparse(url).path)
+    name = _url_name(url)
     if name in ('', '.', '..'):
         raise ValueError(f'The URL {url} has no file name.')
+    digest = URL_HASH.search(name)
+    if digest is None:  # other URLs may end in the same name
+        stem, suffix = osp.splitext(name)
+        name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:16]}{suffix}'
     path = osp.join(folder, name)
-    digest = URL_HASH.search(path)
-    problem = None
-    for my_turn in (is_main_process(), True):  # rank 0 downloads first; ranks with the same cache then find the file
-        if my_turn and not osp.isfile(path):
+    if digest is None and osp.isfile(path):
+        date = datetime.fromtimestamp(osp.getmtime(path)).date()
+        print_log(f'{url} was downloaded on {date}; to download it again, delete {path}.', 'current')
+
+    def download():
+        if osp.isfile(path):  # also in a cache that cannot be written
+            return
+        try:
+            if folder.startswith('~'):
+                raise OSError(errno.ENOENT, 'there is no home folder')
             os.makedirs(folder, exist_ok=True)
-            try:
-                # writes to a temporary file, verifies the hash, then renames
-                torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
-            except (OSError, RuntimeError) as error:
-                problem = error
-        barrier()  # also after a failed download, because the other ranks wait here
-    if not osp.isfile(path):
-        raise ValueError(f'The checkpoint {url} could not be downloaded: {problem}.') from problem
+            # writes to a temporary file, verifies the hash, then renames
+            torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
+        except (OSError, RuntimeError) as error:
+            cure = f' {OTHER_CACHE}' if getattr(error, 'errno', None) in CACHE_ERRORS else ''
+            raise ValueError(f'The checkpoint {url} could not be downloaded: {error}.{cure}') from error
+
+    # rank 0 downloads first; ranks with the same cache then find the file
+    for my_turn in (is_main_process(), not is_main_process()):
+        on_all_ranks(download if my_turn else lambda: None)
     return path
-
-
-def _check_state_dict(state_dict, name: str) -> None:
-    if not isinstance(state_dict, dict):
-        raise ValueError(f"The checkpoint '{name}' contains a {type(state_dict).__name__} instead of a state dict.")
-    for key, value in state_dict.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f"The checkpoint '{name}' has no valid state dict: '{key}' is a {type(value).__name__}, not a tensor."
-            )
 
 
 def _not_a_checkpoint(source: str, path: str) -> str:
     with open(path, 'rb') as file:
         start = file.read(512).lstrip().lower()
-    if start.startswith((b'<!doctype', b'<html', b'<?xml')):
-        what = 'is a web page saved under that name; download it again'
-    else:
-        what = f'is damaged, possibly truncated when it was saved or copied ({osp.getsize(path)} bytes)'
+    what = f'is damaged, possibly truncated when it was saved or copied ({osp.getsize(path)} bytes)'
+    if start.startswith(b'\x80') and LEGACY_MAGIC not in start:
+        what = 'is a pickle that torch.save did not write, as in Detectron2; convert it to a dict of tensors'
+    for beginning, other in OTHER_FILES.items():
+        if start.startswith(beginning):
+            what = other
+    if zipfile.is_zipfile(path):
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            if not any(osp.basename(name) == 'data.pkl' for name in archive.namelist()):
+                what = ARCHIVE
     return f"'{source}' is not a PyTorch checkpoint: it {what}."
 
 
-def _shape(tensor) -> str:
-    return 'x'.join(map(str, tensor.shape)) or 'scalar'
-
-
-def _some(items: list, count: int = 4) -> str:
-    rest = f' and {len(items) - count} more' if len(items) > count else ''
-    return ', '.join(items[:count]) + rest
+LEGACY_MAGIC = b'l\xfc\x9cf\xf9 j\xa8p\x19.'  # at the beginning of files of torch before 1.6, in lower case
+ARCHIVE = 'is an archive; unpack it and use the checkpoint in it'
+WEB_PAGE = 'is a web page saved under that name; download it again'
+# beginnings of files that are taken for checkpoints, in lower case
+OTHER_FILES = {
+    b'<!doctype': WEB_PAGE,
+    b'<html': WEB_PAGE,
+    b'<?xml': WEB_PAGE,
+    b'version https://git-lfs': "is a pointer of Git LFS; run 'git lfs pull' in its repository",
+    b'{': "is a JSON file; use the file of weights, such as 'model.safetensors'",
+    b'\x89hdf': 'is an HDF5 file, such as Keras writes',
+    b'\x1f\x8b': ARCHIVE,
+}
 
 
 # methods that pickled history buffers and one-cycle schedulers refer to
@@ -217,8 +391,14 @@ ANNEALING_METHODS = ('_annealing_cos', '_annealing_linear')
 
 
 def executable_format(path: str) -> Optional[str]:
-    """Return a file's format if torch before 2.6 may run code in it despite ``weights_only``, else None."""
+    """Return a file's format if torch before 2.6 may run code in it despite ``weights_only``, else None.
+
+    Newer versions of torch refuse to read these formats with ``weights_only``.
+    """
     if tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive, suppress(tarfile.TarError, OSError, EOFError):
+            if not {'storages', 'tensors', 'pickle'} & {osp.basename(name) for name in archive.getnames()}:
+                raise ValueError(f"'{path}' is not a PyTorch checkpoint: it {ARCHIVE}.")
         return "in torch's tar format from before 2018"  # CVE-2025-32434
     if zipfile.is_zipfile(path):
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
@@ -227,16 +407,16 @@ def executable_format(path: str) -> Optional[str]:
     return None
 
 
-def load_data(path: str):
+def load_data(path: str, map_location='cpu'):
     """Read a file with torch's ``weights_only`` reader, or before torch 2.4, with an equally strict unpickler."""
     admitted = _admitted_globals()
     if hasattr(torch.serialization, 'safe_globals'):
         with torch.serialization.safe_globals(admitted):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True)
     if hasattr(torch.serialization, 'add_safe_globals'):  # torch 2.4
         torch.serialization.add_safe_globals(admitted)
-        return torch.load(path, map_location='cpu', weights_only=True)
-    return torch.load(path, map_location='cpu', weights_only=False, pickle_module=restricted_pickle(admitted))
+        return torch.load(path, map_location=map_location, weights_only=True)
+    return torch.load(path, map_location=map_location, weights_only=False, pickle_module=restricted_pickle(admitted))
 
 
 def _admitted_globals() -> list:
@@ -249,6 +429,8 @@ def _admitted_globals() -> list:
         np.dtype,
         _under_name(_known_method, 'builtins', 'getattr'),
     ]
+    # arguments of a training script, which other trainers save beside the weights
+    admitted += [Namespace, *(_under_name(PurePath, 'pathlib', kind) for kind in ('PosixPath', 'WindowsPath'))]
     admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # used in pickled bytes
     admitted += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # module names in NumPy 1 and 2
@@ -295,138 +477,3 @@ def _under_name(function, module: str, name: str):
 
     wrapper.__module__, wrapper.__name__, wrapper.__qualname__ = module, name, name
     return wrapper
-
-
-RESUME_KEYS = ('meta', 'message_hub')  # keys that a checkpoint needs, besides the weights, to be resumed
-
-
-def file_to_load(
-    load_from: Optional[str], resume: Union[bool, str, None], work_dir: str, folder: str, filename_tmpl: str
-) -> Optional[str]:
-    """Choose the file that a run loads or resumes. All ranks must call this function, and get the same file.
-
-    Args:
-        load_from (str, optional): Path or URL, as in the config.
-        resume (bool or str): As in the config. True without ``load_from`` selects the newest readable checkpoint.
-        work_dir (str): Work dir of the run.
-        folder (str): Folder of the checkpoints.
-        filename_tmpl (str): Template of the checkpoint names, such as ``'epoch_{}.pth'``.
-
-    Returns:
-        str or None: Path or URL; None if the run starts from scratch.
-
-    Raises:
-        ValueError: On all ranks, if on any rank the file does not exist, is damaged, or contains more than plain data.
-    """
-    named = resume if isinstance(resume, str) else load_from
-    problem = None
-    try:
-        if named is not None:  # every rank checks the file, because machines may have different files
-            check_is_data(named)
-        elif resume and is_main_process():
-            named = newest_checkpoint(work_dir, folder, filename_tmpl)
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    for rank_problem in all_gather_object(problem):
-        if rank_problem is not None:
-            raise ValueError(rank_problem)
-    answer = [named]
-    broadcast_object_list(answer)
-    return answer[0]
-
-
-def newest_checkpoint(work_dir: str, folder: str, filename_tmpl: str) -> Optional[str]:
-    """Find the newest readable checkpoint of a run, and log a warning for each damaged checkpoint.
-
-    Args:
-        work_dir (str): Work dir of the run.
-        folder (str): Folder of the checkpoints.
-        filename_tmpl (str): Template of the checkpoint names.
-
-    Returns:
-        str or None: Path of the checkpoint; None if the run has no checkpoints.
-
-    Raises:
-        ValueError: If no checkpoint can be read, or a newer one contains more than plain data.
-    """
-    files = saved_checkpoints(work_dir, folder, filename_tmpl)
-    for file in files:
-        try:
-            if not osp.isdir(file):  # sharded checkpoints are folders
-                missing = [key for key in RESUME_KEYS if key not in read_checkpoint(file)]
-                if missing:
-                    raise DamagedFileError(f"'{file}' cannot be resumed: the file has no key '{missing[0]}'.")
-            return file
-        except (OSError, DamagedFileError) as error:
-            print_log(f'{error} Trying the previous checkpoint.', logger='current', level=WARNING)
-    if files:
-        raise ValueError(
-            f"None of the {len(files)} checkpoints in '{work_dir}' can be read: start a new run without --resume, in "
-            'a different work_dir.'
-        )
-    print_log(f"No checkpoint to resume in '{work_dir}'; starting a new run.", logger='current')
-    return None
-
-
-def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str) -> List[str]:
-    """List the checkpoints of a run, newest first.
-
-    The file named in ``last_checkpoint`` comes first. The rest are sorted by modification time instead of number, since
-    an older run may have left checkpoints with higher numbers.
-    """
-    before, after = re.split(r'\{.*?\}', filename_tmpl, maxsplit=1)
-    pattern = re.compile(re.escape(before) + r'\d+' + re.escape(after))
-    files = [file for file in glob(osp.join(escape(folder), '*')) if pattern.fullmatch(osp.basename(file))]
-    files.sort(key=osp.getmtime, reverse=True)
-    last = find_latest_checkpoint(work_dir)
-    if last:
-        files = [last] + [file for file in files if osp.abspath(file) != osp.abspath(last)]
-    return files
-
-
-NAME = 'mmdiffkd.atomic'
-
-
-@register_backend(NAME)
-class AtomicBackend(LocalBackend):
-    """Local backend with atomic writes: files are written under a temporary name, then renamed."""
-
-    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        """Write a file.
-
-        Args:
-            obj (bytes): Content of the file.
-            filepath (str or Path): Path of the file. An existing file is replaced.
-
-        Raises:
-            OSError: If the file cannot be written. An existing file is unchanged.
-        """
-        path = str(filepath)
-        folder = osp.dirname(path) or '.'
-        temporary = f'{path}.tmp'
-        os.makedirs(folder, exist_ok=True)
-        try:
-            with open(temporary, 'wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(folder)
-        except OSError as error:
-            with suppress(OSError):
-                os.remove(temporary)
-            raise OSError(
-                f"'{path}' could not be written: {error.strerror or error} ({len(obj) / 1e6:.1f} MB needed, "
-                f'{shutil.disk_usage(folder).free / 1e6:.1f} MB free). Earlier files are intact: free disk space '
-                'and restart with --resume.'
-            ) from error
-
-
-def _sync_folder(folder: str) -> None:
-    """Flush a folder to disk, so that a rename in the folder survives a power failure. Ignore errors."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

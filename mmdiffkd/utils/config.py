@@ -2,16 +2,19 @@
 
 import copy
 import difflib
+import inspect
 import os.path as osp
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
-from typing import Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
+from mmengine.registry import MODELS
 
 ConfigSource = Union[str, Path, dict]
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # old key: new key
 RENAMED_KEYS = dict(
     backprop_steps='num_grad_steps',
@@ -37,15 +40,14 @@ def resolve_config(source: ConfigSource) -> Config:
     Raises:
         FileNotFoundError: If the file does not exist.
         ModuleNotFoundError: If the package is not installed.
-        ValueError: If the config has no model.
-        TypeError: If ``source`` is not a str, Path or dict.
+        ValueError: If the config has no model, or ``source`` is not a str, Path or dict.
     """
     if isinstance(source, dict):
         cfg = Config(dict(source) if 'model' in source else dict(model=dict(source)))
     elif isinstance(source, (str, Path)):
         cfg = Config.fromfile(_config_file(str(source)))
     else:
-        raise TypeError(f'A config must be a path, pkg::path or a dict, not {type(source).__name__}.')
+        raise ValueError(f'A config must be a path, pkg::path or a dict, not {type(source).__name__}.')
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
         raise ValueError(f"The config ({_name(source)}) has no model: it needs a 'model' dict with a 'type'.")
     return cfg
@@ -83,11 +85,80 @@ def get_model_cfg(cfg: Config) -> ConfigDict:
     return with_preprocessor(model, cfg.get('data_preprocessor'))
 
 
+def get_teacher_cfg(cfg: Config) -> ConfigDict:
+    """Return the model of a teacher's config. Unlike students, teachers of other packages have no preprocessor."""
+    model = get_model_cfg(cfg)
+    kind = model['type']
+    if isinstance(kind, str):
+        with MODELS.switch_scope_and_registry(model.get('_scope_')) as registry:
+            kind = registry.get(kind)
+    if kind is not None and 'data_preprocessor' in model:
+        parameters = inspect.signature(kind).parameters.values()
+        if not any(p.name == 'data_preprocessor' or p.kind is p.VAR_KEYWORD for p in parameters):
+            del model['data_preprocessor']
+    return model
+
+
 def with_preprocessor(model: ConfigDict, preprocessor: Optional[dict]) -> ConfigDict:
     """Add the top-level preprocessor to a model without its own, as the Runner does. Modifies ``model``."""
     if model.get('data_preprocessor') is None and preprocessor is not None:
         model['data_preprocessor'] = copy.deepcopy(preprocessor)
     return model
+
+
+def type_name(kind) -> str:
+    """Return the class name of a ``type`` in a config: a name, a path, or in pure Python configs, a class.
+
+    >>> type_name(RetinaNet), type_name('mmdet.RetinaNet'), type_name('mmdet.models.detectors.retinanet.RetinaNet')
+    ('RetinaNet', 'RetinaNet', 'RetinaNet')
+    """
+    return kind.__name__ if hasattr(kind, '__name__') else str(kind).rpartition('.')[2]
+
+
+def comparable(value):
+    """Return settings in a form in which text, pure Python, dumped and YAML configs of the same module are equal."""
+    if isinstance(value, dict):
+        kept = {key: comparable(item) for key, item in value.items() if key != '_scope_'}
+        return dict(kept, type=type_name(value['type'])) if 'type' in value else kept
+    return [comparable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def with_named_types(value):
+    """Return settings with all classes and functions replaced by their names, as in a text config."""
+    if isinstance(value, dict):
+        return {key: with_named_types(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_named_types(item) for item in value)
+    if not hasattr(value, '__qualname__'):
+        return value
+    in_mmdiffkd = value.__module__.split('.')[0] == 'mmdiffkd'
+    return f'mmdiffkd.{value.__name__}' if in_mmdiffkd else f'{value.__module__}.{value.__qualname__}'
+
+
+def package_of(cfg: Config) -> Optional[str]:
+    """Return the package of a config, such as ``'mmdet'``: its default scope, or the package of its model's class."""
+    if cfg.get('default_scope') is not None:
+        return cfg.default_scope
+    model = cfg.get('model') or {}
+    kind = (model.get('student') or model).get('type')
+    path = kind if isinstance(kind, str) else getattr(kind, '__module__', '')
+    return path.split('.')[0] if '.' in path else None
+
+
+def set_loader_defaults(cfg: Config, names: Sequence[str] = LOADERS) -> None:
+    """Set the dataloader settings that ``train.py`` of mmpretrain sets, in place. The other packages set none.
+
+    Args:
+        cfg (Config): Config of a run.
+        names (sequence[str]): Keys of the dataloaders. Defaults to the three dataloaders of a run.
+    """
+    if package_of(cfg) != 'mmpretrain':
+        return
+    for loader in filter(None, map(cfg.get, names)):
+        loader.setdefault('pin_memory', True)
+        # without workers, torch refuses persistent workers
+        loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+        loader.setdefault('collate_fn', dict(type='default_collate'))
 
 
 def get_preprocessor_cfg(cfg: Config) -> Optional[dict]:
@@ -101,9 +172,90 @@ def get_custom_imports(cfg: Config) -> List[str]:
     return [name for name in ([names] if isinstance(names, str) else names) if name.split('.')[0] != 'mmdiffkd']
 
 
-def image_channels(preprocessor: Optional[dict]) -> int:
-    """Return the number of image channels that a data preprocessor expects: the length of its mean, usually 3."""
-    return len((preprocessor or {}).get('mean') or 'RGB')
+# attributes of OpenMMLab models that hold the image encoder
+ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
+# attributes of trackers and semi-supervised models that hold a whole detector
+WRAPPED = ('detector', 'student')
+# an encoder's keys for the number of image channels
+CHANNEL_KEYS = ('in_channels', 'in_chans', 'img_channels')
+
+
+def image_channels(model_cfg: dict) -> Tuple[int, ...]:
+    """Return the numbers of image channels that a model may take, the most likely first.
+
+    Args:
+        model_cfg (dict): Config of the model with its preprocessor.
+
+    Returns:
+        tuple[int]: The encoder's ``in_channels`` if it is set, then the length of the preprocessor's mean. If these do
+        not tell, 3 and 1.
+    """
+    found = []
+    parts = [model_cfg]
+    for part in parts:
+        parts += [part[name] for name in (*ENCODERS, *WRAPPED) if isinstance(part.get(name), dict)]
+        found += [part[key] for key in CHANNEL_KEYS if isinstance(part.get(key), int)]
+    preprocessor = model_cfg.get('data_preprocessor') or {}
+    while preprocessor.get('mean') is None and isinstance(preprocessor.get('data_preprocessor'), dict):
+        preprocessor = preprocessor['data_preprocessor']
+    mean = preprocessor.get('mean') or ()
+    means = len(mean) if isinstance(mean, (list, tuple)) else 1
+    # a single mean may apply to three channels
+    usual = {0: (3, 1), 1: (1, 3)}.get(means, (means,))
+    return tuple(dict.fromkeys([*found, *usual]))
+
+
+def pipeline_normalization(cfg: Config) -> Optional[dict]:
+    """Return mean, std and color flag of the pipeline of a config, as in configs for OpenMMLab 1.x.
+
+    Args:
+        cfg (Config): Config with data sets.
+
+    Returns:
+        dict: ``mean``, ``std`` and ``to_rgb`` of the last Normalize step; empty if no pipeline normalizes; None if the
+            config has no pipeline.
+    """
+    found = None
+    for key in ('train_dataloader', 'test_dataloader', 'val_dataloader', 'data', 'train_pipeline', 'test_pipeline'):
+        steps = list(_normalize_steps(cfg.get(key)))
+        found = {} if cfg.get(key) else found
+        if steps:
+            return dict(mean=list(steps[-1]['mean']), std=list(steps[-1]['std']), to_rgb=steps[-1].get('to_rgb', True))
+    return found
+
+
+def _normalize_steps(cfg) -> Iterator[dict]:
+    for step in _typed_dicts(cfg):
+        if type_name(step['type']) == 'Normalize' and step.get('mean') and step.get('std'):
+            yield step
+
+
+def _typed_dicts(cfg) -> Iterator[dict]:
+    """Yield all dicts with a type in a config, in order."""
+    if isinstance(cfg, dict):
+        if 'type' in cfg:
+            yield cfg
+        cfg = list(cfg.values())
+    if isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            yield from _typed_dicts(value)
+
+
+RGB_DATASETS = ('CIFAR10', 'CIFAR100')  # mmpretrain's data sets that hold images in RGB, without a loading step
+
+
+def loaded_order(cfg: Config) -> Optional[str]:
+    """Return the color order of the images that the training set of a config gives: ``'BGR'``, ``'RGB'`` or None."""
+    order = None
+    for step in _typed_dicts((cfg.get('train_dataloader') or {}).get('dataset')):
+        kind = type_name(step['type'])
+        if kind in RGB_DATASETS:
+            order = 'RGB'
+        elif kind == 'LoadImageFromFile':
+            order = 'BGR'
+        elif order and (kind, True) in (('NumpyToPIL', step.get('to_rgb')), ('PILToNumpy', step.get('to_bgr'))):
+            order = 'RGB' if order == 'BGR' else 'BGR'
+    return order
 
 
 def zoo_checkpoint(source: ConfigSource) -> str:
@@ -191,22 +343,25 @@ def image_size(cfg: Config) -> Size:
     preprocessor = cfg.model.get('student', cfg.model).get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     if preprocessor.get('size'):
         return tuple(preprocessor['size'])
-    size = cfg.get('image_size') or _dataset_size((cfg.get('train_dataloader') or {}).get('dataset'))
+    pipelines = [
+        dataset.get('pipeline') for dataset in nested_datasets((cfg.get('train_dataloader') or {}).get('dataset'))
+    ]
+    size = cfg.get('image_size') or next(filter(None, map(_pipeline_size, filter(None, pipelines))), None)
     if size is None:
-        return USUAL_SIZES.get(cfg.get('default_scope'), (224, 224))
+        return USUAL_SIZES.get(package_of(cfg), (224, 224))
     width, height = size
     divisor = preprocessor.get('pad_size_divisor', 1)
     return ceil(height / divisor) * divisor, ceil(width / divisor) * divisor
 
 
-def _dataset_size(dataset: Optional[dict]) -> Optional[Size]:
-    """Return the width and height of the images of a dataset, from its pipeline or that of the dataset it wraps."""
+def nested_datasets(dataset: Union[dict, Sequence[dict], None]) -> Iterator[dict]:
+    """Yield the config of a dataset, then of the datasets in it, such as those of a ``ConcatDataset``."""
     if isinstance(dataset, (list, tuple)):
-        dataset = dataset[0]
-    if dataset is None:
-        return None
-    inner = dataset.get('dataset') or dataset.get('datasets')
-    return _pipeline_size(dataset.get('pipeline') or ()) or _dataset_size(inner)
+        for member in dataset:
+            yield from nested_datasets(member)
+    elif isinstance(dataset, dict):
+        yield dataset
+        yield from nested_datasets(dataset.get('dataset') or dataset.get('datasets'))
 
 
 def _pipeline_size(steps: Sequence[dict]) -> Optional[Size]:

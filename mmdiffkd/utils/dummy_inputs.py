@@ -1,6 +1,8 @@
 """Random training batches for models of mmdet, mmseg and mmpretrain, in the format of their dataloaders."""
 
-from typing import Iterator, List
+import copy
+from functools import partial
+from typing import Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -9,14 +11,21 @@ from mmengine.dataset import Compose, default_collate, pseudo_collate
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
-from .config import get_preprocessor_cfg, image_channels
+from .config import (
+    get_preprocessor_cfg,
+    image_channels,
+    nested_datasets,
+    package_of,
+    set_loader_defaults,
+    type_name,
+)
 
 BOXES = 3
 # pipeline for configs without a training set
 INFERENCE_ONLY = (dict(type='Resize', scale=224), dict(type='PackInputs'))
 
 
-def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[dict]:
+def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0, channels: Optional[int] = None) -> List[dict]:
     """Create random items in the format of a config's training set.
 
     Args:
@@ -25,6 +34,7 @@ def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[
             and sets their final size, views, masks and labels.
         count (int): Number of images. Defaults to 2.
         seed (int): Random seed; does not affect the pipeline's augmentation. Defaults to 0.
+        channels (int, optional): Channels of the images. None reads them from the config. Defaults to None.
 
     Returns:
         list[dict]: Items with ``inputs`` and ``data_samples``. There are fewer items than ``count`` if an item holds
@@ -34,25 +44,31 @@ def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0) -> List[
         ValueError: If the config is not for one of these packages.
     """
     rng = np.random.default_rng(seed)
-    scope = cfg.get('default_scope') or DefaultScope.get_current_instance().scope_name
+    scope = package_of(cfg) or DefaultScope.get_current_instance().scope_name
     makers = dict(mmdet=_detection, mmseg=_segmentation, mmpretrain=_classification)
     if scope not in makers:
         raise ValueError(f"Random batches need default_scope to be one of {', '.join(makers)}, not '{scope}'.")
     with DefaultScope.overwrite_default_scope(scope):
-        return makers[scope](cfg, rng, size, count)
+        return makers[scope](cfg, partial(random_image, rng, channels=channels or _channels(cfg)), rng, size, count)
 
 
-def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0) -> dict:
+def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0, channels: Optional[int] = None) -> dict:
     """Collate :func:`random_items` as the config's dataloader does, for ``train_step``."""
-    items = random_items(cfg, size, count, seed)
+    items = random_items(cfg, size, count, seed, channels)
+    cfg = copy.deepcopy(cfg)
+    set_loader_defaults(cfg)
     collate = ((cfg.get('train_dataloader') or {}).get('collate_fn') or {}).get('type')
-    return default_collate(items) if collate == 'default_collate' else pseudo_collate(items)
+    return default_collate(items) if type_name(collate) == 'default_collate' else pseudo_collate(items)
 
 
-def random_image(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Create a random uint8 image of large squares, (size, size, 3). Pooling would average out noise per pixel."""
-    coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+def random_image(rng: np.random.Generator, size: int, channels: int = 3) -> np.ndarray:
+    """Create a random uint8 image of large squares, (size, size, C). Pooling would average out noise per pixel."""
+    coarse = rng.integers(0, 256, (8, 8, channels), dtype=np.uint8)
     return np.kron(coarse, np.ones((-(-size // 8), -(-size // 8), 1), dtype=np.uint8))[:size, :size]
+
+
+def _channels(cfg: Config) -> int:
+    return image_channels(dict(cfg.model, data_preprocessor=get_preprocessor_cfg(cfg)))[0]
 
 
 def num_classes_of(model_cfg: dict) -> int:
@@ -75,22 +91,22 @@ def _tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
-def _detection(cfg: Config, rng, size: int, count: int) -> List[dict]:
-    kind = cfg.model.type.split('.')[-1]
+def _detection(cfg: Config, draw, rng, size: int, count: int) -> List[dict]:
+    kind = type_name(cfg.model.type)
     if kind == 'SoftTeacher':
-        return _semi_supervised(cfg, rng, size, count)
+        return _semi_supervised(cfg, draw, rng, size, count)
     preprocessor = cfg.model.get('data_preprocessor') or {}
-    if 'Track' in preprocessor.get('type', '') and not preprocessor.get('use_det_processor'):
-        return _tracking(cfg, rng, size)
+    if 'Track' in type_name(preprocessor.get('type')) and not preprocessor.get('use_det_processor'):
+        return _tracking(cfg, draw, rng, size)
     if kind == 'BaseReID':
-        return _reid(rng)
+        return _reid(draw)
     if kind == 'CLRNet':
-        return _lanes(cfg, rng, count)
-    pairs = [_detection_sample(cfg, rng, size, number) for number in range(count)]
+        return _lanes(cfg, draw, rng, count)
+    pairs = [_detection_sample(cfg, draw, rng, size, number) for number in range(count)]
     return [dict(inputs=image, data_samples=sample) for image, sample in pairs]
 
 
-def _detection_sample(cfg: Config, rng, size: int, number: int):
+def _detection_sample(cfg: Config, draw, rng, size: int, number: int):
     from mmdet.structures import DetDataSample
 
     sample = DetDataSample(metainfo=_metainfo(size, number))
@@ -101,7 +117,7 @@ def _detection_sample(cfg: Config, rng, size: int, number: int):
     stride = 8 if (cfg.model.get('roi_head') or {}).get('semantic_head') else 1
     seg = rng.integers(0, _semantic_classes(cfg.model), (1, size // stride, size // stride))
     sample.gt_sem_seg = PixelData(sem_seg=torch.from_numpy(seg))
-    return _tensor(random_image(rng, size)), sample
+    return _tensor(draw(size)), sample
 
 
 def _metainfo(size: int, number: int) -> dict:
@@ -149,21 +165,22 @@ def _semantic_classes(model_cfg: dict) -> int:
     return head.get('num_classes') or next(_values(model_cfg, 'num_stuff_classes'), 1) or 1
 
 
-def _semi_supervised(cfg: Config, rng, size: int, count: int) -> List[dict]:
+def _semi_supervised(cfg: Config, draw, rng, size: int, count: int) -> List[dict]:
     """Create items with SoftTeacher's views: labeled, unlabeled for the teacher, and unlabeled for the student."""
     items = []
     for number in range(count):
-        views = {view: _detection_sample(cfg, rng, size, number) for view in ('sup', 'unsup_teacher', 'unsup_student')}
+        names = ('sup', 'unsup_teacher', 'unsup_student')
+        views = {view: _detection_sample(cfg, draw, rng, size, number) for view in names}
         inputs, samples = ({view: pair[i] for view, pair in views.items()} for i in range(2))
         items.append(dict(inputs=inputs, data_samples=samples))
     return items
 
 
-def _tracking(cfg: Config, rng, size: int) -> List[dict]:
+def _tracking(cfg: Config, draw, rng, size: int) -> List[dict]:
     """Create a clip with a key frame and a reference frame."""
     from mmdet.structures import TrackDataSample
 
-    frames = [_detection_sample(cfg, rng, size, number) for number in range(2)]
+    frames = [_detection_sample(cfg, draw, rng, size, number) for number in range(2)]
     for _, sample in frames:
         sample.gt_instances.instances_ids = torch.arange(BOXES)
         sample.gt_instances.map_instances_to_img_idx = torch.full((BOXES,), sample.img_id)
@@ -172,16 +189,16 @@ def _tracking(cfg: Config, rng, size: int) -> List[dict]:
     return [dict(inputs=torch.stack([image for image, _ in frames]), data_samples=clip)]
 
 
-def _reid(rng, size: int = 256, identities: int = 2, images: int = 2) -> List[dict]:
+def _reid(draw, size: int = 256, identities: int = 2, images: int = 2) -> List[dict]:
     """Create one item with images of several people. The triplet loss needs more than one image per person."""
     from mmdet.structures import ReIDDataSample
 
     labels = torch.arange(identities).repeat_interleave(images)
-    pixels = torch.stack([_tensor(random_image(rng, size)[:, : size // 2]) for _ in labels])
+    pixels = torch.stack([_tensor(draw(size)[:, : size // 2]) for _ in labels])
     return [dict(inputs=pixels, data_samples=ReIDDataSample().set_gt_label(labels))]
 
 
-def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) -> List[dict]:
+def _lanes(cfg: Config, draw, rng, count: int, height: int = 320, width: int = 800) -> List[dict]:
     """Create images with straight lanes. The image size is fixed, because CLRNet's lane priors assume this size."""
     from mmdet.registry import TRANSFORMS
 
@@ -192,12 +209,12 @@ def _lanes(cfg: Config, rng, count: int, height: int = 320, width: int = 800) ->
         feet, heads = rng.uniform(0, width, (2, 2))
         lanes = [np.linspace((foot, height - 1), (head, height / 2), 20) for foot, head in zip(feet, heads)]
         mask = np.zeros((height, width), dtype=np.uint8)
-        results = dict(img=random_image(rng, width)[:height], lines=lanes, org_lines=lanes, gt_seg_map=mask)
+        results = dict(img=draw(width)[:height], lines=lanes, org_lines=lanes, gt_seg_map=mask)
         batch.append(pack(to_array(dict(results, org_height=height, org_width=width))))
     return batch
 
 
-def _segmentation(cfg: Config, rng, size: int, count: int) -> List[dict]:
+def _segmentation(cfg: Config, draw, rng, size: int, count: int) -> List[dict]:
     from mmseg.structures import SegDataSample
 
     classes, batch = num_classes_of(cfg.model), []
@@ -207,24 +224,25 @@ def _segmentation(cfg: Config, rng, size: int, count: int) -> List[dict]:
         sample.gt_sem_seg = PixelData(data=torch.from_numpy(labels)[None])
         sample.gt_edge_map = PixelData(data=torch.from_numpy(labels % 2)[None])
         sample.gt_depth_map = PixelData(data=torch.from_numpy(rng.random((1, size, size), dtype=np.float32)))
-        batch.append(dict(inputs=_tensor(random_image(rng, size)), data_samples=sample))
+        batch.append(dict(inputs=_tensor(draw(size)), data_samples=sample))
     return batch
 
 
-def _classification(cfg: Config, rng, size: int, count: int) -> List[dict]:
+def _classification(cfg: Config, draw, rng, size: int, count: int) -> List[dict]:
     from mmpretrain.registry import TRANSFORMS
 
-    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or dict(pipeline=INFERENCE_ONLY)
-    while 'pipeline' not in dataset:
-        dataset = dataset['dataset']
-    steps = [step for step in dataset['pipeline'] if not step['type'].split('.')[-1].startswith('Load')]
+    datasets = nested_datasets((cfg.get('train_dataloader') or {}).get('dataset'))
+    steps = next((dataset['pipeline'] for dataset in datasets if dataset.get('pipeline')), INFERENCE_ONLY)
+    steps = [step for step in steps if not type_name(step['type']).startswith('Load')]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
-    # the transforms expect grayscale images without a channel dimension, so squeeze() below removes it
-    channels = image_channels(get_preprocessor_cfg(cfg))
     is_multi_label = any('MultiLabel' in str(kind) for kind in _types(cfg.model.get('head') or {}))
+    tasks = (cfg.model.get('head') or {}).get('task_heads')
     batch = []
     for number in range(count):
-        image, label = random_image(rng, size)[..., :channels].squeeze(), int(rng.integers(num_classes_of(cfg.model)))
+        image, label = draw(size), int(rng.integers(num_classes_of(cfg.model)))
+        image = image.squeeze()  # the transforms expect grayscale images without a channel dimension
+        if tasks:
+            label = {task: int(rng.integers(num_classes_of(head))) for task, head in tasks.items()}
         results = dict(img=image, img_shape=(size, size), ori_shape=(size, size), img_path='', sample_idx=number)
         batch.append(pipeline(dict(results, gt_label=[label] if is_multi_label else label)))
     return batch

@@ -40,8 +40,20 @@ def build_for_inspection(model_cfg: dict) -> nn.Module:
         try:
             return build_on_meta(model_cfg)
         except Exception:
-            with QuickInit():
-                return MODELS.build(copy.deepcopy(model_cfg))
+            return build_on_cpu(model_cfg)
+
+
+def build_on_cpu(model_cfg: dict) -> nn.Module:
+    """Build a model on the CPU with meaningless weights, without changing the random state.
+
+    Args:
+        model_cfg (dict): Config of the model.
+
+    Returns:
+        nn.Module: The model.
+    """
+    with torch.random.fork_rng(devices=[]), QuickInit():
+        return MODELS.build(copy.deepcopy(model_cfg))
 
 
 def build_on_meta(model_cfg: dict) -> nn.Module:

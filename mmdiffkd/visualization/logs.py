@@ -97,7 +97,7 @@ def read_versions(folder: Path) -> Dict[str, str]:
 
 def _records(file: Path) -> Tuple[List[dict], int]:
     """Return the readable records of a file and the number of damaged lines."""
-    lines = [line for line in file.read_text(errors='replace').splitlines() if line.strip()]
+    lines = [line for line in file.read_text('utf-8', 'replace').splitlines() if line.strip()]
     records = [record for record in map(_parsed, lines) if record is not None]
     if not records:
         raise DamagedLogError(
@@ -135,7 +135,7 @@ def _numbers(record: dict, prefix: str = '') -> Dict[str, float]:
 
 def _text(folder: Path) -> str:
     file = folder / f'{folder.name}.log'
-    return file.read_text(errors='replace') if file.is_file() else ''
+    return file.read_text('utf-8', 'replace') if file.is_file() else ''
 
 
 def _versions(text: str) -> Dict[str, str]:

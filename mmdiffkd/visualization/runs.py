@@ -269,7 +269,7 @@ def _pictures(start: Path) -> List[Picture]:
 
 def _config(start: Path) -> str:
     file = start / 'vis_data' / 'config.py'
-    return file.read_text(errors='replace') if file.is_file() else ''
+    return file.read_text('utf-8', 'replace') if file.is_file() else ''
 
 
 def _notes(folder: Path, log: Log) -> List[str]:
@@ -283,7 +283,7 @@ def newest_test(folder: Path) -> Tuple[Optional[Path], Dict[str, float]]:
     """Return folder and metrics of the newest test in the work dir, or None and an empty dict."""
     for file in sorted(folder.glob('*/*.json'), reverse=True):
         try:
-            content = json.loads(file.read_text(errors='replace'))
+            content = json.loads(file.read_text('utf-8', 'replace'))
         except ValueError:
             continue
         if file.stem == file.parent.name and isinstance(content, dict):

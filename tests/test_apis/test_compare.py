@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmdiffkd.apis import JobResult, compare, list_presets
+from mmdiffkd.apis import JobResult, compare
 from mmdiffkd.apis.compare import _lock, read_failure
 from mmdiffkd.apis.costs import measure_costs
 from tests import tiny
@@ -345,11 +345,6 @@ def test_gpus(run, monkeypatch):
     monkeypatch.setattr(module, 'available_gpus', lambda: ['2', '5', '7'])
     run(seeds=[0])
     assert run.jobs.options == dict(gpus=['2', '5', '7'], workers=3)
-
-
-def test_list_presets():
-    presets = list_presets()
-    assert presets['diffkd'].startswith('Default pairs') and 'plus' in presets
 
 
 def test_one_class(run, student, teacher):

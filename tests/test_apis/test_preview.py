@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 from mmdet.models import RetinaNet
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODELS
@@ -16,8 +18,10 @@ from mmdiffkd.apis import build_distiller, list_taps, preview
 from mmdiffkd.apis.distill_to_text import distill_to_text
 from mmdiffkd.models.distillers.recorders import ModuleOutputsRecorder, TapError
 from mmdiffkd.utils import resolve_config
+from mmdiffkd.visualization.feature_panels import draw_comparison
 from tests import tiny
 from tests.conftest import ROOT, call_tool, load_tool
+from tests.test_upstream import models
 
 TOOL = 'analysis_tools/preview.py'
 CONFIG = ROOT / 'configs' / 'diffkd_retinanet_r101_r50.py'
@@ -274,6 +278,107 @@ def test_list_taps():
     assert set(student) <= {name for name, _ in model.named_modules()}
 
 
+@pytest.mark.situation(
+    'images',
+    'the list of taps of a model for gray images',
+    'mmpretrain #753',
+    'runs the model on images of as many channels as it takes',
+)
+def test_list_taps_of_a_model_for_gray_images():
+    assert list_taps('mmpretrain::lenet/lenet5_mnist.py')['backbone.features.0'] == [[1, 6, 28, 28]]
+
+
+@pytest.mark.situation(
+    'images',
+    'the list of taps of a model with operators that run on a CPU or GPU only',
+    '',
+    'runs the model on the CPU if it does not run without memory',
+)
+def test_list_taps_of_a_model_with_deformable_convolutions():
+    dcn = dict(type='DCN', deform_groups=1, fallback_on_stride=False)
+    changes = {'backbone.dcn': dcn, 'backbone.stage_with_dcn': (False, True, True, True), 'backbone.depth': 50}
+    widths = {'neck.in_channels': [32, 64, 128, 256]}
+    cfg = Config(dict(default_scope='mmdet', model=tiny.detector(**changes, **widths)))
+    assert list_taps(cfg, size=(128, 128))['neck'][0] == [1, 16, 16, 16]
+
+
+def with_channels(channels, width=8):
+    """Return a detector for images with this number of channels."""
+    preprocessor = dict(_delete_=True, type='DetDataPreprocessor', mean=[100.0], std=[50.0], pad_size_divisor=32)
+    return tiny.detector(base_channels=width, **{'backbone.in_channels': channels, 'data_preprocessor': preprocessor})
+
+
+@pytest.mark.parametrize('channels', [(1, 3), (3, 1), (4, 4)])
+def test_images_of_any_number_of_channels(small, tmp_path, channels):
+    """Preview, training step and picture of models for such images."""
+    student, teacher = with_channels(channels[0]), with_channels(channels[1], 16)
+    cfg = Config(dict(default_scope='mmdet', model=tiny.distiller_cfg(tmp_path, student, teacher)))
+    report = preview(cfg, size=(64, 64))
+    assert report['gmacs']['student'] and report['gmacs']['teacher']
+    found = [text for text in report['warnings'] if 'channels' in text]
+    assert len(found) == (channels[0] != channels[1])
+    assert not any('random images' in text for text in report['warnings'])
+    assert list_taps(cfg, 'student', (64, 64))['backbone.conv1'] == [[1, 8, 32, 32]]
+    model = tiny.build(cfg.model)
+    model.distill_state.capture = True
+    data = demo_mm_inputs(2, [[channels[0], 64, 64]] * 2, num_items=[3, 3], num_classes=80)
+    data = model.data_preprocessor(data, True)
+    assert model.loss(data['inputs'], data['data_samples'])['diffkd.fpn.loss_kd'] > 0
+    record = model.distill_state.last_record
+    shown = model.diffkd_teacher.renormalize.displayed(record.images[:1])[0]
+    picture = draw_comparison('fpn', shown, record.outputs['fpn'][0], 1)
+    assert shown.shape == (3, 64, 64) and picture.ndim == 3
+
+
+@pytest.mark.slow
+def test_teacher_for_images_of_a_fixed_size(tmp_path):
+    student = models.convnext_segmentor()
+    cfg = Config(dict(default_scope='mmseg', model=models.distiller(student, models.beit_segmentor())))
+    cfg.model.teacher.data_preprocessor = dict(size=None, size_divisor=1)
+    warnings = {size: preview(cfg, size=(size, size))['warnings'] for size in (256, 512)}
+    assert 'The teacher does not run on images of 256x256, but on images of 512x512' in ' '.join(warnings[256])
+    assert 'does not run' not in ' '.join(warnings[512])
+
+
+def classifier(data_preprocessor, dataset=None, steps=(dict(type='LoadImageFromFile'),)):
+    """Return a whole config of a classifier with a pipeline."""
+    cfg = models.resnet_classifier()
+    cfg.data_preprocessor = dict(type='ClsDataPreprocessor', num_classes=3, **data_preprocessor)
+    dataset = dict(type=dataset or 'CustomDataset', pipeline=[*steps, dict(type='PackInputs')])
+    return Config(dict(default_scope='mmpretrain', model=cfg, train_dataloader=dict(dataset=dataset)))
+
+
+def image_warnings(student, teacher, **changes):
+    cfg = copy.deepcopy(student)
+    teacher = dict(config=teacher.to_dict(), checkpoint='none.pth', **changes)
+    cfg.model = dict(type='mmdiffkd.DiffKDDistiller', student=student.model, teacher=teacher)
+    words = 'RGB', 'pipeline', 'mean'
+    return [text for text in preview(cfg, size=(64, 64))['warnings'] if any(word in text for word in words)]
+
+
+def test_color_order_of_the_data_sets():
+    statistics = dict(mean=[125.0] * 3, std=[60.0] * 3)
+    cifar = classifier(dict(to_rgb=False, **statistics), 'CIFAR10', ())
+    imagenet = classifier(dict(to_rgb=True, **statistics))
+    (warning,) = image_warnings(cifar, imagenet)
+    assert "The student's data set gives RGB images and the teacher's BGR: set" in warning
+    assert 'teacher=dict(data_preprocessor=dict(to_rgb=False)),' in warning
+    assert not image_warnings(cifar, imagenet, data_preprocessor=dict(to_rgb=False))
+    assert not image_warnings(imagenet, classifier(dict(to_rgb=False, **statistics)))  # both load BGR
+    plain = Config(dict(default_scope='mmpretrain', model=imagenet.model))
+    assert 'This assumes that student and teacher load images in the same order' in image_warnings(cifar, plain)[0]
+
+
+def test_student_that_normalizes_in_its_pipeline():
+    steps = [dict(type='LoadImageFromFile'), dict(type='Normalize', mean=[90.0] * 3, std=[30.0] * 3, to_rgb=True)]
+    student, teacher = classifier({}, steps=steps), classifier(dict(mean=[120.0] * 3, std=[60.0] * 3, to_rgb=True))
+    warning = image_warnings(student, teacher)[-1]
+    setting = dict(mean=[1.0] * 3, std=[2.0] * 3, to_rgb=False)
+    text = ', '.join(f'{key}={value}' for key, value in setting.items())
+    assert "The student's pipeline normalizes images" in warning and f'data_preprocessor=dict({text})' in warning
+    assert not image_warnings(student, teacher, data_preprocessor=setting)[1:]
+
+
 def test_list_taps_with_cfg_options(small):
     narrow = {'model.student.neck.out_channels': 8, 'model.student.bbox_head.in_channels': 8}
     assert list_taps(small(), size=(128, 128), cfg_options=narrow)['neck'][0] == [1, 8, 16, 16]
@@ -399,3 +504,19 @@ def test_shipped_configs(path, memory_full_of_nan):
     assert not any('not checked in a training pass' in warning for warning in found['warnings'])
     # deformable convolutions do not run on the meta device
     assert (found['gmacs']['teacher'] is None) is ('reppoints-x101' in path.stem)
+
+
+def test_preset_replaces_preset_and_pairs(small):
+    config = small(distill=dict(last=dict(student='backbone', teacher='backbone')))
+    result = preview(config, size=(128, 128), preset='mgd')
+    assert {row['pair'] for row in result['pairs']} == {'fpn'} and result['gmacs']['diffusion_module'] > 0
+    assert result['pairs'][0]['loss_weight'] == 2e-5 and 'mask_ratio=0.65' in result['distill']
+    assert list(config.model.distill) == ['last']
+    with pytest.raises(ValueError, match="preset='kd' is a method for segmentation and classification, but RetinaNet"):
+        preview(config, preset='kd')
+
+
+def test_labels_of_dkd_are_made_up():
+    classifier = models.resnet_classifier()
+    config = Config(dict(default_scope='mmpretrain', model=models.distiller(classifier, classifier, preset='dkd')))
+    assert preview(config, size=(64, 64))['gmacs']['diffusion_module'] == 0

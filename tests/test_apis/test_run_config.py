@@ -1,7 +1,17 @@
+import importlib
 import os
+import runpy
+import sys
 from argparse import Namespace
+from pathlib import Path
 
-from mmdiffkd.apis import load_run_config
+import pytest
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from mmdiffkd.apis import distill, load_run_config
+from mmdiffkd.utils import resolve_config
+from tests.conftest import ROOT
 
 
 def load(tmp_path, **options):
@@ -27,3 +37,80 @@ def test_work_dir(tmp_path):
     assert load(tmp_path).work_dir == os.path.join('work_dirs', 'my_run')
     assert load(tmp_path, cfg_options=dict(work_dir='mine')).work_dir == 'mine'
     assert load(tmp_path, cfg_options=dict(work_dir='mine'), work_dir='given').work_dir == 'given'
+
+
+CONFIGS = dict(
+    mmdet='mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    mmseg='mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+    mmpretrain='mmpretrain::resnet/resnet18_8xb32_in1k.py',
+)
+
+
+class Stopped(BaseException):
+    """Ends a script before it trains."""
+
+
+@pytest.fixture
+def config_of_run(monkeypatch):
+    """Function that runs a script up to the Runner, and returns the config that the Runner gets."""
+
+    def run(start, *argv):
+        seen = []
+
+        def from_cfg(cfg):
+            seen.append(cfg)
+            raise Stopped
+
+        monkeypatch.setattr(Runner, 'from_cfg', from_cfg)
+        monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
+        monkeypatch.setenv('LOCAL_RANK', '0')
+        with pytest.raises(Stopped):
+            start()
+        return seen[0].to_dict()
+
+    return run
+
+
+def script(path):
+    return lambda: runpy.run_path(str(path), run_name='__main__')
+
+
+AMP = ('--amp', '--cfg-options', 'optim_wrapper.type=AmpOptimWrapper', 'optim_wrapper.loss_scale=512.0')
+
+
+@pytest.mark.parametrize(
+    'options', [(), ('--amp', '--auto-scale-lr'), AMP, ('--cfg-options', 'train_dataloader.pin_memory=False')]
+)
+@pytest.mark.parametrize('package', CONFIGS)
+@pytest.mark.situation(
+    'places',
+    "settings that mmpretrain's `train.py` adds to the config",
+    'mmpretrain #1024, mmpretrain #1880',
+    '`tools/train.py`, `distill()` and `mim train` give the Runner the same config.',
+)
+def test_same_run_as_mim_train(package, options, config_of_run, tmp_path):
+    config = resolve_config(CONFIGS[package]).filename
+    if package == 'mmseg':
+        options = tuple(option for option in options if option != '--auto-scale-lr')  # mmseg lacks this option
+    upstream = Path(importlib.import_module(package).__file__).parent / '.mim' / 'tools' / 'train.py'
+    arguments = config, '--work-dir', tmp_path, *options
+    expected = config_of_run(script(upstream), upstream, *arguments)
+    found = config_of_run(script(ROOT / 'tools' / 'train.py'), 'train.py', *arguments)
+    found.setdefault('resume', expected.get('resume'))  # mmseg's script always sets it
+    assert found == expected
+    if options:
+        return
+    student = Config.fromfile(config)
+    teacher = Config(dict(model=student.model, default_scope=package))
+    called = config_of_run(lambda: distill(student, teacher, 'x.pth', tmp_path))
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper', 'train_cfg'):
+        assert called[name] == expected[name]
+
+
+def test_loader_without_workers(tmp_path):
+    """torch refuses persistent workers without workers."""
+    file = resolve_config(CONFIGS['mmpretrain']).filename
+    options = {'train_dataloader.num_workers': 0, 'val_dataloader.persistent_workers': False}
+    defaults = dict(cfg_options=options, work_dir='x', launcher='none', local_rank=0)
+    cfg = load_run_config(Namespace(config=file, **defaults))
+    assert [cfg[f'{name}_dataloader'].persistent_workers for name in ('train', 'val', 'test')] == [False, False, True]

@@ -1,9 +1,15 @@
+import argparse
+import errno
+import gzip
 import hashlib
 import http.server
 import os
+import pathlib
 import pickle
+import sys
 import tarfile
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,7 +17,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from mmdiffkd.engine.checkpoint import check_is_data, load_strict, read_checkpoint
+from mmdiffkd.engine.checkpoint import check_is_data, read_checkpoint
 from tests.attack import Attack
 
 
@@ -61,9 +67,9 @@ class TestRead:
 
     def test_check_accepts_any_plain_data(self, tmp_path):
         trace = str(tmp_path / 'trace')
+        assert check_is_data('s3://bucket/w.pth') == 's3://bucket/w.pth'
         check_is_data(save(tmp_path, dict(model=dict(w=torch.ones(2)))))
         check_is_data(str(tmp_path))  # a sharded checkpoint
-        check_is_data('torchvision://resnet50')
         with pytest.raises(ValueError, match='was refused because it holds the object .*mkdir'):
             check_is_data(save(tmp_path, dict(model=Attack(trace))))
         assert not os.path.exists(trace)
@@ -100,6 +106,13 @@ class TestRead:
         with pytest.raises(ValueError, match='not a PyTorch checkpoint: it is damaged'):
             read_checkpoint(path)
 
+    def test_truncated_file_of_old_torch(self, tmp_path):
+        torch.save(dict(w=torch.ones(999)), tmp_path / 'w.pth', _use_new_zipfile_serialization=False)
+        assert set(read_checkpoint(str(tmp_path / 'w.pth'))['state_dict']) == {'w'}
+        (tmp_path / 'w.pth').write_bytes((tmp_path / 'w.pth').read_bytes()[:2000])
+        with pytest.raises(ValueError, match='not a PyTorch checkpoint: it is damaged'):
+            read_checkpoint(str(tmp_path / 'w.pth'))
+
     @pytest.mark.parametrize('content', [b'hello', b'Repository not found', b'a: 1', b'', bytes(range(256)) * 9])
     def test_file_that_is_not_a_checkpoint(self, tmp_path, content):
         (tmp_path / 'other.pth').write_bytes(content)
@@ -111,13 +124,170 @@ class TestRead:
         [
             (torch.ones(2), 'contains a Tensor instead of a state dict'),
             (dict(state_dict=[1]), 'contains a list instead of a state dict'),
-            (dict(model=dict(w=torch.ones(2))), "has no valid state dict: 'model' is a dict, not a tensor"),
-            ({3: torch.ones(2)}, "has no valid state dict: '3' is a Tensor"),
+            ({3: torch.ones(2)}, 'holds no weights of a model; its keys are 3'),
+            (dict(optimizer=dict(state={0: dict(step=torch.ones(1))}), epoch=3), "its keys are 'optimizer', 'epoch'"),
         ],
     )
     def test_checkpoint_without_weights(self, tmp_path, content, message):
         with pytest.raises(ValueError, match=message):
             read_checkpoint(save(tmp_path, content))
+
+
+WEIGHTS = {'conv.weight': torch.ones(2), 'conv.bias': torch.zeros(1)}
+AVERAGED = {key: value + 1 for key, value in WEIGHTS.items()}
+LINEAR = nn.Linear(2, 3).state_dict()
+
+
+class TestOtherSavers:
+    """Checkpoints of other training scripts, which keep the weights under other names."""
+
+    @pytest.mark.situation(
+        'weights',
+        'checkpoint of another trainer',
+        'DIST_KD #7, nanoGPT #325',
+        'the weights are found under `model`, `model_state_dict` and other names; the log names the entry.',
+    )
+    @pytest.mark.parametrize(
+        'content',
+        [
+            dict(model=WEIGHTS, epoch=3, lr=torch.ones(1)),
+            dict(model_state_dict=WEIGHTS, optimizer_state_dict=dict(state={0: dict(step=torch.ones(99))})),
+            dict(net=WEIGHTS, acc=torch.tensor(0.9)),
+            dict(checkpoint=dict(network=dict(state_dict=WEIGHTS)), optimizer=dict(a=torch.ones(2))),
+            dict(model={f'module.{key}': value for key, value in WEIGHTS.items()}),
+            dict(model={f'_orig_mod.module.{key}': value for key, value in WEIGHTS.items()}),
+            dict(model={f'module._orig_mod.{key}': value for key, value in WEIGHTS.items()}),
+            {**{f'module.{key}': value for key, value in WEIGHTS.items()}, 'n_averaged': torch.tensor(7)},
+            dict(WEIGHTS, epoch=5, config='text'),
+        ],
+        ids=['model', 'model_state_dict', 'net', 'nested', 'DDP', 'compiled DDP', 'DDP compiled', 'SWA', 'flat'],
+    )
+    def test_names_of_the_entry(self, tmp_path, content):
+        found = read_checkpoint(save(tmp_path, content))['state_dict']
+        torch.testing.assert_close({key: found[key] for key in WEIGHTS}, WEIGHTS)
+        assert set(found) <= {*WEIGHTS, 'n_averaged'}
+
+    @pytest.mark.situation(
+        'weights',
+        'averaged weights beside the weights',
+        'timm PR #1677, RT-DETR #81, OpenTAD #44, lightly-train PR #484',
+        'the plain weights are used and the log names the averaged ones; a file with only averaged weights is read.',
+    )
+    def test_averaged_weights(self, tmp_path, capfd):
+        for number, (content, expected) in enumerate(
+            [
+                (dict(state_dict=WEIGHTS, state_dict_ema=AVERAGED), WEIGHTS),
+                (dict(model=WEIGHTS, model_ema=AVERAGED), WEIGHTS),
+                (dict(model=WEIGHTS, ema=dict(module=AVERAGED, updates=3)), WEIGHTS),
+            ]
+        ):
+            path = save(tmp_path, content, f'{number}.pth')
+            torch.testing.assert_close(dict(read_checkpoint(path)['state_dict']), expected)
+            assert 'the averaged weights under' in capfd.readouterr().out
+        for content in (dict(state_dict_ema=AVERAGED), dict(model=None, ema=dict(module=AVERAGED, updates=3))):
+            torch.testing.assert_close(dict(read_checkpoint(save(tmp_path, content))['state_dict']), AVERAGED)
+        assert "the weights under 'ema.module' are used" in capfd.readouterr().out
+
+    def test_mmengine_checkpoint_with_average_is_not_remarkable(self, tmp_path, capfd):
+        content = dict(state_dict=WEIGHTS, ema_state_dict=AVERAGED, meta={}, message_hub={})
+        assert set(read_checkpoint(save(tmp_path, content))) == set(content)
+        assert not capfd.readouterr().out
+
+    @pytest.mark.situation(
+        'weights',
+        'command-line arguments beside the weights',
+        'DIST_KD #7',
+        'an `argparse.Namespace` with paths is read as data; an object in it that could run code is refused.',
+    )
+    def test_arguments_of_the_trainer(self, tmp_path):
+        args = argparse.Namespace(lr=0.1, data=pathlib.PosixPath('/data/coco'), betas=(0.9, 0.99))
+        content = read_checkpoint(save(tmp_path, dict(model=WEIGHTS, args=args), 'best.pth.tar'))
+        assert content['args'].lr == 0.1 and str(content['args'].data) == '/data/coco'
+        trace = str(tmp_path / 'trace')
+        with pytest.raises(ValueError, match='was refused because it holds the object .*mkdir'):
+            read_checkpoint(save(tmp_path, dict(model=WEIGHTS, args=argparse.Namespace(lr=Attack(trace)))))
+        assert not os.path.exists(trace)
+
+    @pytest.mark.situation(
+        'weights',
+        'safetensors file',
+        'timm PR #1677',
+        'read with the package `safetensors`, also under another file name; without the package, the error says so.',
+    )
+    def test_safetensors(self, tmp_path, monkeypatch):
+        from safetensors.torch import save_file
+
+        for name in ('model.safetensors', 'model.pth'):
+            save_file(LINEAR, tmp_path / name, metadata=dict(format='pt'))
+            torch.testing.assert_close(dict(read_checkpoint(str(tmp_path / name))['state_dict']), dict(LINEAR))
+        monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+        with pytest.raises(ValueError, match="is a safetensors file: run 'pip install safetensors' to read it"):
+            read_checkpoint(str(tmp_path / 'model.safetensors'))
+
+    def test_truncated_safetensors(self, tmp_path):
+        from safetensors.torch import save
+
+        (tmp_path / 'model.safetensors').write_bytes(save(LINEAR)[:-4])
+        with pytest.raises(ValueError, match='not a PyTorch checkpoint: it is damaged'):
+            read_checkpoint(str(tmp_path / 'model.safetensors'))
+
+    @pytest.mark.situation(
+        'weights',
+        'file of another kind under the name of a checkpoint',
+        'sapiens #124, git-lfs #4366',
+        'refused with the kind and the cure: Git LFS pointers, archives, JSON and HDF5 files, web pages.',
+    )
+    @pytest.mark.parametrize(
+        'content, message',
+        [
+            (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', "pointer of Git LFS; run 'git lfs pull'"),
+            (b'{"weight_map": {}}', 'is a JSON file; use the file of weights'),
+            (b'\x89HDF\r\n\x1a\n', 'is an HDF5 file'),
+            (gzip.compress(b'weights'), 'is an archive; unpack it'),
+            (pickle.dumps(dict(model=dict(w=np.ones(3)))), 'is a pickle that torch.save did not write'),
+        ],
+        ids=['git-lfs', 'JSON', 'HDF5', 'gzip', 'pickle'],
+    )
+    def test_other_kinds_of_files(self, tmp_path, content, message):
+        (tmp_path / 'teacher.pth').write_bytes(content)
+        with pytest.raises(ValueError, match=f'teacher.pth. is not a PyTorch checkpoint: it .*{message}'):
+            read_checkpoint(str(tmp_path / 'teacher.pth'))
+
+    def test_archives_with_a_checkpoint(self, tmp_path):
+        path = save(tmp_path, WEIGHTS)
+        with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as archive:
+            archive.write(path, 'weights.pth')
+        for mode in ('w', 'w:gz'):
+            with tarfile.open(tmp_path / f'{mode[2:]}.tar', mode) as archive:
+                archive.add(path, 'weights.pth')
+        for name in ('a.zip', '.tar', 'gz.tar'):
+            with pytest.raises(ValueError, match='is an archive; unpack it and use the checkpoint in it'):
+                read_checkpoint(str(tmp_path / name))
+
+
+class TestReaderOfMmengine:
+    """mmengine opens a checked file with the reader of this package."""
+
+    def test_foreign_files(self, tmp_path):
+        from mmengine.runner import load_checkpoint
+        from safetensors.torch import save_file
+
+        save_file(LINEAR, tmp_path / 'w.safetensors')
+        torch.save(dict(model=LINEAR, args=argparse.Namespace(lr=1)), tmp_path / 'w+(1).pth')
+        for name in ('w.safetensors', 'w+(1).pth'):
+            model = nn.Linear(2, 3)
+            load_checkpoint(model, check_is_data(str(tmp_path / name)))
+            torch.testing.assert_close(model.state_dict(), LINEAR)
+
+    def test_file_that_is_replaced_after_the_check(self, tmp_path):
+        from mmengine.runner import load_checkpoint
+
+        path = check_is_data(save(tmp_path, LINEAR))
+        trace = str(tmp_path / 'trace')
+        save(tmp_path, dict(state_dict=LINEAR, meta=Attack(trace)))
+        with pytest.raises(ValueError, match='was refused because it holds the object'):
+            load_checkpoint(nn.Linear(2, 3), path)
+        assert not os.path.exists(trace)
 
 
 class TestRestrictedPickle:
@@ -153,6 +323,7 @@ class TestDownload:
         torch.save(dict(w=torch.ones(2)), folder / 'w.pth')
         digest = hashlib.sha256((folder / 'w.pth').read_bytes()).hexdigest()[:8]
         (folder / 'w.pth').rename(folder / f'right-{digest}.pth')
+        (folder / 'plain.pth').write_bytes((folder / f'right-{digest}.pth').read_bytes())
         (folder / 'wrong-12345678.pth').write_bytes((folder / f'right-{digest}.pth').read_bytes())
 
         class Handler(http.server.SimpleHTTPRequestHandler):
@@ -177,66 +348,111 @@ class TestDownload:
         httpd.shutdown()
         assert set(read_checkpoint(url)['state_dict']) == {'w'}
 
+    @pytest.mark.situation(
+        'weights',
+        'URLs with the same file name',
+        'torchgeo #4037, thingsvision PR #178',
+        'each URL has its own file in the cache; files whose name contains their hash keep this name.',
+    )
+    def test_urls_with_the_same_file_name(self, server, capfd):
+        url, httpd, cache = server
+        folder, address = cache.parent / 'served', url.rsplit('/', 1)[0]
+        names = ['a/epoch_12.pth', 'b/epoch_12.pth', 'a/run-20240101.pth', 'a/weights.pth?id=1', 'a/weights.pth?id=2']
+        for number, name in enumerate(names):
+            path = folder / name.split('?')[0]
+            path.parent.mkdir(exist_ok=True)
+            torch.save(dict(w=torch.tensor(number)), path)
+            assert read_checkpoint(f'{address}/{name}')['state_dict']['w'] == number
+        files = [check_is_data(f'{address}/{name}') for name in names]
+        assert len(set(files)) == len(names) and all(os.path.isfile(file) for file in files)
+        assert f'{address}/a/epoch_12.pth was downloaded on' in capfd.readouterr().out
+        assert check_is_data(url) == str(cache / 'hub' / 'checkpoints' / url.rsplit('/', 1)[1])
+
+    def test_server_that_changes_its_answer_after_the_check(self, server):
+        """The checked download is loaded, not what the server sends later."""
+        from mmengine.runner import load_checkpoint
+
+        url, httpd, cache = server
+        folder, address = cache.parent / 'served', url.rsplit('/', 1)[0]
+        torch.save(LINEAR, folder / 'w.pth')
+        path = check_is_data(f'{address}/w.pth')
+        torch.save(Attack(str(cache / 'trace')), folder / 'w.pth')
+        model = nn.Linear(2, 3)
+        load_checkpoint(model, path)
+        torch.testing.assert_close(model.state_dict(), LINEAR)
+        assert not (cache / 'trace').exists()
+
+    @pytest.mark.parametrize('name', ['torchvision://resnet18', 'open-mmlab://resnet50_caffe', 'mmcls://vgg11'])
+    def test_names_of_mmengine(self, server, name):
+        """The weights that torch or mmengine downloaded earlier are found and checked without a network."""
+        from mmdiffkd.engine.checkpoint import url_of
+
+        cached = server[2] / 'hub' / 'checkpoints' / url_of(name).rsplit('/', 1)[1]
+        cached.parent.mkdir(parents=True)
+        torch.save(dict(state_dict=WEIGHTS), cached)
+        assert check_is_data(name) == str(cached)
+        assert set(read_checkpoint(name)['state_dict']) == set(WEIGHTS)
+        torch.save(Attack('trace'), cached)
+        with pytest.raises(ValueError, match=f"'{name} .cached as .*refused because it holds the object"):
+            check_is_data(name)
+
+    def test_unknown_name_of_mmengine(self):
+        with pytest.raises(ValueError, match=r"no model 'torchvision://resnet_50'; the nearest names are 'resnet50'"):
+            check_is_data('torchvision://resnet_50')
+
     def test_unreachable_host(self, tmp_path, monkeypatch):
         monkeypatch.setenv('TORCH_HOME', str(tmp_path))
         with pytest.raises(ValueError, match=r'http://127.0.0.1:9/w.pth could not be downloaded'):
             read_checkpoint('http://127.0.0.1:9/w.pth')
+
+    @pytest.mark.situation(
+        'places',
+        'a cache of weights that cannot be written',
+        'huggingface_hub #2797, mmsegmentation #1734',
+        'weights in it are used; otherwise, a sentence names the variable that moves the cache.',
+    )
+    def test_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
+        url, cache = 'http://127.0.0.1:9/{}-12345678.pth', tmp_path / 'hub' / 'checkpoints'
+        cache.mkdir(parents=True)
+        torch.save(dict(w=torch.ones(1)), cache / 'good-12345678.pth')
+
+        def refuse(path, *args, **options):
+            raise PermissionError(errno.EACCES, 'Permission denied', path)
+
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+        monkeypatch.setattr(os, 'makedirs', refuse)
+        assert set(read_checkpoint(url.format('good'))['state_dict']) == {'w'}
+        with pytest.raises(
+            ValueError, match='could not be downloaded: .*Permission denied.*Set .* TORCH_HOME to a folder'
+        ):
+            read_checkpoint(url.format('other'))
+
+    def test_damaged_file_that_cannot_be_removed(self, server, monkeypatch):
+        url, _, cache = server
+        url = url.rsplit('/', 1)[0] + '/plain.pth'
+        read_checkpoint(url)
+        (file,) = (cache / 'hub' / 'checkpoints').glob('plain-*.pth')
+        file.write_bytes(b'PK')
+
+        def refuse(path, *args, **options):
+            raise OSError(errno.EROFS, 'Read-only file system', path)
+
+        monkeypatch.setattr(os, 'remove', refuse)
+        with pytest.raises(
+            ValueError, match=r'is damaged.* cannot be removed from the cache \(Read-only .* TORCH_HOME'
+        ):
+            read_checkpoint(url)
+
+    def test_no_home_folder(self, tmp_path, monkeypatch):
+        """A user without an entry in the list of users has no home, as in some containers."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.hub, 'get_dir', lambda: '~/.cache/torch/hub')
+        with pytest.raises(ValueError, match='could not be downloaded: .*there is no home folder. Set .* TORCH_HOME'):
+            read_checkpoint('http://127.0.0.1:9/w.pth')
+        assert not list(tmp_path.iterdir())
 
     def test_wrong_hash_leaves_no_file(self, server):
         url, _, cache = server
         with pytest.raises(ValueError, match='wrong-12345678.pth could not be downloaded: invalid hash value'):
             read_checkpoint(url.rsplit('/', 1)[0] + '/wrong-12345678.pth')
         assert not [file for file in cache.rglob('*') if file.is_file()]
-
-
-class TestLoadStrict:
-    def load(self, weights):
-        load_strict(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), weights, 'the teacher (mine.py)', "'w.pth'")
-
-    def weights(self):
-        return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict()
-
-    def test_matching_weights(self):
-        self.load(self.weights())
-        self.load({f'module.{key}': value for key, value in self.weights().items()})
-
-    def test_batch_counters_and_diffusion_weights_are_ignored(self):
-        weights = {k: v for k, v in self.weights().items() if 'num_batches' not in k}
-        self.load({**weights, 'diffkd.fpn.x': torch.ones(1)})
-
-    @pytest.mark.parametrize(
-        'change, message',
-        [
-            (lambda w: w.pop('0.bias'), r"weights of 'w.pth' do not fit the teacher \(mine.py\): missing 0.bias\."),
-            (lambda w: w.update(extra=torch.ones(1)), 'unexpected extra'),
-            (lambda w: w.update({'0.weight': torch.ones(4, 2)}), '0.weight .4x2 in the file, 3x2 in the model.'),
-        ],
-    )
-    def test_mismatches_are_listed(self, change, message):
-        weights = self.weights()
-        change(weights)
-        with pytest.raises(ValueError, match=message):
-            self.load(weights)
-
-    def test_many_mismatches_are_counted(self):
-        with pytest.raises(ValueError, match=r'missing 0.weight, 0.bias, 1.weight, 1.bias and 2 more'):
-            self.load({})
-
-    def test_recomputed_buffers_are_not_missing(self):
-        """Swin V2 recomputes its coordinate tables, so a file may lack them. A different window size is an error."""
-        from mmpretrain.models import SwinTransformerV2
-
-        arch = dict(embed_dims=8, depths=[1, 1], num_heads=[1, 1], extra_norm_every_n_blocks=0)
-        swin = dict(arch=arch, out_indices=(1,), img_size=64)
-        load_strict(SwinTransformerV2(**swin), SwinTransformerV2(**swin).state_dict(), 'the teacher', 'w.pth')
-        weights = SwinTransformerV2(**swin, window_size=[4, 4]).state_dict()
-        with pytest.raises(ValueError, match='relative_coords_table'):
-            load_strict(SwinTransformerV2(**swin, window_size=[8, 8]), weights, 'the teacher', 'w.pth')
-
-    def test_position_embeddings_of_a_different_size(self):
-        from mmpretrain.models import VisionTransformer
-
-        vit = dict(arch=dict(embed_dims=8, num_layers=1, num_heads=1, feedforward_channels=8), patch_size=16)
-        small = VisionTransformer(**vit, img_size=64).state_dict()
-        with pytest.raises(ValueError, match='pos_embed .1x17x8 in the file, 1x37x8 in the model'):
-            load_strict(VisionTransformer(**vit, img_size=96), small, 'the teacher', 'w.pth')

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.conftest import ROOT, call_tool, logged, run_tool
+from tests.conftest import ROOT, call_tool, load_tool, logged, run_tool
 
 MMDET_TEST = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
 # runs a script once for each list of arguments, in a process where this package cannot be imported
@@ -123,6 +123,42 @@ def test_train_export_and_test_in_plain_mmdet(config, tmp_path):
         assert map_of_test(tmp_path / work_dir) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize('plain', [False, True])
+def test_weights_of_another_distiller(config, tmp_path, plain):
+    """Predicting finds the student in the file, also with the plain config of the student."""
+    from argparse import Namespace
+
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    from mmdiffkd.apis.export import student_config
+
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    weights = {key: torch.full_like(value, 2) for key, value in MODELS.build(cfg.model.student).state_dict().items()}
+    content = {f'architecture.{key}': value for key, value in weights.items()}
+    torch.save(dict(model=content, optimizer={}, args=Namespace(lr=1)), tmp_path / 'razor.pth')
+    if plain:
+        config = tmp_path / 'student.py'
+        student_config(cfg).dump(config)
+    args = Namespace(
+        config=str(config),
+        checkpoint=str(tmp_path / 'razor.pth'),
+        work_dir=str(tmp_path / 'tested'),
+        **dict.fromkeys(('cfg_options', 'out', 'show', 'show_dir', 'tta')),
+        launcher='none',
+        local_rank=0,
+    )
+    runner = load_tool('test.py').build_runner(args)
+    runner.call_hook('before_run')
+    runner.load_or_resume()
+    assert (runner.model.bbox_head.retina_cls.weight == 2).all()
+    log = next((tmp_path / 'tested').glob('*/*.log')).read_text()
+    assert "razor.pth': the weights under 'model' are used" in log
+    assert "razor.pth': the prefix 'architecture.' of the keys was removed" in log
+    assert 'unexpected key' not in log
+
+
 def test_test_time_augmentation(config, tmp_path):
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
@@ -135,7 +171,7 @@ def test_test_time_augmentation(config, tmp_path):
     call_tool('test.py', augmented, tmp_path / 'weights.pth', '--work-dir', tmp_path / 'tta', '--tta')
     assert map_of_test(tmp_path / 'tta') >= 0
     done = call_tool('test.py', config, tmp_path / 'weights.pth', '--tta', check=False)
-    assert done.returncode == 1 and '--tta needs tta_model and tta_pipeline' in done.stdout
+    assert done.returncode == 2 and '--tta needs tta_model and tta_pipeline' in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -246,6 +282,6 @@ def test_bad_teacher_stops_before_the_first_iteration(config, tmp_path, kind, me
     if kind == 'html':
         file.write_text('<html>not found</html>')
     done = call_tool('train.py', config, '--cfg-options', f'model.teacher.checkpoint={file}', check=False)
-    assert done.returncode != 0
+    assert done.returncode == 2 and 'Traceback' not in done.stdout
     assert message in done.stdout.splitlines()[-1]
     assert not logged(tmp_path / 'run')

@@ -54,6 +54,7 @@ def mim_train(codebase, config, folder, *options):
     )
     done = mim('train', codebase, config, '--gpus', 0, '--work-dir', folder / 'run', '--cfg-options', *options)
     assert 'Training finished successfully' in done
+    assert 'teacher' not in Config.fromfile(folder / 'run' / 'student.py').model
     (log,) = (folder / 'run').glob('*/vis_data/scalars.json')
     return [json.loads(line) for line in log.read_text().splitlines()]
 

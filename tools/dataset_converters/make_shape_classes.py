@@ -27,7 +27,7 @@ def main():
     args = parse_args()
     for split, count in zip(SPLITS, (args.train, args.val)):
         write_split(args.out / split, split, count, args.size, args.seed)
-    (args.out / 'classes.txt').write_text(''.join(f'{name}\n' for name in sorted(SHAPES)))
+    (args.out / 'classes.txt').write_text(''.join(f'{name}\n' for name in sorted(SHAPES)), encoding='utf-8')
     print(f'{args.out}: images of {len(SHAPES)} classes, {args.train} in train, {args.val} in val')
 
 

@@ -67,7 +67,7 @@ def write_split(out: Path, split: str, count: int, size: int, seed: int) -> None
     categories = [dict(id=number, name=name) for number, name in enumerate(CATEGORIES, 1)]
     file = out / 'annotations' / f'{split}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    file.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)), encoding='utf-8')
 
 
 def draw_image(rng: np.random.Generator, size: int):

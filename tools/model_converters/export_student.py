@@ -23,8 +23,9 @@ def main():
         from mmdiffkd.apis import student_config, student_weights
         from mmdiffkd.utils import read_config
 
-        config = student_config(read_config(args.config))
-        weights = student_weights(args.checkpoint)
+        run_config = read_config(args.config)
+        config = student_config(run_config)
+        weights = student_weights(args.checkpoint, run_config)
         for file in filter(None, (args.out, args.config_out)):
             Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
         torch.save(weights, args.out)

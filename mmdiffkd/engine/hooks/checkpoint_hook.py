@@ -1,16 +1,18 @@
 import os.path as osp
+from pathlib import Path
 from typing import Optional, Union
 
 from mmengine.dist import is_main_process
-from mmengine.fileio import LocalBackend
+from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook as BaseCheckpointHook
 from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
 
-from ..checkpoint import NAME as ATOMIC_BACKEND
-from ..checkpoint import file_to_load
+from ..atomic_backend import NAME as ATOMIC_BACKEND
 from ..random import SeededBatches, seed_iteration
+from ..resume import file_to_load
+from ..weights import fit_loaded_weights
 from .utils import get_distiller
 
 TEACHER = 'diffkd_teacher'  # metadata key under which a checkpoint stores a hash of the teacher's weights
@@ -41,18 +43,24 @@ class CheckpointHook(BaseCheckpointHook):
         """
         if runner._has_loaded:  # FlexibleRunner loads before it calls hooks; tools/train.py has checked the file
             return
-        runner._load_from = self.file_to_load(runner._load_from, runner._resume, runner.work_dir)
+        named = runner._load_from
+        runner._load_from = self.file_to_load(named, runner._resume, runner.work_dir)
+        if runner._load_from is not None:
+            fit_loaded_weights(runner.model, named or runner._load_from)
         runner._resume = bool(runner._resume) and runner._load_from is not None
 
     def file_to_load(self, load_from: Optional[str], resume: Union[bool, str], work_dir: str) -> Optional[str]:
-        """Choose the file that a run loads or resumes; see :func:`mmdiffkd.engine.checkpoint.file_to_load`."""
-        return file_to_load(load_from, resume, work_dir, self._folder(work_dir), self.filename_tmpl)
+        """Choose the file that a run loads or resumes; see :func:`mmdiffkd.engine.resume.file_to_load`."""
+        folder = self._folder(work_dir)
+        return file_to_load(load_from, resume, work_dir, folder, self.filename_tmpl, self.backend_args)
 
     def _folder(self, work_dir: str) -> str:
         """Return the checkpoint folder, which mmengine's hook stores in ``out_dir`` only when training starts."""
-        if self.out_dir is None:
+        if self.out_dir in (None, work_dir):
             return work_dir
-        return osp.join(str(self.out_dir), osp.basename(work_dir.rstrip(osp.sep)))
+        out_dir = str(self.out_dir)
+        backend = get_file_backend(out_dir, backend_args=self.backend_args)
+        return backend.join_path(out_dir, osp.basename(work_dir.rstrip(osp.sep)))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check the teacher, and remove metadata that would make mmengine execute code or delete files.
@@ -60,7 +68,8 @@ class CheckpointHook(BaseCheckpointHook):
         Raises:
             ValueError: If the checkpoint of the resumed run was saved with a different teacher.
         """
-        meta = checkpoint.get('meta', {})
+        meta = checkpoint.get('meta')
+        meta = meta if isinstance(meta, dict) else {}
         meta.pop('config', None)  # mmengine would execute it as Python; its own files have the key 'cfg'
         if not runner._resume:
             return
@@ -106,7 +115,11 @@ class CheckpointHook(BaseCheckpointHook):
         if self.max_keep_ckpts > 0 and len(self.keep_ckpt_ids) == self.max_keep_ckpts:
             if self.keep_ckpt_ids[-1] != step:
                 outdated = self.keep_ckpt_ids.popleft()  # mmengine would delete it before it saves the new checkpoint
-        super()._save_checkpoint_with_step(runner, step, meta)
+        try:
+            super()._save_checkpoint_with_step(runner, step, meta)
+        except UnicodeEncodeError:  # mmengine writes last_checkpoint in the encoding of the locale
+            path = Path(runner.work_dir, 'last_checkpoint')
+            path.write_text(self.last_ckpt, encoding='utf-8', errors='surrogateescape')
         if outdated is not None:
             self._delete(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated)))
 

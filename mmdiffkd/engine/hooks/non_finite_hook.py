@@ -50,7 +50,7 @@ class NonFiniteHook(Hook):
         """Enable the checks of the distiller, and register a hook on the optimizer.
 
         Raises:
-            TypeError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
+            ValueError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
         """
         model = require_distiller(runner, self)
         model.distill_state.skip_non_finite = self.policy == 'skip'

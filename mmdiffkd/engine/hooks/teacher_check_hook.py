@@ -35,9 +35,8 @@ class TeacherCheckHook(Hook):
         """Evaluate the teacher, on all ranks.
 
         Raises:
-            TypeError: If the model is not a distiller.
-            ValueError: If the config has no validation set, the teacher cannot be evaluated on the validation set, or
-                the teacher scores below ``min_score``.
+            ValueError: If the model is not a distiller, the config has no validation set, the teacher cannot be
+                evaluated on the validation set, or the teacher scores below ``min_score``.
         """
         model = require_distiller(runner, self)
         if runner.iter > 0 or model.diffkd_teacher is None:

@@ -20,11 +20,11 @@ def require_distiller(runner: Runner, hook: Hook) -> DiffKDDistiller:
     """Return the distiller of a runner.
 
     Raises:
-        TypeError: If the model is not a distiller.
+        ValueError: If the model is not a distiller.
     """
     model = get_distiller(runner)
     if model is None:
-        raise TypeError(
+        raise ValueError(
             f'{type(hook).__name__} needs a DiffKDDistiller, but the model is a {type(runner.model).__name__}.'
         )
     return model
@@ -34,11 +34,11 @@ def require_optimizer(runner: Runner, hook: Hook) -> Optimizer:
     """Return the torch optimizer of a runner.
 
     Raises:
-        TypeError: If there are several optimizers, or the optimizer is not a torch optimizer, as with DeepSpeed.
+        ValueError: If there are several optimizers, or the optimizer is not a torch optimizer, as with DeepSpeed.
     """
     optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
+        raise ValueError(
             f'{type(hook).__name__} needs a single torch optimizer, but {type(runner.optim_wrapper).__name__} has '
             f'{"several or none" if optimizer is None else "a " + type(optimizer).__name__}; remove the hook.'
         )

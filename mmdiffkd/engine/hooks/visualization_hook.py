@@ -49,7 +49,7 @@ class DiffKDVisualizationHook(Hook):
         """Check that the model is a distiller.
 
         Raises:
-            TypeError: If the model is not a distiller.
+            ValueError: If the model is not a distiller.
         """
         require_distiller(runner, self)
 

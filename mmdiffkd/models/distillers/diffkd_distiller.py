@@ -4,18 +4,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from logging import WARNING
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import all_gather_object, all_reduce
+from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmdiffkd.engine.checkpoint import PREFIX, check_is_data
+from mmdiffkd.engine.checkpoint import PREFIX
+from mmdiffkd.engine.dist import on_all_ranks
+from mmdiffkd.engine.weights import fit_on_load, use_checked_files
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.config import with_preprocessor
+from mmdiffkd.utils.config import type_name, with_preprocessor
+from mmdiffkd.utils.student_config import write_student_config
 from mmdiffkd.utils.validation import ConfigError, bind, build_part, check_value, in_key
 from mmdiffkd.version import __version__
 
@@ -23,6 +26,16 @@ from ..diffusion.feature_diffusion import DiffusionOutput
 from ..losses.naming import name_losses, non_finite_names
 from ..necks import DistillContext, FeatureDiffusionNeck
 from ..necks.base import check_neck, try_neck
+from .batches import (
+    as_data_elements,
+    choose_images,
+    find_data_samples,
+    find_images,
+    find_rows,
+    take_samples,
+    trains,
+    valid_pixel_mask,
+)
 from .feature_info import (
     ENCODERS,
     FeatureInfo,
@@ -43,7 +56,7 @@ class DistillRecord(NamedTuple):
     """Features compared in one iteration, kept for visualization.
 
     Attributes:
-        images (Tensor): Preprocessed images of the student, (N, 3, H, W).
+        images (Tensor): Preprocessed images of the student, (N, C, H, W).
         outputs (dict[str, dict[int, DiffusionOutput]]): Outputs by pair and level. Pairs whose neck does not return
             features are left out.
     """
@@ -66,10 +79,13 @@ class DistillState:
             an error. Set by ``NonFiniteHook``.
         record_tap_gradients (bool): Whether to record ``tap_gradients``. Set by ``NonFiniteHook``.
         capture (bool): Whether the next iteration is kept in ``last_record``. Set by ``DiffKDVisualizationHook``.
+        checkpoint (str): Name in messages of the checkpoint that is loaded. Set by ``CheckpointHook``.
         last_record (DistillRecord, optional): The captured iteration.
         non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
         tap_gradients (dict[tuple[str, int], Tensor]): Sums of the gradients that the student received in the last
             iteration, by pair and level.
+        has_run (bool): Whether ``loss`` has been called.
+        logged (set[str]): Messages that are logged only once.
     """
 
     enabled: bool = True
@@ -78,9 +94,12 @@ class DistillState:
     skip_non_finite: bool = False
     record_tap_gradients: bool = False
     capture: bool = False
+    checkpoint: str = 'The checkpoint'
     last_record: Optional[DistillRecord] = None
     non_finite_losses: List[str] = field(default_factory=list)
     tap_gradients: Dict[Tuple[str, int], Tensor] = field(default_factory=dict)
+    has_run: bool = False
+    logged: Set[str] = field(default_factory=set)
 
     def __getstate__(self):
         # results of the last iteration are not copied or pickled with the model
@@ -99,21 +118,21 @@ class DiffKDDistiller(BaseModel):
     To change the training, subclass this class and override methods such as :meth:`loss` or :meth:`read_pairs`.
 
     Args:
-        student (dict): Config of the student, any model with ``loss(inputs, data_samples)``.
+        student (dict): Config of the student, any model of mmengine with a method ``loss``, of whatever arguments.
         teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
             ``'zoo'``) of the teacher, and other arguments of :class:`.Teacher`. None trains the student alone. Defaults
             to None.
         distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=)}``. None uses the pairs of
             the preset. Defaults to None.
-        preset (str): Default pairs and settings: ``'diffkd'`` (the paper's), ``'plus'``, or a custom preset.
-            Defaults to ``'diffkd'``.
+        preset (str): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
+            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to ``'diffkd'``.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.
             Used if the config of the student has no preprocessor. Defaults to None.
 
     Raises:
-        ConfigError, ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
+        ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
             key.
         FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. Raised
             when training starts; building the model only logs a warning, because the model can still predict.
@@ -124,6 +143,11 @@ class DiffKDDistiller(BaseModel):
     def __new__(cls, *args, **kwargs):
         if cls._student_type is not None:  # copying or unpickling a converted model
             return super().__new__(cls)
+        if {'pretrained', 'train_cfg'} <= set(kwargs) and 'backbone' not in kwargs:
+            raise ValueError(
+                "The init_model of mmseg opens only the config of the plain student: 'student.py' in the work dir of "
+                'the run, or as exported.'
+            )
         bind(cls.__init__, cls.__name__, (None, *args), kwargs)
         student = MODELS.build(_student_cfg(*args, **kwargs))
         _check_convertible(student)
@@ -149,8 +173,10 @@ class DiffKDDistiller(BaseModel):
         self.encoder_path: Optional[str] = None
         if init_from_teacher is not None and init_from_teacher != []:
             check_value('init_from_teacher', init_from_teacher, Union[str, Sequence[str]])
+        self._wrote_student_config = False
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
         self._distill_handles = [
+            self._register_load_state_dict_pre_hook(self._fit_weights),
             self._register_load_state_dict_pre_hook(self._drop_diffusion_keys),
             self.register_load_state_dict_post_hook(_allow_missing_diffusion_keys),
         ]
@@ -183,7 +209,8 @@ class DiffKDDistiller(BaseModel):
             for cfg, owner in ((student_cfg, 'student'), (teacher_cfg, 'teacher'))
         )
         self.encoder_path = encoder_path(self)  # before wrappers change the paths of modules
-        teacher.expect(student_cfg.get('data_preprocessor'), teacher_info)
+        channels = next(iter(self.student_info.values())).image_channels
+        teacher.expect(_scoped_preprocessor(student_cfg), teacher_info, channels)
         if distill is None:  # leave out default pairs with frozen features, unless no pair remains
             trainable = {
                 name: pair
@@ -205,7 +232,9 @@ class DiffKDDistiller(BaseModel):
                 necks[name] = build_part(MODELS, pair.neck, 'neck', **widths)
                 with in_key('neck'):
                     check_neck(necks[name])
-                    if not isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
+                    if isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
+                        _check_positions(necks[name], pair, infos[0], matches[0])
+                    else:
                         self._try_neck(necks[name], pair, infos, matches)
         self.diffkd = nn.ModuleDict(necks)
         # read the attributes before FSDP wraps the necks
@@ -228,26 +257,43 @@ class DiffKDDistiller(BaseModel):
         try_neck(neck, student, teacher, DistillContext(images, input_size=(TRIAL_SIZE, TRIAL_SIZE), student=self))
 
     def init_weights(self) -> None:
-        """Initialize the student as without distillation, then load the teacher. The Runner calls this before training.
+        """Load the teacher, and initialize the student as without distillation. The Runner calls this before training.
+
+        The config of the plain student is written to the work dir of the run.
 
         Raises:
-            FileNotFoundError, ValueError: If the checkpoint of the teacher or of an ``init_cfg`` does not exist, does
-                not fit, or contains other objects than data.
+            FileNotFoundError, ValueError: On all ranks, if on any rank the checkpoint of the teacher or of an
+                ``init_cfg`` does not exist, does not fit, or contains other objects than data.
         """
-        if self.deferred_error is not None:
-            raise self.deferred_error
         print_log(f'Versions: {", ".join(_versions())}', logger='current')
+        self._wrote_student_config = _write_student_config()
         # remove the diffusion module for now: the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
-            for source in _pretrained_files(self):
-                check_is_data(source)
-            super().init_weights()
+            self._load_teacher()
+            with use_checked_files(self):
+                super().init_weights()
         finally:
             if diffkd is not None:
                 self._modules['diffkd'] = diffkd
         if self.diffkd_teacher is not None:
             self._init_from_teacher(self.diffkd_teacher.model)
+
+    def _load_teacher(self) -> None:
+        # one call after the other: ranks download weights together, so no rank may stop before the others
+        on_all_ranks(self._raise_deferred_error)
+        if self.diffkd_teacher is not None:
+            on_all_ranks(lambda: self.diffkd_teacher.model)
+
+    def _raise_deferred_error(self) -> None:
+        if self.deferred_error is not None:
+            raise self.deferred_error
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode of the student and the diffusion module; see :meth:`torch.nn.Module.train`."""
+        if mode and not self._wrote_student_config:  # FlexibleRunner publishes its config after init_weights
+            self._wrote_student_config = _write_student_config()
+        return super().train(mode)
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
         """Copy the teacher's weights to the modules in ``init_from_teacher``."""
@@ -265,37 +311,52 @@ class DiffKDDistiller(BaseModel):
                 )
             target.load_state_dict(source)
 
-    def loss(self, inputs: Tensor, data_samples: Optional[list] = None, **kwargs) -> Dict[str, Tensor]:
+    def loss(self, *args, **kwargs) -> Dict[str, Tensor]:
         """Compute the student's losses and the distillation losses.
 
         Args:
-            inputs (Tensor): Preprocessed images, (N, 3, H, W). For models that take views or clips, the teacher sees
-                the input of the first call of the student's encoder.
-            data_samples (list, optional): Data samples of the images.
+            *args: Arguments of the student's ``loss``, unchanged. The teacher sees the first image batch among the
+                arguments, (N, C, H, W). For models that take views or clips, it sees the input of the student's
+                encoder.
+            **kwargs: Keyword arguments of the student's ``loss``.
 
         Returns:
             dict[str, Tensor]: The student's losses, and for every pair the losses of its neck, summed over levels:
             ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma`` (mean over levels).
             If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
-            ``.gamma.<level>`` are logged as well.
+            ``.gamma.<level>`` are logged as well. If no image of the batch reaches the student's tap, such as the head
+            of a task without labels, only ``.loss_kd`` is returned, and is 0.
+
+        Raises:
+            TapError: If there are no images, or a tap returns something that cannot be distilled.
         """
         if self.deferred_error is not None:
             raise self.deferred_error
         state = self.distill_state
         state.tap_gradients.clear()
+        state.has_run = True
         if self.diffkd_teacher is None or not state.enabled:
-            return super().loss(inputs, data_samples, **kwargs)
-        is_images = isinstance(inputs, Tensor) and inputs.dim() == 4  # otherwise, views or clips
+            return super().loss(*args, **kwargs)
         taps = {tap for pair in self.pairs.values() for tap in pair.student_taps}
         needs_rois = any(is_roi_tap(tap) for pair in self.pairs.values() for tap in pair.teacher_taps)
         with ExitStack() as stack:
             recorder = stack.enter_context(ModuleOutputsRecorder(self, taps, 'student'))
             rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
-            if not is_images:
-                encoder = stack.enter_context(self.record_encoder_inputs())
-            losses = dict(super().loss(inputs, data_samples, **kwargs))
-        images, samples = (inputs, data_samples) if is_images else (encoder.images[0], None)
-        teacher_features = self.diffkd_teacher.features(images, samples, rois[0])
+            encoder = stack.enter_context(ModuleInputsRecorder(self, self.encoder_path)) if self.encoder_path else None
+            losses = dict(super().loss(*args, **kwargs))
+        images = self.find_images(args, kwargs, encoder)
+        if (
+            encoder
+            and encoder.images
+            and images is encoder.images[0]
+            and next(find_images((args, kwargs)), None) is not None
+        ):
+            self._log_once(
+                'The student encodes other images than loss() receives, for example flipped ones: the teacher gets the '
+                'images that the student encodes, and losses that need ground truth get none.'
+            )
+        samples = find_data_samples(args, kwargs, images)
+        teacher_features = self.diffkd_teacher.features(images, as_data_elements(samples, images), rois[0])
         context = DistillContext(
             images=images,
             data_samples=samples,
@@ -311,18 +372,27 @@ class DiffKDDistiller(BaseModel):
             label = self._ignored_labels[name]
             if label not in masks:
                 masks[label] = valid_pixel_mask(samples, label)
-            student = self._student_features(name, pair, recorder, context.input_size)
+            student = self._student_features(name, pair, recorder, images, losses)
+            if not self._compares(name, pair, student is not None):
+                zero = images.new_zeros((), dtype=torch.float32)
+                losses[f'{PREFIX}{name}.loss_kd'] = attach_unused_params(zero, self.diffkd[name].parameters())
+                continue
             teacher = [
                 [teacher_features[tap][t] for _, t in levels]
                 for tap, levels in zip(pair.teacher_taps, self.matched_levels[name])
             ]
-            outputs = self.diffkd[name](
-                _per_tap(pair, student), _per_tap(pair, teacher), replace(context, mask=masks[label])
-            )
+            of_pair = replace(context, mask=masks[label])
+            rows = self._partial_rows(name, pair, student, teacher, len(images))
+            if rows is not None:
+                teacher = [[level[rows] for level in levels] for levels in teacher]
+                mask = of_pair.mask if of_pair.mask is None else of_pair.mask[rows]
+                of_pair = replace(of_pair, images=images[rows], data_samples=take_samples(samples, rows), mask=mask)
+            student, teacher = (self._as_dtype_of_neck(name, features) for features in (student, teacher))
+            outputs = self.diffkd[name](_per_tap(pair, student), _per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
             losses.update(name_losses(name, outputs, levels, state.weight, self._auxiliary_losses[name]))
-            drawn = {level: output for level, output in zip(levels, outputs) if isinstance(output, DiffusionOutput)}
-            if drawn:
+            drawn = {level: output for level, output in zip(levels, outputs) if _is_drawable(output)}
+            if drawn and rows is None:  # otherwise, the first feature may not be of the first image
                 captured[name] = drawn
         if state.capture:
             state.last_record = DistillRecord(images, captured)
@@ -342,33 +412,106 @@ class DiffKDDistiller(BaseModel):
         return levels if len(outputs) == len(levels) else list(range(len(outputs)))
 
     def _student_features(
-        self, name: str, pair: Pair, recorder: ModuleOutputsRecorder, input_size: Tuple[int, int]
-    ) -> List[List[Tensor]]:
-        """Return the student's features by tap and level, after checking that they match the dry run."""
+        self, name: str, pair: Pair, recorder: ModuleOutputsRecorder, images: Tensor, losses: dict
+    ) -> Optional[List[List[Tensor]]]:
+        """Return the student's features by tap and level, after checking that they match the dry run.
+
+        Returns:
+            list[list[Tensor]], optional: None if no image of the batch reaches one of the taps.
+        """
         features = []
         for tap, matches in zip(pair.student_taps, self.matched_levels[name]):
             info = self.student_info[tap]
-            check_training_outputs(name, tap, recorder.outputs[tap], info)
-            recorded = recorder.features(tap, input_size, info.tokens)
+            if not recorder.outputs[tap] and not trains(losses, self._weighted_module(tap)):
+                self._log_once(
+                    f"distill.{name}: no image of a batch reaches the student's '{tap}'; its loss is 0 then."
+                )
+                return None
+            calls = recorder.passes(tap, info.calls, all(info.requires_grad))
+            check_training_outputs(name, tap, calls[0], info)
+            passes = [recorder.as_maps(tap, outputs, images.shape[-2:], info.tokens) for outputs in calls]
             levels = [s for s, _ in matches]
-            check_gradient(name, tap, recorded, levels)
+            check_gradient(name, tap, passes[0], levels)
+            parts = [[features[level] for level in levels] for features in passes]
+            is_split = len(parts) > 1 and not is_roi_tap(tap) and sum(len(part[0]) for part in parts) == len(images)
+            if is_split:
+                recorded = [torch.cat(level) for level in zip(*parts)]
+            else:
+                recorded = parts[0]
+                if len(parts) > 1:
+                    self._log_once(
+                        f"distill.{name}: the student's '{tap}' runs {len(parts)} times with gradients in one loss(); "
+                        'the first of these passes is distilled.'
+                    )
             if self.distill_state.record_tap_gradients and torch.is_grad_enabled():
-                self._record_gradients(name, {level: recorded[level] for level in levels})
-            features.append([recorded[level] for level in levels])
-        return features
+                self._record_gradients(name, dict(zip(levels, recorded)))
+            features.append(recorded)
+        return None if any(not len(level) for levels in features for level in levels) else features
 
-    def record_encoder_inputs(self) -> ModuleInputsRecorder:
-        """Return a recorder of the images in the first call of the student's encoder.
+    def _as_dtype_of_neck(self, name: str, features: List[List[Tensor]]) -> List[List[Tensor]]:
+        """Convert features to the type of the neck's weights. Under autocast, the neck's operators convert them."""
+        device = features[0][0].device.type
+        weight = next(self.diffkd[name].parameters(), None)
+        if weight is None or _is_autocast_enabled(device):
+            return features
+        return [[level.to(weight.dtype) for level in levels] for levels in features]
+
+    def _compares(self, name: str, pair: Pair, has_images: bool) -> bool:
+        """Return whether a pair is compared: with SyncBatchNorm, which waits for all ranks, only if all have images."""
+        is_partial = any(tap.split('.')[0] not in ('backbone', 'neck') for tap in pair.student_taps)
+        syncs = any(isinstance(module, nn.SyncBatchNorm) for module in self.diffkd[name].modules())
+        if not (is_partial and syncs):
+            return has_images
+        everywhere = torch.tensor(has_images, dtype=torch.float32, device=next(self.diffkd[name].parameters()).device)
+        all_reduce(everywhere, op='min')  # does nothing on a single rank
+        return bool(everywhere)
+
+    def _weighted_module(self, path: str) -> nn.Module:
+        """Return the module at a path, or the closest module around it that has weights."""
+        module = find_module(self, path, 'student')
+        while next(module.parameters(), None) is None and '.' in path:
+            path = path.rpartition('.')[0]
+            module = find_module(self, path, 'student')
+        return module
+
+    def _partial_rows(
+        self, name: str, pair: Pair, student: List[List[Tensor]], teacher: List[List[Tensor]], batch_size: int
+    ) -> Optional[Tensor]:
+        """Return the images that the student's features of a pair belong to; None for all.
 
         Raises:
-            TapError: If no module of the student has a name in ``ENCODERS``.
+            TapError: If the features belong to a part of the batch that is unknown.
         """
-        if self.encoder_path is None:
+        counts = [(len(s), len(t)) for ours, theirs in zip(student, teacher) for s, t in zip(ours, theirs)]
+        if all(ours == theirs for ours, theirs in counts) or any(theirs != batch_size for _, theirs in counts):
+            return None
+        rows = [find_rows(level, batch_size) for levels in student for level in levels]
+        if any(part is None or not part.equal(rows[0]) for part in rows):
             raise TapError(
-                f'{self._student_type.__name__} takes views or clips, so the teacher gets the input of the encoder of '
-                f'the student, but the student has none of the modules {", ".join(ENCODERS)}.'
+                f"distill.{name}: the student's '{pair.student_taps[0]}' returns features of {len(student[0][0])} "
+                f'images for a batch of {batch_size}, and it is unknown which images these are. Tap a module that runs '
+                "on the whole batch, such as 'backbone'."
             )
-        return ModuleInputsRecorder(self, self.encoder_path)
+        return rows[0]
+
+    def find_images(self, args: Sequence, kwargs: dict, encoder: Optional[ModuleInputsRecorder]) -> Tensor:
+        """Return the images for the teacher; see :func:`.choose_images`.
+
+        Raises:
+            TapError: If there are no images.
+        """
+        images = choose_images(args, kwargs, encoder.images if encoder else [])
+        if images is None:
+            raise TapError(
+                f'The teacher needs images, but neither loss() nor one of the modules {", ".join(ENCODERS)} of the '
+                f'student {self._student_type.__name__} receives a tensor of shape (N, C, H, W).'
+            )
+        return images
+
+    def _log_once(self, message: str) -> None:
+        if message not in self.distill_state.logged:
+            self.distill_state.logged.add(message)
+            print_log(message, 'current', WARNING)
 
     def _record_gradients(self, pair: str, features: Dict[int, Tensor]) -> None:
         """Record the sum of the gradient of each level, which is not finite if any value of the gradient is not."""
@@ -383,11 +526,17 @@ class DiffKDDistiller(BaseModel):
         """Sum the losses.
 
         Raises:
+            ValueError: If the student computes its losses without its method ``loss``.
             FloatingPointError: If the sum is not finite, unless ``skip_non_finite`` is set. The message names the
                 losses and the iteration.
         """
-        loss, log_vars = super().parse_losses(losses)
         state = self.distill_state
+        if self.diffkd_teacher is not None and state.enabled and not state.has_run:
+            raise ValueError(
+                f'{self._student_type.__name__} computes losses without its method loss(), so nothing is distilled: '
+                "its forward(..., mode='loss') must return self.loss(...)."
+            )
+        loss, log_vars = super().parse_losses(losses)
         if state.attach_unused_params and not state.enabled:
             loss = attach_unused_params(loss, self.diffkd.parameters())
         is_finite = loss.detach().isfinite().all()
@@ -407,6 +556,11 @@ class DiffKDDistiller(BaseModel):
             "(optim_wrapper.clip_grad=dict(max_norm=35)); the hook dict(type='mmdiffkd.NonFiniteHook', policy='skip') "
             'skips such iterations.'
         )
+
+    def _fit_weights(self, state_dict: dict, prefix: str, *args) -> None:
+        """Fit the weights of a checkpoint to the student. Wrappers of this model load with a prefix."""
+        if not prefix:
+            fit_on_load(self, state_dict, self.distill_state.checkpoint, 'the student')
 
     def _drop_diffusion_keys(self, state_dict: dict, prefix: str, *args) -> None:
         """Remove the weights of a diffusion module from a state dict if this model has no teacher.
@@ -437,7 +591,7 @@ def convert_to_distiller(
     """Convert a built model into a distiller, in place; :func:`export` converts it back.
 
     Args:
-        student (Module): A model with ``loss(inputs, data_samples)``.
+        student (Module): A model with a method ``loss``.
         student_cfg (dict): The config from which the student was built.
         teacher, distill, preset, init_from_teacher: See :class:`DiffKDDistiller`.
         distiller_type (type): The distiller's class. Defaults to ``DiffKDDistiller``.
@@ -491,6 +645,7 @@ ATTRIBUTES = (
     'matched_levels',
     'student_info',
     'encoder_path',
+    '_wrote_student_config',
     '_init_paths',
     '_auxiliary_losses',
     '_ignored_labels',
@@ -514,7 +669,7 @@ def _new_converted(distiller_type: type, student_type: type) -> DiffKDDistiller:
 def _check_convertible(model: nn.Module) -> None:
     if isinstance(model, DiffKDDistiller):
         raise ValueError(f'{type(model).__name__} is a distiller already; export it first.')
-    if not callable(getattr(model, 'loss', None)):
+    if not callable(getattr(type(model), 'loss', None)):
         raise ValueError(
             f'{type(model).__name__} cannot be a student: it has no loss(inputs, data_samples). Models of mmdet, '
             'mmseg and mmpretrain have this method.'
@@ -538,9 +693,34 @@ def _shape_on(size: int, info: FeatureInfo, level: int) -> Tuple[int, int, int, 
     return 2, info.channels[level], side, side
 
 
+def _check_positions(neck: FeatureDiffusionNeck, pair: Pair, infos: Sequence[FeatureInfo], levels: list) -> None:
+    """Refuse vectors for a loss that compares positions, because the loss would always be 0."""
+    loss = neck.levels[0].loss_kd
+    if getattr(loss, 'compares_positions', False):
+        for owner, tap, info, index in zip(('student', 'teacher'), (pair.student, pair.teacher), infos, (0, 1)):
+            if any(info.strides[level[index]] is None for level in levels):
+                raise ConfigError(
+                    'loss_kd',
+                    f": {type(loss).__name__} compares positions of feature maps, but '{tap}' of the {owner} gives "
+                    "vectors; use another loss or preset, such as 'fitnet'.",
+                )
+
+
+def _is_drawable(output) -> bool:
+    """Return whether an output has features that can be drawn side by side: ATLoss compares different channels."""
+    return isinstance(output, DiffusionOutput) and output.student_latent.shape == output.teacher_latent.shape
+
+
 def _per_tap(pair: Pair, values: list):
     """Return the list with one value per tap, or only the value if the pair has a single tap."""
     return values[0] if isinstance(pair.student, str) else values
+
+
+def _is_autocast_enabled(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:  # torch before 2.4
+        return torch.is_autocast_enabled() if device == 'cuda' else torch.is_autocast_cpu_enabled()
 
 
 def _progress() -> float:
@@ -566,29 +746,33 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         raise ValueError("student must be the config of a model, such as student=_base_.model: a dict with a 'type'.")
     if 'student' in student:
         raise ValueError(
-            f"The student's config is already a {student['type']}; use its student: student=_base_.model.student."
+            f"The student's config is already a {type_name(student['type'])}; use its student: "
+            'student=_base_.model.student.'
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     return with_preprocessor(cfg, data_preprocessor)
+
+
+def _scoped_preprocessor(model_cfg: ConfigDict) -> Optional[dict]:
+    """Return the config of a model's preprocessor with the scope of the model."""
+    preprocessor = model_cfg.get('data_preprocessor')
+    if not preprocessor or not preprocessor.get('type') or not model_cfg.get('_scope_'):
+        return preprocessor
+    return {'_scope_': model_cfg['_scope_'], **preprocessor}
+
+
+def _write_student_config() -> bool:
+    """Write the plain student's config of the current run. Return whether the run has published its config."""
+    run_config = MessageHub.get_current_instance().get_info('cfg')
+    if run_config is not None and is_main_process():
+        write_student_config(run_config)
+    return run_config is not None
 
 
 def _versions() -> List[str]:
     """Versions of this package and of the imported OpenMMLab packages, for the log."""
     upstream = [name for name in ('mmdet', 'mmseg', 'mmpretrain') if name in sys.modules]
     return [f'mmdiffkd {__version__}', *(f'{name} {sys.modules[name].__version__}' for name in upstream)]
-
-
-def _pretrained_files(model: nn.Module) -> List[str]:
-    """Return the checkpoint files in the ``init_cfg`` of a model and its submodules."""
-
-    def named_in(cfg) -> List[str]:
-        if isinstance(cfg, (list, tuple)):
-            return [file for entry in cfg for file in named_in(entry)]
-        if not isinstance(cfg, dict):
-            return []
-        return [*filter(None, [cfg.get('checkpoint')]), *named_in(cfg.get('override'))]
-
-    return [file for module in model.modules() for file in named_in(getattr(module, 'init_cfg', None))]
 
 
 class _AttachUnused(torch.autograd.Function):
@@ -632,21 +816,3 @@ def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:
         if isinstance(label, int):
             return label
     return None
-
-
-def valid_pixel_mask(data_samples: Optional[Sequence], ignore_index: Optional[int]) -> Optional[Tensor]:
-    """Return a mask of the pixels whose label is not ignored. Padded pixels have the ignored label.
-
-    Args:
-        data_samples (list, optional): Samples with ``gt_sem_seg``, (1, H, W) each.
-        ignore_index (int, optional): The label, from :func:`find_ignore_index`.
-
-    Returns:
-        Tensor: (N, 1, H, W) of type bool, True for valid pixels; None if no label is ignored or there are no labels.
-    """
-    if ignore_index is None or not data_samples:
-        return None
-    labels = [getattr(sample.get('gt_sem_seg'), 'data', None) for sample in data_samples]
-    if any(label is None for label in labels):
-        return None
-    return torch.stack([label != ignore_index for label in labels])

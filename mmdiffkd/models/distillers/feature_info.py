@@ -1,25 +1,32 @@
 """Find channels, strides and gradients of tapped features in a dry run, and match student and teacher levels."""
 
 import copy
-from contextlib import nullcontext
-from logging import DEBUG
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+import inspect
+from contextlib import nullcontext, suppress
+from functools import partial
+from itertools import chain
+from logging import DEBUG, WARNING
+from math import lcm
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS
-from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmdiffkd.utils.config import image_channels
+from mmdiffkd.utils.config import ENCODERS, WRAPPED, image_channels, type_name
 from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
+from .batches import blank_sample
 from .recorders import ModuleOutputsRecorder, TapError, Tokens, find_module, flatten
 
 # Devices and image sizes to try in turn. Some operators do not support the meta device. Some models do not accept small
 # images, or accept only the image size of ImageNet (224) or MNIST (32). 128 and 512 are multiples of the largest FPN
 # stride, so that the strides are exact.
 ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224), ('cpu', 32))
+
+USUAL = (128, 512)  # a model that runs at these sizes probably accepts any size
 
 # two images, because some models drop the batch dimension of a single image
 IMAGES = 2
@@ -36,6 +43,7 @@ class FeatureInfo(NamedTuple):
         requires_grad (list[bool], optional): Whether gradients reach the model through each level; None for teachers.
         tokens (list[Tokens or None], optional): Token layout of each level; None for levels without tokens.
         num_outputs (int): Number of tensors that one call of the module returns.
+        image_channels (int): Number of channels of the images.
     """
 
     channels: List[int]
@@ -45,6 +53,7 @@ class FeatureInfo(NamedTuple):
     requires_grad: Optional[List[bool]] = None
     tokens: Optional[List[Optional[Tokens]]] = None
     num_outputs: int = 1
+    image_channels: int = 3
 
 
 def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, FeatureInfo]:
@@ -63,27 +72,85 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
 
     Raises:
         TapError: If a module does not exist, or a forward pass does not call the module.
-        RuntimeError: If the model fails for all image sizes.
+        ValueError: If the model does not run on images of any size.
     """
-    paths, problems = list(paths), []
-    channels = image_channels(model_cfg.get('data_preprocessor'))
-    widths = (3, 1) if channels == 1 else (channels,)  # a single mean in the config may apply to three channels
+    paths, failed = list(paths), {}
+    name = type_name(model_cfg['type'])
+    widths = image_channels(model_cfg)
     attempts = [(*attempt, width) for attempt in (*_own_size(model_cfg), *ATTEMPTS) for width in widths]
-    for device, size, width in attempts:
+    for device, size, width in chain(attempts, _stem_channels(model_cfg)):
         try:
-            return _run(model_cfg, paths, owner, device, (width, size, size))
-        except TapError:
-            raise
+            infos = _run(model_cfg, paths, owner, device, (width, size, size))
+        except _ForwardFailed as error:
+            failed[size] = error.__cause__
+            print_log(
+                f'The dry run of the {owner} fails on {device} at {size} pixels: {failed[size]}', 'current', DEBUG
+            )
+            continue
+        if owner == 'teacher' and size not in USUAL and all(side in failed for side in USUAL):
+            print_log(
+                f'The teacher {name} runs on images of {size}x{size} pixels, but not on images of '
+                f'{" or ".join(f"{side}x{side}" for side in USUAL)} pixels ({failed[USUAL[-1]]}). Train with images '
+                'of a size that the teacher accepts.',
+                'current',
+                WARNING,
+            )
+        return infos
+    problem = failed[attempts[-1][1]]
+    raise ValueError(
+        f'The {owner} {name} does not run on blank images of {", ".join(map(str, sorted(failed)))} '
+        f'pixels; the last error was {type(problem).__name__}: {problem}. The {owner} must have extract_feat(images), '
+        f'forward(images), or a module named backbone.'
+    ) from problem
+
+
+def _stem_channels(model_cfg: dict) -> Iterator[Tuple[str, int, int]]:
+    """Yield an attempt with the channels of the model's first convolution, for configs that do not tell them."""
+    known = image_channels(model_cfg)
+    with suppress(Exception):
+        model = build_on_meta(model_cfg)
+        width = next(layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d))
+        if width not in known:
+            yield from ((*attempt, width) for attempt in ATTEMPTS)
+
+
+# numbers by which image sizes may have to be divisible
+PAD_DIVISORS = tuple(2**i for i in range(8))
+
+
+@torch.no_grad()
+def infer_pad_divisor(model_cfg: dict, taps: Dict[str, FeatureInfo], declared: int) -> int:
+    """Find the number by which image sizes must be divisible, in dry runs on the meta device.
+
+    Models such as YOLOX and RTMDet concatenate upsampled features, which needs multiples of their largest stride, but
+    not all configs say so.
+
+    Args:
+        model_cfg (dict): Config of the model.
+        taps (dict[str, FeatureInfo]): Taps of the model.
+        declared (int): Divisor in the config of the preprocessor.
+
+    Returns:
+        int: A multiple of ``declared``; ``declared`` itself if the model does not run on the meta device.
+    """
+    calls = {path: info.calls for path, info in taps.items()}
+    info = next(iter(taps.values()))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = build_on_meta(model_cfg).eval()
+    except Exception:
+        return declared
+    for divisor in dict.fromkeys(lcm(declared, divisor) for divisor in PAD_DIVISORS):
+        size = divisor * (256 // divisor | 1)  # an odd multiple
+        images = torch.zeros(IMAGES, info.image_channels, size, size, device='meta')
+        samples = [blank_sample(size, size) for _ in range(IMAGES)]
+        try:
+            with QuickMeta(), ModuleOutputsRecorder(model, calls, 'teacher', stop_after=calls):
+                forward_fns(model)[info.forward_fn](images, samples)
+            return divisor
         except Exception as error:
-            print_log(f'The dry run of the {owner} fails on {device} at {size} pixels: {error}', 'current', DEBUG)
-            problems.append(error)
-    if len({str(error) for error in problems}) == 1:  # the image size is not the cause: raise the error itself
-        raise problems[0]
-    raise RuntimeError(
-        f'The {owner} {model_cfg["type"]} fails on blank images of '
-        f'{", ".join(sorted({str(size) for _, size in ATTEMPTS}))} pixels, and of the img_size of its backbone if it '
-        f'is set; the last error was: {problems[-1]}'
-    ) from problems[-1]
+            print_log(f'The teacher does not run on images of {size}x{size}: {error}', 'current', DEBUG)
+    return declared
 
 
 def check_training_outputs(pair: str, path: str, outputs: List[list], tap: FeatureInfo) -> None:
@@ -145,11 +212,16 @@ def _widths(channels: Iterable[Optional[int]]) -> str:
 
 
 def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
-    """Return attempts with the square ``img_size`` of the backbone's config; none if it is not set."""
-    size = (model_cfg.get('backbone') or {}).get('img_size')
+    """Return attempts with the square ``img_size`` of the backbone or model; none if it is not set."""
+    backbone = model_cfg.get('backbone')
+    size = next((cfg['img_size'] for cfg in (backbone, model_cfg) if isinstance(cfg, dict) and 'img_size' in cfg), None)
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
     return [('meta', size), ('cpu', size)] if isinstance(size, int) else []
+
+
+class _ForwardFailed(Exception):
+    """A forward pass of the dry run failed; ``__cause__`` is its error."""
 
 
 def _run(
@@ -178,9 +250,12 @@ def _run(
                 continue
             unreached = [path for path, outputs in taps.outputs.items() if not outputs]
             if not unreached:
-                return {path: _describe(taps, path, shape[1], forward_fn) for path in paths}
+                return {
+                    path: _describe(taps, path, shape[1], forward_fn)._replace(image_channels=shape[0])
+                    for path in paths
+                }
     if problem is not None:
-        raise problem
+        raise _ForwardFailed from problem
     raise TapError(
         f"The {owner} {type(model).__name__} has the module '{unreached[0]}', but a forward pass does not call it; "
         'tap the module around it.'
@@ -212,15 +287,6 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
         requires_grad if torch.is_grad_enabled() else None,
         tokens,
         len(calls[0]),
-    )
-
-
-def blank_sample(*shape: int) -> BaseDataElement:
-    """Create a data sample without labels for an image of the given height and width."""
-    return BaseDataElement(
-        metainfo=dict(
-            img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)
-        )
     )
 
 
@@ -269,6 +335,7 @@ def match_levels(
     wanted = requires_grad if levels is None else levels
     if len(ours) == len(theirs) == 1:
         return [(ours[0], theirs[0])]
+    ours, theirs, wanted = _of_one_kind(student, teacher, ours, theirs, wanted)
     are_vectors = [None in [info.strides[i] for i in levels] for info, levels in ((student, ours), (teacher, theirs))]
     if are_vectors[0] != are_vectors[1]:
         kinds = [
@@ -315,6 +382,18 @@ def match_levels(
     return matches
 
 
+def _of_one_kind(student: FeatureInfo, teacher: FeatureInfo, ours: List[int], theirs: List[int], wanted: Sequence[int]):
+    """Leave out vectors if both taps return maps, or maps if a tap that returns both is compared with vectors."""
+    kinds = [{info.strides[i] is None for i in levels} for info, levels in ((student, ours), (teacher, theirs))]
+    common = kinds[0] & kinds[1]
+    if not common or max(map(len, kinds)) == 1:
+        return ours, theirs, wanted
+    is_vector = False not in common
+    ours = [level for level in ours if (student.strides[level] is None) == is_vector]
+    theirs = [level for level in theirs if (teacher.strides[level] is None) == is_vector]
+    return ours, theirs, [level for level in wanted if level < 0 or level in ours]
+
+
 def _present(tap: FeatureInfo) -> List[int]:
     """Return the indices of the levels that are not None in prediction."""
     return [level for level, channels in enumerate(tap.channels) if channels]
@@ -327,12 +406,6 @@ def _numbers(levels: Sequence[int]) -> str:
 def _strides(tap: FeatureInfo) -> str:
     strides = [tap.strides[level] for level in _present(tap)]
     return ', '.join('none' if stride is None else f'{stride:g}' for stride in strides)
-
-
-# attributes of OpenMMLab models that hold the image encoder
-ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
-# attributes of trackers and semi-supervised models that hold a whole detector
-WRAPPED = ('detector', 'student')
 
 
 def encoder_path(model: nn.Module) -> Optional[str]:
@@ -357,8 +430,24 @@ def forward_fns(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]]
         functions['encoder'] = lambda images, samples: model.get_submodule(encoder)(images)
     if hasattr(model, 'decode_head'):
         functions['heads'] = lambda images, samples: _run_segmentation_heads(model, images)
-    functions['whole'] = lambda images, samples: model(images, samples, mode='tensor')
+    functions['whole'] = partial(_run_whole, model)
     return functions
+
+
+def _run_whole(model: nn.Module, images: Tensor, samples: Optional[list]):
+    """Call a model of OpenMMLab's packages with images and data samples, any other module with images."""
+    signature = inspect.signature(model.forward)
+    if isinstance(model, BaseModel):
+        for args in ((images, samples), (images,)):
+            with suppress(TypeError):
+                signature.bind(*args, mode='tensor')
+                break
+        else:
+            return model(images)
+        return model(*args, mode='tensor')
+    first = next(iter(signature.parameters.values()), None)
+    is_keyword = first is not None and first.kind is first.KEYWORD_ONLY
+    return model(**{first.name: images}) if is_keyword else model(images)
 
 
 def _run_segmentation_heads(model: nn.Module, images: Tensor) -> None:

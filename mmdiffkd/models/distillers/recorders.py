@@ -5,14 +5,19 @@ cannot be distilled.
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from itertools import product
+from dataclasses import fields, is_dataclass
+from itertools import islice, product
 from math import ceil, floor
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from mmdiffkd.utils.config import closest_names
+
+from .batches import find_images
 
 # names that FSDP, activation checkpointing and torch.compile insert into the paths of modules
 WRAPPERS = re.compile(r'(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.|$)')
@@ -89,7 +94,6 @@ class ModuleOutputsRecorder(AbstractContextManager):
         self.outputs: Dict[str, List[List[Optional[Tensor]]]] = {path: [] for path in paths}
         self._modules = {path: find_module(model, path, owner) for path in self.outputs}
         self._stop_after = stop_after
-        self._owner = owner
         self._handles = []
 
     def __enter__(self):
@@ -114,6 +118,23 @@ class ModuleOutputsRecorder(AbstractContextManager):
 
         return record
 
+    def passes(self, path: str, calls: int, skip_frozen: bool) -> List[List[List[Optional[Tensor]]]]:
+        """Return the outputs of a tap by forward pass: of the passes that learn if there are any, or else of all.
+
+        Args:
+            path (str): A tapped path.
+            calls (int): Number of calls of the module in a forward pass.
+            skip_frozen (bool): Whether to leave out single calls without gradients, because a pass has none.
+
+        Returns:
+            list[list[list[Tensor or None]]]: At least one pass, which may be incomplete.
+        """
+        outputs = self.outputs[path]
+        if skip_frozen:
+            outputs = list(filter(_learns, outputs)) or outputs
+        passes = [outputs[i : i + calls] for i in range(0, len(outputs) - calls + 1, calls)]
+        return [calls for calls in passes if any(map(_learns, calls))] or passes or [outputs]
+
     def features(self, path: str, input_size, tokens: Optional[Sequence[Optional[Tokens]]] = None):
         """Return the levels of a tap as feature maps: one per call and per returned tensor.
 
@@ -131,7 +152,11 @@ class ModuleOutputsRecorder(AbstractContextManager):
         Raises:
             TapError: If an output is not a feature map.
         """
-        tensors = [tensor for call in self.outputs[path] for tensor in call]
+        return self.as_maps(path, self.outputs[path], input_size, tokens)
+
+    def as_maps(self, path: str, calls: Sequence[Sequence[Optional[Tensor]]], input_size, tokens=None):
+        """Return the outputs of some calls as feature maps; see :meth:`features`."""
+        tensors = [tensor for call in calls for tensor in call]
         tokens = [None] * len(tensors) if tokens is None else tokens
         return [
             None if tensor is None else as_map(tensor, input_size, path, layout)
@@ -139,13 +164,17 @@ class ModuleOutputsRecorder(AbstractContextManager):
         ]
 
 
-class ModuleInputsRecorder(AbstractContextManager):
-    """Record the input images of the first call of a model's encoder in a ``with`` block.
+def _learns(call: Sequence[Optional[Tensor]]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in call)
 
-    Used for self-supervised models and trackers, because these models choose which views or frames to encode.
+
+class ModuleInputsRecorder(AbstractContextManager):
+    """Record the images that a model's encoder receives in a ``with`` block, one batch per call.
+
+    If gradients are enabled in the block, calls under ``torch.no_grad()`` are left out.
 
     Attributes:
-        images (list[Tensor]): The images of the first call, (N, 3, H, W); empty before the first call.
+        images (list[Tensor]): The images, (N, C, H, W) per call.
     """
 
     def __init__(self, model: nn.Module, path: str):
@@ -153,12 +182,13 @@ class ModuleInputsRecorder(AbstractContextManager):
         self._module = find_module(model, path, 'student')
 
     def __enter__(self):
+        self._expects_grad = torch.is_grad_enabled()
         self._handle = self._module.register_forward_pre_hook(self._record, with_kwargs=True)
         return self
 
     def _record(self, module, args, kwargs):
-        if not self.images:
-            self.images.append(args[0] if args else next(iter(kwargs.values())))
+        if torch.is_grad_enabled() or not self._expects_grad:
+            self.images.extend(islice(find_images((args, kwargs)), 1))
 
     def __exit__(self, *error):
         self._handle.remove()
@@ -240,10 +270,35 @@ def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[i
     return None
 
 
-def flatten(output, path: str, is_member: bool = False) -> List[Optional[Tensor]]:
-    """Return the tensors in nested tuples and lists, in order. None is allowed inside of a tuple or list."""
-    if isinstance(output, Tensor) or (output is None and is_member):
-        return [output]
-    if isinstance(output, (tuple, list)):
-        return [tensor for member in output for tensor in flatten(member, path, is_member=True)]
-    raise TapError(f"The tap '{path}' returns a {type(output).__name__}; tap a module that returns tensors.")
+def flatten(output, path: str) -> List[Optional[Tensor]]:
+    """Return the feature tensors in nested tuples, lists, dicts and dataclasses, in order.
+
+    Inside of these, None keeps its place. Other members are left out: for example sizes, scalars and masks.
+
+    Args:
+        output (Any): Output of a module.
+        path (str): The tap, for the error message.
+
+    Raises:
+        TapError: If there is no tensor in the output.
+    """
+    found = [output] if isinstance(output, Tensor) else list(_members(output))
+    if all(tensor is None for tensor in found):
+        raise TapError(f"The tap '{path}' returns a {type(output).__name__}; tap a module that returns tensors.")
+    return found
+
+
+def _members(output) -> Iterator[Optional[Tensor]]:
+    if isinstance(output, Mapping):
+        members = output.values()
+    elif isinstance(output, (tuple, list)):
+        members = output
+    elif is_dataclass(output):
+        members = [getattr(output, field.name) for field in fields(output)]
+    else:
+        return
+    for member in members:
+        if not isinstance(member, Tensor) and member is not None:
+            yield from _members(member)
+        elif member is None or (member.dim() > 1 and member.is_floating_point()):
+            yield member

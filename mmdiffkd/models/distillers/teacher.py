@@ -1,7 +1,10 @@
 import copy
 from contextlib import nullcontext
+from functools import partial
+from logging import WARNING
+from math import ceil
 from pathlib import Path
-from typing import Callable, Dict, List, Literal, Optional, Sequence, Union
+from typing import Callable, Dict, List, Literal, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -9,18 +12,30 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdiffkd.engine.checkpoint import fingerprint, load_strict, read_checkpoint
-from mmdiffkd.utils.config import get_model_cfg, get_preprocessor_cfg, resolve_config, zoo_checkpoint
+from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
+from mmdiffkd.engine.weights import load_strict
+from mmdiffkd.utils.config import (
+    closest_names,
+    get_preprocessor_cfg,
+    get_teacher_cfg,
+    pipeline_normalization,
+    resolve_config,
+    type_name,
+    zoo_checkpoint,
+)
 from mmdiffkd.utils.meta_device import QuickInit
 from mmdiffkd.utils.validation import ConfigError, check_arguments, in_key
 
-from .feature_info import FeatureInfo, forward_fns, run_box_branch
+from .feature_info import FeatureInfo, forward_fns, infer_pad_divisor, run_box_branch
+from .input_renormalizer import PREPROCESSOR_KEYS, InputRenormalizer, Preprocessor
 from .optimize_inference import compile_parts, find_mismatch, optimize_for_inference, set_memory_format
 from .recorders import ModuleOutputsRecorder, is_roi_tap
 
 
 class Teacher:
     """Frozen teacher. Not a submodule of the distiller, so the optimizer, checkpoints, EMA and DDP ignore it.
+
+    Any module that is registered in mmengine's ``MODELS`` and runs on images, (N, C, H, W), can be a teacher.
 
     Args:
         config (str, Path or dict): See :func:`mmdiffkd.utils.resolve_config`.
@@ -30,10 +45,13 @@ class Teacher:
         channels_last (bool): Whether convolutions use the channels-last memory format, which is faster on CPUs and
             tensor cores. Defaults to True.
         compile (bool): Whether to apply ``torch.compile`` to the modules between taps. Defaults to False.
+        data_preprocessor (dict, optional): Keys that replace those of the teacher's data preprocessor, for teachers
+            whose config does not tell how their images are made. With ``type``, it replaces the whole preprocessor.
+            Defaults to None.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: If the config cannot be found.
-        ConfigError: If the config is a distillation config, or a value is invalid.
+        ValueError: If the config is a distillation config, or a value is invalid.
     """
 
     @check_arguments
@@ -44,6 +62,7 @@ class Teacher:
         dtype: Literal['bfloat16', 'float16', None] = None,
         channels_last: bool = True,
         compile: bool = False,
+        data_preprocessor: Optional[dict] = None,
     ):
         self.dtype: Optional[torch.dtype] = dtype and getattr(torch, dtype)
         self.channels_last = channels_last
@@ -59,6 +78,7 @@ class Teacher:
                 f': {self.name} is a distillation config. Use the config of the plain model; '
                 'tools/model_converters/export_student.py writes the plain config of a distilled student.',
             )
+        self.preprocessor_cfg = self._preprocessor_cfg(data_preprocessor)
         self.taps: Dict[str, FeatureInfo] = {}
         self._model: Optional[nn.Module] = None
         self.renormalize: Optional[InputRenormalizer] = None
@@ -80,12 +100,12 @@ class Teacher:
     @property
     def name(self) -> str:
         """Name of the teacher in messages."""
-        return self.source if isinstance(self.source, str) else f'{self.cfg.model.type}, given as a dict'
+        return self.source if isinstance(self.source, str) else f'{type_name(self.cfg.model.type)}, given as a dict'
 
     @property
     def model_cfg(self):
         """Config of the model, including its registry scope."""
-        return get_model_cfg(self.cfg)
+        return get_teacher_cfg(self.cfg)
 
     @property
     def model(self) -> nn.Module:
@@ -109,15 +129,49 @@ class Teacher:
         self.fingerprint = fingerprint(model.state_dict())
         return model.eval().requires_grad_(False)
 
-    def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, FeatureInfo]) -> None:
+    def _preprocessor_cfg(self, changes: Optional[dict]) -> Optional[dict]:
+        """Return the config of the preprocessor with the user's changes and the scope of the teacher's package."""
+        self.preprocessor_changes = changes = dict(changes or {})
+        cfg = {} if 'type' in changes else dict(get_preprocessor_cfg(self.cfg) or {})
+        cfg.update(changes)
+        if cfg.get('type') and self.model_cfg.get('_scope_') and '_scope_' not in cfg:
+            cfg['_scope_'] = self.model_cfg['_scope_']
+        if not changes:
+            return cfg
+        unknown = [key for key in changes if key not in PREPROCESSOR_KEYS]
+        if unknown and not cfg.get('type'):
+            nearest = closest_names(unknown[0], PREPROCESSOR_KEYS)
+            raise ConfigError(f'data_preprocessor.{unknown[0]}', f' is not a known key; the nearest are {nearest}.')
+        try:
+            if cfg.get('type'):
+                MODELS.build(copy.deepcopy(cfg))
+            Preprocessor(cfg).pixel_map(3)
+        except Exception as error:
+            name = cfg.get('type') or 'the teacher'
+            raise ConfigError('data_preprocessor', f'={changes} does not fit {name}: {error}') from error
+        return cfg
+
+    def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, FeatureInfo], channels: int = 3) -> None:
         """Set the taps, and how the student's images are preprocessed.
 
         Args:
             student_preprocessor (dict, optional): Config of the student's data preprocessor.
             taps (dict[str, FeatureInfo]): The teacher's taps, from the dry run.
+            channels (int): Channels of the student's images. Defaults to 3.
+
+        Raises:
+            ValueError: If the student's images cannot be converted for the teacher.
         """
-        self.renormalize = InputRenormalizer(student_preprocessor, get_preprocessor_cfg(self.cfg))
         self.taps = taps
+        self.renormalize = InputRenormalizer(
+            student_preprocessor,
+            self.preprocessor_cfg,
+            (channels, next(iter(taps.values())).image_channels),
+            pipeline_normalization(self.cfg),
+        )
+        self.renormalize.find_padding(partial(infer_pad_divisor, self.model_cfg, taps))
+        for note in filter(None, [self.renormalize.color_note, *self.renormalize.notes]):
+            print_log(note, logger='current')
 
     @torch.no_grad()
     def features(
@@ -126,15 +180,22 @@ class Teacher:
         """Compute the features of all taps; the forward pass ends at the last tap.
 
         Args:
-            inputs (Tensor): The student's preprocessed images, (N, 3, H, W).
+            inputs (Tensor): The student's preprocessed images, (N, C, H, W).
             data_samples (list, optional): Data samples of the images.
             rois (Tensor, optional): The student's sampled RoIs, (R, 5), for taps in a RoI head.
 
         Returns:
-            dict[str, list[Tensor]]: The levels of every tap, each (N, C, H, W).
+            dict[str, list[Tensor]]: The levels of every tap, each (N, C, H, W). If the teacher's images are padded,
+                its features are cropped to the size of the student's images.
         """
         images = self.renormalize(inputs, data_samples)
+        is_padded = images.shape[-2:] != inputs.shape[-2:]
+        if is_padded:
+            data_samples = _with_batch_shape(data_samples, tuple(images.shape[-2:]))
         if self._optimized is None:
+            warning = self.renormalize.check_range(inputs)
+            if warning:
+                print_log(warning, 'current', WARNING)
             self._optimized = self._optimize(images, data_samples, rois)
             self._forward_fn = self._forward_fn_of(self._optimized)
         elif next(self._optimized.parameters()).device != inputs.device:
@@ -145,6 +206,13 @@ class Teacher:
         if self.dtype:
             features = {
                 path: [level if level is None else level.float() for level in levels]
+                for path, levels in features.items()
+            }
+        if is_padded:
+            features = {
+                path: [_crop(level, images.shape[-2:], inputs.shape[-2:]) for level in levels]
+                if not path.startswith('roi_head')
+                else levels
                 for path, levels in features.items()
             }
         return features
@@ -189,66 +257,22 @@ class Teacher:
         return {path: recorder.features(path, images.shape[-2:], info.tokens) for path, info in self.taps.items()}
 
 
-class InputRenormalizer:
-    """Convert the student's preprocessed images to the teacher's normalization and channel order.
-
-    Args:
-        student (dict, optional): Config of the student's data preprocessor.
-        teacher (dict, optional): Config of the teacher's data preprocessor.
-    """
-
-    def __init__(self, student: Optional[dict], teacher: Optional[dict]):
-        self.student = _statistics(student)
-        self.teacher = _statistics(teacher)
-        self.pad_value = float((teacher or {}).get('pad_value', 0) or 0)
-
-    def __call__(self, inputs: Tensor, data_samples: Optional[Sequence]) -> Tensor:
-        """Convert a batch of images, and fill the padded area with the teacher's pad value.
-
-        If student and teacher use the same normalization, the batch is returned unchanged.
-
-        Args:
-            inputs (Tensor): The student's preprocessed images, (N, C, H, W).
-            data_samples (list, optional): Data samples of the images. ``img_shape`` is the size without padding.
-
-        Returns:
-            Tensor: The teacher's images, (N, C, H, W).
-        """
-        if self.student == self.teacher:
-            return inputs
-        (student_mean, student_std, student_rgb), (teacher_mean, teacher_std, teacher_rgb) = self.student, self.teacher
-        images = inputs * _as_channels(student_std, inputs) + _as_channels(student_mean, inputs)
-        if student_rgb != teacher_rgb:
-            images = images.flip(1)
-        images = (images - _as_channels(teacher_mean, inputs)) / _as_channels(teacher_std, inputs)
-        for image, sample in zip(images, data_samples or ()):
-            shape = getattr(sample, 'metainfo', {}).get('img_shape')
-            if shape is not None:
-                image[:, shape[0] :] = self.pad_value
-                image[:, :, shape[1] :] = self.pad_value
-        return images
-
-    def displayed(self, inputs: Tensor) -> Tensor:
-        """Convert the student's preprocessed images to RGB for display.
-
-        Args:
-            inputs (Tensor): Preprocessed images, (N, 3, H, W) or (N, 1, H, W).
-
-        Returns:
-            Tensor: RGB between 0 and 1, (N, 3, H, W).
-        """
-        mean, std, is_rgb = self.student
-        images = (inputs.float() * _as_channels(std, inputs) + _as_channels(mean, inputs)) / 255
-        return (images if is_rgb else images.flip(1)).clamp(0, 1).expand(-1, 3, -1, -1)
+def _crop(feature: Optional[Tensor], padded: Sequence[int], size: Sequence[int]) -> Optional[Tensor]:
+    """Crop features of padded images to the part that belongs to images of ``size``, if they have positions."""
+    if feature is None or feature.shape[-2:] == (1, 1):
+        return feature
+    height, width = (ceil(side * cells / whole) for side, cells, whole in zip(size, feature.shape[-2:], padded))
+    return feature[..., :height, :width]
 
 
-def _statistics(preprocessor: Optional[dict]):
-    """Return mean, standard deviation and whether images are RGB. In mmpretrain, the flag is called ``to_rgb``."""
-    cfg = preprocessor or {}
-    mean, std = cfg.get('mean'), cfg.get('std')
-    is_rgb = bool(cfg.get('bgr_to_rgb') or cfg.get('to_rgb'))
-    return tuple(map(float, mean or (0,))), tuple(map(float, std or (1,))), is_rgb
-
-
-def _as_channels(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _with_batch_shape(data_samples: Optional[Sequence], shape: Tuple[int, int]) -> Optional[Sequence]:
+    """Return copies of data samples with another ``batch_input_shape``, from which DETR makes its masks."""
+    if not isinstance(data_samples, (list, tuple)):
+        return data_samples
+    copies = []
+    for sample in data_samples:
+        if 'batch_input_shape' in getattr(sample, 'metainfo', ()):
+            sample = copy.copy(sample)
+            sample.set_metainfo(dict(batch_input_shape=shape))
+        copies.append(sample)
+    return copies

@@ -21,9 +21,10 @@ class DistillContext:
     """Inputs of a neck in addition to the features.
 
     Attributes:
-        images (Tensor, optional): Preprocessed images of the student, (N, 3, H, W).
-        data_samples (list, optional): Data samples of the images, with ground truth. None if the student takes views or
-            clips instead of images.
+        images (Tensor, optional): Preprocessed images of the student, (N, C, H, W). If the student's tap runs on a part
+            of the batch, these images only.
+        data_samples (list, optional): Data samples of the images, with ground truth, as the student's ``loss`` receives
+            them. None if the student takes views or clips instead of images.
         input_size (tuple[int, int], optional): Height and width of the images in pixels, including padding.
         progress (float): Completed fraction of the training, from 0 to 1.
         student (Module, optional): The student, for necks that use its heads.

@@ -175,7 +175,7 @@ class Overflow(Hook):
 
 
 def test_needs_a_distiller(runner):
-    with pytest.raises(TypeError, match='needs a DiffKDDistiller, but the model is a RetinaNet'):
+    with pytest.raises(ValueError, match='needs a DiffKDDistiller, but the model is a RetinaNet'):
         runner(tiny.detector()).train()
 
 

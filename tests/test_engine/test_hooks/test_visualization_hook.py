@@ -175,7 +175,7 @@ def test_no_op_without_a_teacher(train, tmp_path):
 
 def test_needs_a_distiller(train):
     with pytest.raises(
-        TypeError, match='DiffKDVisualizationHook needs a DiffKDDistiller, but the model is a RetinaNet'
+        ValueError, match='DiffKDVisualizationHook needs a DiffKDDistiller, but the model is a RetinaNet'
     ):
         train(model=tiny.detector())
 

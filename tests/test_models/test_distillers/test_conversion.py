@@ -85,6 +85,13 @@ class TestPickle:
         with pytest.raises(FileNotFoundError, match=r"teacher\.pth' does not exist"):
             other.train().loss(*data)
 
+    @pytest.mark.situation(
+        'after',
+        'the whole model is pickled',
+        'ultralytics #19268',
+        '`torch.save(model)` and processes that are started with `spawn` work. The teacher is loaded again where the '
+        'model trains.',
+    )
     def test_torch_save(self, tmp_path):
         model = tiny.build(tiny.distiller_cfg(tmp_path))
         file = io.BytesIO()
@@ -176,7 +183,7 @@ class TestConversion:
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(inherit=['neck']), "DiffKDDistiller has no key 'inherit': the key is now called 'init_from_teacher'"),
+        (dict(inherit=['neck']), "inherit is now called 'init_from_teacher'"),
         (dict(preset='paper'), "There is no preset='paper': the preset is called 'diffkd' now"),
         (
             dict(distill=dict(fpn=dict(neck=dict(distance=dict(type='mmdiffkd.PKDLoss'))))),

@@ -109,7 +109,10 @@ def test_logits_of_different_classes_are_refused(tmp_path):
     teacher.decode_head.num_classes = teacher.auxiliary_head.num_classes = 19
     logits = dict(student='decode_head.conv_seg', teacher='decode_head.conv_seg')
     distill = dict(logits=dict(logits, neck=dict(loss_kd=dict(type='mmdiffkd.DISTLoss'))))
-    with pytest.raises(ValueError, match=r'distill.logits.neck .*student has 150 classes and the teacher 19; tap feat'):
+    with pytest.raises(
+        ValueError,
+        match=r'distill.logits.neck.loss_kd: DISTLoss .*150 classes and the teacher 19; tap feat',
+    ):
         tiny.build(tiny.distiller_cfg(tmp_path, student, teacher, distill=distill))
 
 

@@ -93,7 +93,7 @@ def test_teacher_in_half_precision(tmp_path, dtype):
 
 
 def test_unknown_teacher_dtype():
-    with pytest.raises(ValueError, match="teacher.dtype='bf16' must be one of 'bfloat16', 'float16'"):
+    with pytest.raises(ValueError, match="dtype='bf16' must be one of 'bfloat16', 'float16' or None"):
         Teacher(tiny.RETINANET, dtype='bf16')
 
 

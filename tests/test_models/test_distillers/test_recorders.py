@@ -1,3 +1,7 @@
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Optional
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -102,19 +106,45 @@ def test_none_outputs_keep_their_position():
     recorder = ModuleOutputsRecorder(Toy(), ['head'], 'student')
     recorder.outputs['head'] = [[None, torch.randn(2, 4, 3, 3)]]
     assert [feature is None for feature in recorder.features('head', (12, 12))] == [True, False]
-    assert flatten((None, [torch.zeros(1)]), 'x')[0] is None
+    assert flatten((None, [torch.zeros(1, 2)]), 'x')[0] is None
     with pytest.raises(ValueError, match='returns a NoneType'):
         flatten(None, 'x')
 
 
-def test_output_that_is_not_a_tensor():
+def test_output_without_tensors():
     class Strange(nn.Module):
         def forward(self, x):
-            return dict(x=x)
+            return dict(x='text', size=(3, 4))
 
     model = nn.Sequential(Strange())
     with pytest.raises(ValueError, match="tap '0' returns a dict"), ModuleOutputsRecorder(model, ['0'], 'student'):
         model(torch.randn(1))
+
+
+@dataclass
+class Output:
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple = ()
+    size: tuple = (4, 4)
+    loss: Optional[torch.Tensor] = None
+
+
+Named = namedtuple('Named', 'features mask')
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda a, b: dict(features=[a, dict(inner=(b,))], size=(3, 4), name='x'),
+        lambda a, b: Output(a, (b,)),
+        lambda a, b: Named([a, b], torch.ones(2, 4, 4, dtype=torch.bool)),
+        lambda a, b: ([a], torch.tensor(1.0), [Output(b, ())]),
+    ],
+)
+def test_nested_outputs(wrap):
+    a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 2)
+    found = [tensor for tensor in flatten(wrap(a, b), 'x') if tensor is not None]
+    assert len(found) == 2 and found[0] is a and found[1] is b
 
 
 def test_in_place_layers_do_not_change_the_feature():

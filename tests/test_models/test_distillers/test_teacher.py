@@ -1,9 +1,11 @@
 import pytest
 import torch
+from mmdet.structures import DetDataSample
+from mmdet.testing import demo_mm_inputs
 from mmengine.registry import MODELS
 
 from mmdiffkd.models.distillers.feature_info import infer_feature_info
-from mmdiffkd.models.distillers.teacher import Teacher
+from mmdiffkd.models.distillers.teacher import Teacher, _with_batch_shape
 from tests import tiny
 
 CAFFE = dict(
@@ -41,8 +43,6 @@ def test_images_are_normalized_for_the_teacher(tmp_path):
     student, cfg = tiny.detector(), tiny.detector(data_preprocessor=CAFFE)
     teacher = build_teacher(tmp_path, cfg, ['neck'], student.data_preprocessor)
     data = dict(inputs=[torch.randint(0, 256, (3, 96, 128)), torch.randint(0, 256, (3, 128, 80))])
-    from mmdet.structures import DetDataSample
-
     data['data_samples'] = [DetDataSample(metainfo=dict(img_shape=tuple(x.shape[1:]))) for x in data['inputs']]
     student_batch = MODELS.build(student).data_preprocessor(data, training=False)
     teacher_batch = teacher.model.data_preprocessor(data, training=False)
@@ -62,3 +62,111 @@ def test_weights_of_a_different_architecture_are_refused(tmp_path):
 def test_checkpoint_is_required():
     with pytest.raises(ValueError, match="has no weights: set teacher.checkpoint to a path, a URL, or 'zoo'"):
         Teacher(tiny.RETINANET).model  # noqa: B018
+
+
+def shrunk_yolox(pad_size_divisor=32):
+    cfg = tiny.resolve_config('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py')
+    cfg.merge_from_dict(
+        {
+            'model.backbone.widen_factor': 0.125,
+            'model.neck.in_channels': [32, 64, 128],
+            'model.neck.out_channels': 16,
+            'model.bbox_head.in_channels': 16,
+            'model.bbox_head.feat_channels': 16,
+            'model.data_preprocessor.pad_size_divisor': pad_size_divisor,
+            'model.data_preprocessor.pad_value': 114,
+        }
+    )
+    return tiny.get_model_cfg(cfg)
+
+
+@pytest.mark.situation(
+    'images',
+    'a teacher that needs multiples of 32 pixels, and a student that does not',
+    'mmdetection #10149, #4624, #3401, mmrazor #184',
+    "pads the teacher's images, also if its config does not say so, and crops its features to the student's images",
+)
+@pytest.mark.parametrize('declared', [32, 1])
+def test_teacher_that_needs_padding(tmp_path, declared):
+    student = tiny.detector(**{'data_preprocessor.pad_size_divisor': 1})
+    yolox = shrunk_yolox(declared)
+    model = tiny.build(tiny.distiller_cfg(tmp_path, student, yolox))
+    teacher = model.diffkd_teacher
+    assert any('multiples of 32 pixels' in note for note in teacher.renormalize.notes)
+    inputs = torch.rand(2, 3, 100, 92)
+    images = teacher.renormalize(inputs)
+    assert images.shape == (2, 3, 128, 96) and (images[:, :, 100:] == 114).all() and (images[..., 92:] == 114).all()
+    with torch.no_grad():
+        expected = teacher.model.neck(teacher.model.backbone(images))
+    found = teacher.features(inputs)['neck']
+    for level, whole, stride in zip(found, expected, (8, 16, 32)):
+        height, width = (-(-side // stride) for side in (100, 92))
+        torch.testing.assert_close(level, whole[..., :height, :width], rtol=1e-2, atol=0.05)
+    data = demo_mm_inputs(2, [[3, 100, 92], [3, 90, 61]], num_items=[3, 3], num_classes=80)
+    data = model.data_preprocessor(data, True)
+    assert model.loss(data['inputs'], data['data_samples'])['diffkd.fpn.loss_kd'] > 0
+
+
+def test_padding_is_not_needed(tmp_path):
+    """A ResNet with FPN takes images of any size, and a segmentor's student has a fixed size."""
+    student = tiny.detector(**{'data_preprocessor.pad_size_divisor': 1})
+    teacher = tiny.build(tiny.distiller_cfg(tmp_path, student, student)).diffkd_teacher
+    inputs = torch.rand(1, 3, 101, 67)
+    assert teacher.renormalize(inputs) is inputs and not teacher.renormalize.notes
+
+
+def test_data_samples_get_the_size_of_the_padded_batch():
+    """DETR makes its masks from ``batch_input_shape``."""
+    samples = [DetDataSample(metainfo=dict(img_shape=(9, 9), batch_input_shape=(10, 10))), DetDataSample()]
+    copies = _with_batch_shape(samples, (32, 32))
+    assert copies[0].batch_input_shape == (32, 32) and samples[0].batch_input_shape == (10, 10)
+    assert copies[0].img_shape == (9, 9) and copies[1] is samples[1]
+
+
+@pytest.mark.situation(
+    'images',
+    'a data set that loads RGB, such as CIFAR, and a teacher for images that are loaded in BGR',
+    'mmpretrain #1315, #1785',
+    "teacher.data_preprocessor describes the teacher's images; the log and the preview name the setting",
+)
+def test_data_preprocessor_of_the_teacher_can_be_changed(tmp_path):
+    cfg = tiny.detector()
+    path = tiny.write_checkpoint(cfg, tmp_path / 'teacher.pth')
+    own = dict(mean=[0.0] * 3, std=[1.0] * 3, bgr_to_rgb=False)
+    infos = infer_feature_info(cfg, ['neck'], 'teacher')
+    images = torch.rand(1, 3, 32, 32)
+
+    def converted(changes):
+        teacher = Teacher(cfg, path, data_preprocessor=changes)
+        teacher.expect(dict(own, pad_size_divisor=32), infos)
+        return teacher.renormalize, teacher.renormalize(images)
+
+    renormalizer, swapped = converted(None)
+    assert 'teacher=dict(data_preprocessor=dict(bgr_to_rgb=False))' in renormalizer.color_note
+    renormalizer, kept = converted(dict(bgr_to_rgb=False))
+    assert renormalizer.color_note is None
+    mean, std = (torch.tensor(cfg.data_preprocessor[key]).view(1, 3, 1, 1) for key in ('mean', 'std'))
+    torch.testing.assert_close(swapped, (images.flip(1) - mean) / std)
+    torch.testing.assert_close(kept, (images - mean) / std)
+    assert converted(dict(type='DetDataPreprocessor', **own))[1] is images
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(means=[1.0]), "data_preprocessor=.* does not fit DetDataPreprocessor: .*'means'"),
+        (dict(mean=None), 'does not fit DetDataPreprocessor: mean and std should be both None'),
+        ('rgb', "data_preprocessor='rgb' must be a dict"),
+    ],
+)
+def test_unusable_changes_of_the_data_preprocessor(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Teacher(tiny.detector(), data_preprocessor=changes)
+
+
+def test_unusable_changes_for_a_teacher_without_a_preprocessor():
+    cfg = tiny.detector(data_preprocessor=None)
+    with pytest.raises(ValueError, match="data_preprocessor.means is not a known key; the nearest are 'mean'"):
+        Teacher(cfg, data_preprocessor=dict(means=[1.0]))
+    with pytest.raises(ValueError, match='does not fit the teacher: '):
+        Teacher(cfg, data_preprocessor=dict(mean='abc'))

@@ -1,0 +1,61 @@
+"""Checkpoints in object stores, which mmengine's file backends read and write."""
+
+import os.path as osp
+import tempfile
+from contextlib import contextmanager
+from typing import Iterator, List, Optional
+
+from mmengine.fileio import BaseStorageBackend, get_file_backend
+from mmengine.fileio.backends import prefix_to_backends
+from mmengine.logging import print_log
+
+
+def is_in_store(source: str) -> bool:
+    """Return whether one of mmengine's file backends reads a path, such as ``s3://bucket/epoch_1.pth``.
+
+    Local paths, URLs, and paths whose backend needs a package that is not installed do not count.
+    """
+    scheme, separator, _ = source.partition('://')
+    if not separator or scheme in ('http', 'https') or scheme.split(':')[-1] not in prefix_to_backends:
+        return False
+    try:
+        get_file_backend(source)
+    except ImportError:
+        return False  # mmengine may have a loader for the scheme
+    return True
+
+
+@contextmanager
+def local_copy(source: str, store: Optional[BaseStorageBackend] = None) -> Iterator[str]:
+    """Copy a checkpoint from an object store to a temporary file, which is removed at the end of the context.
+
+    Args:
+        source (str): Path in the store.
+        store (BaseStorageBackend, optional): mmengine's file backend. None chooses it by the scheme of the path.
+
+    Raises:
+        OSError: If the store cannot be reached or has no such file.
+
+    >>> with local_copy('s3://bucket/epoch_1.pth') as path:
+    ...     content = torch.load(path)
+    """
+    try:
+        content = (store or get_file_backend(source)).get(source)
+    except Exception as error:  # every client of a store has its own errors
+        raise OSError(f"The checkpoint '{source}' could not be read from its store: {error}") from error
+    with tempfile.TemporaryDirectory(prefix='mmdiffkd-') as folder:
+        path = osp.join(folder, osp.basename(source))
+        with open(path, 'wb') as file:
+            file.write(content)
+        yield path
+
+
+def list_store(store: BaseStorageBackend, folder: str) -> List[str]:
+    """Return the names of the files in a folder of an object store, or none if the store cannot list files."""
+    try:
+        return [osp.basename(name) for name in store.list_dir_or_file(folder, list_dir=False)]
+    except Exception as error:  # every client of a store has its own errors
+        print_log(
+            f"The checkpoints in '{folder}' cannot be listed: {str(error) or type(error).__name__}", logger='current'
+        )
+        return []

@@ -1,0 +1,272 @@
+"""Find images and data samples among the arguments of ``loss``, and the images that the rows of a feature belong to."""
+
+from collections.abc import Mapping
+from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+
+def find_images(arguments) -> Iterator[Tensor]:
+    """Yield the image batches, (N, C, H, W) of a floating-point type, in nested arguments, in order."""
+    if isinstance(arguments, Tensor):
+        if arguments.dim() == 4 and arguments.is_floating_point():
+            yield arguments
+    elif isinstance(arguments, (Mapping, list, tuple)):
+        for member in arguments.values() if isinstance(arguments, Mapping) else arguments:
+            yield from find_images(member)
+
+
+def choose_images(args: Sequence, kwargs: dict, encoded: Sequence[Tensor]) -> Optional[Tensor]:
+    """Return the images for the teacher: the first image batch among the arguments of ``loss``.
+
+    Exceptions are models that encode something else, such as the second of two views, all views in one batch, or
+    images that ``loss`` flips, crops, mixes or reorders: for these, the images are the input of the student's encoder.
+    Images that ``loss`` only recolors, for example normalizes, or combines with other inputs do not count.
+
+    Args:
+        args (Sequence): Positional arguments of ``loss``.
+        kwargs (dict): Keyword arguments of ``loss``.
+        encoded (Sequence[Tensor]): Images that the student's encoder received, one batch per call.
+
+    Returns:
+        Tensor, optional: (N, C, H, W); None if there are no images.
+    """
+    found = list(find_images((args, kwargs)))
+    if not found or not encoded:
+        return next(iter([*found, *encoded]), None)
+    first, seen = found[0], encoded[0]
+    same = next((images for images in found if _is_same(seen, images)), None)
+    if same is not None:
+        return same
+    if len(encoded) > 1 and sum(map(len, encoded)) == len(first):  # the model splits the batch
+        return first
+    is_stacked = len(seen) == len(first) and seen.size(1) != first.size(1)
+    is_sum = len(found) > 1 and seen.shape == first.shape
+    return first if is_stacked or is_sum or _is_recolored(seen, first) else seen
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr())
+
+
+def _is_recolored(a: Tensor, b: Tensor) -> bool:
+    """Return whether two batches show the same images with different values, such as normalized ones."""
+    if a.shape != b.shape:
+        return False
+    a, b = (images[..., ::4, ::4].float().flatten(2) for images in (a, b))
+    a, b = (values - values.mean(2, keepdim=True) for values in (a, b))
+    products = (a * b).sum(2).abs()
+    return bool((products >= 0.99 * a.norm(dim=2) * b.norm(dim=2)).all())  # also true for constant images
+
+
+def find_data_samples(args: Sequence, kwargs: dict, images: Tensor):
+    """Return the data samples among the arguments of ``loss``, of whatever type.
+
+    Args:
+        args (Sequence): Positional arguments of ``loss``.
+        kwargs (dict): Keyword arguments of ``loss``.
+        images (Tensor): Images of the teacher.
+
+    Returns:
+        Any: The argument named ``data_samples``, or the second one. None if there is none, or if the samples are not
+        those of the images: the images are a view, a frame of a clip, or made by the model.
+    """
+    for argument in (*args, *kwargs.values()):
+        if argument is images:
+            samples = _named_samples(kwargs)
+            return args[1] if samples is None and len(args) > 1 else samples
+        for key, member in argument.items() if isinstance(argument, Mapping) else ():
+            if member is images:
+                samples = _named_samples(kwargs)
+                if samples is None:
+                    samples = args[1] if len(args) > 1 else _named_samples(argument)
+                # labeled and unlabeled images, for example, have samples of the same names
+                return samples.get(key, samples) if isinstance(samples, Mapping) else samples
+    return None
+
+
+def _named_samples(values: Mapping):
+    return next((value for name, value in values.items() if str(name).endswith('data_samples')), None)
+
+
+def take_samples(data_samples, rows: Optional[Tensor]):
+    """Return the data samples of some images; all for None. Types that cannot be indexed by image give None."""
+    if rows is None:
+        return data_samples
+    if isinstance(data_samples, (list, tuple)):
+        return [data_samples[row] for row in rows.tolist()]
+    return data_samples[rows.to(data_samples.device)] if isinstance(data_samples, Tensor) else None
+
+
+def as_data_elements(data_samples, images: Tensor) -> List[BaseDataElement]:
+    """Return one data sample per image for the teacher.
+
+    Samples of other types than mmengine's are replaced by blank ones, which keep only their ``img_shape``.
+
+    Args:
+        data_samples (Any): Data samples of the student.
+        images (Tensor): (N, C, H, W).
+
+    Returns:
+        list[BaseDataElement]: N samples.
+    """
+    is_list = isinstance(data_samples, (list, tuple)) and len(data_samples) == len(images)
+    if is_list and all(isinstance(sample, BaseDataElement) for sample in data_samples):
+        return list(data_samples)
+    shapes = map(_img_shape, data_samples) if is_list else [None] * len(images)
+    size = tuple(images.shape[-2:])
+    return [blank_sample(*size, img_shape=shape or size) for shape in shapes]
+
+
+def _img_shape(sample) -> Optional[Tuple[int, int]]:
+    """Return height and width of an image without padding from a sample of any type; None if it has no such field."""
+    for source in (sample, getattr(sample, 'metainfo', None)):
+        shape = source.get('img_shape') if isinstance(source, Mapping) else getattr(source, 'img_shape', None)
+        if isinstance(shape, (list, tuple)):
+            return tuple(shape[:2])
+    return None
+
+
+def blank_sample(*size: int, img_shape: Optional[Tuple[int, int]] = None) -> BaseDataElement:
+    """Create a data sample without labels.
+
+    Args:
+        *size (int): Height and width of the image with padding.
+        img_shape (tuple[int, int], optional): Height and width without padding. None if there is no padding.
+    """
+    shape = img_shape or size
+    return BaseDataElement(
+        metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0))
+    )
+
+
+def valid_pixel_mask(data_samples, ignore_index: Optional[int]) -> Optional[Tensor]:
+    """Return a mask of the pixels whose label is not ignored. Padded pixels have the ignored label.
+
+    Args:
+        data_samples (list or Tensor, optional): Samples with ``gt_sem_seg``, (1, H, W) each, or the labels of the
+            batch, (N, H, W) or (N, 1, H, W).
+        ignore_index (int, optional): The label, from :func:`.find_ignore_index`.
+
+    Returns:
+        Tensor: (N, 1, H, W) of type bool, True for valid pixels; None if no label is ignored or there are no labels.
+    """
+    if ignore_index is None:
+        return None
+    if isinstance(data_samples, Tensor):
+        is_map = data_samples.dim() in (3, 4) and not data_samples.is_floating_point()
+        labels = list(data_samples.reshape(len(data_samples), -1, *data_samples.shape[-2:])) if is_map else []
+    else:
+        labels = list(map(_labels, data_samples)) if isinstance(data_samples, (list, tuple)) else []
+    if not labels or any(label is None or label.shape != labels[0].shape for label in labels):
+        return None
+    return torch.stack([label != ignore_index for label in labels])
+
+
+def _labels(sample) -> Optional[Tensor]:
+    """Return the semantic labels of one image, (1, H, W), from a sample of any type."""
+    value = sample.get('gt_sem_seg') if isinstance(sample, Mapping) else getattr(sample, 'gt_sem_seg', None)
+    labels = value if isinstance(value, Tensor) else getattr(value, 'data', None)
+    return labels.reshape(-1, *labels.shape[-2:]) if isinstance(labels, Tensor) and labels.dim() in (2, 3) else None
+
+
+def trains(losses, module: nn.Module) -> bool:
+    """Return whether the losses depend on weights of a module."""
+    weights = {id(weight) for weight in module.parameters()}
+    return any(id(getattr(node, 'variable', None)) in weights for node, _ in _graph(_tensors(losses)))
+
+
+def find_rows(feature: Tensor, batch_size: int) -> Optional[Tensor]:
+    """Find the images of the rows of a feature, for heads that run on a part of the batch.
+
+    The autograd graph has recorded how the part was selected: by a mask or indices, a slice, a split, or by stacking
+    single images.
+
+    Args:
+        feature (Tensor): A feature that requires a gradient, (M, ...).
+        batch_size (int): Number of images, N.
+
+    Returns:
+        Tensor, optional: Indices of M images on the CPU; None if the graph shows no such selection.
+    """
+    return _find_rows((feature.grad_fn, 0), len(feature), batch_size)
+
+
+Edge = Tuple[Optional[torch.autograd.graph.Node], int]
+
+
+def _find_rows(edge: Edge, count: int, batch_size: int) -> Optional[Tensor]:
+    for node, output in _walk([edge]):
+        selection = _selection(node, output)
+        if selection is None or len(selection[0]) != count:
+            continue
+        rows, size, source = selection
+        if size == batch_size:
+            return rows
+        before = _find_rows(source, size, batch_size) if size != count else None  # a part of a part
+        if before is not None:
+            return before[rows]
+    return None
+
+
+def _selection(node, output: int) -> Optional[Tuple[Tensor, int, Edge]]:
+    """Return the rows that an operator takes from its input, the input's number of rows, and the input's edge."""
+    kind, sources = node.name().rstrip('0123456789'), node.next_functions
+    if kind in ('StackBackward', 'CatBackward') and node._saved_dim == 0:
+        parts = [source[0] and _selection(*source) for source in sources]
+        if not parts or None in parts or len({size for _, size, _ in parts}) > 1:
+            return None
+        return torch.cat([rows for rows, *_ in parts]), *parts[0][1:]
+    is_unbind = kind == 'UnbindBackward'
+    size = len(node._input_metadata) if is_unbind else next(iter(getattr(node, '_saved_self_sym_sizes', ())), None)
+    if size is None or (kind != 'IndexBackward' and getattr(node, '_saved_dim', None) != 0):
+        return None
+    rows, everything = None, torch.arange(size)
+    if kind == 'IndexBackward':
+        index = node._saved_indices[0]
+        rows = None if index is None or index.dim() != 1 else everything[index.cpu()]
+    elif kind == 'IndexSelectBackward':
+        rows = everything[node._saved_index.cpu()]
+    elif kind == 'SelectBackward':
+        rows = everything[[_signed(node._saved_index)]]
+    elif is_unbind:
+        rows = everything[[output]]
+    elif kind == 'SliceBackward':
+        rows = everything[_signed(node._saved_start) : _signed(node._saved_end) : node._saved_step]
+    elif kind == 'SplitBackward':
+        rows = everything.split(node._saved_split_size)[output]
+    elif kind == 'SplitWithSizesBackward':
+        rows = everything.split(node._saved_split_sizes)[output]
+    return None if rows is None else (rows, size, sources[0])
+
+
+def _signed(value: int) -> int:
+    """Return an index of the autograd graph, which stores negative indices as unsigned integers of 64 bits."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _tensors(values) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (Mapping, list, tuple)):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _tensors(value)
+
+
+def _graph(tensors: Iterable[Tensor]) -> Iterator[Edge]:
+    return _walk([(tensor.grad_fn, 0) for tensor in tensors])
+
+
+def _walk(edges: List[Edge]) -> Iterator[Edge]:
+    """Yield the edges of an autograd graph, the nearest first."""
+    seen = set()
+    while edges:
+        following = []
+        for edge in edges:
+            if edge[0] is not None and edge not in seen:
+                seen.add(edge)
+                yield edge
+                following += edge[0].next_functions
+        edges = following
