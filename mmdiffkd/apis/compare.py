@@ -8,12 +8,13 @@ import shlex
 import shutil
 import socket
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Set, TextIO, Tuple, Union
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 import mmdiffkd
 from mmdiffkd.cli import quiet_packages, shorten_path
@@ -121,8 +122,9 @@ def compare(
         teacher_config = Path(teacher_config).resolve()
     root = Path(work_dir).resolve()
     (root / 'configs').mkdir(parents=True, exist_ok=True)
-    with _lock(root):
-        comparison = _Comparison(root, student, teacher_config, teacher_checkpoint, schedule, list_runs)
+    commands = sys.stdout if list_runs else None
+    with _lock(root), _output_to_stderr() if list_runs else nullcontext():
+        comparison = _Comparison(root, student, teacher_config, teacher_checkpoint, schedule, commands)
         comparison.add_methods(methods, seeds, strict=set(arms or ()))
         return comparison.run(metric, jobs)
 
@@ -170,6 +172,21 @@ def _read_methods(presets: Optional[Sequence[str]], arms: Optional[dict]) -> Dic
                 )
         methods[name] = settings
     return methods
+
+
+@contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """Redirect output and logs to stderr, so that a file or a pipe gets nothing but the listed commands."""
+    handlers = [h for h in MMLogger.get_current_instance().handlers if getattr(h, 'stream', None) is sys.stdout]
+    before = sys.stdout
+    for handler in handlers:
+        handler.setStream(sys.stderr)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for handler in handlers:
+            handler.setStream(before)
 
 
 @contextmanager
@@ -289,10 +306,10 @@ class Training:
 class _Comparison:
     """Runs of a comparison in a folder."""
 
-    def __init__(self, root: Path, student: Config, teacher, checkpoint: str, schedule: float, list_runs: bool):
-        self.root, self.student, self.schedule, self.list_runs = root, student, schedule, list_runs
+    def __init__(self, root: Path, student: Config, teacher, checkpoint: str, schedule: float, commands):
+        self.root, self.student, self.schedule = root, student, schedule
         self.teacher, self.checkpoint = teacher, checkpoint
-        self.out: TextIO = sys.stderr if list_runs else sys.stdout  # only the commands go to stdout
+        self.commands: Optional[TextIO] = commands  # stream of the commands; None runs them
         self.state_file = root / 'compare.json'
         self.state = (
             json.loads(self.state_file.read_text()) if self.state_file.exists() else dict(previews={}, costs={})
@@ -310,7 +327,7 @@ class _Comparison:
         self.waiting: Set[str] = set()  # names of the runs that this process has not finished
 
     def say(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        print(text, flush=True)
 
     def save_state(self) -> None:
         _write(self.state_file, json.dumps(self.state, indent=1))
@@ -362,14 +379,14 @@ class _Comparison:
             f'Comparing {", ".join(self.cfgs)} (seeds: {_numbers(t.seed for t in self.trainings)}) in '
             f'{shorten_path(self.root)}: {len(self.trainings) - len(missing)} of {len(self.trainings)} runs are done.'
         )
-        if missing and not self.list_runs:
+        if missing and self.commands is None:
             self.check_teacher(metric, gpus[:1])
             self.measure_costs({training.method for training in missing}, gpus[:1])
             missing = [training for training in missing if training.method in self.cfgs]
         self.show_preview(missing, workers)
-        if self.list_runs:
+        if self.commands is not None:
             commands = [shlex.join(self.teacher_command()), *(training.command() for training in missing)]
-            print(''.join(f'{command}\n' for command in commands if command), end='', flush=True)
+            print(''.join(f'{command}\n' for command in commands if command), end='', file=self.commands, flush=True)
         elif missing:
             self.train(missing, workers, gpus, metric)
         return self.finish(metric)
@@ -392,7 +409,7 @@ class _Comparison:
         command = self.teacher_command()
         if command:
             job = Job('test the teacher', command, self.root / 'logs' / f'{TEACHER}.log', metric=metric)
-            run_parallel([job], workers=1, file=self.out, gpus=gpus)
+            run_parallel([job], workers=1, gpus=gpus)
         metrics = newest_test(self.root / TEACHER)[1]
         if not metrics:
             self.say('Warning: the teacher could not be tested on the data of the student; its classes may differ.')
@@ -420,7 +437,7 @@ class _Comparison:
         out, log = self.root / 'costs.json', self.root / 'logs' / 'costs.log'
         command = [sys.executable, '-m', 'mmdiffkd.apis.costs', out, *(first[name].config for name in names)]
         job = Job('measure an iteration of each method', command, log)
-        (result,) = run_parallel([job], workers=1, file=self.out, gpus=gpus)
+        (result,) = run_parallel([job], workers=1, gpus=gpus)
         if not result.ok:
             raise ValueError(f'The student alone cannot be trained for an iteration: {read_failure(log)}')
         for stem, costs in json.loads(out.read_text()).items():
@@ -477,7 +494,7 @@ class _Comparison:
                 for training in missing
             ]
             self.waiting = {job.name for job in jobs}
-            done = run_parallel(jobs, workers, self._save_result, self.out, gpus=gpus)
+            done = run_parallel(jobs, workers, self._save_result, gpus=gpus)
             missing = [training for training, result in zip(missing, done) if result.ok and not training.is_done]
             if not missing:
                 return

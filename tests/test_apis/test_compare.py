@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from mmdiffkd.apis import JobResult, compare
 from mmdiffkd.apis.compare import _lock, read_failure
 from mmdiffkd.apis.costs import measure_costs
 from tests import tiny
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forget_globals
 from tests.test_visualization import logs
 
 METRIC = 'coco/bbox_mAP'
@@ -217,8 +218,17 @@ def test_killed_before_the_last_validation(run):
     assert cfg.test_dataloader == cfg.val_dataloader
 
 
-def test_list(run, tmp_path, capsys):
-    """Prints one command per run, starts nothing, and reads what has arrived."""
+def test_list(run, tmp_path, capsys, monkeypatch):
+    """Prints one command per run, starts nothing, and reads what has arrived. Logs of packages go to stderr."""
+    forget_globals()
+    MMLogger.get_current_instance()  # logs to the stdout of this test
+    original = module.preview
+
+    def preview(cfg):
+        MMLogger.get_current_instance().warning('a log of a package')
+        return original(cfg)
+
+    monkeypatch.setattr(module, 'preview', preview)
     result = run(list_runs=True)
     out, text = capsys.readouterr()
     lines = out.splitlines()
@@ -227,7 +237,11 @@ def test_list(run, tmp_path, capsys):
         'teacher.py',
         *(f'{name}_seed{seed}.py' for seed in (0, 1) for name in ('alone', 'diffkd')),
     ]
-    assert 'No result yet: alone (seed 0), diffkd (seed 0)' in text and 'There are no results yet.' in text
+    assert (
+        'a log of a package' in text
+        and 'No result yet: alone (seed 0), diffkd (seed 0)' in text
+        and 'There are no results yet.' in text
+    )
     for line, name in zip(lines[1:3], ('alone', 'diffkd')):
         Jobs().run(name, 0, line, tmp_path / 'work' / name / 'seed0')
     result = run(list_runs=True)
