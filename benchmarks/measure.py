@@ -1,79 +1,24 @@
 """Utilities of the benchmarks: timing, peak memory, tables and pages."""
 
-import gc
 import json
 import platform
 import statistics
 import textwrap
-import time
-from itertools import accumulate
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence
+from typing import Dict, Sequence
 
 import torch
 from mmengine.utils import get_git_hash
 from mmengine.utils.dl_utils import collect_env
-from torch.profiler import ProfilerActivity, profile
 
 import mmdiffkd
-
-MIB = 2**20
-
-
-def in_turn(functions: Dict[str, Callable], rounds: int, warmup: int = 2) -> Dict[str, List[float]]:
-    """Time functions in turn, so that a change in the load of the machine affects all of them.
-
-    Args:
-        functions (dict[str, callable]): Functions without arguments, by name.
-        rounds (int): Number of timed calls per function.
-        warmup (int): Number of calls per function before the timing starts. Defaults to 2.
-
-    Returns:
-        dict[str, list[float]]: Seconds per call, by name.
-    """
-    times: Dict[str, List[float]] = {name: [] for name in functions}
-    for index in range(warmup + rounds):
-        for name, function in functions.items():
-            seconds = _seconds(function)
-            if index >= warmup:
-                times[name].append(seconds)
-    return times
-
-
-def _seconds(function: Callable) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    function()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+from mmdiffkd.apis.costs import MIB, in_turn, peak_mib  # noqa: F401
 
 
 def ratios(times: Sequence[float], base: Sequence[float]) -> Dict[str, float]:
     """Return the median time in milliseconds, and median and quartiles of the ratios to ``base`` within a round."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(times, base)], n=4)
     return dict(ms=statistics.median(times) * 1e3, ratio=median, low=low, high=high)
-
-
-def peak_mib(step: Callable) -> float:
-    """Return the peak memory of a step in MiB, minus the memory that is in use before the step."""
-    gc.collect()
-    if torch.cuda.is_available():
-        _synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        _synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events)) / MIB
 
 
 def markdown(rows: Sequence[Dict[str, object]]) -> str:

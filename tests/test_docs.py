@@ -94,6 +94,10 @@ def test_config(page, block, tmp_path):
 def test_statements(page, block, tmp_path):
     scope = {}
     exec(compile(block, page, 'exec'), scope)
+    for name, arm in scope.pop('arms', {}).items():  # an arms file of tools/compare.py
+        if 'distill' in arm:
+            scope[name] = arm['distill']
+        assert all(HOOKS.build(dict(hook)) for hook in arm.get('custom_hooks', ()))
     for name, value in scope.items():
         if isinstance(value, dict) and not name.startswith('_'):  # an example of model.distill
             cfg = Config.fromfile(write(tmp_path, 'block', READER_CONFIGS['my_diffkd_config']))

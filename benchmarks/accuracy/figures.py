@@ -1,7 +1,8 @@
 """Draw charts of the results: gains of the methods, and gamma over training."""
 
+import math
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # mmengine requires matplotlib
 from matplotlib.figure import Figure
@@ -10,17 +11,18 @@ BAR_COLOR, GRID_COLOR = '#0072b2', '#e3e8ec'
 LEVEL_COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00')
 
 
-def draw_bars(gains: Dict[str, Tuple[float, float]], label: str, path: Path) -> None:
+def draw_bars(gains: Dict[str, Tuple[float, Optional[float]]], label: str, path: Path) -> None:
     """Draw one bar per method, with its confidence interval.
 
     Args:
-        gains (dict[str, tuple[float, float]]): Mean gain and half the width of its confidence interval, by method. The
-            half width is NaN if there is no interval.
+        gains (dict[str, tuple[float, float | None]]): Mean gain and half the width of its confidence interval, by
+            method. The half width is None if there is no interval.
         label (str): Label of the horizontal axis.
         path (Path): Path of the image.
     """
     figure, axes = _figure(7.5, 0.9 + 0.32 * len(gains))
     means, halves = zip(*gains.values())
+    halves = [math.nan if half is None else half for half in halves]
     axes.barh(list(gains), means, xerr=halves, color=BAR_COLOR, height=0.62, error_kw=dict(capsize=3, lw=1.2))
     axes.axvline(0, color='black', lw=0.8)
     axes.grid(axis='x', color=GRID_COLOR)

@@ -1,16 +1,14 @@
 """Write the table and the page of a group of methods from the JSON files of its runs."""
 
 import json
-import math
 import statistics
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
-
-from scipy.stats import t as student_t
+from typing import Dict, List, Optional, Sequence
 
 from benchmarks.accuracy.figures import draw_bars, draw_gamma
 from benchmarks.accuracy.groups import BASELINES, CHOICES, base_of, runs_of
 from benchmarks.measure import markdown
+from mmdiffkd.visualization.differences import confidence
 
 TITLES = {
     'deeppcb': 'DeepPCB',
@@ -50,18 +48,10 @@ def spread(numbers: Sequence[float]) -> str:
     return mean if len(numbers) < 2 else f'{mean} ± {statistics.stdev(numbers):.1f}'
 
 
-def confidence(differences: Sequence[float]) -> Tuple[float, float]:
-    """Return mean and half width of its 95% interval (Student's t). A single difference has the half width NaN."""
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return mean, math.nan
-    return mean, student_t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-
-
 def confidence_text(differences: Sequence[float]) -> str:
     """Format mean and 95% interval, or a single difference."""
     mean, half = confidence(differences)
-    return f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})' if len(differences) > 1 else f'{mean:+.1f}'
+    return f'{mean:+.1f}' if half is None else f'{mean:+.1f} ({mean - half:+.1f} ... {mean + half:+.1f})'
 
 
 def trained(folder: Path, runs: Dict[str, List[int]], metrics: Sequence[str], split: str = 'test'):

@@ -1,9 +1,10 @@
 from .build import build_distiller, build_model
+from .compare import compare
 from .distill import distill
 from .export import student_config, student_weights
 from .list_presets import list_presets
 from .make_config import make_config
-from .parallel import Job, JobResult, available_cores, run_parallel
+from .parallel import Job, JobResult, available_cores, available_gpus, run_parallel
 from .preview import list_taps, preview
 from .run_config import load_run_config
 
@@ -11,8 +12,10 @@ __all__ = [
     'Job',
     'JobResult',
     'available_cores',
+    'available_gpus',
     'build_distiller',
     'build_model',
+    'compare',
     'distill',
     'list_presets',
     'list_taps',

@@ -62,7 +62,7 @@ def distill(
         FileNotFoundError, ModuleNotFoundError, ValueError: If a config or the weights are missing, or the student
             cannot be distilled from this teacher.
     """
-    cfg = _run_config(student_config, teacher_config, teacher_checkpoint, pairs, preset, init_from_teacher)
+    cfg = distillation_config(student_config, teacher_config, teacher_checkpoint, pairs, preset, init_from_teacher)
     cfg.work_dir, cfg.resume = str(work_dir), resume
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *custom_hooks]
     cfg.merge_from_dict(cfg_options or {})
@@ -75,7 +75,7 @@ def distill(
     return _export(runner, Path(cfg.work_dir))
 
 
-def _run_config(
+def distillation_config(
     student: Source,
     teacher: Source,
     checkpoint: str,
@@ -83,6 +83,7 @@ def _run_config(
     preset: Optional[str],
     init_from_teacher: Optional[Sequence[str]],
 ) -> Config:
+    """Return the config that distills a teacher into a student. Arguments and errors: see :func:`distill`."""
     cfg = copy.deepcopy(student) if isinstance(student, Config) else resolve_config(student)
     if 'student' in cfg.model:
         raise ValueError('student_config is already a distillation config; train it with tools/train.py or a Runner.')

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, TextIO, Union
 
+import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.live import Live
@@ -89,12 +90,19 @@ def available_cores() -> int:
     return cores if quota == 'max' else max(1, min(cores, round(int(quota) / int(period))))
 
 
+def available_gpus() -> List[str]:
+    """Return the GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``."""
+    count, visible = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES')
+    return [str(index) for index in range(count)] if visible is None else visible.split(',')[:count]
+
+
 def run_parallel(
     jobs: Sequence[Job],
     workers: Optional[int] = None,
     on_done: Optional[Callable[[JobResult], None]] = None,
     file: Optional[TextIO] = None,
     interval: float = 20.0,
+    gpus: Sequence[str] = (),
 ) -> List[JobResult]:
     """Run commands in parallel, with one CPU thread each, and show their progress.
 
@@ -109,6 +117,8 @@ def run_parallel(
         on_done (Callable, optional): Called with the :class:`JobResult` of each job as soon as the job ends.
         file (TextIO, optional): Stream for the progress display. Defaults to ``sys.stdout``.
         interval (float): Seconds between two plain lines of a job. Defaults to 20.
+        gpus (list[str]): GPUs to distribute the jobs over, as in ``CUDA_VISIBLE_DEVICES``: each job sees one of them,
+            the one with the fewest running jobs. Defaults to ``()``: all jobs see the GPUs of this process.
 
     Returns:
         list[JobResult]: Results in the order of ``jobs``.
@@ -137,7 +147,8 @@ def run_parallel(
                         _end(result, None, display, on_done)
                     elif None not in needed and len(running) < workers:
                         waiting.remove(job)
-                        running.append(_Process(job))
+                        used = [process.gpu for process in running]
+                        running.append(_Process(job, min(gpus, key=used.count) if gpus else None))
                         display.started(running[-1])
                 time.sleep(POLL)
                 for process in list(running):
@@ -155,13 +166,14 @@ def run_parallel(
 class _Process:
     """A running job and its progress, read from its log."""
 
-    def __init__(self, job: Job):
-        self.job = job
+    def __init__(self, job: Job, gpu: Optional[str] = None):
+        self.job, self.gpu = job, gpu
         self.status, self.fraction = 'running', None
         self.metric: Optional[str] = None
         self._ends_at: Optional[float] = None
         self._max_epochs: Optional[int] = None
         command = [str(part) for part in (job.command() if callable(job.command) else job.command)]
+        visible = {} if gpu is None else {'CUDA_VISIBLE_DEVICES': gpu}
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open('wb') as log:
             # in a new session, jobs do not receive the terminal's Ctrl-C; run_parallel ends them in order
@@ -170,7 +182,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ONE_THREAD, 'PYTHONUNBUFFERED': '1'},
+                env={**os.environ, **ONE_THREAD, **visible, 'PYTHONUNBUFFERED': '1'},
                 start_new_session=True,
             )
         self.start = time.monotonic()

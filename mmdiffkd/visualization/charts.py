@@ -113,7 +113,7 @@ def draw(
     size = SMALL if small else (LARGE[0], LARGE[1] + LEGEND_ROW * math.ceil(len(lines) / columns))
     figure, axes = _figure(size, title, small)
     for above, line in zip(reversed(range(len(lines))), lines):
-        _draw_line(axes, line, small, above)
+        draw_line(axes, line, small, above)
     for text, value in (levels or {}).items():
         axes.axhline(value, color=REFERENCE, linewidth=1.1, linestyle=(0, (4, 2)))
         _note(axes, f'{text} {value:.4g}', (1, value), ('axes fraction', 'data'), (-2, 3), ha='right')
@@ -200,7 +200,8 @@ def _figure(size: Tuple[float, float], title: str, small: bool) -> Tuple[Figure,
     return figure, axes
 
 
-def _draw_line(axes: Axes, line: Line, small: bool, above: int) -> None:
+def draw_line(axes: Axes, line: Line, small: bool, above: int) -> None:
+    """Draw a line and the band of its deviation. ``above`` is the number of lines that are drawn later."""
     if line.deviation is not None:
         low, high = ([m + sign * d for m, d in zip(line.mean, line.deviation)] for sign in (-1, 1))
         axes.fill_between(line.x, low, high, color=color(line.group), alpha=0.18, linewidth=0)

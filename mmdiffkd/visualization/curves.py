@@ -54,6 +54,11 @@ def unit(metric: str) -> str:
     return '0 – 1' if metric.startswith('coco/') else ''
 
 
+def digits(metric: str) -> int:
+    """Return the number of decimals to show of a metric."""
+    return 2 if unit(metric) == '%' else 3
+
+
 def teachers(groups: Sequence[Group], metric: str) -> Dict[str, float]:
     """Return a metric of each teacher: a run named ``teacher``, and teachers that ``TeacherCheckHook`` evaluated."""
     values = {}

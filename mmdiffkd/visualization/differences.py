@@ -39,7 +39,19 @@ def difference(group: Group, baseline: Group, metric: str) -> Optional[Tuple[flo
     if not pairs:
         means = [found.spread(lambda run: run.result(metric)) for found in (group, baseline)]
         return (means[0][0] - means[1][0], None) if all(means) else None
-    differences = [value - other for value, other in pairs]
+    return confidence([value - other for value, other in pairs])
+
+
+def confidence(differences: Sequence[float]) -> Tuple[float, Optional[float]]:
+    """Return mean and half width of the 95% interval of paired differences (Student's t).
+
+    Args:
+        differences (list[float]): One difference per seed.
+
+    Returns:
+        tuple[float, float | None]: Mean and half width. The half width is None for a single difference, or if scipy is
+            not installed, and NaN if a difference is not finite.
+    """
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2 or stdtrit is None:
         return mean, None

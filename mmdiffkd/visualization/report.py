@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader  # a dependency of torch
 import mmdiffkd
 
 from .charts import color, css_style
-from .curves import Section, sections, unit
+from .curves import Section, digits, sections, unit
 from .differences import baseline_of, difference, stdtrit
 from .pictures import data_uri, panels_by_pair
 from .runs import NO_OBJECTS, Group, Run, best, last, main_metrics, metrics_of, read_groups
@@ -22,7 +22,9 @@ MIB_IN_GIB = 1024
 PAGE = 'report.html'
 
 
-def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command: Sequence[str]) -> Path:
+def write_report(
+    named: Sequence[Tuple[Optional[str], Path]], out: Path, command: Sequence[str], notes: Sequence[str] = ()
+) -> Path:
     """Write a page on runs, and its charts as PNG files beside it. An earlier page and its charts are replaced.
 
     Args:
@@ -32,6 +34,7 @@ def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command
             ``tools/test.py``.
         out (Path): Output folder.
         command (list[str]): Command that reproduces the page, to print on it.
+        notes (list[str]): Notes to show on the page, before those on the logs. Defaults to ``()``.
 
     Returns:
         Path: Path of the page.
@@ -43,7 +46,7 @@ def write_report(named: Sequence[Tuple[Optional[str], Path]], out: Path, command
     """
     groups = read_groups(named)
     drawn = sections(groups)
-    page = _environment().get_template('page.html').render(_content(groups, drawn), command=shlex.join(command))
+    page = _environment().get_template('page.html').render(_content(groups, drawn, notes), command=shlex.join(command))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file in _charts_of_page(out):
@@ -64,7 +67,7 @@ def _charts_of_page(out: Path) -> List[Path]:
     return [out / name for name in names]
 
 
-def _content(groups: Sequence[Group], drawn: Sequence[Section]) -> dict:
+def _content(groups: Sequence[Group], drawn: Sequence[Section], notes: Sequence[str]) -> dict:
     """Collect the variables of the template."""
     metrics, baseline = main_metrics(groups), baseline_of(groups)
     rows = [_row(group, metrics, baseline) for group in groups]
@@ -80,7 +83,7 @@ def _content(groups: Sequence[Group], drawn: Sequence[Section]) -> dict:
         everything=_everything(groups),
         sections=drawn,
         pictures=pictures,
-        notes=[*_notes(groups), *missing],
+        notes=[*notes, *_notes(groups), *missing],
         versions=list({name: None for _, run in runs for name in run.versions}),
         version=mmdiffkd.__version__,
         baseline=baseline,
@@ -124,7 +127,7 @@ def _metric_cells(group: Group, metric: str, baseline: Optional[Group]) -> dict:
         best=lambda run: best(metric, run.metric(metric)),
         test=lambda run: run.test.get(metric),
     )
-    cells = {name: _cell(group, value, _digits(metric)) for name, value in values.items()}
+    cells = {name: _cell(group, value, digits(metric)) for name, value in values.items()}
     return dict(cells, versus=_versus(group, metric, baseline))
 
 
@@ -133,33 +136,29 @@ def _versus(group: Group, metric: str, baseline: Optional[Group]) -> str:
     found = None if baseline in (None, group) else difference(group, baseline, metric)
     if found is None:
         return '–'
-    (mean, half), digits = found, _digits(metric)
+    (mean, half), places = found, digits(metric)
     if math.isnan(mean):
         return 'nan'
-    interval = '' if half is None else f' ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})'
-    return f'{mean:+.{digits}f}{interval}'
+    interval = '' if half is None else f' ({mean - half:+.{places}f} to {mean + half:+.{places}f})'
+    return f'{mean:+.{places}f}{interval}'
 
 
 def _everything(groups: Sequence[Group]) -> List[Tuple[str, List[str]]]:
     """Return all metrics of the last validations, or of the tests of runs without validation, as text by metric."""
     names = {name: None for group in groups for name in metrics_of(group)}
     return [
-        (name, [_cell(group, lambda run, name=name: run.result(name), _digits(name)) for group in groups])
+        (name, [_cell(group, lambda run, name=name: run.result(name), digits(name)) for group in groups])
         for name in names
     ]
 
 
-def _cell(group: Group, value, digits: int) -> str:
+def _cell(group: Group, value, places: int) -> str:
     found = group.spread(value)
     if found is None:
         return '–'
     mean, deviation = found
-    is_count = digits == 0 and not deviation
-    return f'{mean:.{digits}f}' + (f' ± {deviation:.{digits}f}' if deviation is not None and not is_count else '')
-
-
-def _digits(metric: str) -> int:
-    return 2 if unit(metric) == '%' else 3
+    is_count = places == 0 and not deviation
+    return f'{mean:.{places}f}' + (f' ± {deviation:.{places}f}' if deviation is not None and not is_count else '')
 
 
 def _checked_teachers(groups: Sequence[Group], metrics: Sequence[str]) -> List[Tuple[str, str]]:
@@ -167,7 +166,7 @@ def _checked_teachers(groups: Sequence[Group], metrics: Sequence[str]) -> List[T
     found = []
     for group in groups:
         run = next((run for run in group.runs if run.teacher), None)
-        values = [f'{m} {run.teacher[m]:.{_digits(m)}f}' for m in metrics if m in run.teacher] if run else []
+        values = [f'{m} {run.teacher[m]:.{digits(m)}f}' for m in metrics if m in run.teacher] if run else []
         if values:
             found.append((group.name, ', '.join(values)))
     return found

@@ -160,7 +160,7 @@ def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
 def read_run(folder: Path) -> Run:
     """Read and merge all starts of a run. A later start replaces earlier records from its first iteration on."""
     run = Run(folder)
-    tested, run.test = _newest_test(folder)
+    tested, run.test = newest_test(folder)
     logs = _logs(folder, run.notes)
     if tested and not logs:  # the work dir of tools/test.py
         run.starts, run.config, run.versions = [tested.name], _config(tested), read_versions(tested)
@@ -217,11 +217,11 @@ def _starts(folder: Path) -> List[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f'The folder {folder} does not exist; give the work dir of a training or a test.')
     starts = _with_logs(folder)
-    if starts or _newest_test(folder)[0]:
+    if starts or newest_test(folder)[0]:
         return starts
     if (folder / 'vis_data' / 'scalars.json').is_file():
         raise FileNotFoundError(f'{folder} is a single start of a run; give the folder above it.')
-    below = [path.name for path in sorted(folder.glob('*/')) if _with_logs(path) or _newest_test(path)[0]]
+    below = [path.name for path in sorted(folder.glob('*/')) if _with_logs(path) or newest_test(path)[0]]
     if below:
         listed = ', '.join(below[:3]) + (f' and {len(below) - 3} more' if len(below) > 3 else '')
         raise FileNotFoundError(f'{folder} is not a work dir but contains some; give one or more of them: {listed}.')
@@ -279,7 +279,7 @@ def _notes(folder: Path, log: Log) -> List[str]:
     return [f'{folder.name}/{log.folder.name}: {log.unreadable} damaged {lines} left out.']
 
 
-def _newest_test(folder: Path) -> Tuple[Optional[Path], Dict[str, float]]:
+def newest_test(folder: Path) -> Tuple[Optional[Path], Dict[str, float]]:
     """Return folder and metrics of the newest test in the work dir, or None and an empty dict."""
     for file in sorted(folder.glob('*/*.json'), reverse=True):
         try:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mmdiffkd.apis import Job, available_cores, run_parallel
+from mmdiffkd.apis import Job, available_cores, available_gpus, run_parallel
 from tests.conftest import ROOT
 
 # script that prints lines in the format of mmengine's logger
@@ -50,6 +50,30 @@ print('met', (folder / other).exists(), os.environ['OMP_NUM_THREADS'], os.enviro
     assert [result.name for result in results] == ['a', 'b'] and all(result.ok for result in results)
     assert sorted(result.name for result in done) == ['a', 'b'] and results[0].seconds > 0
     assert all(result.log.read_text() == 'met True 1 1\n' for result in results)
+
+
+def test_jobs_are_distributed_over_gpus(tmp_path):
+    """A job sees one GPU, the one with the fewest running jobs."""
+    code = f"""\
+import os, pathlib, time
+gpu = os.environ['CUDA_VISIBLE_DEVICES']
+pathlib.Path({str(tmp_path)!r}, f'{{name}}-on-{{gpu}}').touch()
+end = time.time() + 60
+while len(list(pathlib.Path({str(tmp_path)!r}).glob('*-on-*'))) < 4 and time.time() < end:
+    time.sleep(0.01)
+print(gpu)
+"""
+    jobs = [python(code.replace('{name}', name), name, tmp_path) for name in 'abcd']
+    results = run_parallel(jobs, workers=4, file=io.StringIO(), gpus=['3', '5'])
+    assert sorted(result.log.read_text() for result in results) == ['3\n', '3\n', '5\n', '5\n']
+
+
+def test_gpus_of_this_process(monkeypatch):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert available_gpus() == ['0', '1']
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,GPU-1f')
+    assert available_gpus() == ['4', 'GPU-1f']
 
 
 def test_one_worker_runs_jobs_in_order(tmp_path):

@@ -1,0 +1,176 @@
+"""Measure time and memory of training iterations.
+
+Run as a module, it measures configs in a process of its own, so that a GPU's memory is free again afterwards:
+``python -m mmdiffkd.apis.costs OUT.json CONFIG ...``
+"""
+
+import gc
+import json
+import statistics
+import sys
+import time
+from itertools import accumulate, cycle
+from pathlib import Path
+from typing import Callable, Dict, List, Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MessageHub
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from torch.profiler import ProfilerActivity, profile
+
+from mmdiffkd.utils.config import set_loader_defaults
+
+from .build import build_model
+
+MIB = 2**20
+SECONDS, MOST_ROUNDS = 10.0, 5  # time per config, and maximum number of timed iterations
+BATCHES = 2  # number of training batches, which are used in turn
+
+
+def measure_costs(cfgs: Dict[str, Config]) -> Dict[str, dict]:
+    """Measure training iterations on images of the training set.
+
+    The first config is the baseline. Iterations of the baseline and of another config run in turn, so that a change in
+    the load of the machine affects both. At most two models are in memory.
+
+    Args:
+        cfgs (dict[str, Config]): Configs with the same data, by name.
+
+    Returns:
+        dict[str, dict]: Costs by name:
+
+        * ``seconds``: median time of an iteration, with loading of the images if no worker process loads them.
+        * ``time``: median ratio to the time of the baseline, without loading.
+        * ``peak_mib``: peak memory of an iteration in MiB, without weights, optimizer state and images.
+        * ``iterations``: number of iterations of the training.
+
+        If an iteration fails, the only key is ``error``.
+
+    Raises:
+        Exception: If the training data cannot be loaded, or an iteration of the baseline fails.
+    """
+    baseline, *names = cfgs
+    cfg = cfgs[baseline]
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    batches, length, loading = _load_batches(cfg)
+    base, costs = _step(cfg, batches), {}
+    for name in [baseline, *names]:
+        try:
+            steps = {baseline: base, name: base if name == baseline else _step(cfgs[name], batches)}
+            seconds = sum(_seconds(step) for step in steps.values() for _ in range(2)) / 2
+            times = in_turn(steps, rounds=max(1, min(MOST_ROUNDS, int(SECONDS / seconds))), warmup=0)
+            ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline]))
+            peak = peak_mib(steps[name])
+        except Exception as error:  # such as a teacher whose weights do not fit, or too little memory for this method
+            if name == baseline:
+                raise
+            costs[name] = dict(error=f'{type(error).__name__}: {error}')
+            continue
+        # the measured iterations distill, but with an interval of n only every n-th iteration of a run does
+        ratio = 1 + (ratio - 1) / _interval(cfgs[name])
+        alone = costs[baseline]['seconds'] - loading if costs else statistics.median(times[name])
+        costs[name] = dict(
+            seconds=alone * ratio + loading, time=ratio, peak_mib=peak, iterations=_iterations(cfgs[name], length)
+        )
+    return costs
+
+
+def _load_batches(cfg: Config):
+    """Return batches, the number of batches of an epoch, and the seconds per batch that training waits for them."""
+    cfg = Config(cfg.to_dict())
+    set_loader_defaults(cfg)
+    settings = cfg.train_dataloader
+    has_workers = settings.get('num_workers', 0) > 0
+    settings.update(num_workers=0, persistent_workers=False)
+    settings.pop('prefetch_factor', None)
+    loader = Runner.build_dataloader(settings, seed=0)
+    start = time.perf_counter()
+    batches = [batch for batch, _ in zip(loader, range(BATCHES))]
+    loading = (time.perf_counter() - start) / max(len(batches), 1)
+    return batches, len(loader), 0.0 if has_workers else loading
+
+
+def _iterations(cfg: Config, epoch_length: int) -> int:
+    return cfg.train_cfg.max_iters if 'max_iters' in cfg.train_cfg else cfg.train_cfg.max_epochs * epoch_length
+
+
+def _step(cfg: Config, batches: Sequence) -> Callable:
+    """Return a function that trains a model for one iteration."""
+    MessageHub.get_current_instance().runtime_info.update(iter=0, epoch=0)  # some models read them
+    model = build_model(cfg, cfg.model).to(get_device())
+    model.init_weights()
+    model.train()
+    optim_wrapper, turn = build_optim_wrapper(model, cfg.optim_wrapper), cycle(batches)
+    return lambda: model.train_step(next(turn), optim_wrapper)
+
+
+def _interval(cfg: Config) -> int:
+    hooks = [hook for hook in cfg.get('custom_hooks') or () if hook['type'] == 'mmdiffkd.DistillScheduleHook']
+    return hooks[0].get('interval', 1) if hooks else 1
+
+
+def in_turn(functions: Dict[str, Callable], rounds: int, warmup: int = 2) -> Dict[str, List[float]]:
+    """Time functions in turn, so that a change in the load of the machine affects all of them.
+
+    Args:
+        functions (dict[str, callable]): Functions without arguments, by name.
+        rounds (int): Number of timed calls per function.
+        warmup (int): Number of calls per function before the timing starts. Defaults to 2.
+
+    Returns:
+        dict[str, list[float]]: Seconds per call, by name.
+    """
+    times: Dict[str, List[float]] = {name: [] for name in functions}
+    for index in range(warmup + rounds):
+        for name, function in functions.items():
+            seconds = _seconds(function)
+            if index >= warmup:
+                times[name].append(seconds)
+    return times
+
+
+def _seconds(function: Callable) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_mib(step: Callable) -> float:
+    """Return the peak memory of a step in MiB, minus the memory that is in use before the step."""
+    gc.collect()
+    if torch.cuda.is_available():
+        _synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        _synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events)) / MIB
+
+
+def main() -> None:
+    """Measure the configs of the command line, and write the costs as JSON, by the stems of the configs."""
+    out, *files = sys.argv[1:]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # as in the runs
+    costs = measure_costs({Path(file).stem: Config.fromfile(file) for file in files})
+    Path(out).write_text(json.dumps(costs))
+
+
+if __name__ == '__main__':
+    main()

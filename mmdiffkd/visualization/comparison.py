@@ -1,0 +1,197 @@
+"""Compare methods by their results: table, conclusion and picture. Seeds are paired by their numbers."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .charts import DPI, FONT, Line, color, draw_line, lines_of
+from .curves import digits, unit
+from .differences import BASELINE, confidence
+from .palette import GRID, INK, REFERENCE, SOFT
+from .runs import Group, deviation
+
+Values = Dict[str, Dict[int, float]]  # a metric by method and seed
+DASH = '–'
+
+
+def paired(values: Dict[int, float], others: Dict[int, float]) -> List[float]:
+    """Return the differences for the seeds that both methods have."""
+    return [values[seed] - others[seed] for seed in sorted(values) if seed in others]
+
+
+def best_method(values: Values, without: Sequence[str] = ()) -> Optional[str]:
+    """Return the method with the highest mean, of the methods with the most seeds; None if there is no method."""
+    found = {
+        method: list(numbers.values())
+        for method, numbers in values.items()
+        if numbers and method not in without and all(map(math.isfinite, numbers.values()))
+    }
+    most = max(map(len, found.values()), default=0)
+    means = {method: statistics.fmean(numbers) for method, numbers in found.items() if len(numbers) == most}
+    return max(means, key=means.get, default=None)
+
+
+def mean_text(numbers: Sequence[float], metric: str) -> str:
+    """Format mean and standard deviation (n - 1)."""
+    if not numbers:
+        return DASH
+    mean, places = f'{statistics.fmean(numbers):.{digits(metric)}f}', digits(metric)
+    return mean if len(numbers) < 2 else f'{mean} ± {deviation(numbers):.{places}f}'
+
+
+def difference_text(differences: Sequence[float], metric: str) -> str:
+    """Format mean and 95% interval of paired differences."""
+    if not differences:
+        return DASH
+    (mean, half), places = confidence(differences), digits(metric)
+    return f'{mean:+.{places}f}' + ('' if half is None else f' ({_interval(mean, half, places)})')
+
+
+def _interval(mean: float, half: float, places: int) -> str:
+    return f'{mean - half:+.{places}f} to {mean + half:+.{places}f}'
+
+
+def comparison_rows(metric: str, values: Dict[str, Values], costs: Dict[str, dict], reasons: Dict[str, str]) -> List:
+    """Return one table row per method.
+
+    Args:
+        metric (str): Name of the metric.
+        values (dict[str, dict]): Metric by split, method and seed. Results are reported on the last split, and the best
+            other method is the best one on the first split.
+        costs (dict[str, dict]): ``time``, ``memory`` (MiB) and ``gmacs`` (added multiply-adds in units of 1e9) by
+            method, as far as they are known.
+        reasons (dict[str, str]): Reasons of the methods that have no result.
+
+    Returns:
+        list[dict[str, str]]: Cells by column.
+    """
+    (choice, *_), (*_, reported) = values.values(), values.values()
+    rows = []
+    for method in [*reported, *(method for method in reasons if method not in reported)]:
+        own, cost = reported.get(method, {}), costs.get(method, {})
+        other = None if method == BASELINE else best_method(choice, without=(BASELINE, method))
+        row = {'method': method, 'seeds': str(len(own))}
+        for split, found in values.items():
+            row[f'{metric} ({split})'] = mean_text(list(found.get(method, {}).values()), metric)
+        if not own and method in reasons:
+            row[f'{metric} ({list(values)[-1]})'] = reasons[method]
+        is_baseline = method == BASELINE
+        row['vs. alone'] = DASH if is_baseline else difference_text(paired(own, reported.get(BASELINE, {})), metric)
+        row['vs. best other'] = difference_text(paired(own, reported.get(other, {})), metric) if other else DASH
+        if row['vs. best other'] != DASH:
+            row['vs. best other'] += f' {other}'
+        for name, key, text in (
+            ('time', 'time', '{:.2f}'),
+            ('memory (MiB)', 'memory', '{:.0f}'),
+            ('added multiply-adds (G)', 'gmacs', '{:.3g}'),
+        ):
+            row[name] = DASH if cost.get(key) is None else text.format(cost[key])
+        rows.append(row)
+    return rows
+
+
+def conclude(metric: str, values: Dict[str, Values]) -> str:
+    """Say what the intervals of the differences allow to say. Arguments: see :func:`comparison_rows`."""
+    (choice, *_), (*_, reported) = values.values(), values.values()
+    split, best = list(values)[-1], best_method(choice)
+    if best is None:
+        return 'There are no results yet.'
+    chosen = '' if len(values) > 1 else f' The best method was chosen on {split} as well, which favors it.'
+    if len(reported.get(best, {})) < 2:
+        return f'One seed cannot rank methods. {best} has the highest {metric} on {list(values)[0]}.'
+    others = [method for method in reported if method != best]
+    found = {method: paired(reported[best], reported[method]) for method in others}
+    found = {method: confidence(numbers) for method, numbers in found.items() if len(numbers) > 1}
+    if any(half is None for _, half in found.values()):
+        return f'{best} has the highest {metric}. There are no intervals, because scipy is not installed.'
+    order = sorted(found, key=lambda method: method != BASELINE)
+    parts = [_compared(best, method, *found[method], metric) for method in order if _is_clear(*found[method])]
+    similar = [method for method in order if not _is_clear(*found[method])]
+    if similar:
+        difference = 'difference' if len(similar) == 1 else 'differences'
+        verb = 'is' if len(similar) == 1 else 'are'
+        parts.append(f'the {difference} between {best} and {", ".join(similar)} {verb} not significant')
+    return f'On {split}, {"; ".join(parts)}.{chosen}' if parts else f'There is nothing to compare {best} with.'
+
+
+def _is_clear(mean: float, half: float) -> bool:
+    return abs(mean) > half
+
+
+def _compared(method: str, other: str, mean: float, half: float, metric: str) -> str:
+    where, size, places = 'above' if mean > 0 else 'below', abs(mean), digits(metric)
+    interval = f'95% CI {size - half:.{places}f} to {size + half:.{places}f}'
+    return f'{method} is {where} {other} by {size:.{places}f} {metric} ({interval})'
+
+
+def aligned_markdown(rows: Sequence[Dict[str, str]]) -> str:
+    """Format rows as a Markdown table with aligned columns, with the keys of the first row as header."""
+    lines = [list(rows[0]), *([row[key].replace('|', '/') for key in rows[0]] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * width for width in widths])
+    return '\n'.join(f'| {" | ".join(cell.ljust(width) for cell, width in zip(line, widths))} |' for line in lines)
+
+
+def draw_comparison(path: Path, metric: str, split: str, reported: Values, groups: Sequence[Group]) -> None:
+    """Draw the results of all seeds, the intervals of the differences to the student alone, and learning curves.
+
+    Args:
+        path (Path): Path of the image.
+        metric (str): Name of the metric.
+        split (str): Split of the results.
+        reported (dict): Metric on this split, by method and seed.
+        groups (list[Group]): Runs of the methods. Learning curves are drawn if a run was validated more than once.
+    """
+    lines = [line for line in lines_of(groups, lambda run: run.metric(metric)) if len(line.x) > 1]
+    methods = [method for method, numbers in reported.items() if numbers]
+    height = max(2.6, 1.1 + 0.32 * len(methods))
+    figure = Figure(figsize=(9.2 if lines else 5.2, height), dpi=DPI, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if lines else 1, squeeze=False)[0]
+    colors = {group.name: color(group) for group in groups}
+    label = f'{metric} on {split}' + (f', {unit(metric)}' if unit(metric) else '')
+    _draw_results(axes[0], methods, reported, colors, label)
+    if lines:
+        _draw_curves(axes[1], lines, metric)
+    figure.savefig(path, facecolor='white')
+
+
+def _draw_results(axes: Axes, methods: List[str], reported: Values, colors: Dict[str, str], label: str) -> None:
+    baseline = reported.get(BASELINE, {})
+    has_interval = False
+    for row, method in enumerate(methods):
+        numbers, ink = list(reported[method].values()), colors.get(method, INK)
+        differences = paired(reported[method], baseline) if method != BASELINE else []
+        half = confidence(differences)[1] if differences else None
+        has_interval = has_interval or half is not None
+        mean = statistics.fmean(numbers)
+        axes.scatter(numbers, [row] * len(numbers), s=14, color=ink, alpha=0.45, linewidths=0)
+        axes.errorbar(mean, row, xerr=half, fmt='o', color=ink, markersize=6, capsize=3)
+    if baseline:
+        axes.axvline(statistics.fmean(baseline.values()), color=REFERENCE, linewidth=1.1, linestyle=(0, (4, 2)))
+    axes.set_yticks(range(len(methods)), methods, color=INK)
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    bars = '\nbars: 95% interval of the difference to alone (dashed)' if has_interval else ''
+    _finish(axes, 'Mean and seeds', label + bars)
+
+
+def _draw_curves(axes: Axes, lines: Sequence[Line], metric: str) -> None:
+    for above, line in zip(reversed(range(len(lines))), lines):
+        draw_line(axes, line, False, above)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, fontsize=FONT, labelcolor=INK)
+    _finish(axes, f'{metric} on val', 'iteration')
+
+
+def _finish(axes: Axes, title: str, label: str) -> None:
+    axes.set_title(title.replace('$', r'\$'), loc='left', fontsize=10, color=INK, fontweight='bold')
+    axes.set_xlabel(label.replace('$', r'\$'), fontsize=FONT, color=SOFT)
+    axes.tick_params(labelsize=FONT, colors=SOFT, length=0)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
