@@ -8,6 +8,7 @@ from mmdiffkd.registry import PRESETS
 from mmdiffkd.utils.config import type_name
 from mmdiffkd.utils.meta_device import build_for_inspection
 
+from ..distillers.classes import ClassMatcher
 from ..distillers.feature_info import ENCODERS
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
@@ -28,9 +29,9 @@ class DiffKDPreset:
 
     - Detectors: the outputs of the necks, or of the backbones if a model has no neck.
     - Segmentors: the logits at the head's resolution (``conv_seg``), compared by DIST. If a model has no such layer or
-      the numbers of classes differ: the outputs of the backbones.
-    - Classifiers: the last feature maps, through an autoencoder; and the logits, compared by KL divergence, if both
-      models have the same number of classes and each image has one class.
+      the models share less than two classes: the outputs of the backbones.
+    - Classifiers: the last feature maps, through an autoencoder; and the logits, compared by KL divergence, if the
+      models share at least two classes and each image has one class.
     - Other models: the outputs of the image encoders.
 
     To add a preset, subclass this class, or write a class with the same members, and register the class in
@@ -38,9 +39,11 @@ class DiffKDPreset:
 
     Attributes:
         neck_defaults (dict): Default arguments of necks with denoising. A config overrides them.
+        class_matcher (ClassMatcher): Matches the classes of student and teacher. The distiller sets it.
     """
 
     neck_defaults: dict = {}
+    class_matcher = ClassMatcher()
 
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
         """Return the pairs to distill if a config has no ``distill``. Both models must have the same task.
@@ -59,7 +62,8 @@ class DiffKDPreset:
         task, features = find_task(student_cfg), self._find_features(student_cfg, teacher_cfg)
         if task == 'detection':
             return dict(fpn=make_pair(features))
-        logits = _common_logits(task, (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg))
+        models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
+        logits = _common_logits(task, models, cfgs, self.class_matcher)
         if task == 'segmentation':
             return dict(feat=make_pair(features)) if logits is None else dict(logits=make_pair(logits, 'DISTLoss'))
         latent_channels = CLASSIFIER_LATENT_CHANNELS if task == 'classification' else None
@@ -137,31 +141,29 @@ def find_features(cfg: dict) -> Optional[str]:
     return None
 
 
-def _common_logits(task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Optional[List[str]]:
+def _common_logits(
+    task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher
+) -> Optional[List[str]]:
     """Return the paths of the logit layers of student and teacher.
 
-    None if a model has no logit layer, the numbers of classes differ, or there is only one class.
+    None if a model has no logit layer, or the models share less than two classes.
     """
     find = dict(segmentation=_pixel_logits, classification=_class_logits).get(task)
     if find is None:
         return None
-    paths, classes = zip(*(find(model, cfg) for model, cfg in zip(models, cfgs)))
-    return list(paths) if None not in paths and classes[0] == classes[1] > 1 else None
+    paths = [find(model, cfg) for model, cfg in zip(models, cfgs)]
+    return paths if None not in paths and class_matcher.count(models, paths) > 1 else None
 
 
-def _pixel_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
-    """Return the path of the logit layer of a segmentor, or of a cascade's last stage, and the number of classes."""
+def _pixel_logits(model: nn.Module, cfg: dict) -> Optional[str]:
+    """Return the path of the logit layer of a segmentor, or of a cascade's last stage; None if there is none."""
     head = cfg['decode_head']
     path = f'decode_head.{len(head) - 1}.conv_seg' if isinstance(head, (list, tuple)) else 'decode_head.conv_seg'
-    layer = dict(model.named_modules()).get(path)
-    return (None, 0) if layer is None else (path, layer.out_channels)
+    return path if path in dict(model.named_modules()) else None
 
 
-def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
-    """Return the path of a classifier's linear logit layer and its number of classes.
-
-    The path is None if there is no such layer, and for multi-label classifiers.
-    """
+def _class_logits(model: nn.Module, cfg: dict) -> Optional[str]:
+    """Return the path of a classifier's linear logit layer; None if there is none, and for multi-label classifiers."""
     head = cfg.get('head') or {}
     kind, classes = type_name(head.get('type')), head.get('num_classes')
     linear = [
@@ -170,7 +172,7 @@ def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
         if name.startswith('head.') and isinstance(module, nn.Linear) and module.out_features == classes
     ]
     if not linear or 'MultiLabel' in kind or 'CSRA' in kind:
-        return None, 0
+        return None
     # A stacked head ends with its logit layer. Other heads start with the logit layer; the second layer of DeiT's head
     # classifies the distillation token.
-    return linear[-1 if 'Stacked' in kind else 0], classes
+    return linear[-1 if 'Stacked' in kind else 0]

@@ -8,6 +8,7 @@ from mmdiffkd.registry import PRESETS
 from mmdiffkd.utils.config import comparable
 from mmdiffkd.utils.meta_device import build_for_inspection
 
+from ..distillers.classes import ClassMatcher
 from .diffkd import DiffKDPreset, find_task, make_pair
 
 
@@ -17,8 +18,8 @@ class PlusPreset(DiffKDPreset):
 
     - ``loss_kd`` is backpropagated through the denoiser in the last denoising step only.
     - Detectors also distill the outputs of their dense head or RPN, without denoising: ``cls`` by CWD and ``reg`` by
-      L1. Both models must have the layer, with the same anchors and output channels. Models that wrap a detector, such
-      as trackers, distill features only.
+      L1. Both models must have the layer, with the same anchors; ``cls`` needs a shared class. Models that wrap a
+      detector, such as trackers, distill features only.
     - Segmentors distill the last feature maps of the backbones instead of the logits.
     """
 
@@ -29,7 +30,7 @@ class PlusPreset(DiffKDPreset):
         task, features = find_task(student_cfg), self._find_features(student_cfg, teacher_cfg)
         if task == 'detection':
             models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
-            return dict(fpn=make_pair(features), **_dense_outputs(models, cfgs))
+            return dict(fpn=make_pair(features), **_dense_outputs(models, cfgs, self.class_matcher))
         if task == 'segmentation':
             return dict(feat=dict(make_pair(features), levels=[-1]))
         return super().default_pairs(student, student_cfg, teacher_cfg)
@@ -40,7 +41,9 @@ class PlusPreset(DiffKDPreset):
         return {**super().default_pairs(*models), **self.default_pairs(*models)}
 
 
-def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Dict[str, dict]:
+def _dense_outputs(
+    models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher
+) -> Dict[str, dict]:
     """Return the pairs ``cls`` and ``reg`` of dense heads with equal anchors. Neither pair is denoised."""
     plain = dict(denoise=False, align=False)
     distances = dict(cls=dict(type='mmdiffkd.ChannelWiseDivergence'), reg=dict(type='mmdet.L1Loss'))
@@ -58,8 +61,11 @@ def _dense_outputs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict])
             if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1] or is_scaled):
                 continue
             ours, theirs = (_outputs(head, kind) for head in heads)
-            for name in [name for name in ours if ours[name] == theirs.get(name)][:1]:
+            for name in [name for name in ours if name in theirs][:1]:
                 path = f'{part}.{name}'
+                fits = class_matcher.count(models, (path, path)) if kind == 'cls' else ours[name] == theirs[name]
+                if not fits:
+                    continue
                 pairs[kind] = dict(student=path, teacher=path, neck=dict(plain, loss_kd=distance))
         return pairs
     return {}
