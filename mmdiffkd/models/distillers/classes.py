@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config
@@ -269,8 +270,19 @@ def _width(layer: Optional[nn.Module]) -> int:
 
 
 def _same_names(ours: Names, theirs: Names) -> List[Tuple[int, int]]:
-    numbers = {_plain(name): number for number, name in enumerate(theirs or ())}
-    return [(number, numbers[_plain(name)]) for number, name in enumerate(ours or ()) if _plain(name) in numbers]
+    numbers = {key: number for number, key in enumerate(_keys(theirs))}
+    return [(number, numbers[key]) for number, key in enumerate(_keys(ours)) if key in numbers]
+
+
+def _keys(names: Names) -> List[Tuple[str, int]]:
+    """Return what identifies each class: its name, and a count, because ImageNet has two classes named crane."""
+    plain = [_plain(name) for name in names or ()]
+    counts: Dict[str, int] = Counter()
+    keys = []
+    for name in plain:
+        keys.append((name, counts[name]))
+        counts[name] += 1
+    return keys
 
 
 def _plain(name: str) -> str:

@@ -58,6 +58,8 @@ def classifier_pair(student, teacher, loss_kd='KLDivergence', **fields):
         (('cat', 'dog'), ('dog', 'ant', 'cat'), {'cat': None, 'dog': 1}, [(1, 1)]),
         (('cat', 'dog'), None, {0: 3, '1': 0}, [(0, 3), (1, 0)]),  # a dumped config has text as keys
         (('cat', 'dog'), ('cat', 'dog'), None, None),
+        (('crane', 'crane', 'ox'), ('crane', 'crane', 'ox'), None, None),  # ImageNet has a bird and a machine
+        (('crane', 'crane'), ('ox', 'crane', 'crane'), None, [(0, 1), (1, 2)]),
         (None, None, None, None),
     ],
 )
