@@ -168,12 +168,17 @@ def messages():
     texts = set()
     for file in (ROOT / 'mmdiffkd').rglob('*.py'):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else '...' for part in node.values]
-                texts.add(''.join(parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.add(node.value)
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'ConfigError':  # key and problem
+                texts.add(''.join(map(as_text, node.args)))
+            texts.add(as_text(node))
     return texts
+
+
+def as_text(node):
+    """Return a string of the code with ``...`` for values that are inserted; ``...`` for other nodes."""
+    if isinstance(node, ast.JoinedStr):
+        return ''.join(part.value if isinstance(part, ast.Constant) else '...' for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else '...'
 
 
 def quoted_messages():

@@ -10,7 +10,7 @@ import pytest
 from mmengine.config import Config
 
 from mmdiffkd.apis import make_config
-from mmdiffkd.engine.checkpoint import last_checkpoint
+from mmdiffkd.engine.resume import last_checkpoint
 from mmdiffkd.visualization.runs import read_run
 from tests import tiny
 from tests.conftest import ROOT, run_tool
@@ -144,7 +144,7 @@ def test_two_drives(configs, monkeypatch):
 @pytest.mark.parametrize('encoding', ['utf-8', 'gbk'])
 def test_last_checkpoint_in_the_encoding_of_the_locale(tmp_path, monkeypatch, encoding):
     """mmengine writes this file in the encoding of the locale."""
-    monkeypatch.setattr('mmdiffkd.engine.checkpoint.getpreferredencoding', lambda _: 'gbk')
+    monkeypatch.setattr('mmdiffkd.engine.resume.getpreferredencoding', lambda _: 'gbk')
     (tmp_path / 'last_checkpoint').write_bytes('数据/epoch_1.pth'.encode(encoding))
     assert last_checkpoint(str(tmp_path)) == '数据/epoch_1.pth'
     assert last_checkpoint(str(tmp_path / 'absent')) is None

@@ -18,7 +18,7 @@ from mmengine.registry import init_default_scope
 
 from mmdiffkd.apis import Job, JobResult, available_cores, run_parallel
 from mmdiffkd.cli import shorten_path
-from mmdiffkd.engine.checkpoint import last_checkpoint
+from mmdiffkd.engine.resume import last_checkpoint
 from mmdiffkd.utils.meta_device import MultiplyAddCounter, build_for_inspection
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim

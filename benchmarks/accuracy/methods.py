@@ -8,7 +8,6 @@
 import copy
 from typing import Optional, Sequence
 
-import benchmarks.accuracy.mgd  # noqa: F401  registers the neck
 import benchmarks.accuracy.variants  # noqa: F401  registers the neck
 from benchmarks.accuracy.groups import base_of
 
@@ -35,7 +34,10 @@ def variant(**kwargs) -> dict:
 
 
 def mgd(loss_weight: float = 5.0) -> dict:
-    """Return the config of the neck of masked generative distillation."""
+    """Return the config of the neck of masked generative distillation.
+
+    The loss is the mean over elements. The sum of the authors gives large levels more weight.
+    """
     return dict(type='mmdiffkd.MGDNeck', loss_kd=dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight))
 
 

@@ -18,7 +18,8 @@ from benchmarks.accuracy.groups import CHOICES, base_of, groups_of, methods_of, 
 from benchmarks.accuracy.methods import changes_of
 from benchmarks.accuracy.table import costs_file, run_file, teacher_file, write_page
 from benchmarks.measure import machine
-from mmdiffkd.engine.checkpoint import fingerprint, last_checkpoint, read_checkpoint
+from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
+from mmdiffkd.engine.resume import last_checkpoint
 
 CONFIGS = Path(__file__).parent / 'configs'
 SETS = {

@@ -1,6 +1,7 @@
 from .build import build_distiller, build_model
 from .distill import distill
 from .export import student_config, student_weights
+from .list_presets import list_presets
 from .make_config import make_config
 from .parallel import Job, JobResult, available_cores, run_parallel
 from .preview import list_taps, preview
@@ -13,6 +14,7 @@ __all__ = [
     'build_distiller',
     'build_model',
     'distill',
+    'list_presets',
     'list_taps',
     'load_run_config',
     'make_config',

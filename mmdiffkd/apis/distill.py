@@ -24,6 +24,7 @@ def distill(
     teacher_checkpoint: str = 'zoo',
     work_dir: str = 'work_dirs/distill',
     pairs: Optional[dict] = None,
+    preset: Optional[str] = None,
     init_from_teacher: Optional[Sequence[str]] = None,
     custom_hooks: Sequence[dict] = (),
     cfg_options: Optional[dict] = None,
@@ -40,8 +41,10 @@ def distill(
         teacher_checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for the weights that the model
             index of its package lists. Defaults to ``'zoo'``.
         work_dir (str): Folder for logs and checkpoints. Defaults to ``'work_dirs/distill'``.
-        pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the paper's
-            pairs for the task; ``cfg_options={'model.preset': 'plus'}`` selects the extended preset.
+        pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the
+            pairs of the preset.
+        preset (str, optional): Method, such as ``'cwd'``; :func:`list_presets` lists the names. Defaults to
+            ``'diffkd'``, the paper's method.
         init_from_teacher (list[str], optional): Modules that the student copies from the teacher before training.
         custom_hooks (list[dict]): Hooks to add to the student's config, such as
             ``dict(type='mmdiffkd.DiffKDVisualizationHook')``. Defaults to ``()``.
@@ -59,7 +62,7 @@ def distill(
         FileNotFoundError, ModuleNotFoundError, ValueError: If a config or the weights are missing, or the student
             cannot be distilled from this teacher.
     """
-    cfg = _run_config(student_config, teacher_config, teacher_checkpoint, pairs, init_from_teacher)
+    cfg = _run_config(student_config, teacher_config, teacher_checkpoint, pairs, preset, init_from_teacher)
     cfg.work_dir, cfg.resume = str(work_dir), resume
     cfg.custom_hooks = [*cfg.get('custom_hooks', ()), *custom_hooks]
     cfg.merge_from_dict(cfg_options or {})
@@ -73,7 +76,12 @@ def distill(
 
 
 def _run_config(
-    student: Source, teacher: Source, checkpoint: str, pairs: Optional[dict], init_from_teacher: Optional[Sequence[str]]
+    student: Source,
+    teacher: Source,
+    checkpoint: str,
+    pairs: Optional[dict],
+    preset: Optional[str],
+    init_from_teacher: Optional[Sequence[str]],
 ) -> Config:
     cfg = copy.deepcopy(student) if isinstance(student, Config) else resolve_config(student)
     if 'student' in cfg.model:
@@ -95,6 +103,8 @@ def _run_config(
     )
     if pairs:
         model['distill'] = pairs
+    if preset:
+        model['preset'] = preset
     if init_from_teacher:
         model['init_from_teacher'] = init_from_teacher
     cfg.model = model

@@ -40,9 +40,15 @@ def distill_to_text(model: DiffKDDistiller) -> str:
 
 
 def _with_defaults(cfg: dict, neck: nn.Module) -> dict:
-    """Add the default arguments of mmdiffkd's neck and its modules to the config of a neck."""
-    if type(neck) is not FeatureDiffusionNeck:
+    """Add the default arguments of mmdiffkd's necks and their modules to the config of a neck."""
+    kind = type(neck)
+    if kind.__module__.split('.')[0] != 'mmdiffkd':
         return cfg
+    if kind is not FeatureDiffusionNeck:
+        full = {**_defaults(kind, WIDTHS), **cfg}
+        if isinstance(neck, FeatureDiffusionNeck):
+            full['loss_kd'] = _part(full['loss_kd'], neck.levels[0].loss_kd)
+        return full
     level = neck.levels[0]
     full = {**_defaults(FeatureDiffusion, WIDTHS), **_defaults(FeatureDiffusionNeck, WIDTHS)}
     if not level.denoise:
@@ -65,4 +71,5 @@ def _part(cfg: dict, module: nn.Module) -> dict:
 
 def _defaults(kind: type, given: Sequence[str] = ()) -> dict:
     parameters = inspect.signature(kind).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
+    values = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -42,10 +42,9 @@ BODY = """\
         config={config},
         checkpoint={checkpoint!r},  # a path, a URL, or 'zoo'
     ),
+    preset={preset!r},  # the method (docs/configure/methods.md); leave out distill if you change it
     # Default pairs. Uncomment to change taps, levels or settings; tune neck.loss_kd.loss_weight first.
-    # To reduce the cost: neck=dict(latent_channels=64).
-    # For the extended preset, set preset='plus' and leave out distill (docs/configure/methods.md).
-{distill}
+{hint}{distill}
 )
 # Atomic checkpoints and a fixed seed: a run that is killed and resumed ends with the same weights.
 {checkpoint_hook}
@@ -57,9 +56,12 @@ randomness = dict(seed=0)
 # ]
 # If the loss diverges: optim_wrapper = dict(clip_grad=dict(max_norm=35))
 """
+HINT = '    # To reduce the cost: neck=dict(latent_channels=64).\n'
 
 
-def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Optional[str] = None) -> str:
+def make_config(
+    student: str, teacher: str, checkpoint: str = 'zoo', output: Optional[str] = None, preset: str = 'diffkd'
+) -> str:
     """Write the config that distills a teacher into a student, and check that it can be built.
 
     The config has the format of the student's config, text or pure Python, because mmengine does not mix the two.
@@ -72,6 +74,7 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
         output (str, optional): File to write, with config paths relative to its folder. The path of a teacher of a pure
             Python config, or on another Windows drive, is absolute. With None, no file is written and all paths are
             absolute, except that pure Python configs are imported from the working directory. Defaults to None.
+        preset (str): Method, such as ``'cwd'``; :func:`list_presets` lists the names. Defaults to ``'diffkd'``.
 
     Returns:
         str: The text of the config.
@@ -97,6 +100,7 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
     is_pure_python = Config._is_lazy_import(student_cfg.filename)
     head = PURE_PYTHON_HEAD if is_pure_python else HEAD
     own_hooks = '#     *custom_hooks,\n' if is_pure_python else "#     *_base_.get('custom_hooks', []),\n"
+    distill = indent(_defaults(student_cfg, teacher, checkpoint, preset), '    # ', lambda line: True)
     text = (head + BODY).format(
         teacher_name=Path(teacher).stem,
         student_name=Path(student).stem,
@@ -107,7 +111,9 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
         checkpoint=checkpoint,
         checkpoint_hook=_checkpoint_hook(student_cfg, is_pure_python),
         hooks=own_hooks if student_cfg.get('custom_hooks') else '',
-        distill=indent(_defaults(student_cfg, teacher, checkpoint), '    # ', lambda line: True),
+        preset=preset,
+        hint=HINT if 'denoiser' in distill else '',
+        distill=distill,
     )
     if output is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,11 +122,11 @@ def make_config(student: str, teacher: str, checkpoint: str = 'zoo', output: Opt
     return text
 
 
-def _defaults(student: Config, teacher: str, checkpoint: str) -> str:
+def _defaults(student: Config, teacher: str, checkpoint: str, preset: str) -> str:
     """Build the distiller, and return its default pairs as config text."""
     cfg = copy.deepcopy(student)
     teacher_cfg = dict(config=teacher, checkpoint=checkpoint)
-    cfg.model = dict(type='mmdiffkd.DiffKDDistiller', student=cfg.model, teacher=teacher_cfg)
+    cfg.model = dict(type='mmdiffkd.DiffKDDistiller', student=cfg.model, teacher=teacher_cfg, preset=preset)
     _, model = build_distiller(cfg)
     return distill_to_text(model).replace('distill = dict(', 'distill=dict(', 1) + ','
 

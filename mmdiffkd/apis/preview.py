@@ -4,6 +4,7 @@ import copy
 from contextlib import contextmanager, nullcontext
 from itertools import product
 from math import ceil
+from types import SimpleNamespace
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -69,7 +70,12 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size: Optional[Size] = None) -> dict:
+def preview(
+    config: Union[str, Config],
+    cfg_options: Optional[dict] = None,
+    size: Optional[Size] = None,
+    preset: Optional[str] = None,
+) -> dict:
     """Report the features that a config distills and the cost of the distillation.
 
     Args:
@@ -77,6 +83,8 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         cfg_options (dict, optional): Overrides, as on the command line.
         size (tuple[int, int], optional): Height and width of the images. None uses the size of the training images,
             see ``mmdiffkd.utils.config.image_size``. Defaults to None.
+        preset (str, optional): Method to preview instead of ``preset`` and ``distill`` of the config; see
+            :func:`list_presets`. Defaults to None.
 
     Returns:
         dict: The report:
@@ -100,6 +108,10 @@ def preview(config: Union[str, Config], cfg_options: Optional[dict] = None, size
         ValueError: If the config is not a distillation config, or a tap cannot be distilled in training.
     """
     with torch.random.fork_rng(devices=[]):
+        if preset is not None:
+            config, cfg_options = read_config(config, cfg_options), None
+            config.model.pop('distill', None)
+            config.model.preset = preset
         cfg, model = build_distiller(config, cfg_options)
     tried = check_training_pass(cfg, model)
     teacher = model.diffkd_teacher
@@ -302,7 +314,8 @@ def _count_necks(
             for output in necks[name](student, teacher, context):
                 losses.extend(output.losses.values())
 
-    context = DistillContext(student=model)
+    samples = [SimpleNamespace(gt_label=torch.zeros(1, dtype=torch.long, device=device))] * 2
+    context = DistillContext(student=model, data_samples=samples)
     inputs = {}
     for name, pair in model.pairs.items():
         sides = [], []

@@ -1,4 +1,4 @@
-"""Find the checkpoint to load, read it without executing code, and write checkpoints atomically."""
+"""Read checkpoints of all kinds as data, without executing code in them."""
 
 import codecs
 import errno
@@ -7,7 +7,6 @@ import os
 import os.path as osp
 import pickle
 import re
-import shutil
 import tarfile
 import zipfile
 from argparse import Namespace
@@ -15,20 +14,16 @@ from collections import OrderedDict
 from contextlib import suppress
 from datetime import datetime
 from difflib import get_close_matches
-from functools import cache
-from glob import escape, glob
-from locale import getpreferredencoding
-from logging import WARNING
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from pickle import UnpicklingError
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.fileio import BaseStorageBackend, LocalBackend, get_file_backend, register_backend
+from mmengine.dist import is_main_process
+from mmengine.fileio import BaseStorageBackend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader
@@ -40,7 +35,7 @@ from mmengine.runner.checkpoint import (
 )
 
 from .dist import on_all_ranks
-from .object_store import is_in_store, list_store, local_copy
+from .object_store import is_in_store, local_copy
 
 STATE = 'state_dict'
 PREFIX = 'diffkd.'  # prefix of the diffusion module's keys
@@ -79,7 +74,7 @@ def read_checkpoint(source: str) -> dict:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file cannot be downloaded, is not a checkpoint, or contains more than plain data.
     """
-    return with_state_dict(_read_data(source)[1], source, verbose=True)
+    return with_state_dict(read_data(source)[1], source, verbose=True)
 
 
 def check_is_data(source: str) -> str:
@@ -102,15 +97,15 @@ def check_is_data(source: str) -> str:
 
 def check_and_read(source: str) -> Tuple[str, Any]:
     """Like :func:`check_is_data`, but return path and content; the content is None if the source is not checked."""
-    if osp.isdir(source) or (OTHER_SCHEME.match(_url_of(source)) and not is_in_store(source)):
+    if osp.isdir(source) or (OTHER_SCHEME.match(url_of(source)) and not is_in_store(source)):
         return source, None
-    path, content = _read_data(source)
+    path, content = read_data(source)
     if isinstance(content, dict):
-        _read_with_this_module(path)
+        register_reader(path)
     return path, content
 
 
-def _read_with_this_module(path: str, store: Optional[BaseStorageBackend] = None) -> None:
+def register_reader(path: str, store: Optional[BaseStorageBackend] = None) -> None:
     """Register a reader for a path, so that mmengine opens this file as data and finds the weights in it.
 
     Args:
@@ -120,7 +115,7 @@ def _read_with_this_module(path: str, store: Optional[BaseStorageBackend] = None
     """
 
     def load_from_local(filename: str, map_location=None) -> dict:  # mmengine logs the name
-        return with_state_dict(_read_data(filename, map_location, store)[1], filename, verbose=True)
+        return with_state_dict(read_data(filename, map_location, store)[1], filename, verbose=True)
 
     CheckpointLoader.register_scheme(f'{re.escape(path)}$', load_from_local, force=True)
 
@@ -228,7 +223,7 @@ def fingerprint(state_dict: dict) -> str:
     return digest.hexdigest()
 
 
-def _read_data(source: str, map_location='cpu', store: Optional[BaseStorageBackend] = None) -> Tuple[str, Any]:
+def read_data(source: str, map_location='cpu', store: Optional[BaseStorageBackend] = None) -> Tuple[str, Any]:
     """Read a file, URL or path in a store, and refuse anything but plain data.
 
     Returns:
@@ -237,7 +232,7 @@ def _read_data(source: str, map_location='cpu', store: Optional[BaseStorageBacke
     if store is not None or is_in_store(source):
         with local_copy(source, store) as path:
             return source, _read_file(source, path, map_location)
-    url = _url_of(source)
+    url = url_of(source)
     is_url = url.startswith(('http://', 'https://'))
     path = _download(url) if is_url else osp.expanduser(source)
     return path, _read_file(source, path, map_location, url if is_url else None)
@@ -306,7 +301,7 @@ MODEL_LISTS = dict(
 )
 
 
-def _url_of(source: str) -> str:
+def url_of(source: str) -> str:
     """Return the URL of a model that mmengine names, such as ``'torchvision://resnet50'``, else the source."""
     scheme, _, name = source.partition('://')
     scheme = scheme.replace('open-mmlab', 'openmmlab')
@@ -482,248 +477,3 @@ def _under_name(function, module: str, name: str):
 
     wrapper.__module__, wrapper.__name__, wrapper.__qualname__ = module, name, name
     return wrapper
-
-
-RESUME_KEYS = ('meta', 'message_hub')  # keys that a checkpoint needs, besides the weights, to be resumed
-
-
-def file_to_load(
-    load_from: Optional[str],
-    resume: Union[bool, str, None],
-    work_dir: str,
-    folder: str,
-    filename_tmpl: str,
-    backend_args: Optional[dict] = None,
-) -> Optional[str]:
-    """Choose the file that a run loads or resumes. All ranks must call this function, and get the same file.
-
-    Args:
-        load_from (str, optional): Path or URL, as in the config.
-        resume (bool or str): As in the config. True without ``load_from`` selects the newest readable checkpoint.
-        work_dir (str): Work dir of the run.
-        folder (str): Folder of the checkpoints, also in an object store.
-        filename_tmpl (str): Template of the checkpoint names, such as ``'epoch_{}.pth'``.
-        backend_args (dict, optional): Arguments of the file backend of ``folder``. Defaults to None.
-
-    Returns:
-        str or None: Path of the checked file, see :func:`check_is_data`; None if the run starts from scratch.
-
-    Raises:
-        ValueError: On all ranks, if on any rank the file does not exist, is damaged, or contains more than plain data.
-    """
-    named = resume if isinstance(resume, str) else load_from
-
-    def choose() -> Optional[str]:
-        if named is None:
-            find = resume and is_main_process()
-            return newest_checkpoint(work_dir, folder, filename_tmpl, backend_args) if find else None
-        path, content = check_and_read(named)  # on every rank, because machines may have different files
-        if content is not None:
-            checkpoint = with_state_dict(content, named)
-            missing = [key for key in RESUME_KEYS if key not in checkpoint]
-            if resume and missing:
-                raise ValueError(
-                    f"'{named}' cannot be resumed: the file has no key '{missing[0]}'; to start from its weights, "
-                    'use load_from without resume.'
-                )
-        return path
-
-    try:
-        path = on_all_ranks(choose)
-    except OSError as error:
-        raise ValueError(str(error)) from error
-    if named is None:
-        answer = [path]
-        broadcast_object_list(answer)
-        (path,) = answer
-        if path is not None:
-            _read_with_this_module(path, _store_of(path, folder, backend_args))
-    return path
-
-
-def newest_checkpoint(
-    work_dir: str, folder: str, filename_tmpl: str, backend_args: Optional[dict] = None
-) -> Optional[str]:
-    """Find the newest readable checkpoint of a run, and log a warning for each damaged checkpoint.
-
-    Args:
-        work_dir (str): Work dir of the run.
-        folder (str): Folder of the checkpoints.
-        filename_tmpl (str): Template of the checkpoint names.
-        backend_args (dict, optional): Arguments of the file backend of ``folder``. Defaults to None.
-
-    Returns:
-        str or None: Path of the checkpoint; None if the run has no checkpoints.
-
-    Raises:
-        ValueError: If no checkpoint can be read, or a newer one contains more than plain data.
-    """
-    files = saved_checkpoints(work_dir, folder, filename_tmpl, backend_args)
-    for file in files:
-        try:
-            if not osp.isdir(file):  # sharded checkpoints are folders
-                _check_can_be_resumed(file, _store_of(file, folder, backend_args))
-            return file
-        except (OSError, DamagedFileError) as error:
-            print_log(f'{error} Trying the previous checkpoint.', logger='current', level=WARNING)
-    if files:
-        raise ValueError(
-            f"None of the {len(files)} checkpoints in '{folder}' can be read: start a new run without --resume, in "
-            'a different work_dir.'
-        )
-    print_log(f"No checkpoint to resume in '{folder}'; starting a new run.", logger='current')
-    return None
-
-
-def _check_can_be_resumed(file: str, store: Optional[BaseStorageBackend]) -> None:
-    _, content = _read_data(file, store=store)
-    checkpoint = content if isinstance(content, dict) else {}
-    missing = [key for key in (STATE, *RESUME_KEYS) if key not in checkpoint]
-    if missing:
-        raise DamagedFileError(f"'{file}' cannot be resumed: the file has no key '{missing[0]}'.")
-
-
-def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str, backend_args: Optional[dict] = None) -> List[str]:
-    """List the checkpoints of a run, newest first.
-
-    The file named in ``last_checkpoint`` comes first. The rest are sorted by modification time instead of number, since
-    an older run may have left checkpoints with higher numbers. Object stores give no time: there, the number decides.
-    """
-    before, after = re.split(r'\{.*?\}', filename_tmpl, maxsplit=1)
-    pattern = re.compile(re.escape(before) + r'(\d+)' + re.escape(after))
-    store = _store_of(folder, folder, backend_args)
-    if store is None:
-        files = [file for file in glob(osp.join(escape(folder), '*')) if pattern.fullmatch(osp.basename(file))]
-        files.sort(key=osp.getmtime, reverse=True)
-    else:
-        names = [name for name in list_store(store, folder) if pattern.fullmatch(name)]
-        names.sort(key=lambda name: int(pattern.fullmatch(name)[1]), reverse=True)
-        files = [store.join_path(folder, name) for name in names]
-    last = last_checkpoint(work_dir)
-    if last:
-        files = [last] + [file for file in files if osp.abspath(file) != osp.abspath(last)]
-    return files
-
-
-def _store_of(path: str, folder: str, backend_args: Optional[dict]) -> Optional[BaseStorageBackend]:
-    """Return the file backend of a checkpoint, or None for a file that mmengine's loader opens.
-
-    Args:
-        path (str): The checkpoint.
-        folder (str): The run's folder of checkpoints, which has the backend that ``backend_args`` describe.
-        backend_args (dict, optional): Arguments of the backend.
-    """
-    if not is_in_store(path) and osp.exists(path):
-        return None
-    if backend_args and _scheme(path) == _scheme(folder):
-        backend = get_file_backend(path, backend_args=backend_args)
-        return None if isinstance(backend, LocalBackend) and not _scheme(path) else backend
-    return get_file_backend(path) if is_in_store(path) else None
-
-
-def _scheme(path: str) -> str:
-    return path.partition('://')[0] if '://' in path else ''
-
-
-def last_checkpoint(work_dir: Union[str, Path]) -> Optional[str]:
-    """Return the path in the file ``last_checkpoint`` of a run; None if there is no such file.
-
-    mmengine writes the file in the encoding of the locale, and :class:`.CheckpointHook` in UTF-8 where that fails.
-    """
-    file = Path(work_dir, 'last_checkpoint')
-    if not file.is_file():
-        return None
-    content = file.read_bytes()
-    try:
-        return content.decode('utf-8').strip()
-    except UnicodeDecodeError:
-        return content.decode(getpreferredencoding(False), 'replace').strip()
-
-
-NAME = 'mmdiffkd.atomic'
-
-
-@register_backend(NAME)
-class AtomicBackend(LocalBackend):
-    """Local backend with atomic writes: files are written under a temporary name, then renamed.
-
-    Where a mount cannot flush or rename files, the file is written as well as the mount can, with a note in the log.
-    """
-
-    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        """Write a file.
-
-        Args:
-            obj (bytes): Content of the file.
-            filepath (str or Path): Path of the file. An existing file is replaced.
-
-        Raises:
-            OSError: If the file cannot be written. An existing file is unchanged if the mount can rename files.
-        """
-        path = str(filepath)
-        folder = osp.dirname(path) or '.'
-        temporary = f'{path}.tmp'
-        try:
-            os.makedirs(folder, exist_ok=True)
-            _write(temporary, obj)
-            try:
-                os.replace(temporary, path)
-            except OSError as error:
-                if error.errno not in UNSUPPORTED:
-                    raise
-                _log_once(
-                    f"'{folder}' is on a mount that cannot rename files ({error.strerror}): checkpoints are written in "
-                    'place. If the run is killed while it saves, --resume uses the checkpoint before.'
-                )
-                os.remove(temporary)
-                _write(path, obj)
-            _sync_folder(folder)
-        except OSError as error:
-            with suppress(OSError):
-                os.remove(temporary)
-            cure = _state_and_cure(error, folder, len(obj))
-            raise OSError(
-                f"'{path}' could not be written: {error.strerror or error}{cure} and restart with --resume."
-            ) from error
-
-
-# errors of calls that a mount does not support, such as FUSE mounts of object stores
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV)
-
-
-def _write(path: str, content: bytes) -> None:
-    """Write a file and flush it to the disk, if its mount can."""
-    with open(path, 'wb') as file:
-        file.write(content)
-        file.flush()
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            _log_once(
-                f"'{osp.dirname(path) or '.'}' is on a mount that cannot flush files to the disk ({error.strerror}): "
-                'after a power failure, the newest checkpoint may be damaged, and --resume uses the one before.'
-            )
-
-
-def _state_and_cure(error: OSError, folder: str, size: int) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return '. Earlier files are intact: make the folder writable'
-    free = shutil.disk_usage(folder).free
-    return f' ({size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free). Earlier files are intact: free disk space'
-
-
-@cache
-def _log_once(message: str) -> None:
-    print_log(message, logger='current', level=WARNING)
-
-
-def _sync_folder(folder: str) -> None:
-    """Flush a folder to disk, so that a rename in the folder survives a power failure. Ignore errors."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -72,7 +72,7 @@ def check_arguments(init: Callable) -> Callable:
     ``Sequence``, any of these in ``Annotated`` with :class:`Limits`, and other classes. Numbers must be finite.
 
     Raises:
-        ConfigError: If an argument is unknown or missing, or a value does not fit.
+        ValueError: If an argument is unknown or missing, or a value does not fit.
     """
 
     @functools.wraps(init)
@@ -94,7 +94,7 @@ def check_value(key: str, value, hint) -> None:
     """Check that the value of a key fits an annotation; see :func:`check_arguments`.
 
     Raises:
-        ConfigError: If the value does not fit.
+        ValueError: If the value does not fit.
     """
     if not _fits(value, hint):
         raise ConfigError(key, f'={value!r} must be {_expected(hint)}.')
@@ -104,7 +104,7 @@ def bind(function: Callable, name: str, args: tuple, kwargs: dict) -> dict:
     """Return the arguments of a call by name, without those for ``*args`` and ``**kwargs``.
 
     Raises:
-        ConfigError: If an argument is unknown or missing.
+        ValueError: If an argument is unknown or missing.
     """
     signature = inspect.signature(function)
     parameters = signature.parameters
@@ -140,7 +140,7 @@ def build_part(registry: Registry, cfg: dict, key: str, default_type: Optional[s
         **defaults: Arguments that the config may override.
 
     Raises:
-        ConfigError: If the class is unknown, an argument is unknown or missing, or the class refuses a value.
+        ValueError: If the class is unknown, an argument is unknown or missing, or the class refuses a value.
     """
     with in_key(key):
         check_value('', cfg, dict)
@@ -179,7 +179,7 @@ def find_class(registry: Registry, kind):
     """Return the class of a config's ``type``.
 
     Raises:
-        ConfigError: If there is no such class; the message lists the nearest names.
+        ValueError: If there is no such class; the message lists the nearest names.
     """
     if kind is None:
         raise ConfigError('type', ' is missing: name a registered class.')

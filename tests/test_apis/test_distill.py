@@ -108,3 +108,17 @@ def test_invalid_arguments(student, teacher, tmp_path):
     with pytest.raises(ValueError, match='is already a distillation config'):
         distill(nested, *teacher, work_dir=tmp_path / 'run')
     assert MODELS.build(student.model)  # distill did not change the student's config
+
+
+def test_preset(student, teacher, tmp_path):
+    """The channels differ, so the attention maps are compared, but not drawn."""
+    distill(
+        student,
+        *teacher,
+        work_dir=tmp_path / 'run',
+        preset='at',
+        custom_hooks=[dict(type='mmdiffkd.DiffKDVisualizationHook', interval=1)],
+        cfg_options={'train_cfg.max_iters': 1, 'train_cfg.val_begin': 99},
+    )
+    (record,) = [record for record in logged(tmp_path / 'run') if 'loss' in record]
+    assert record['diffkd.fpn.loss_kd'] > 0

@@ -139,3 +139,20 @@ def test_tool(tmp_path):
     assert (tmp_path / 'small.py').read_text() in printed
     done = call_tool('misc/make_config.py', STUDENT, tiny.RETINANET.replace('retinanet', 'retina'), check=False)
     assert done.returncode == 2 and 'Error: There is no config' in done.stdout and 'Traceback' not in done.stdout
+
+
+@pytest.mark.parametrize('preset', ['cwd', 'mgd', 'fbkd'])
+def test_presets(preset, tmp_path):
+    file, full = tmp_path / 'small.py', tmp_path / 'full.py'
+    text = make_config(STUDENT, TEACHER, output=str(file), preset=preset)
+    assert Config.fromfile(file).model.preset == preset and 'latent_channels' not in text
+    full.write_text(uncommented(text))
+    pairs = pairs_of(file)
+    assert list(pairs) == ['fpn'] and pairs_of(full) == pairs
+    assert 'distill' in Config.fromfile(full).model
+
+
+def test_preset_that_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="preset='dkd' is a method for classification, but RetinaNet"):
+        make_config(STUDENT, TEACHER, output=str(tmp_path / 'small.py'), preset='dkd')
+    assert not (tmp_path / 'small.py').exists()

@@ -324,7 +324,8 @@ def test_images_of_any_number_of_channels(small, tmp_path, channels):
     model = tiny.build(cfg.model)
     model.distill_state.capture = True
     data = demo_mm_inputs(2, [[channels[0], 64, 64]] * 2, num_items=[3, 3], num_classes=80)
-    assert model.loss(**model.data_preprocessor(data, True))['diffkd.fpn.loss_kd'] > 0
+    data = model.data_preprocessor(data, True)
+    assert model.loss(data['inputs'], data['data_samples'])['diffkd.fpn.loss_kd'] > 0
     record = model.distill_state.last_record
     shown = model.diffkd_teacher.renormalize.displayed(record.images[:1])[0]
     picture = draw_comparison('fpn', shown, record.outputs['fpn'][0], 1)
@@ -505,3 +506,19 @@ def test_shipped_configs(path, memory_full_of_nan):
     assert not any('not checked in a training pass' in warning for warning in found['warnings'])
     # deformable convolutions do not run on the meta device
     assert (found['gmacs']['teacher'] is None) is ('reppoints-x101' in path.stem)
+
+
+def test_preset_replaces_preset_and_pairs(small):
+    config = small(distill=dict(last=dict(student='backbone', teacher='backbone')))
+    result = preview(config, size=(128, 128), preset='mgd')
+    assert {row['pair'] for row in result['pairs']} == {'fpn'} and result['gmacs']['diffusion_module'] > 0
+    assert result['pairs'][0]['loss_weight'] == 2e-5 and 'mask_ratio=0.65' in result['distill']
+    assert list(config.model.distill) == ['last']
+    with pytest.raises(ValueError, match="preset='kd' is a method for segmentation and classification, but RetinaNet"):
+        preview(config, preset='kd')
+
+
+def test_labels_of_dkd_are_made_up():
+    classifier = models.resnet_classifier()
+    config = Config(dict(default_scope='mmpretrain', model=models.distiller(classifier, classifier, preset='dkd')))
+    assert preview(config, size=(64, 64))['gmacs']['diffusion_module'] == 0

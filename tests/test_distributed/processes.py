@@ -45,14 +45,26 @@ def compiled(folder):
     return tiny.distiller_cfg(folder, distill=dict(fpn=dict(neck=dict(latent_channels=LATENT, compile=True))))
 
 
-def fcos(folder):
+def fcos(folder, **pairs):
     """Tiny FCOS models, whose losses are normalized by averages over all ranks."""
     norm_cfg = dict(type='GN', num_groups=4, requires_grad=True)
     student, teacher = (
         tiny.detector(FCOS, channels, **{'bbox_head.norm_cfg': norm_cfg, 'data_preprocessor.std': [58.0] * 3})
         for channels in (8, 16)
     )
-    return tiny.distiller_cfg(folder, student, teacher, distill=dict(fpn=PAIRS['fpn']))
+    return tiny.distiller_cfg(folder, student, teacher, distill=dict(fpn=PAIRS['fpn'], **pairs))
+
+
+def heads(folder):
+    """Tiny FCOS models whose heads are distilled: these losses are divided by averages over all ranks, too."""
+    outputs, middle = (
+        [f'bbox_head.{name}' for name in names] for names in (('conv_cls', 'conv_reg'), ('cls_convs.2', 'reg_convs.2'))
+    )
+    return fcos(
+        folder,
+        bckd=dict(student=outputs, teacher=outputs, neck=dict(type='mmdiffkd.BCKDNeck')),
+        crosskd=dict(student=middle, teacher=outputs, neck=dict(type='mmdiffkd.CrossKDNeck')),
+    )
 
 
 def launch(worker, folder, *args):

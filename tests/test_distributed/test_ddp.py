@@ -5,7 +5,7 @@ import torch
 from mmengine.model import MMDistributedDataParallel
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from .processes import WORLD, build, compiled, fcos, images, launch, low_memory, num_trainable, retinanet
+from .processes import WORLD, build, compiled, fcos, heads, images, launch, low_memory, num_trainable, retinanet
 
 pytestmark = pytest.mark.slow
 # Functions that build the config, and whether all ranks have the same boxes. RetinaNet needs the same boxes, because it
@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 CASES = {
     'retinanet': (retinanet, True),
     'fcos': (fcos, False),
+    'heads': (heads, True),
     'low_memory': (low_memory, True),
     'compiled': (compiled, True),
 }

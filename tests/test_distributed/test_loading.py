@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdiffkd.engine.checkpoint import file_to_load
+from mmdiffkd.engine.resume import file_to_load
 
 from .processes import launch
 

@@ -5,16 +5,16 @@ import os
 
 import pytest
 
-from mmdiffkd.engine import checkpoint
-from mmdiffkd.engine.checkpoint import AtomicBackend
+from mmdiffkd.engine import atomic_backend
+from mmdiffkd.engine.atomic_backend import AtomicBackend
 
 
 @pytest.fixture
 def notes(monkeypatch):
     """Messages of the log."""
-    checkpoint._log_once.cache_clear()
+    atomic_backend._log_once.cache_clear()
     messages = []
-    monkeypatch.setattr(checkpoint, 'print_log', lambda message, **options: messages.append(message))
+    monkeypatch.setattr(atomic_backend, 'print_log', lambda message, **options: messages.append(message))
     return messages
 
 

@@ -385,9 +385,9 @@ class TestDownload:
     @pytest.mark.parametrize('name', ['torchvision://resnet18', 'open-mmlab://resnet50_caffe', 'mmcls://vgg11'])
     def test_names_of_mmengine(self, server, name):
         """The weights that torch or mmengine downloaded earlier are found and checked without a network."""
-        from mmdiffkd.engine.checkpoint import _url_of
+        from mmdiffkd.engine.checkpoint import url_of
 
-        cached = server[2] / 'hub' / 'checkpoints' / _url_of(name).rsplit('/', 1)[1]
+        cached = server[2] / 'hub' / 'checkpoints' / url_of(name).rsplit('/', 1)[1]
         cached.parent.mkdir(parents=True)
         torch.save(dict(state_dict=WEIGHTS), cached)
         assert check_is_data(name) == str(cached)

@@ -25,6 +25,9 @@ def parse_args():
         choices=('student', 'teacher'),
         help='list the modules of this model that can be tapped, and exit (without a value: student)',
     )
+    parser.add_argument(
+        '--preset', help='preview this distillation method instead of the preset and the distill of the config'
+    )
     parser.add_argument('--json', action='store_true', help='print the result as JSON')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
@@ -41,7 +44,7 @@ def main():
         if args.list_taps:
             result = list_taps(args.config, args.list_taps, size, args.cfg_options)
         else:
-            result = preview(args.config, args.cfg_options, size)
+            result = preview(args.config, args.cfg_options, size, args.preset)
     if args.json:
         print(json.dumps(result, indent=1))
     elif args.list_taps:

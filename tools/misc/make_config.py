@@ -15,6 +15,9 @@ def parse_args():
         help="teacher checkpoint: a path, a URL, or 'zoo' for the one that its package lists",
     )
     parser.add_argument('-o', '--output', help='file to write (default: print the config)')
+    parser.add_argument(
+        '--preset', default='diffkd', help='distillation method, such as cwd (default: diffkd, the method of the paper)'
+    )
     return parser.parse_args()
 
 
@@ -23,7 +26,7 @@ def main():
     with exit_on_mistake(), without_gc():
         from mmdiffkd.apis import make_config
 
-        text = make_config(args.student, args.teacher, args.checkpoint, args.output)
+        text = make_config(args.student, args.teacher, args.checkpoint, args.output, args.preset)
     if args.output is None:
         print(text, end='')
     else:

@@ -9,9 +9,9 @@ from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
 
-from ..checkpoint import NAME as ATOMIC_BACKEND
-from ..checkpoint import file_to_load
+from ..atomic_backend import NAME as ATOMIC_BACKEND
 from ..random import SeededBatches, seed_iteration
+from ..resume import file_to_load
 from ..weights import fit_loaded_weights
 from .utils import get_distiller
 
@@ -50,7 +50,7 @@ class CheckpointHook(BaseCheckpointHook):
         runner._resume = bool(runner._resume) and runner._load_from is not None
 
     def file_to_load(self, load_from: Optional[str], resume: Union[bool, str], work_dir: str) -> Optional[str]:
-        """Choose the file that a run loads or resumes; see :func:`mmdiffkd.engine.checkpoint.file_to_load`."""
+        """Choose the file that a run loads or resumes; see :func:`mmdiffkd.engine.resume.file_to_load`."""
         folder = self._folder(work_dir)
         return file_to_load(load_from, resume, work_dir, folder, self.filename_tmpl, self.backend_args)
 

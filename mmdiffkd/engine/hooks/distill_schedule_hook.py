@@ -2,6 +2,7 @@ from typing import Annotated, Optional
 
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdiffkd.registry import HOOKS
@@ -36,7 +37,7 @@ class DistillScheduleHook(Hook):
             in iterations. ``interval`` is always in iterations. Defaults to True.
 
     Raises:
-        ConfigError: If a number is negative, ``interval`` is below 1, or warmup and decay are longer than the time from
+        ValueError: If a number is negative, ``interval`` is below 1, or warmup and decay are longer than the time from
             ``begin`` to ``end``.
     """
 
@@ -66,8 +67,8 @@ class DistillScheduleHook(Hook):
 
         Raises:
             ValueError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
-            ValueError: If epochs are given in an iteration-based loop, the schedule is longer than the training, or the
-                diffusion module has no parameters.
+            ValueError: If epochs are given in an iteration-based loop, the schedule is longer than the training, or
+                FSDP hides the parameters of the diffusion module.
         """
         model = require_distiller(runner, self)
         unit = 1
@@ -90,7 +91,8 @@ class DistillScheduleHook(Hook):
             return
         model.distill_state.attach_unused_params = isinstance(runner.model, DistributedDataParallel)
         parameters = list(model.diffkd.parameters())
-        if not parameters:
+        # some methods, such as KD, train nothing but the student
+        if not parameters and any(isinstance(module, FullyShardedDataParallel) for module in runner.model.modules()):
             raise ValueError(
                 'DistillScheduleHook found no parameters in the diffusion module; with FSDP, set use_orig_params=True.'
             )

@@ -91,7 +91,7 @@ class FeatureDiffusion(nn.Module):
             Defaults to True.
 
     Raises:
-        ConfigError: If a value is invalid or conflicts with another argument, if ``loss_kd`` compares classes and
+        ValueError: If a value is invalid or conflicts with another argument, if ``loss_kd`` compares classes and
             student and teacher have different numbers of classes or only one class, or if a part of another package
             does not run on random features or its loss is negative or not finite.
     """
@@ -120,7 +120,8 @@ class FeatureDiffusion(nn.Module):
                 raise ConfigError(name, f'={value} has no effect with denoise=False; remove it.')
         if denoise and not align:
             raise ConfigError('align', '=False needs denoise=False: the denoiser needs aligned student features.')
-        if not align and student_channels != teacher_channels:
+        self.loss_kd = build_part(MODELS, loss_kd or {}, 'loss_kd', 'mmdiffkd.MSELoss')
+        if not align and student_channels != teacher_channels and getattr(self.loss_kd, 'compares_channels', True):
             raise ConfigError(
                 'align',
                 f'=False compares features without an adapter, but the student has {student_channels} channels and the '
@@ -132,7 +133,6 @@ class FeatureDiffusion(nn.Module):
         self.loss_diffusion_weight = loss_diffusion_weight
         self.loss_reconstruction_weight = loss_reconstruction_weight
         self.align = nn.Conv2d(student_channels, channels, 1) if align else nn.Identity()
-        self.loss_kd = build_part(MODELS, loss_kd or {}, 'loss_kd', 'mmdiffkd.MSELoss')
         if getattr(self.loss_kd, 'compares_classes', False):
             self._check_classes(student_channels, teacher_channels)
         try_loss(self.loss_kd, channels, loss_kd or {})
@@ -209,6 +209,7 @@ class FeatureDiffusion(nn.Module):
         noise_inputs: Optional[NoiseInputs] = None,
         mask: Optional[Tensor] = None,
         return_trajectory: bool = False,
+        labels: Optional[Tensor] = None,
     ) -> DiffusionOutput:
         """Compare student features with teacher features.
 
@@ -221,6 +222,8 @@ class FeatureDiffusion(nn.Module):
                 features. Only losses with ``takes_mask = True`` use the mask: ``loss_kd(student, teacher, mask)``. None
                 uses all pixels. Defaults to None.
             return_trajectory (bool): Whether to fill ``trajectory`` of the output. Defaults to False.
+            labels (Tensor, optional): Classes of the images, (N, ), for losses with ``takes_labels = True``:
+                ``loss_kd(student, teacher, labels)``. Defaults to None.
 
         Returns:
             DiffusionOutput: Losses, gamma and features.
@@ -239,7 +242,7 @@ class FeatureDiffusion(nn.Module):
             in_training = [module for module in self.modules() if module.training]
             self.eval()
             try:
-                return self.forward(student, teacher, noise_inputs, mask, return_trajectory)
+                return self.forward(student, teacher, noise_inputs, mask, return_trajectory, labels)
             finally:
                 for module in in_training:  # frozen modules stay in eval mode
                     module.training = True
@@ -250,7 +253,8 @@ class FeatureDiffusion(nn.Module):
         latent = self._align(student, teacher.shape[-2:])
         target = teacher.detach()
         if not self.denoise:
-            return DiffusionOutput(dict(loss_kd=self._distance(latent, target, mask)), None, latent, target, latent)
+            losses = dict(loss_kd=self._distance(latent, target, mask, labels))
+            return DiffusionOutput(losses, None, latent, target, latent)
 
         losses = {}
         if self.autoencoder is not None:
@@ -262,7 +266,7 @@ class FeatureDiffusion(nn.Module):
         clean, gamma = self._denoise(latent, noise_inputs.adapter_noise, samples if return_trajectory else None)
         denoised = self._run(self.proj, clean)
         losses['loss_diffusion'] = self.loss_diffusion_weight * self._diffusion_loss(target, noise_inputs)
-        losses['loss_kd'] = self._distance(denoised, target, mask)
+        losses['loss_kd'] = self._distance(denoised, target, mask, labels)
         return DiffusionOutput(losses, gamma, denoised, target, latent, samples)
 
     def _syncs_ranks(self) -> bool:
@@ -277,9 +281,11 @@ class FeatureDiffusion(nn.Module):
             return latent.mean(dim=(2, 3), keepdim=True)
         return F.interpolate(latent, size, mode='bilinear', align_corners=False)
 
-    def _distance(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def _distance(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor], labels: Optional[Tensor]) -> Tensor:
         # contiguous, because some losses call view()
         student, teacher = student.float().contiguous(), teacher.float().contiguous()
+        if getattr(self.loss_kd, 'takes_labels', False):
+            return self.loss_kd(student, teacher, labels)
         if mask is None or not getattr(self.loss_kd, 'takes_mask', False):
             return self.loss_kd(student, teacher)
         mask = F.interpolate(mask.float(), teacher.shape[-2:], mode='nearest-exact')[:, 0] > 0
@@ -358,14 +364,15 @@ def try_loss(loss_kd: nn.Module, channels: int, cfg: dict) -> None:
         cfg (dict): Config of the loss, for the error message.
 
     Raises:
-        ConfigError: If the loss fails, is not a scalar, is negative or not finite, or has no gradient.
+        ValueError: If the loss fails, is not a scalar, is negative or not finite, or has no gradient.
     """
     settings = ', '.join(f'{key}={value!r}' for key, value in cfg.items() if key != 'type')
     name = f'{type(loss_kd).__name__}({settings})'
     with in_key('loss_kd'), torch.random.fork_rng(devices=[]), torch.enable_grad():
         student, teacher = torch.randn(2, 2, channels, 4, 4).unbind()
         try:
-            loss = copy.deepcopy(loss_kd)(student.requires_grad_(), teacher)  # a copy, because a loss can have buffers
+            labels = [torch.zeros(2, dtype=torch.long)] if getattr(loss_kd, 'takes_labels', False) else []
+            loss = copy.deepcopy(loss_kd)(student.requires_grad_(), teacher, *labels)  # a loss can have buffers: copy
             torch.autograd.grad(loss, student)
         except Exception as error:
             raise ConfigError('', f': {name} does not run on random features: {one_line(error)}') from error
@@ -379,7 +386,7 @@ def try_diffusion(scheduler: nn.Module, noise_adapter: nn.Module, denoiser: nn.M
     """Run a noise adapter, a scheduler and a denoiser on random features, and check the shapes of the results.
 
     Raises:
-        ConfigError: If a part fails, returns a tensor of the wrong shape or that is not finite, or gamma is not between
+        ValueError: If a part fails, returns a tensor of the wrong shape or that is not finite, or gamma is not between
             0 and 1.
     """
     # copies, because eval() would have to be undone

@@ -46,7 +46,7 @@ class DDIMScheduler(nn.Module):
             ``'v_prediction'`` (sqrt(a_t) eps - sqrt(1 - a_t) x_0). Defaults to ``'epsilon'``, as in the paper.
 
     Raises:
-        ConfigError: If ``num_inference_steps`` or ``start_timestep`` is out of range, or a value is invalid.
+        ValueError: If ``num_inference_steps`` or ``start_timestep`` is out of range, or a value is invalid.
     """
 
     @check_arguments

@@ -21,8 +21,9 @@ def find_images(arguments) -> Iterator[Tensor]:
 def choose_images(args: Sequence, kwargs: dict, encoded: Sequence[Tensor]) -> Optional[Tensor]:
     """Return the images for the teacher: the first image batch among the arguments of ``loss``.
 
-    Exceptions are models that encode something else, such as the second of two views, or all views in one batch: for
-    these, the images are the input of the student's encoder.
+    Exceptions are models that encode something else, such as the second of two views, all views in one batch, or
+    images that ``loss`` flips, crops, mixes or reorders: for these, the images are the input of the student's encoder.
+    Images that ``loss`` only recolors, for example normalizes, or combines with other inputs do not count.
 
     Args:
         args (Sequence): Positional arguments of ``loss``.
@@ -39,13 +40,25 @@ def choose_images(args: Sequence, kwargs: dict, encoded: Sequence[Tensor]) -> Op
     same = next((images for images in found if _is_same(seen, images)), None)
     if same is not None:
         return same
-    if sum(map(len, encoded)) == len(first):  # the model splits the batch
+    if len(encoded) > 1 and sum(map(len, encoded)) == len(first):  # the model splits the batch
         return first
-    return first if len(seen) == len(first) else seen
+    is_stacked = len(seen) == len(first) and seen.size(1) != first.size(1)
+    is_sum = len(found) > 1 and seen.shape == first.shape
+    return first if is_stacked or is_sum or _is_recolored(seen, first) else seen
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr())
+
+
+def _is_recolored(a: Tensor, b: Tensor) -> bool:
+    """Return whether two batches show the same images with different values, such as normalized ones."""
+    if a.shape != b.shape:
+        return False
+    a, b = (images[..., ::4, ::4].float().flatten(2) for images in (a, b))
+    a, b = (values - values.mean(2, keepdim=True) for values in (a, b))
+    products = (a * b).sum(2).abs()
+    return bool((products >= 0.99 * a.norm(dim=2) * b.norm(dim=2)).all())  # also true for constant images
 
 
 def find_data_samples(args: Sequence, kwargs: dict, images: Tensor):

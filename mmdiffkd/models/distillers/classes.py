@@ -5,12 +5,13 @@ import sys
 from collections import Counter
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+import torch
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.runner import FlexibleRunner, Runner
-from torch import nn
+from torch import Tensor, nn
 
 from mmdiffkd.utils.config import LOADERS, closest_names, nested_datasets, package_of
 from mmdiffkd.utils.validation import get_class
@@ -63,6 +64,12 @@ class ClassMatch(NamedTuple):
             classes.append(self.layers[side].num_classes)
         width = self.layers[side].width
         return [start + number for start in range(0, count, width) for number in classes]
+
+    def class_numbers(self) -> Tensor:
+        """Return the number of each of the student's classes among the shared ones, (K, ); -1 if left out."""
+        numbers = torch.full((self.layers[0].num_classes,), -1)
+        numbers[[ours for ours, _ in self.shared]] = torch.arange(len(self.shared))
+        return numbers
 
     def __str__(self):
         sides = [
@@ -176,11 +183,8 @@ class ClassMatcher:
         widths = [_width(model.get_submodule(path)) for model, path in zip(models, paths)]
         try:
             match = self.match(models, paths, self.mapping)
-        except UnknownClassesError as error:
-            print_log(f"'{paths[0]}' is not distilled: {error}", logger='current')
-            return 0
         except ValueError as error:
-            if self.mapping:
+            if self.mapping and not isinstance(error, UnknownClassesError):
                 raise
             print_log(f"'{paths[0]}' is not distilled: {error}", logger='current')
             return 0
@@ -188,6 +192,14 @@ class ClassMatcher:
             return widths[0] if widths[0] == widths[1] else 0
         groups = {width // layer.width for width, layer in zip(widths, match.layers)}
         return len(match.channels(0, widths[0])) if len(groups) == 1 else 0
+
+    def problem(self, models: Sequence[nn.Module], paths: Sequence[str]) -> Optional[str]:
+        """Say why the classes of two layers do not match, as the end of a sentence; None if they do."""
+        try:
+            self.match(models, paths, self.mapping)
+        except ValueError as error:
+            return str(error).rstrip('.')
+        return None
 
 
 def find_class_layer(model: nn.Module, path: str) -> Optional[ClassLayer]:

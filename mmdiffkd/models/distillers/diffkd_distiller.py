@@ -31,6 +31,7 @@ from .batches import (
     as_data_elements,
     choose_images,
     find_data_samples,
+    find_images,
     find_rows,
     take_samples,
     trains,
@@ -134,8 +135,8 @@ class DiffKDDistiller(BaseModel):
             to None.
         distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=, classes=)}``. None uses the
             pairs of the preset. Defaults to None.
-        preset (str): Default pairs and settings: ``'diffkd'`` (the paper's), ``'plus'``, or a custom preset.
-            Defaults to ``'diffkd'``.
+        preset (str): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
+            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to ``'diffkd'``.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.
@@ -145,7 +146,7 @@ class DiffKDDistiller(BaseModel):
             Defaults to None.
 
     Raises:
-        ConfigError, ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
+        ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
             key.
         FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. Raised
             when training starts; building the model only logs a warning, because the model can still predict.
@@ -263,7 +264,9 @@ class DiffKDDistiller(BaseModel):
                     raise
                 with in_key('neck'):
                     check_neck(necks[name])
-                    if not isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
+                    if isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
+                        _check_positions(necks[name], pair, infos[0], matches[0])
+                    else:
                         self._try_neck(necks[name], pair, infos, matches)
         self.diffkd = nn.ModuleDict(necks)
         # read the attributes before FSDP wraps the necks
@@ -443,6 +446,16 @@ class DiffKDDistiller(BaseModel):
             encoder = stack.enter_context(ModuleInputsRecorder(self, self.encoder_path)) if self.encoder_path else None
             losses = dict(super().loss(*args, **kwargs))
         images = self.find_images(args, kwargs, encoder)
+        if (
+            encoder
+            and encoder.images
+            and images is encoder.images[0]
+            and next(find_images((args, kwargs)), None) is not None
+        ):
+            self._log_once(
+                'The student encodes other images than loss() receives, for example flipped ones: the teacher gets the '
+                'images that the student encodes, and losses that need ground truth get none.'
+            )
         samples = find_data_samples(args, kwargs, images)
         teacher_features = self.diffkd_teacher.features(images, as_data_elements(samples, images), rois[0])
         context = DistillContext(
@@ -469,17 +482,19 @@ class DiffKDDistiller(BaseModel):
                 [teacher_features[tap][t] for _, t in levels]
                 for tap, levels in zip(pair.teacher_taps, self.matched_levels[name])
             ]
-            of_pair = replace(context, mask=masks[label])
+            match = self.class_matches.get(name)
+            of_pair = replace(context, mask=masks[label], class_numbers=match and match.class_numbers())
             rows = self._partial_rows(name, pair, student, teacher, len(images))
             if rows is not None:
                 teacher = [[level[rows] for level in levels] for levels in teacher]
                 mask = of_pair.mask if of_pair.mask is None else of_pair.mask[rows]
                 of_pair = replace(of_pair, images=images[rows], data_samples=take_samples(samples, rows), mask=mask)
             student, teacher = (self._shared_classes(name, *side) for side in enumerate((student, teacher)))
+            student, teacher = (self._as_dtype_of_neck(name, features) for features in (student, teacher))
             outputs = self.diffkd[name](_per_tap(pair, student), _per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
             losses.update(name_losses(name, outputs, levels, state.weight, self._auxiliary_losses[name]))
-            drawn = {level: output for level, output in zip(levels, outputs) if isinstance(output, DiffusionOutput)}
+            drawn = {level: output for level, output in zip(levels, outputs) if _is_drawable(output)}
             if drawn and rows is None:  # otherwise, the first feature may not be of the first image
                 captured[name] = drawn
         if state.capture:
@@ -535,6 +550,14 @@ class DiffKDDistiller(BaseModel):
                 self._record_gradients(name, dict(zip(levels, recorded)))
             features.append(recorded)
         return None if any(not len(level) for levels in features for level in levels) else features
+
+    def _as_dtype_of_neck(self, name: str, features: List[List[Tensor]]) -> List[List[Tensor]]:
+        """Convert features to the type of the neck's weights. Under autocast, the neck's operators convert them."""
+        device = features[0][0].device.type
+        weight = next(self.diffkd[name].parameters(), None)
+        if weight is None or _is_autocast_enabled(device):
+            return features
+        return [[level.to(weight.dtype) for level in levels] for levels in features]
 
     def _compares(self, name: str, pair: Pair, has_images: bool) -> bool:
         """Return whether a pair is compared: with SyncBatchNorm, which waits for all ranks, only if all have images."""
@@ -778,9 +801,34 @@ def _shape_on(size: int, info: FeatureInfo, level: int) -> Tuple[int, int, int, 
     return 2, info.channels[level], side, side
 
 
+def _check_positions(neck: FeatureDiffusionNeck, pair: Pair, infos: Sequence[FeatureInfo], levels: list) -> None:
+    """Refuse vectors for a loss that compares positions, because the loss would always be 0."""
+    loss = neck.levels[0].loss_kd
+    if getattr(loss, 'compares_positions', False):
+        for owner, tap, info, index in zip(('student', 'teacher'), (pair.student, pair.teacher), infos, (0, 1)):
+            if any(info.strides[level[index]] is None for level in levels):
+                raise ConfigError(
+                    'loss_kd',
+                    f": {type(loss).__name__} compares positions of feature maps, but '{tap}' of the {owner} gives "
+                    "vectors; use another loss or preset, such as 'fitnet'.",
+                )
+
+
+def _is_drawable(output) -> bool:
+    """Return whether an output has features that can be drawn side by side: ATLoss compares different channels."""
+    return isinstance(output, DiffusionOutput) and output.student_latent.shape == output.teacher_latent.shape
+
+
 def _per_tap(pair: Pair, values: list):
     """Return the list with one value per tap, or only the value if the pair has a single tap."""
     return values[0] if isinstance(pair.student, str) else values
+
+
+def _is_autocast_enabled(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:  # torch before 2.4
+        return torch.is_autocast_enabled() if device == 'cuda' else torch.is_autocast_cpu_enabled()
 
 
 def _progress() -> float:

@@ -73,14 +73,15 @@ def read_pairs(
         student (nn.Module): The student.
         student_cfg (dict): Config of the student.
         teacher_cfg (dict): Config of the teacher.
-        preset (str): Name of a registered preset, such as ``'diffkd'`` or ``'plus'``. Defaults to ``'diffkd'``.
+        preset (str): Name of a registered preset, such as ``'diffkd'`` or ``'cwd'``. Defaults to ``'diffkd'``.
         class_matcher (ClassMatcher, optional): Knows the names of the classes. Defaults to None: no names are known.
 
     Returns:
         dict[str, Pair]: The pairs by name.
 
     Raises:
-        ValueError: If ``distill`` is empty, a pair has unknown keys or no taps, or the preset is unknown or incomplete.
+        ValueError: If ``distill`` is empty, a pair has unknown keys or no taps, or the preset is unknown or
+            incomplete, or does not fit the models.
     """
     check_value('preset', preset, str)
     chosen = _get_preset(preset)
@@ -112,12 +113,13 @@ def _get_preset(name: str):
     if name in RENAMED_PRESETS:
         raise ValueError(f"There is no preset='{name}': the preset is called '{RENAMED_PRESETS[name]}' now.")
     if preset is None:
-        raise ValueError(f"There is no preset='{name}'; the presets are {', '.join(PRESETS.module_dict)}.")
+        nearest = closest_names(name, PRESETS.module_dict)
+        raise ValueError(
+            f"There is no preset='{name}'; the nearest are {nearest}. Import a preset of your own with custom_imports."
+        )
     missing = [member for member in PRESET_MEMBERS if not hasattr(preset, member)]
     if missing:
-        raise ValueError(
-            f"preset='{name}': the class {preset.__name__} has no {missing[0]}; inherit from DiffKDPreset."
-        )
+        raise ValueError(f"preset='{name}': the class {preset.__name__} has no {missing[0]}; inherit from Preset.")
     return preset()
 
 
@@ -181,6 +183,8 @@ def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str,
         (default,) = defaults.values()
         default = dict(default, neck={})
     neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
+    if 'type' in neck and neck['type'] != default_neck.get('type', neck['type']):  # drop the settings of another neck
+        default_neck = {}
     if default_neck.get('denoise', True) and not neck.get('denoise', True):  # drop the denoising settings
         default_neck = {key: value for key, value in default_neck.items() if key == 'loss_kd'}
     return {**default, **cfg, 'neck': _with_defaults(neck, default_neck)}
@@ -228,10 +232,12 @@ def _read_pair(cfg: dict, student_cfg: dict, preset) -> Pair:
     neck, levels = dict(cfg.get('neck') or {}), cfg.get('levels')
     if neck.get('loss_kd', {}) is None:
         del neck['loss_kd']
-    neck.setdefault('type', 'mmdiffkd.FeatureDiffusionNeck')
-    if _is_feature_diffusion(neck['type']) and neck.get('denoise', True):
+    neck.setdefault('type', preset.neck_defaults.get('type', 'mmdiffkd.FeatureDiffusionNeck'))
+    cls = get_class(MODELS, neck['type']) if isinstance(neck['type'], str) else neck['type']
+    is_feature_diffusion = isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)
+    if is_feature_diffusion and neck.get('denoise', cls.denoises):
         neck = {**preset.neck_defaults, **neck}
-    if _is_feature_diffusion(neck['type']):
+    if is_feature_diffusion and 'type' not in (neck.get('loss_kd') or {}):
         neck = _with_defaults(neck, dict(loss_kd=preset.default_distance(student_cfg)))
     return Pair(
         *(_as_taps(cfg[side]) for side in ('student', 'teacher')),
@@ -263,9 +269,3 @@ def _box_head(name: str, owner: str, model_cfg: dict) -> dict:
 
 def _as_taps(taps) -> Union[str, List[str]]:
     return taps if isinstance(taps, str) else list(taps)
-
-
-def _is_feature_diffusion(kind) -> bool:
-    """Return whether a neck type is ``FeatureDiffusionNeck`` or a subclass."""
-    cls = get_class(MODELS, kind) if isinstance(kind, str) else kind
-    return isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)

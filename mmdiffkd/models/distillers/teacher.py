@@ -54,7 +54,7 @@ class Teacher:
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: If the config cannot be found.
-        ConfigError: If the config is a distillation config, or a value is invalid.
+        ValueError: If the config is a distillation config, or a value is invalid.
     """
 
     @check_arguments

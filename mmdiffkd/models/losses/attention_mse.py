@@ -3,6 +3,8 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
 
+from .utils import spatial_attention
+
 
 @MODELS.register_module()
 class AttentionMSELoss(nn.Module):
@@ -24,7 +26,5 @@ class AttentionMSELoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compare features of shape (N, C, H, W) and return a scalar."""
-        saliency = teacher.abs().mean(dim=1).flatten(1) / self.tau
-        attention = saliency.softmax(dim=1) * saliency.size(1)
-        error = (student - teacher).square().mean(dim=1).flatten(1)
-        return self.loss_weight * (attention * error).mean()
+        error = (student - teacher).square().mean(dim=1, keepdim=True)
+        return self.loss_weight * (spatial_attention(teacher, self.tau) * error).mean()

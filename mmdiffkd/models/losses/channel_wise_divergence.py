@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
 
-from .utils import masked_mean
+from .utils import masked_mean, normalize_channels
 
 LOWEST = -1e30
 
@@ -18,15 +18,20 @@ class ChannelWiseDivergence(nn.Module):
     Args:
         tau (float): Temperature. Defaults to 1.
         loss_weight (float): Weight of the loss. Defaults to 1.
+        normalize (bool): Whether to standardize each channel of student and teacher first, as the distillation configs
+            of RTMDet do with BatchNorm: over batch and positions, without affine parameters and running statistics.
+            Then the scale of a channel has no effect. Defaults to False.
     """
 
+    compares_positions = True
     takes_mask = True
 
     @check_arguments
-    def __init__(self, tau: Positive = 1.0, loss_weight: NonNegative = 1.0):
+    def __init__(self, tau: Positive = 1.0, loss_weight: NonNegative = 1.0, normalize: bool = False):
         super().__init__()
         self.tau = tau
         self.loss_weight = loss_weight
+        self.normalize = normalize
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Compare features or logits.
@@ -39,6 +44,8 @@ class ChannelWiseDivergence(nn.Module):
         Returns:
             Tensor: A scalar; 0 if no pixel is valid.
         """
+        if self.normalize:
+            student, teacher = normalize_channels(student), normalize_channels(teacher)
         student, teacher = student / self.tau, teacher / self.tau
         if mask is not None:
             # LOWEST is finite, because -inf would give NaN for images without valid pixels

@@ -6,6 +6,7 @@ from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import ConfigError, check_arguments
 
 from ..diffusion.feature_diffusion import DiffusionOutput, FeatureDiffusion, NoiseInputs
+from ..losses.utils import class_labels
 from .base import DistillContext, DistillNeck
 
 Ints = Union[int, Sequence[int]]
@@ -29,12 +30,13 @@ class FeatureDiffusionNeck(DistillNeck):
             ``loss_diffusion_weight``, ``loss_reconstruction_weight``, ``num_grad_steps``, ``memory_efficient``.
 
     Raises:
-        ConfigError: If an argument is invalid, if student and teacher have different numbers of levels or several taps,
+        ValueError: If an argument is invalid, if student and teacher have different numbers of levels or several taps,
             if ``share_levels`` is set and the channels differ between levels, or if ``compile`` conflicts with the
             other arguments.
     """
 
     part = FeatureDiffusion  # module class of a level
+    denoises = True  # whether levels denoise unless denoise=False
     auxiliary_losses = ('loss_diffusion', 'loss_reconstruction')
 
     @check_arguments
@@ -93,8 +95,8 @@ class FeatureDiffusionNeck(DistillNeck):
         Args:
             student (Tensor or list[Tensor]): (N, C_s, H, W), or one such tensor per level.
             teacher (Tensor or list[Tensor]): (N, C_t, H, W), or one such tensor per level.
-            context (DistillContext, optional): Only two fields are used: ``mask``, the valid pixels, and ``capture``,
-                whether to return the trajectory. Defaults to None.
+            context (DistillContext, optional): Only three fields are used: ``mask``, the valid pixels, ``capture``,
+                whether to return the trajectory, and ``data_samples`` if the loss needs labels. Defaults to None.
             noise_inputs (NoiseInputs or list[NoiseInputs], optional): Noise and timesteps to use instead of random
                 ones. Defaults to None.
 
@@ -102,10 +104,15 @@ class FeatureDiffusionNeck(DistillNeck):
             DiffusionOutput or list[DiffusionOutput]: One output per level; a single output if the features are tensors.
 
         Raises:
-            ValueError: If the number of levels or the batch size does not match.
+            ValueError: If the number of levels or the batch size does not match, or the loss needs labels that the data
+                samples do not have.
         """
         context = context or DistillContext()
         options = dict(mask=context.mask, return_trajectory=context.capture)
+        if getattr(self.levels[0].loss_kd, 'takes_labels', False):
+            labels = class_labels(context.data_samples)
+            numbers = context.class_numbers
+            options['labels'] = labels if numbers is None else numbers.to(labels.device)[labels]
         if isinstance(student, Tensor):
             return self.levels[0](student, teacher, noise_inputs, **options)
         if not len(student) == len(teacher) == self.num_levels:

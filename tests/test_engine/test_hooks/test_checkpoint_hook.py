@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmdiffkd.engine.checkpoint import AtomicBackend
+from mmdiffkd.engine.atomic_backend import AtomicBackend
 from tests import tiny
 from tests.attack import Attack
 from tests.same import assert_same

@@ -152,3 +152,9 @@ def test_no_op_without_a_teacher(runner, tmp_path):
 def test_needs_a_distiller(runner):
     with pytest.raises(ValueError, match='DistillScheduleHook needs a DiffKDDistiller, but the model is a RetinaNet'):
         runner(model_cfg=tiny.detector()).train()
+
+
+def test_methods_that_train_only_the_student(runner, tmp_path):
+    """Attention transfer has no adapter, so the diffusion module has no parameters."""
+    runner(model_cfg=tiny.distiller_cfg(tmp_path, preset='at'), warmup=4).train()
+    assert [record['diffkd.weight'] for record in records(tmp_path)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]

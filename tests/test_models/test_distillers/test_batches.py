@@ -41,6 +41,17 @@ def test_images_made_by_the_model():
     assert choose_images((['text'],), dict(labels=torch.zeros(2)), []) is None
 
 
+@pytest.mark.parametrize('change', ['flip', 'reorder', 'crop', 'mix'])
+def test_images_changed_by_the_model(change):
+    images = torch.rand(2, 3, 32, 32)
+    changed = dict(
+        flip=images.flip(-1), reorder=images[[1, 0]], crop=images[..., 8:, 8:], mix=(images + images.flip(0)) / 2
+    )[change]
+    assert choose_images((images,), {}, [changed]) is changed
+    normalized = (images - torch.rand(3, 1, 1)) / torch.rand(3, 1, 1)
+    assert choose_images((images,), {}, [normalized]) is images
+
+
 def test_data_samples():
     samples = ['a', 'b']
     assert find_data_samples((IMAGES, samples), {}, IMAGES) is samples

@@ -135,6 +135,20 @@ class TestPasses:
         step(model, *data)
         assert torch.equal(seen[0], data[0])
 
+    def test_flipped_pass_comes_first(self, tmp_path):
+        class FlippedFirst(RetinaNet):
+            def loss(self, inputs, data_samples):
+                flipped, losses = super().loss(inputs.flip(-1), data_samples), super().loss(inputs, data_samples)
+                return {name: flipped[name] + losses[name] for name in losses}
+
+        logger = MMLogger.get_instance('flipped', log_file=str(tmp_path / 'log'))
+        model = tiny.build(tiny.distiller_cfg(tmp_path, student_of(FlippedFirst)))
+        seen, data = record(model), tiny.batch(model)
+        step(model, *data)
+        logger.handlers[-1].flush()
+        assert torch.equal(seen[0], data[0].flip(-1))
+        assert 'The student encodes other images than loss() receives' in (tmp_path / 'log').read_text()
+
     def test_split_batch(self, tmp_path):
         """The features of both halves are compared with those of the whole batch."""
         losses = []
@@ -144,6 +158,20 @@ class TestPasses:
             torch.manual_seed(0)
             losses.append(step(model, *data))
         torch.testing.assert_close(losses[0]['diffkd.fpn.loss_kd'], losses[1]['diffkd.fpn.loss_kd'])
+
+
+class OwnAutocast(RetinaNet):
+    def extract_feat(self, inputs):
+        with torch.autocast('cpu', torch.bfloat16):
+            return super().extract_feat(inputs)
+
+    def loss(self, inputs, data_samples):
+        return dict(loss_a=sum(level.float().mean() for level in self.extract_feat(inputs)))
+
+
+def test_student_with_autocast_of_its_own(tmp_path):
+    model = tiny.build(tiny.distiller_cfg(tmp_path, student_of(OwnAutocast)))
+    assert step(model, *tiny.batch(model))['diffkd.fpn.loss_kd'].isfinite()
 
 
 class Flag(RetinaNet):

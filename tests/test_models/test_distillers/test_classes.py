@@ -7,9 +7,10 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from mmpretrain.structures import DataSample
 
 from mmdiffkd.apis import preview
-from mmdiffkd.models import ChannelWiseDivergence
+from mmdiffkd.models import ChannelWiseDivergence, DistillContext, DKDLoss
 from mmdiffkd.models.distillers.classes import ClassMatcher, dataset_classes, find_class_layer
 from mmdiffkd.utils import build_for_inspection, resolve_config
 from tests import tiny
@@ -111,6 +112,18 @@ def test_softmax_is_over_the_shared_classes():
     p = theirs.softmax(1)
     expected = (p * (p.log() - ours.log_softmax(1))).sum(1).mean()
     torch.testing.assert_close(output.losses['loss_kd'], expected)
+
+
+def test_labels_are_those_of_the_shared_classes():
+    model = classifier_pair(('cat', 'dog', 'emu'), ('emu', 'ant', 'cat'), 'DKDLoss')
+    assert model.class_matches['logits'].class_numbers().tolist() == [0, -1, 1]
+    init_default_scope('mmpretrain')
+    samples = [DataSample().set_gt_label(label) for label in (2, 1)]
+    images = torch.randn(2, 3, 64, 64)
+    student, teacher = torch.randn(2, 2, 1, 1), torch.randn(2, 2, 1, 1)
+    context = DistillContext(images, samples, class_numbers=torch.tensor([0, -1, 1]))
+    (output,) = model.diffkd['logits']([student], [teacher], context)
+    torch.testing.assert_close(output.losses['loss_kd'], DKDLoss()(student, teacher, torch.tensor([1, -1])))
 
 
 def test_defaults_of_classifiers_and_segmentors(tmp_path):

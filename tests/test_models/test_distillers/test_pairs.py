@@ -82,8 +82,8 @@ def test_plus_accepts_a_neck_class():
 
 def test_unknown_preset():
     retinanet = tiny.detector()
-    with pytest.raises(ValueError, match="There is no preset='best'; the presets are diffkd, plus."):
-        read_pairs(None, build_for_inspection(retinanet), retinanet, retinanet, preset='best')
+    with pytest.raises(ValueError, match="There is no preset='plos'; the nearest are 'plus'"):
+        read_pairs(None, build_for_inspection(retinanet), retinanet, retinanet, preset='plos')
 
 
 def test_custom_preset_without_a_required_method():
@@ -96,7 +96,7 @@ def test_custom_preset_without_a_required_method():
 
     retinanet = tiny.detector()
     with pytest.raises(
-        ValueError, match="preset='partial': the class PartialPreset has no known_pairs; inherit from DiffKD"
+        ValueError, match="preset='partial': the class PartialPreset has no known_pairs; inherit from Preset"
     ):
         read_pairs(None, build_for_inspection(retinanet), retinanet, retinanet, preset='partial')
     PRESETS.module_dict.pop('partial')

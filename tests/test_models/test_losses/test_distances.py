@@ -1,9 +1,24 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from mmdiffkd.models import AttentionMSELoss, ChannelWiseDivergence, DISTLoss, KLDivergence, MSELoss, PKDLoss
+from mmdiffkd.models import (
+    ATLoss,
+    AttentionMSELoss,
+    ChannelWiseDivergence,
+    DISTLoss,
+    DKDLoss,
+    FeatureDiffusionNeck,
+    KLDivergence,
+    MSELoss,
+    PKDLoss,
+)
+from mmdiffkd.models.losses.utils import class_labels
+from mmdiffkd.models.necks import DistillContext
+from mmdiffkd.utils.validation import ConfigError
 
-DISTANCES = [MSELoss, AttentionMSELoss, KLDivergence, DISTLoss, PKDLoss, ChannelWiseDivergence]
+DISTANCES = [MSELoss, AttentionMSELoss, KLDivergence, DISTLoss, PKDLoss, ChannelWiseDivergence, ATLoss]
 
 
 def maps():
@@ -101,3 +116,73 @@ def test_fully_masked_batch_and_image(kind):
     one_image = none_valid.clone()
     one_image[0] = True
     torch.testing.assert_close(kind()(student, teacher, one_image), kind()(student[:1], teacher[:1]))
+
+
+def test_at_ignores_scale_and_channels():
+    student, teacher = torch.randn(2, 4, 3, 5), torch.randn(2, 7, 3, 5)
+    torch.testing.assert_close(ATLoss()(3 * student, teacher), ATLoss()(student, teacher))
+    torch.testing.assert_close(ATLoss()(teacher, 2 * teacher), torch.tensor(0.0))
+
+
+def test_normalized_cwd_ignores_the_scale_of_channels():
+    student, teacher = (feature.detach() for feature in maps())
+    loss = ChannelWiseDivergence(normalize=True)
+    scale = torch.tensor([1.0, 3.0, 10.0, 100.0]).view(1, 4, 1, 1)
+    torch.testing.assert_close(loss(student * scale + 2, teacher), loss(student, teacher), rtol=1e-3, atol=1e-4)
+    assert loss(student[:1, :, :1, :1], teacher[:1, :, :1, :1]) == 0
+
+
+def test_mse_of_the_batch():
+    student, teacher = maps()
+    expected = (student - teacher).square().sum() / 2
+    torch.testing.assert_close(MSELoss(reduction='batchmean')(student, teacher), expected)
+    with pytest.raises(ValueError, match="reduction='sum' must be 'mean' or 'batchmean'"):
+        MSELoss(reduction='sum')
+
+
+def test_dkd_terms_make_up_the_kl_divergence():
+    """KL(t || s) = TCKD + (1 - p_t) NCKD."""
+    student, teacher, labels = torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
+    for index in range(6):
+        row = slice(index, index + 1)
+        terms = DKDLoss(tau=2.0).terms(student[row], teacher[row], labels[row])
+        p = (teacher[row] / 2).softmax(1)[0, labels[index]]
+        expected = KLDivergence(tau=2.0)(student[row], teacher[row])
+        torch.testing.assert_close(terms['tckd'] + (1 - p) * terms['nckd'], expected)
+
+
+def test_dkd_reductions_and_pixels():
+    student, teacher, labels = torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
+    loss = DKDLoss()(student, teacher, labels)
+    torch.testing.assert_close(DKDLoss(reduction='sum')(student, teacher, labels), 6 * loss)
+    as_map = [logits.view(2, 3, 5).transpose(1, 2).unsqueeze(2) for logits in (student, teacher)]
+    torch.testing.assert_close(DKDLoss()(*as_map, labels.view(2, 1, 3)), loss)
+    torch.testing.assert_close(DKDLoss()(1e3 * student, teacher, labels).isfinite(), torch.tensor(True))
+
+
+def test_class_labels():
+    samples = [SimpleNamespace(gt_label=torch.tensor([3])), SimpleNamespace(gt_label=torch.tensor(1))]
+    assert class_labels(samples).tolist() == [3, 1]
+    mixed = [SimpleNamespace(gt_label=torch.tensor([3]), gt_score=torch.tensor([0.2, 0.7, 0.0, 0.1]))]
+    assert class_labels(mixed).tolist() == [1]
+    for unfit in (None, [SimpleNamespace(gt_label=torch.tensor([3, 4]))], [SimpleNamespace()]):
+        with pytest.raises(ValueError, match='this loss needs one class per image'):
+            class_labels(unfit)
+
+
+def test_labels_reach_the_loss():
+    level = dict(denoise=False, align=False, loss_kd=dict(type='mmdiffkd.DKDLoss'))
+    neck, student, teacher = FeatureDiffusionNeck(5, 5, **level), torch.randn(2, 5, 1, 1), torch.randn(2, 5, 1, 1)
+    samples = [SimpleNamespace(gt_label=torch.tensor([3])), SimpleNamespace(gt_label=torch.tensor([1]))]
+    loss = neck(student, teacher, DistillContext(data_samples=samples)).losses['loss_kd']
+    torch.testing.assert_close(loss, DKDLoss()(student, teacher, torch.tensor([3, 1])))
+    with pytest.raises(ValueError, match='one class per image'):
+        neck(student, teacher)
+
+
+def test_channels_without_adapter():
+    plain = dict(denoise=False, align=False)
+    neck = FeatureDiffusionNeck(4, 8, loss_kd=dict(type='mmdiffkd.ATLoss'), **plain)
+    assert neck(torch.randn(2, 4, 3, 3), torch.randn(2, 8, 6, 6)).losses['loss_kd'] > 0
+    with pytest.raises(ConfigError, match='align=False compares features without an adapter'):
+        FeatureDiffusionNeck(4, 8, **plain)

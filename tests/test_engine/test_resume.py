@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-from mmdiffkd.engine.checkpoint import saved_checkpoints
+from mmdiffkd.engine.resume import saved_checkpoints
 
 
 def test_checkpoints_are_sorted_by_time_not_by_number(tmp_path):

@@ -1,0 +1,29 @@
+from typing import Dict
+
+from torch import nn
+
+from mmdiffkd.registry import PRESETS
+
+from .base import FEATURES_NEED, Preset
+
+
+@PRESETS.register_module(name='at')
+class ATPreset(Preset):
+    """AT (attention transfer): mean squared error between normalized maps of the mean squared activation.
+
+    - Detectors: all outputs of the neck. Other models: the last feature map of the backbone. Nothing is trained but the
+      student, and the channels may differ.
+    - Weights: 1000 is the weight of the authors and of mdistiller for classifiers. 250 is the weight per stage in the
+      only config of mmrazor with this loss; there is no published weight for detectors and segmentors.
+    """
+
+    summary = 'AT: mean squared error between maps of activation strength'
+    paper = 'Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928'
+    needs = f'{FEATURES_NEED}; maps, not vectors'
+    weights = dict(detection=250.0, segmentation=250.0, classification=1000.0)
+    distance = dict(type='mmdiffkd.ATLoss')
+    neck_defaults = dict(denoise=False, align=False)
+
+    def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pair of features. Arguments: see :meth:`.Preset.default_pairs`."""
+        return self.feature_pair(student_cfg, teacher_cfg, denoise=False, align=False)

@@ -1,0 +1,303 @@
+"""Base class of presets, and functions that find what to distill in a model."""
+
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from torch import nn
+
+from mmdiffkd.registry import PRESETS
+from mmdiffkd.utils.config import comparable, type_name
+from mmdiffkd.utils.meta_device import build_for_inspection
+
+from ..distillers.classes import ClassMatcher
+from ..distillers.feature_info import ENCODERS
+
+DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
+# Layers to tap instead of the whole backbone, because the output of the backbone cannot be compared: MLP-Mixer
+# transposes its tokens after this layer, and TridentNet returns one batch per branch in training.
+LAST_MAPS = dict(MlpMixer='ln1', TridentResNet='layer2')
+FEATURES_NEED = 'taps in both models: the necks of detectors, the backbones of other models'
+LOGITS_NEED = 'segmentors or classifiers that share at least two classes'
+
+
+class Preset:
+    """A distillation method: default pairs, their necks and their weights, by the task of the models.
+
+    A subclass sets the attributes, writes :meth:`default_pairs`, and is registered in ``mmdiffkd.registry.PRESETS``
+    under the name that users write in ``preset='...'``. Its docstring describes the method and the origin of its
+    weights.
+
+    Attributes:
+        summary (str): The method in one line.
+        paper (str): Citation of the paper.
+        needs (str): What the method needs of student and teacher, in a few words.
+        weights (dict[str, float]): Default ``loss_weight`` of ``distance`` by task: ``detection``,
+            ``segmentation``, ``classification``. Other tasks are refused. Models of no known task use the weight of
+            classifiers.
+        distance (dict): Config of the distance of a pair that has no ``loss_kd``, without ``loss_weight``.
+        neck_defaults (dict): Default arguments of necks with denoising, and optionally the ``type`` of necks that a
+            config leaves out. A config overrides them. ``dict(denoise=False)`` turns denoising off.
+        class_matcher (ClassMatcher): Matches the classes of student and teacher. The distiller sets it.
+    """
+
+    summary: str = ''
+    paper: str = ''
+    needs: str = FEATURES_NEED
+    weights: Dict[str, float] = {}
+    distance: dict = dict(type='mmdiffkd.MSELoss')
+    neck_defaults: dict = {}
+    class_matcher = ClassMatcher()
+
+    def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pairs to distill if a config has no ``distill``. Both models must have the same task.
+
+        Args:
+            student (nn.Module): The student.
+            student_cfg (dict): Config of the student.
+            teacher_cfg (dict): Config of the teacher.
+
+        Returns:
+            dict[str, dict]: Pairs in the format of ``distill`` in a config.
+
+        Raises:
+            ValueError: If the models do not have what the preset needs. The message says what is missing.
+        """
+        raise NotImplementedError
+
+    def known_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pairs that a config can name without setting taps. Arguments: see :meth:`default_pairs`."""
+        return self.default_pairs(student, student_cfg, teacher_cfg)
+
+    def default_distance(self, student_cfg: dict) -> dict:
+        """Return the config of the distance of a pair that has no ``loss_kd``."""
+        return dict(self.distance, loss_weight=self.weights[self.check_task(student_cfg)])
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the name under which the class is registered, or the name of the class."""
+        return next((name for name, preset in PRESETS.module_dict.items() if preset is cls), cls.__name__)
+
+    def refuse(self, reason: str) -> ValueError:
+        """Return the error of a preset that does not fit the models, to be raised.
+
+        Args:
+            reason (str): What is missing, such as ``'needs boxes, but ...'``.
+        """
+        return ValueError(f"preset='{self.name()}' {reason}")
+
+    def check_task(self, cfg: dict) -> str:
+        """Return the task of a model: a key of ``weights``.
+
+        Raises:
+            ValueError: If the preset has no weight for the task.
+        """
+        task = find_task(cfg)
+        key = 'classification' if task == 'other' else task
+        if key not in self.weights:
+            raise self.refuse(
+                f'is a method for {" and ".join(self.weights)}, but {short_type(cfg)} is a model for '
+                f"{'another task' if task == 'other' else task}; choose another preset, such as 'fitnet'."
+            )
+        return key
+
+    @staticmethod
+    def feature_taps(student_cfg: dict, teacher_cfg: dict) -> List[str]:
+        """Return the modules of student and teacher whose features are distilled; see :func:`find_features`.
+
+        Raises:
+            ValueError: If the tasks differ, or if a model has none of the modules in ``ENCODERS``.
+        """
+        features = [find_features(cfg) for cfg in (student_cfg, teacher_cfg)]
+        if find_task(student_cfg) != find_task(teacher_cfg) or None in features:
+            names = [short_type(cfg) for cfg in (student_cfg, teacher_cfg)]
+            raise ValueError(
+                f'There is no default tap for the student {names[0]} and the teacher {names[1]}; set the taps: '
+                "distill=dict(feat=dict(student='backbone', teacher='...')). "
+                'tools/analysis_tools/preview.py CONFIG --list-taps teacher lists them.'
+            )
+        return features
+
+    def feature_pair(
+        self, student_cfg: dict, teacher_cfg: dict, levels: Sequence[int] = (-1,), **neck
+    ) -> Dict[str, dict]:
+        """Return the pair of features: ``fpn`` of detectors, with all levels, or ``feat`` of other models.
+
+        Args:
+            student_cfg (dict): Config of the student.
+            teacher_cfg (dict): Config of the teacher.
+            levels (list[int]): Levels of models that are not detectors. Defaults to the last one.
+            **neck: Arguments of the neck.
+        """
+        self.check_task(student_cfg)
+        pair = make_pair(self.feature_taps(student_cfg, teacher_cfg), **neck)
+        if find_task(student_cfg) == 'detection':
+            return dict(fpn=pair)
+        return dict(feat=dict(pair, levels=list(levels)))
+
+    def logit_pair(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict, **neck) -> Dict[str, dict]:
+        """Return the pair ``logits`` of segmentors or classifiers.
+
+        Args:
+            student (nn.Module): The student.
+            student_cfg (dict): Config of the student.
+            teacher_cfg (dict): Config of the teacher.
+            **neck: Arguments of the neck.
+
+        Raises:
+            ValueError: If a model has no logit layer, or the models share less than two classes.
+        """
+        self.check_task(student_cfg)
+        self.feature_taps(student_cfg, teacher_cfg)  # refuses different tasks
+        cfgs, models = (student_cfg, teacher_cfg), (student, build_for_inspection(teacher_cfg))
+        taps = find_logits(find_task(student_cfg), models, cfgs, self.class_matcher)
+        if taps is None:
+            raise self.refuse(f'compares logits, but {missing_logits(models, cfgs, self.class_matcher)}.')
+        return dict(logits=make_pair(taps, **neck))
+
+
+def short_type(cfg: dict) -> str:
+    """Return the class name of a model's config, without its scope."""
+    return type_name(cfg['type'])
+
+
+def make_pair(taps: Sequence[str], distance: Optional[str] = None, **neck) -> dict:
+    """Make the config of a pair.
+
+    Args:
+        taps (Sequence[str]): Tap of the student and tap of the teacher.
+        distance (str, optional): Class of ``loss_kd``, such as ``'MSELoss'``. None leaves ``loss_kd`` unset.
+        **neck: Arguments of the neck.
+
+    Returns:
+        dict: ``student``, ``teacher`` and ``neck``.
+    """
+    if distance is not None:
+        neck['loss_kd'] = dict(type=f'mmdiffkd.{distance}')
+    return dict(student=taps[0], teacher=taps[1], neck=neck)
+
+
+def find_task(cfg: dict) -> str:
+    """Return the task of a model's config: ``detection``, ``segmentation``, ``classification`` or ``other``."""
+    if cfg.get('decode_head'):
+        return 'segmentation'
+    if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, 'detector')):
+        return 'detection'
+    return 'classification' if type_name(cfg['type']) == 'ImageClassifier' else 'other'
+
+
+def is_two_stage(cfg: dict) -> bool:
+    """Return whether the config is one of a detector with an RoI head."""
+    return bool(cfg.get('roi_head') or (cfg.get('detector') or {}).get('roi_head'))
+
+
+def find_features(cfg: dict) -> Optional[str]:
+    """Return the path of the module whose features are distilled; None if no module has a known name."""
+    if isinstance(cfg.get('detector'), dict):
+        inner = find_features(cfg['detector'])
+        # a semi-supervised model holds the detector twice, as student and teacher
+        is_semi_supervised = 'semi_train_cfg' in cfg
+        return inner and f'{"student" if is_semi_supervised else "detector"}.{inner}'
+    if cfg.get('neck') and find_task(cfg) == 'detection':
+        return 'neck'
+    for name in ENCODERS:
+        if cfg.get(name):
+            is_list = isinstance(cfg[name], (list, tuple))  # a list holds the encoder and its post-processing
+            path, encoder = (f'{name}.0', cfg[name][0]) if is_list else (name, cfg[name])
+            last = LAST_MAPS.get(type_name(encoder.get('type'))) if isinstance(encoder, dict) else None
+            return path if last is None else f'{path}.{last}'
+    return None
+
+
+def find_logits(
+    task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher
+) -> Optional[List[str]]:
+    """Return the paths of the logit layers of student and teacher.
+
+    None if a model has no logit layer, or the models share less than two classes.
+    """
+    find = LOGIT_FINDERS.get(task)
+    if find is None:
+        return None
+    paths = [find(model, cfg) for model, cfg in zip(models, cfgs)]
+    return paths if None not in paths and class_matcher.count(models, paths) > 1 else None
+
+
+def _pixel_logits(model: nn.Module, cfg: dict) -> Optional[str]:
+    """Return the path of the logit layer of a segmentor, or of a cascade's last stage; None if there is none."""
+    head = cfg['decode_head']
+    path = f'decode_head.{len(head) - 1}.conv_seg' if isinstance(head, (list, tuple)) else 'decode_head.conv_seg'
+    return path if path in dict(model.named_modules()) else None
+
+
+def _class_logits(model: nn.Module, cfg: dict) -> Optional[str]:
+    """Return the path of a classifier's linear logit layer; None if there is none, and for multi-label classifiers."""
+    head = cfg.get('head') or {}
+    kind, classes = type_name(head.get('type')), head.get('num_classes')
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith('head.') and isinstance(module, nn.Linear) and module.out_features == classes
+    ]
+    if not linear or is_multi_label(cfg):
+        return None
+    # A stacked head ends with its logit layer. Other heads start with the logit layer; the second layer of DeiT's head
+    # classifies the distillation token.
+    return linear[-1 if 'Stacked' in kind else 0]
+
+
+def is_multi_label(cfg: dict) -> bool:
+    """Return whether the config is one of a classifier that gives several labels per image."""
+    head = cfg.get('head')
+    return isinstance(head, dict) and any(part in type_name(head.get('type')) for part in ('MultiLabel', 'CSRA'))
+
+
+def missing_logits(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher) -> str:
+    """Say why :func:`find_logits` finds nothing for models of the same task, as the end of a sentence."""
+    task = find_task(cfgs[0])
+    find = LOGIT_FINDERS.get(task)
+    found = [None if find is None else find(model, cfg) for model, cfg in zip(models, cfgs)]
+    for owner, cfg, path in zip(('student', 'teacher'), cfgs, found):
+        if path is None and is_multi_label(cfg):
+            return f'the {owner} {short_type(cfg)} gives several labels per image'
+        if path is None:
+            layer = 'decode_head.conv_seg' if task == 'segmentation' else 'head.fc'
+            return f"the {owner} {short_type(cfg)} has no layer such as '{layer}' that gives one logit per class"
+    return class_matcher.problem(models, found) or 'there is only one shared class'
+
+
+def dense_head_pairs(
+    models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher
+) -> Dict[str, dict]:
+    """Return the pairs ``cls`` and ``reg`` of dense heads with equal anchors. Neither pair is denoised."""
+    plain = dict(denoise=False, align=False)
+    distances = dict(cls=dict(type='mmdiffkd.ChannelWiseDivergence'), reg=dict(type='mmdet.L1Loss'))
+    for part in ('bbox_head', 'rpn_head'):
+        heads = [getattr(model, part, None) for model in models]
+        anchors, coders = (
+            [comparable((cfg.get(part) or {}).get(key)) for cfg in cfgs] for key in ('anchor_generator', 'bbox_coder')
+        )
+        if None in heads or anchors[0] != anchors[1]:
+            continue
+        pairs = {}
+        for kind, distance in distances.items():
+            is_scaled = any(hasattr(head, 'scales') for head in heads)  # FCOS scales the regression after the layer
+            # skip regression outputs whose meanings may differ, although the shapes are equal
+            if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1] or is_scaled):
+                continue
+            ours, theirs = (_outputs(head, kind) for head in heads)
+            for name in [name for name in ours if name in theirs][:1]:
+                path = f'{part}.{name}'
+                fits = class_matcher.count(models, (path, path)) if kind == 'cls' else ours[name] == theirs[name]
+                if not fits:
+                    continue
+                pairs[kind] = dict(student=path, teacher=path, neck=dict(plain, loss_kd=distance))
+        return pairs
+    return {}
+
+
+def _outputs(head: nn.Module, kind: str) -> Dict[str, int]:
+    """Return the output channels of the convolutions of a head, by name, for names that end in ``_{kind}``."""
+    layers = {name: layer for name, layer in head.named_children() if name.endswith(f'_{kind}')}
+    return {name: layer.out_channels for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+
+
+LOGIT_FINDERS = dict(segmentation=_pixel_logits, classification=_class_logits)

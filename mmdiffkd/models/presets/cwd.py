@@ -1,0 +1,40 @@
+from typing import Dict
+
+from torch import nn
+
+from mmdiffkd.registry import PRESETS
+
+from .base import Preset, find_task
+
+LOGIT_TAU = 4.0  # temperature of the authors for the logits of segmentors
+
+
+@PRESETS.register_module(name='cwd')
+class CWDPreset(Preset):
+    """CWD: KL divergence between softmaxes over the positions of each channel.
+
+    - Detectors: all outputs of the neck. Segmentors: the logits, as in the paper's main results. Other models: the last
+      feature map of the backbone.
+    - Weights: 10 at temperature 1 is the setting of mmrazor's configs for the FPN of detectors, and used for
+      classifiers, which have no published weight. 3 at temperature 4 is the setting of the authors for logits.
+    """
+
+    summary = 'CWD: where each channel is active; logits of segmentors, features of other models'
+    paper = 'Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021, arXiv 2011.13256'
+    needs = (
+        'detectors: necks; segmentors: at least two shared classes; classifiers: backbones that give maps, not vectors'
+    )
+    weights = dict(detection=10.0, segmentation=3.0, classification=10.0)
+    distance = dict(type='mmdiffkd.ChannelWiseDivergence')
+    neck_defaults = dict(denoise=False)
+
+    def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pair of logits or features. Arguments: see :meth:`.Preset.default_pairs`."""
+        if find_task(student_cfg) == 'segmentation':
+            return self.logit_pair(student, student_cfg, teacher_cfg, denoise=False, align=False)
+        return self.feature_pair(student_cfg, teacher_cfg, denoise=False)
+
+    def default_distance(self, student_cfg: dict) -> dict:
+        """Return the config of the distance of a pair that has no ``loss_kd``."""
+        distance = super().default_distance(student_cfg)
+        return dict(distance, tau=LOGIT_TAU) if find_task(student_cfg) == 'segmentation' else distance

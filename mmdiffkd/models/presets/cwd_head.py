@@ -1,0 +1,43 @@
+"""The preset ``cwd_head``: channel-wise distillation of feature maps, and distillation of head outputs."""
+
+from typing import Dict
+
+from torch import nn
+
+from mmdiffkd.registry import PRESETS
+from mmdiffkd.utils.meta_device import build_for_inspection
+
+from .base import Preset, dense_head_pairs, short_type
+from .cwd import CWDPreset
+
+
+@PRESETS.register_module(name='cwd_head')
+class CWDHeadPreset(Preset):
+    """Channel-wise distillation of feature maps, and the pairs of the heads that the preset ``plus`` adds.
+
+    - Taps: the outputs of the necks; and the last layers of both dense heads or RPNs, ``cls`` compared by CWD and
+      ``reg`` by L1. ``reg`` is left out if the box coders differ, or if a head scales its output after the layer (FCOS,
+      ATSS, GFL).
+    - Weights: 3 for the feature maps, the best of four on DeepPCB (docs/results/benchmarks.md), and 1 for the heads.
+    - Needs: dense heads or RPNs with the same anchors in both models; ``cls`` needs a shared class.
+    """
+
+    summary = 'CWD of the feature maps of detectors, and of their class outputs; L1 of their box outputs'
+    paper = CWDPreset.paper
+    needs = 'dense heads or RPNs with the same anchors'
+    weights = dict(detection=3.0)
+    distance = CWDPreset.distance
+    neck_defaults = CWDPreset.neck_defaults
+
+    def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pair ``fpn`` and the pairs of the heads. Arguments: see :meth:`.Preset.default_pairs`."""
+        features = self.feature_pair(student_cfg, teacher_cfg, denoise=False)
+        models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
+        heads = dense_head_pairs(models, cfgs, self.class_matcher)
+        if not heads:
+            raise self.refuse(
+                'needs a bbox_head or rpn_head with the same anchors and output channels in both models, but the '
+                f'student {short_type(student_cfg)} and the teacher {short_type(teacher_cfg)} have none; choose '
+                "another preset, such as 'cwd'."
+            )
+        return {**features, **heads}

@@ -1,0 +1,31 @@
+from typing import Dict
+
+from torch import nn
+
+from mmdiffkd.registry import PRESETS
+
+from .base import FEATURES_NEED, Preset
+
+
+@PRESETS.register_module(name='cwd_norm')
+class CWDNormPreset(Preset):
+    """CWD between features whose channels are standardized first, as in the distillation configs of RTMDet.
+
+    - Detectors: all outputs of the neck. Other models: the last feature map of the backbone. A 1x1 convolution maps the
+      student's channels. BatchNorm without affine parameters and with the statistics of the batch standardizes the
+      channels of student and teacher.
+    - Weights: 1 at temperature 1 is the setting of RTMDet's configs in mmyolo; there is no published weight for other
+      tasks. These configs stop the distillation 20 epochs before the end of 300:
+      ``DistillScheduleHook(end=280)``.
+    """
+
+    summary = 'CWD of standardized features, as in the distillation of RTMDet'
+    paper = 'Shu et al., ICCV 2021, arXiv 2011.13256; Lyu et al., RTMDet, 2022, arXiv 2212.07784'
+    needs = f'{FEATURES_NEED}; maps, not vectors'
+    weights = dict(detection=1.0, segmentation=1.0, classification=1.0)
+    distance = dict(type='mmdiffkd.ChannelWiseDivergence', normalize=True)
+    neck_defaults = dict(denoise=False)
+
+    def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pair of features. Arguments: see :meth:`.Preset.default_pairs`."""
+        return self.feature_pair(student_cfg, teacher_cfg, denoise=False)

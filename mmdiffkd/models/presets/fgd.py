@@ -1,0 +1,46 @@
+"""The preset ``fgd``: focal and global distillation."""
+
+from typing import Dict
+
+from torch import nn
+
+from mmdiffkd.registry import PRESETS
+
+from .base import Preset, short_type
+
+# tau and the weights of foreground, background, attention and relation in the released configs
+TWO_STAGE = dict(tau=0.5, foreground_weight=5e-5, background_weight=2.5e-5, attention_weight=5e-5, relation_weight=5e-7)
+FCOS = dict(tau=0.8, foreground_weight=1.6e-3, background_weight=8e-4, attention_weight=8e-4, relation_weight=8e-6)
+
+
+@PRESETS.register_module(name='fgd')
+class FGDPreset(Preset):
+    """Focal and global distillation of the feature maps of detectors; see :class:`.FGDNeck`.
+
+    - Taps: the outputs of the necks, or of the backbones if a model has no neck.
+    - Weights: those of the released code for Faster R-CNN in models with a RoI head, for FCOS in FCOS, and for
+      RetinaNet in other models. The losses are sums over a feature map, so the weights suit its 256 channels and its
+      image size.
+    - Needs: detectors, and the boxes of the ground truth.
+    """
+
+    summary = 'FGD: features in and around boxes, attention of the teacher, relations between positions'
+    paper = 'Yang et al., Focal and Global Knowledge Distillation for Detectors, CVPR 2022, arXiv 2111.11837'
+    needs = 'detectors and boxes'
+    weights = dict(detection=1.0)
+    neck_defaults = dict(type='mmdiffkd.FGDNeck')
+
+    def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pair ``fpn``. Arguments: see :meth:`.Preset.default_pairs`."""
+        self.check_task(student_cfg)
+        if student_cfg.get('detector'):
+            raise self.refuse(
+                f'needs images with boxes, but {short_type(student_cfg)} trains a detector on views or frames; choose '
+                "another preset, such as 'fitnet'."
+            )
+        weights = {}
+        if student_cfg.get('roi_head'):
+            weights = TWO_STAGE
+        elif short_type(student_cfg) == 'FCOS':
+            weights = FCOS
+        return self.feature_pair(student_cfg, teacher_cfg, **self.neck_defaults, **weights)

@@ -1,0 +1,28 @@
+from typing import Dict
+
+from torch import nn
+
+from mmdiffkd.registry import PRESETS
+
+from .base import LOGITS_NEED, Preset
+
+
+@PRESETS.register_module(name='kd')
+class KDPreset(Preset):
+    """KD: KL divergence between class probabilities, per image of classifiers and per pixel of segmentors.
+
+    - Segmentors: the logits at the head's resolution. Classifiers: the logits.
+    - Weights: 5 at temperature 1 for classifiers is the setting of mmrazor's configs for ImageNet. There is no
+      published weight for segmentors; 1 is a plain KL divergence.
+    """
+
+    summary = 'KD: KL divergence between class probabilities'
+    paper = 'Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531'
+    needs = LOGITS_NEED
+    weights = dict(segmentation=1.0, classification=5.0)
+    distance = dict(type='mmdiffkd.KLDivergence')
+    neck_defaults = dict(denoise=False, align=False)
+
+    def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pair of logits. Arguments: see :meth:`.Preset.default_pairs`."""
+        return self.logit_pair(student, student_cfg, teacher_cfg, denoise=False, align=False)
