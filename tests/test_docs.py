@@ -13,9 +13,9 @@ from pathlib import Path
 import mmengine._strategy  # noqa: F401  registers the strategies
 import pytest
 from mmengine.config import Config
-from mmengine.registry import HOOKS, MODELS, STRATEGIES, init_default_scope
+from mmengine.registry import HOOKS, STRATEGIES, init_default_scope
 
-from mmdiffkd.utils import with_preprocessor
+from mmdiffkd.apis.build import build_model
 from mmdiffkd.utils.dummy_inputs import without_pretrained
 from mmdiffkd.version import __version__
 from tests.conftest import ROOT, call_tool, in_process
@@ -71,7 +71,7 @@ def write(folder, name, text):
 def build(cfg):
     init_default_scope(cfg.default_scope)
     without_pretrained(cfg.model.student)
-    model = MODELS.build(with_preprocessor(cfg.model, cfg.get('data_preprocessor')))
+    model = build_model(cfg, cfg.model)
     assert model.deferred_error is None
     return model
 

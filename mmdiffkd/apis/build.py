@@ -5,6 +5,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from mmdiffkd.models.distillers.classes import dataset_classes
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import package_of, type_name, with_preprocessor
 
@@ -35,6 +36,12 @@ def build_distiller(config: Union[str, Config], cfg_options: Optional[dict] = No
 
 
 def build_model(cfg: Config, model_cfg: ConfigDict) -> nn.Module:
-    """Build a model as the Runner does: with the top-level preprocessor, unless the model has its own."""
+    """Build a model as the Runner does: with the top-level preprocessor, unless the model has its own.
+
+    A distiller gets the names of the classes, which it otherwise finds in the Runner's config.
+    """
     model_cfg = copy.deepcopy(model_cfg)  # some models modify their config while they are built
+    classes = dataset_classes(cfg) if 'student' in model_cfg else None
+    if classes is not None and model_cfg.get('metainfo') is None:
+        model_cfg.metainfo = dict(classes=list(classes))
     return MODELS.build(with_preprocessor(model_cfg, cfg.get('data_preprocessor')))

@@ -31,6 +31,7 @@ def distill_to_text(model: DiffKDDistiller) -> str:
             teacher=pair.teacher,
             levels=[s for s, _ in model.matched_levels[name][0]],
             neck=_with_defaults(pair.neck, model.diffkd[name]),
+            **({'classes': pair.classes} if pair.classes else {}),
         )
         for name, pair in model.pairs.items()
     }

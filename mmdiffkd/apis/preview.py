@@ -91,6 +91,8 @@ def preview(
 
         * ``size``: height and width of the images.
         * ``pairs``: one dict per pair, tap and level.
+        * ``classes``: for pairs that compare a part of the classes, by name: the names of the ``shared`` classes, and
+          of those of the ``student`` and of the ``teacher`` that are left out.
         * ``parameters``: number of parameters of ``student``, ``teacher`` and ``diffusion_module``.
         * ``gmacs``: multiply-adds per image in units of 1e9: of the student's forward pass, of the teacher's forward
           pass up to the last tap, and of the diffusion module's forward and backward pass; None if unknown.
@@ -138,6 +140,10 @@ def preview(
     return dict(
         size=list(size),
         pairs=rows,
+        classes={
+            name: dict(shared=match.names, student=match.left_out[0], teacher=match.left_out[1])
+            for name, match in model.class_matches.items()
+        },
         parameters=parameters,
         gmacs=gmacs,
         kept_mib=kept and kept / 2**20,
@@ -228,8 +234,8 @@ def _rows(model: nn.Module, size: Size) -> List[dict]:
     rows = []
     for name, pair in model.pairs.items():
         settings = model.diffkd[name].describe()
-        for student_tap, teacher_tap, matches in zip(pair.student_taps, pair.teacher_taps, model.matched_levels[name]):
-            infos = model.student_info[student_tap], model.diffkd_teacher.taps[teacher_tap]
+        compared = zip(pair.student_taps, pair.teacher_taps, model.compared_info(name), model.matched_levels[name])
+        for student_tap, teacher_tap, infos, matches in compared:
             for position, levels in enumerate(matches):
                 student, teacher = ([info.channels[i], *_grid(info.strides[i], size)] for info, i in zip(infos, levels))
                 rows.append(
@@ -429,8 +435,9 @@ def _pairs_with_class_mismatch(model: nn.Module, ours: Optional[int], theirs: Op
         return []
     found = {}
     for name, pair in model.pairs.items():
-        for student_tap, teacher_tap, matches in zip(pair.student_taps, pair.teacher_taps, model.matched_levels[name]):
-            infos = model.student_info[student_tap], model.diffkd_teacher.taps[teacher_tap]
+        for student_tap, infos, matches in zip(
+            pair.student_taps, model.compared_info(name), model.matched_levels[name]
+        ):
             widths = [(infos[0].channels[s], infos[1].channels[t]) for s, t in matches]
             # layers of a head with a multiple of num_classes as channels return class scores
             if 'head' in student_tap and any(s != t and s % ours == t % theirs == 0 for s, t in widths):

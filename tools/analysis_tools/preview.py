@@ -83,6 +83,11 @@ def show(result: dict) -> None:
         ('pair', 'level', 'student tap', 'student features', 'teacher tap', 'teacher features'),
         [feature_cells(row) for row in result['pairs']],
     )
+    for name, classes in result['classes'].items():
+        print(f'Classes that the pair {name} compares: {", ".join(classes["shared"])}.')
+        for owner in ('student', 'teacher'):
+            if classes[owner]:
+                print(f'  left out, {len(classes[owner])} of the {owner}: {", ".join(classes[owner])}.')
     print(
         "Steps of the comparison: the adapter converts the student's features to the latent channels, the denoiser\n"
         'removes noise from them, and loss_kd measures their distance to the teacher. A dash: the pair skips this step.'

@@ -18,6 +18,7 @@ from mmdiffkd.engine.dist import on_all_ranks
 from mmdiffkd.engine.weights import fit_on_load, use_checked_files
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.config import type_name, with_preprocessor
+from mmdiffkd.utils.meta_device import build_for_inspection
 from mmdiffkd.utils.student_config import write_student_config
 from mmdiffkd.utils.validation import ConfigError, bind, build_part, check_value, in_key
 from mmdiffkd.version import __version__
@@ -35,6 +36,16 @@ from .batches import (
     take_samples,
     trains,
     valid_pixel_mask,
+)
+from .classes import (
+    ClassMatch,
+    ClassMatcher,
+    Names,
+    UnknownClassesError,
+    class_names,
+    dataset_classes,
+    find_class_layer,
+    running_config,
 )
 from .feature_info import (
     ENCODERS,
@@ -122,14 +133,17 @@ class DiffKDDistiller(BaseModel):
         teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
             ``'zoo'``) of the teacher, and other arguments of :class:`.Teacher`. None trains the student alone. Defaults
             to None.
-        distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=)}``. None uses the pairs of
-            the preset. Defaults to None.
+        distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=, classes=)}``. None uses the
+            pairs of the preset. Defaults to None.
         preset (str): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
             :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to ``'diffkd'``.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.
             Used if the config of the student has no preprocessor. Defaults to None.
+        metainfo (dict, optional): ``dict(classes=[...])``, the names of the student's classes. They select the shared
+            classes of a teacher with other classes. None uses the training set of the Runner that builds the model.
+            Defaults to None.
 
     Raises:
         ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
@@ -162,6 +176,7 @@ class DiffKDDistiller(BaseModel):
         preset: str = 'diffkd',
         init_from_teacher: Optional[Sequence[str]] = None,
         data_preprocessor: Optional[dict] = None,
+        metainfo: Optional[dict] = None,
     ):
         # do not call BaseModel.__init__: the student is already initialized
         self.diffkd_teacher: Optional[Teacher] = None  # not 'teacher': some models have this attribute
@@ -169,10 +184,14 @@ class DiffKDDistiller(BaseModel):
         self.distill_state = DistillState()
         self.pairs: Dict[str, Pair] = {}
         self.matched_levels: Dict[str, List[List[Tuple[int, int]]]] = {}
+        self.class_matches: Dict[str, ClassMatch] = {}
         self.student_info: Dict[str, FeatureInfo] = {}
         self.encoder_path: Optional[str] = None
         if init_from_teacher is not None and init_from_teacher != []:
             check_value('init_from_teacher', init_from_teacher, Union[str, Sequence[str]])
+        check_value('metainfo', metainfo, Optional[dict])
+        self._metainfo = metainfo
+        self._class_matcher = ClassMatcher()
         self._wrote_student_config = False
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
         self._distill_handles = [
@@ -198,10 +217,11 @@ class DiffKDDistiller(BaseModel):
 
     def read_pairs(self, distill: Optional[dict], student_cfg: dict, teacher_cfg: dict, preset: str) -> Dict[str, Pair]:
         """Return the pairs to distill; see :func:`.read_pairs`."""
-        return read_pairs(distill, self, student_cfg, teacher_cfg, preset)
+        return read_pairs(distill, self, student_cfg, teacher_cfg, preset, self._class_matcher)
 
     def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict], preset: str) -> None:
         teacher_cfg = teacher.model_cfg
+        self._class_matcher = ClassMatcher(self._class_names, teacher.class_names)
         pairs = self.read_pairs(distill, student_cfg, teacher_cfg, preset)
         check_roi_taps(pairs, student_cfg, teacher_cfg)
         self.student_info, teacher_info = (
@@ -219,9 +239,10 @@ class DiffKDDistiller(BaseModel):
             }
             pairs = trainable or pairs
         self.pairs = pairs
+        unknown = self._match_classes(teacher_cfg)
         necks = {}
         for name, pair in pairs.items():
-            infos = [(self.student_info[s], teacher_info[t]) for s, t in zip(pair.student_taps, pair.teacher_taps)]
+            infos = self.compared_info(name, teacher_info)
             matches = [match_levels(name, *info, pair.levels) for info in infos]
             self.matched_levels[name] = matches
             ours = [[info.channels[s] for s, _ in levels] for (info, _), levels in zip(infos, matches)]
@@ -229,7 +250,18 @@ class DiffKDDistiller(BaseModel):
             widths = dict(student_channels=_per_tap(pair, ours), teacher_channels=_per_tap(pair, theirs))
             # fork_rng, so that the student starts with the same weights as without distillation
             with in_key(f'distill.{name}'), torch.random.fork_rng(devices=[]):
-                necks[name] = build_part(MODELS, pair.neck, 'neck', **widths)
+                try:
+                    necks[name] = build_part(MODELS, pair.neck, 'neck', **widths)
+                except ConfigError as error:  # if the classes are the reason, say so
+                    match = self.class_matches.get(name)
+                    if name in unknown:
+                        raise ConfigError('classes', f': {unknown[name]}') from error
+                    if match is not None and ours == [[1]]:
+                        raise ConfigError(
+                            'classes',
+                            f": student and teacher share only the class '{match.names[0]}', but {error}",
+                        ) from error
+                    raise
                 with in_key('neck'):
                     check_neck(necks[name])
                     if isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
@@ -244,6 +276,75 @@ class DiffKDDistiller(BaseModel):
             with in_key('init_from_teacher'):
                 find_module(self, path, 'student')
         self.diffkd_teacher = teacher
+
+    def _class_names(self, count: int) -> Names:
+        """Return the names of the student's classes; None if they are unknown or their number is different."""
+        names = class_names(self._metainfo)
+        if names is None:
+            names = dataset_classes(running_config() or {})
+        return names if names is not None and len(names) == count else None
+
+    def _match_classes(self, teacher_cfg: dict) -> Dict[str, str]:
+        """Match the classes of pairs that compare class scores, and log which classes are left out.
+
+        Returns:
+            dict[str, str]: For pairs whose classes differ and are unknown: what to set.
+        """
+        unknown, teacher = {}, None
+        for name, pair in self.pairs.items():
+            taps = (*pair.student_taps, *pair.teacher_taps)
+            if len(taps) > 2 or find_class_layer(self, taps[0]) is None:
+                if pair.classes:
+                    raise ConfigError(f'distill.{name}.classes', f": '{taps[0]}' does not return class scores.")
+                continue
+            teacher = teacher or build_for_inspection(teacher_cfg)
+            try:
+                with in_key(f'distill.{name}'):
+                    match = self._class_matcher.match((self, teacher), taps, pair.classes)
+            except ConfigError as error:
+                if not isinstance(error.__cause__, UnknownClassesError) or is_roi_tap(taps[0]):
+                    raise
+                unknown[name] = str(error.__cause__)
+                continue
+            if match is not None:
+                self.class_matches[name] = match
+                print_log(f'distill.{name}: {match}.', logger='current')
+        return unknown
+
+    def compared_info(
+        self, name: str, teacher_info: Optional[Dict[str, FeatureInfo]] = None
+    ) -> List[Tuple[FeatureInfo, FeatureInfo]]:
+        """Return what a pair compares: information about both features of every tap, with the selected channels.
+
+        Args:
+            name (str): Name of the pair.
+            teacher_info (dict[str, FeatureInfo], optional): The teacher's taps. Defaults to those of the teacher.
+        """
+        pair, teacher_info = self.pairs[name], teacher_info or self.diffkd_teacher.taps
+        infos = [(self.student_info[s], teacher_info[t]) for s, t in zip(pair.student_taps, pair.teacher_taps)]
+        match = self.class_matches.get(name)
+        if match is None:
+            return infos
+        return [
+            tuple(
+                info._replace(channels=[channels and len(match.channels(side, channels)) for channels in info.channels])
+                for side, info in enumerate(sides)
+            )
+            for sides in infos
+        ]
+
+    def _shared_classes(self, name: str, side: int, features: List[List[Tensor]]) -> List[List[Tensor]]:
+        """Select the channels of the classes that student (side 0) and teacher (side 1) share."""
+        match = self.class_matches.get(name)
+        if match is None:
+            return features
+        return [
+            [
+                level.index_select(1, torch.tensor(match.channels(side, level.size(1)), device=level.device))
+                for level in levels
+            ]
+            for levels in features
+        ]
 
     def _try_neck(self, neck: nn.Module, pair: Pair, infos: list, matches: List[List[Tuple[int, int]]]) -> None:
         """Run a neck on random features with the shapes that images of ``TRIAL_SIZE`` pixels would give."""
@@ -381,12 +482,14 @@ class DiffKDDistiller(BaseModel):
                 [teacher_features[tap][t] for _, t in levels]
                 for tap, levels in zip(pair.teacher_taps, self.matched_levels[name])
             ]
-            of_pair = replace(context, mask=masks[label])
+            match = self.class_matches.get(name)
+            of_pair = replace(context, mask=masks[label], class_numbers=match and match.class_numbers())
             rows = self._partial_rows(name, pair, student, teacher, len(images))
             if rows is not None:
                 teacher = [[level[rows] for level in levels] for levels in teacher]
                 mask = of_pair.mask if of_pair.mask is None else of_pair.mask[rows]
                 of_pair = replace(of_pair, images=images[rows], data_samples=take_samples(samples, rows), mask=mask)
+            student, teacher = (self._shared_classes(name, *side) for side in enumerate((student, teacher)))
             student, teacher = (self._as_dtype_of_neck(name, features) for features in (student, teacher))
             outputs = self.diffkd[name](_per_tap(pair, student), _per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
@@ -587,6 +690,7 @@ def convert_to_distiller(
     preset: str = 'diffkd',
     init_from_teacher: Optional[Sequence[str]] = None,
     distiller_type: Type[DiffKDDistiller] = DiffKDDistiller,
+    metainfo: Optional[dict] = None,
 ) -> DiffKDDistiller:
     """Convert a built model into a distiller, in place; :func:`export` converts it back.
 
@@ -595,6 +699,7 @@ def convert_to_distiller(
         student_cfg (dict): The config from which the student was built.
         teacher, distill, preset, init_from_teacher: See :class:`DiffKDDistiller`.
         distiller_type (type): The distiller's class. Defaults to ``DiffKDDistiller``.
+        metainfo: See :class:`DiffKDDistiller`.
 
     Returns:
         DiffKDDistiller: The same model.
@@ -605,7 +710,7 @@ def convert_to_distiller(
     _check_convertible(student)
     student.__class__ = _converted_class(distiller_type, type(student))
     try:
-        student.__init__(student_cfg, teacher, distill, preset, init_from_teacher)
+        student.__init__(student_cfg, teacher, distill, preset, init_from_teacher, metainfo=metainfo)
     except BaseException:
         export(student)
         raise
@@ -643,10 +748,13 @@ ATTRIBUTES = (
     'distill_state',
     'pairs',
     'matched_levels',
+    'class_matches',
     'student_info',
     'encoder_path',
     '_wrote_student_config',
     '_init_paths',
+    '_metainfo',
+    '_class_matcher',
     '_auxiliary_losses',
     '_ignored_labels',
 )

@@ -7,6 +7,7 @@ from mmdiffkd.utils.config import closest_names, comparable, refuse_old_keys, ty
 from mmdiffkd.utils.validation import check_value, get_class
 
 from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
+from .classes import ClassMatcher
 from .recorders import is_roi_tap
 
 # settings that two box heads must share to be comparable
@@ -18,6 +19,7 @@ FIELDS = dict(
     teacher=Union[str, Sequence[str], None],
     levels=Union[int, Sequence[int], None],
     neck=Optional[dict],
+    classes=Optional[dict],
 )
 PRESET_MEMBERS = ('neck_defaults', 'default_pairs', 'known_pairs', 'default_distance')
 RENAMED_PRESETS = dict(paper='diffkd')
@@ -31,12 +33,14 @@ class Pair(NamedTuple):
         teacher (str or list[str]): Path of the teacher's module, or the same number of paths.
         levels (list[int], optional): Student levels; None for all common levels.
         neck (dict): Config of the neck, without channels.
+        classes (dict, optional): ``{student class: teacher class}`` for class scores; see :meth:`.ClassMatcher.match`.
     """
 
     student: Union[str, List[str]]
     teacher: Union[str, List[str]]
     levels: Optional[List[int]]
     neck: dict
+    classes: Optional[dict] = None
 
     @property
     def student_taps(self) -> List[str]:
@@ -50,7 +54,12 @@ class Pair(NamedTuple):
 
 
 def read_pairs(
-    distill: Optional[dict], student: nn.Module, student_cfg: dict, teacher_cfg: dict, preset: str = 'diffkd'
+    distill: Optional[dict],
+    student: nn.Module,
+    student_cfg: dict,
+    teacher_cfg: dict,
+    preset: str = 'diffkd',
+    class_matcher: Optional[ClassMatcher] = None,
 ) -> Dict[str, Pair]:
     """Return the pairs of a config, with defaults for all settings that the config leaves out.
 
@@ -60,11 +69,12 @@ def read_pairs(
     with other names get its taps as well.
 
     Args:
-        distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=)}``.
+        distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=, classes=)}``.
         student (nn.Module): The student.
         student_cfg (dict): Config of the student.
         teacher_cfg (dict): Config of the teacher.
         preset (str): Name of a registered preset, such as ``'diffkd'`` or ``'cwd'``. Defaults to ``'diffkd'``.
+        class_matcher (ClassMatcher, optional): Knows the names of the classes. Defaults to None: no names are known.
 
     Returns:
         dict[str, Pair]: The pairs by name.
@@ -84,6 +94,8 @@ def read_pairs(
         )
     for name, cfg in (distill or {}).items():
         _check_pair(name, cfg)
+    mapping = next((cfg['classes'] for cfg in (distill or {}).values() if cfg.get('classes')), None)
+    chosen.class_matcher = ClassMatcher(*(class_matcher or ClassMatcher()).names, mapping)
     if distill is None:
         distill = chosen.default_pairs(*models)
     # a field that is None counts as not set
@@ -133,7 +145,11 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
                     'which runs on the same regions in both models.'
                 )
         heads = [_box_head(name, owner, cfg) for owner, cfg in (('student', student_cfg), ('teacher', teacher_cfg))]
+        # the channels of shared classes can be selected
+        are_scores = all(path.endswith('.fc_cls') for path in pair.student_taps + pair.teacher_taps)
         for key in COMPARABLE:
+            if key == 'num_classes' and are_scores:
+                continue
             ours, theirs = (head.get(key) for head in heads)
             if comparable(ours) != comparable(theirs):
                 raise ValueError(
@@ -224,7 +240,10 @@ def _read_pair(cfg: dict, student_cfg: dict, preset) -> Pair:
     if is_feature_diffusion and 'type' not in (neck.get('loss_kd') or {}):
         neck = _with_defaults(neck, dict(loss_kd=preset.default_distance(student_cfg)))
     return Pair(
-        *(_as_taps(cfg[side]) for side in ('student', 'teacher')), [levels] if isinstance(levels, int) else levels, neck
+        *(_as_taps(cfg[side]) for side in ('student', 'teacher')),
+        [levels] if isinstance(levels, int) else levels,
+        neck,
+        cfg.get('classes'),
     )
 
 

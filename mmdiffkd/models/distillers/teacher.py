@@ -26,6 +26,7 @@ from mmdiffkd.utils.config import (
 from mmdiffkd.utils.meta_device import QuickInit
 from mmdiffkd.utils.validation import ConfigError, check_arguments, in_key
 
+from .classes import Names, class_names, dataset_classes
 from .feature_info import FeatureInfo, forward_fns, infer_pad_divisor, run_box_branch
 from .input_renormalizer import PREPROCESSOR_KEYS, InputRenormalizer, Preprocessor
 from .optimize_inference import compile_parts, find_mismatch, optimize_for_inference, set_memory_format
@@ -48,6 +49,8 @@ class Teacher:
         data_preprocessor (dict, optional): Keys that replace those of the teacher's data preprocessor, for teachers
             whose config does not tell how their images are made. With ``type``, it replaces the whole preprocessor.
             Defaults to None.
+        metainfo (dict, optional): ``dict(classes=[...])``, the names of the classes, if they are neither in the config
+            nor in the checkpoint. Defaults to None.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: If the config cannot be found.
@@ -63,6 +66,7 @@ class Teacher:
         channels_last: bool = True,
         compile: bool = False,
         data_preprocessor: Optional[dict] = None,
+        metainfo: Optional[dict] = None,
     ):
         self.dtype: Optional[torch.dtype] = dtype and getattr(torch, dtype)
         self.channels_last = channels_last
@@ -70,6 +74,7 @@ class Teacher:
         self.fingerprint: Optional[str] = None  # hash of the weights, set when the weights are loaded
         self.source = config
         self.checkpoint = checkpoint
+        self.metainfo = metainfo
         with in_key('config'):
             self.cfg: Config = resolve_config(config)
         if 'student' in self.cfg.model and 'teacher' in self.cfg.model:
@@ -113,6 +118,27 @@ class Teacher:
         if self._model is None:
             self._model = self._build()
         return self._model
+
+    def class_names(self, count: int) -> Names:
+        """Return the names of the classes: of ``metainfo``, the config's data set, or a checkpoint on the disk.
+
+        Args:
+            count (int): Number of classes. Lists of other lengths belong to other data sets and are left out.
+
+        Returns:
+            tuple[str], optional: None if the names are unknown.
+        """
+        for find in (lambda: class_names(self.metainfo), lambda: dataset_classes(self.cfg), self._checkpoint_classes):
+            names = find()
+            if names is not None and len(names) == count:
+                return names
+        return None
+
+    def _checkpoint_classes(self) -> Names:
+        if not self.checkpoint or not Path(self.checkpoint).is_file():  # do not download weights only for the names
+            return None
+        meta = read_checkpoint(str(self.checkpoint)).get('meta') or {}
+        return class_names(meta.get('dataset_meta')) or class_names(meta)
 
     def _build(self) -> nn.Module:
         if not self.checkpoint:

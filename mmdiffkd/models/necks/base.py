@@ -31,6 +31,8 @@ class DistillContext:
         teacher (Module, optional): The frozen teacher, for necks that use its heads.
         mask (Tensor, optional): Mask of the pixels whose label the student's head does not ignore, (N, 1, H, W) of type
             bool. None if all pixels are valid.
+        class_numbers (Tensor, optional): For a teacher with other classes, the number that each class of the student
+            has among the compared class scores, (K, ); -1 for a class that is left out. None if all are compared.
         capture (bool): Whether outputs should include features for visualization. Defaults to False.
     """
 
@@ -41,6 +43,7 @@ class DistillContext:
     student: Optional[nn.Module] = None
     teacher: Optional[nn.Module] = None
     mask: Optional[Tensor] = None
+    class_numbers: Optional[Tensor] = None
     capture: bool = False
 
 

@@ -110,7 +110,9 @@ class FeatureDiffusionNeck(DistillNeck):
         context = context or DistillContext()
         options = dict(mask=context.mask, return_trajectory=context.capture)
         if getattr(self.levels[0].loss_kd, 'takes_labels', False):
-            options['labels'] = class_labels(context.data_samples)
+            labels = class_labels(context.data_samples)
+            numbers = context.class_numbers
+            options['labels'] = labels if numbers is None else numbers.to(labels.device)[labels]
         if isinstance(student, Tensor):
             return self.levels[0](student, teacher, noise_inputs, **options)
         if not len(student) == len(teacher) == self.num_levels:

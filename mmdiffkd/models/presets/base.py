@@ -8,6 +8,7 @@ from mmdiffkd.registry import PRESETS
 from mmdiffkd.utils.config import comparable, type_name
 from mmdiffkd.utils.meta_device import build_for_inspection
 
+from ..distillers.classes import ClassMatcher
 from ..distillers.feature_info import ENCODERS
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
@@ -15,7 +16,7 @@ DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_h
 # transposes its tokens after this layer, and TridentNet returns one batch per branch in training.
 LAST_MAPS = dict(MlpMixer='ln1', TridentResNet='layer2')
 FEATURES_NEED = 'taps in both models: the necks of detectors, the backbones of other models'
-LOGITS_NEED = 'segmentors or classifiers with the same classes, at least two'
+LOGITS_NEED = 'segmentors or classifiers that share at least two classes'
 
 
 class Preset:
@@ -35,6 +36,7 @@ class Preset:
         distance (dict): Config of the distance of a pair that has no ``loss_kd``, without ``loss_weight``.
         neck_defaults (dict): Default arguments of necks with denoising, and optionally the ``type`` of necks that a
             config leaves out. A config overrides them. ``dict(denoise=False)`` turns denoising off.
+        class_matcher (ClassMatcher): Matches the classes of student and teacher. The distiller sets it.
     """
 
     summary: str = ''
@@ -43,6 +45,7 @@ class Preset:
     weights: Dict[str, float] = {}
     distance: dict = dict(type='mmdiffkd.MSELoss')
     neck_defaults: dict = {}
+    class_matcher = ClassMatcher()
 
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
         """Return the pairs to distill if a config has no ``distill``. Both models must have the same task.
@@ -140,14 +143,14 @@ class Preset:
             **neck: Arguments of the neck.
 
         Raises:
-            ValueError: If a model has no logit layer, or the classes differ.
+            ValueError: If a model has no logit layer, or the models share less than two classes.
         """
         self.check_task(student_cfg)
         self.feature_taps(student_cfg, teacher_cfg)  # refuses different tasks
         cfgs, models = (student_cfg, teacher_cfg), (student, build_for_inspection(teacher_cfg))
-        taps = find_logits(find_task(student_cfg), models, cfgs)
+        taps = find_logits(find_task(student_cfg), models, cfgs, self.class_matcher)
         if taps is None:
-            raise self.refuse(f'compares logits, but {missing_logits(models, cfgs)}.')
+            raise self.refuse(f'compares logits, but {missing_logits(models, cfgs, self.class_matcher)}.')
         return dict(logits=make_pair(taps, **neck))
 
 
@@ -204,31 +207,29 @@ def find_features(cfg: dict) -> Optional[str]:
     return None
 
 
-def find_logits(task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Optional[List[str]]:
+def find_logits(
+    task: str, models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher
+) -> Optional[List[str]]:
     """Return the paths of the logit layers of student and teacher.
 
-    None if a model has no logit layer, the numbers of classes differ, or there is only one class.
+    None if a model has no logit layer, or the models share less than two classes.
     """
     find = LOGIT_FINDERS.get(task)
     if find is None:
         return None
-    paths, classes = zip(*(find(model, cfg) for model, cfg in zip(models, cfgs)))
-    return list(paths) if None not in paths and classes[0] == classes[1] > 1 else None
+    paths = [find(model, cfg) for model, cfg in zip(models, cfgs)]
+    return paths if None not in paths and class_matcher.count(models, paths) > 1 else None
 
 
-def _pixel_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
-    """Return the path of the logit layer of a segmentor, or of a cascade's last stage, and the number of classes."""
+def _pixel_logits(model: nn.Module, cfg: dict) -> Optional[str]:
+    """Return the path of the logit layer of a segmentor, or of a cascade's last stage; None if there is none."""
     head = cfg['decode_head']
     path = f'decode_head.{len(head) - 1}.conv_seg' if isinstance(head, (list, tuple)) else 'decode_head.conv_seg'
-    layer = dict(model.named_modules()).get(path)
-    return (None, 0) if layer is None else (path, layer.out_channels)
+    return path if path in dict(model.named_modules()) else None
 
 
-def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
-    """Return the path of a classifier's linear logit layer and its number of classes.
-
-    The path is None if there is no such layer, and for multi-label classifiers.
-    """
+def _class_logits(model: nn.Module, cfg: dict) -> Optional[str]:
+    """Return the path of a classifier's linear logit layer; None if there is none, and for multi-label classifiers."""
     head = cfg.get('head') or {}
     kind, classes = type_name(head.get('type')), head.get('num_classes')
     linear = [
@@ -237,10 +238,10 @@ def _class_logits(model: nn.Module, cfg: dict) -> Tuple[Optional[str], int]:
         if name.startswith('head.') and isinstance(module, nn.Linear) and module.out_features == classes
     ]
     if not linear or is_multi_label(cfg):
-        return None, 0
+        return None
     # A stacked head ends with its logit layer. Other heads start with the logit layer; the second layer of DeiT's head
     # classifies the distillation token.
-    return linear[-1 if 'Stacked' in kind else 0], classes
+    return linear[-1 if 'Stacked' in kind else 0]
 
 
 def is_multi_label(cfg: dict) -> bool:
@@ -249,23 +250,23 @@ def is_multi_label(cfg: dict) -> bool:
     return isinstance(head, dict) and any(part in type_name(head.get('type')) for part in ('MultiLabel', 'CSRA'))
 
 
-def missing_logits(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> str:
+def missing_logits(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher) -> str:
     """Say why :func:`find_logits` finds nothing for models of the same task, as the end of a sentence."""
     task = find_task(cfgs[0])
     find = LOGIT_FINDERS.get(task)
-    found = [(None, 0) if find is None else find(model, cfg) for model, cfg in zip(models, cfgs)]
-    for owner, cfg, (path, _) in zip(('student', 'teacher'), cfgs, found):
+    found = [None if find is None else find(model, cfg) for model, cfg in zip(models, cfgs)]
+    for owner, cfg, path in zip(('student', 'teacher'), cfgs, found):
         if path is None and is_multi_label(cfg):
             return f'the {owner} {short_type(cfg)} gives several labels per image'
         if path is None:
             layer = 'decode_head.conv_seg' if task == 'segmentation' else 'head.fc'
             return f"the {owner} {short_type(cfg)} has no layer such as '{layer}' that gives one logit per class"
-    if found[0][1] != found[1][1]:
-        return f'the student has {found[0][1]} classes and the teacher {found[1][1]}'
-    return 'there is only one class'
+    return class_matcher.problem(models, found) or 'there is only one shared class'
 
 
-def dense_head_pairs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict]) -> Dict[str, dict]:
+def dense_head_pairs(
+    models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher
+) -> Dict[str, dict]:
     """Return the pairs ``cls`` and ``reg`` of dense heads with equal anchors. Neither pair is denoised."""
     plain = dict(denoise=False, align=False)
     distances = dict(cls=dict(type='mmdiffkd.ChannelWiseDivergence'), reg=dict(type='mmdet.L1Loss'))
@@ -283,8 +284,11 @@ def dense_head_pairs(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict
             if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1] or is_scaled):
                 continue
             ours, theirs = (_outputs(head, kind) for head in heads)
-            for name in [name for name in ours if ours[name] == theirs.get(name)][:1]:
+            for name in [name for name in ours if name in theirs][:1]:
                 path = f'{part}.{name}'
+                fits = class_matcher.count(models, (path, path)) if kind == 'cls' else ours[name] == theirs[name]
+                if not fits:
+                    continue
                 pairs[kind] = dict(student=path, teacher=path, neck=dict(plain, loss_kd=distance))
         return pairs
     return {}

@@ -21,7 +21,7 @@ class CWDPreset(Preset):
 
     summary = 'CWD: where each channel is active; logits of segmentors, features of other models'
     paper = 'Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021, arXiv 2011.13256'
-    needs = 'detectors: necks; segmentors: the same classes; classifiers: backbones that give maps, not vectors'
+    needs = 'detectors: necks; segmentors: shared classes; classifiers: backbones that give maps, not vectors'
     weights = dict(detection=10.0, segmentation=3.0, classification=10.0)
     distance = dict(type='mmdiffkd.ChannelWiseDivergence')
     neck_defaults = dict(denoise=False)

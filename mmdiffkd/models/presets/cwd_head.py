@@ -19,12 +19,12 @@ class CWDHeadPreset(Preset):
       ``reg`` by L1. ``reg`` is left out if the box coders differ, or if a head scales its output after the layer (FCOS,
       ATSS, GFL).
     - Weights: 3 for the feature maps, the best of four on DeepPCB (docs/results/benchmarks.md), and 1 for the heads.
-    - Needs: dense heads or RPNs with the same anchors and output channels in both models.
+    - Needs: dense heads or RPNs with the same anchors in both models; ``cls`` needs a shared class.
     """
 
     summary = 'CWD of the feature maps of detectors, and of their class outputs; L1 of their box outputs'
     paper = CWDPreset.paper
-    needs = 'dense heads or RPNs with the same anchors and output channels'
+    needs = 'dense heads or RPNs with the same anchors'
     weights = dict(detection=3.0)
     distance = CWDPreset.distance
     neck_defaults = CWDPreset.neck_defaults
@@ -32,8 +32,8 @@ class CWDHeadPreset(Preset):
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
         """Return the pair ``fpn`` and the pairs of the heads. Arguments: see :meth:`.Preset.default_pairs`."""
         features = self.feature_pair(student_cfg, teacher_cfg, denoise=False)
-        cfgs = student_cfg, teacher_cfg
-        heads = dense_head_pairs((student, build_for_inspection(teacher_cfg)), cfgs)
+        models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
+        heads = dense_head_pairs(models, cfgs, self.class_matcher)
         if not heads:
             raise self.refuse(
                 'needs a bbox_head or rpn_head with the same anchors and output channels in both models, but the '

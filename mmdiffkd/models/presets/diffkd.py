@@ -24,9 +24,9 @@ class DiffKDPreset(Preset):
 
     - Detectors: the outputs of the necks, or of the backbones if a model has no neck.
     - Segmentors: the logits at the head's resolution (``conv_seg``), compared by DIST. If a model has no such layer or
-      the numbers of classes differ: the outputs of the backbones.
-    - Classifiers: the last feature maps, through an autoencoder; and the logits, compared by KL divergence, if both
-      models have the same number of classes and each image has one class.
+      the models share less than two classes: the outputs of the backbones.
+    - Classifiers: the last feature maps, through an autoencoder; and the logits, compared by KL divergence, if the
+      models share at least two classes and each image has one class.
     - Other models: the outputs of the image encoders.
     """
 
@@ -38,7 +38,8 @@ class DiffKDPreset(Preset):
         task, features = find_task(student_cfg), self.feature_taps(student_cfg, teacher_cfg)
         if task == 'detection':
             return dict(fpn=make_pair(features))
-        logits = find_logits(task, (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg))
+        models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
+        logits = find_logits(task, models, cfgs, self.class_matcher)
         if task == 'segmentation':
             return dict(feat=make_pair(features)) if logits is None else dict(logits=make_pair(logits, 'DISTLoss'))
         latent_channels = CLASSIFIER_LATENT_CHANNELS if task == 'classification' else None

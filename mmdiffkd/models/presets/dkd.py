@@ -20,7 +20,7 @@ class DKDPreset(Preset):
 
     summary = 'DKD: KL divergence, decoupled into the true class and the other classes'
     paper = 'Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, arXiv 2203.08679'
-    needs = 'classifiers with the same classes, and one class per image'
+    needs = 'classifiers that share at least two classes, and one class per image'
     weights = dict(classification=1.0)
     distance = dict(type='mmdiffkd.DKDLoss', beta=0.5)
     neck_defaults = dict(denoise=False, align=False)

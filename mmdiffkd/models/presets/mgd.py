@@ -18,7 +18,7 @@ class MGDPreset(Preset):
     """MGD: mask the student's features and generate the teacher's features from the rest; see :class:`.MGDNeck`.
 
     - Detectors: all outputs of the neck. Other models: the last feature map of the backbone; of classifiers, channels
-      are masked instead of positions. Segmentors with the same classes also distill the logits by CWD (weight 3,
+      are masked instead of positions. Segmentors that share classes also distill the logits by CWD (weight 3,
       temperature 4), as in the released code.
     - Weights: the authors' 2e-5 for one-stage detectors and segmentors, 5e-7 for two-stage detectors, 7e-5 for
       classifiers. They multiply a sum over channels and positions, so the loss is small for thin models and small

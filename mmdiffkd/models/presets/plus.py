@@ -17,8 +17,8 @@ class PlusPreset(DiffKDPreset):
 
     - ``loss_kd`` is backpropagated through the denoiser in the last denoising step only.
     - Detectors also distill the outputs of their dense head or RPN, without denoising: ``cls`` by CWD and ``reg`` by
-      L1. Both models must have the layer, with the same anchors and output channels. Models that wrap a detector, such
-      as trackers, distill features only.
+      L1. Both models must have the layer, with the same anchors; ``cls`` needs a shared class. Models that wrap a
+      detector, such as trackers, distill features only.
     - Segmentors distill the last feature maps of the backbones instead of the logits.
     """
 
@@ -30,7 +30,7 @@ class PlusPreset(DiffKDPreset):
         task, features = find_task(student_cfg), self.feature_taps(student_cfg, teacher_cfg)
         if task == 'detection':
             models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
-            return dict(fpn=make_pair(features), **dense_head_pairs(models, cfgs))
+            return dict(fpn=make_pair(features), **dense_head_pairs(models, cfgs, self.class_matcher))
         if task == 'segmentation':
             return dict(feat=dict(make_pair(features), levels=[-1]))
         return super().default_pairs(student, student_cfg, teacher_cfg)
