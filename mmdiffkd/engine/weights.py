@@ -275,6 +275,8 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
     except ValueError as error:
         raise ValueError(f'The weights of {source} do not fit {model_name}: {error}') from None
     remark = ''.join(f' ({note})' for note in notes)
+    if not state:
+        raise ValueError(f'The weights of {source} do not fit {model_name}: the file holds no weights.')
     misshapen = _misshapen(state, shapes)
     if misshapen:
         raise ValueError(f'The weights of {source} do not fit {model_name}: {_some(misshapen)}{remark}.')
@@ -392,6 +394,8 @@ def _missing_prefix(state: dict, shapes: Dict[str, torch.Size], whole: bool = Fa
 
 def _reason(state: dict, shapes: Dict[str, torch.Size]) -> str:
     """Say in a clause why no weight fits."""
+    if not state:
+        return 'it holds no weights'
     misshapen = _misshapen(state, shapes)
     if misshapen:
         return f'the names fit, but not the shapes: {_some(misshapen, 2)}'

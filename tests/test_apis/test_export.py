@@ -78,7 +78,7 @@ def run_config(tmp_path, name='run.py'):
 @pytest.mark.situation(
     'after',
     'export of the wrong checkpoint or over a file of the run',
-    'pytorch #187138, mmdetection #10355',
+    '',
     'the weights are compared with the student of the config, and files of the run are not overwritten.',
 )
 def test_wrong_files_are_refused(tmp_path):

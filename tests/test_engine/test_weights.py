@@ -184,10 +184,10 @@ class TestFitOnLoad:
         'weights, reason',
         [
             ({'a.b': torch.ones(1)}, r"its keys are named differently \('a.b', the model has 'conv.weight'\)"),
-            ({}, 'its keys are named differently'),
+            ({}, 'it holds no weights'),
             ({'weight': OTHER['conv.weight'], 'bias': OTHER['conv.bias']}, "its keys fit the model's conv alone"),
             ({key: torch.ones(9) for key in WEIGHTS}, r'not the shapes: conv.weight \(9 in the file, 4x3x1x1 in the'),
-            (dict(epoch=3), 'its keys are named differently'),
+            (dict(epoch=3), 'it holds no weights'),
         ],
     )
     def test_no_weights(self, weights, reason):
@@ -319,6 +319,8 @@ class TestLoadStrict:
 
     def test_many_mismatches_are_counted(self):
         with pytest.raises(ValueError, match=r'missing 0.weight, 0.bias, 1.weight, 1.bias and 2 more'):
+            self.load({'other': torch.ones(1)})
+        with pytest.raises(ValueError, match='do not fit the teacher .*: the file holds no weights'):
             self.load({})
 
     def test_recomputed_buffers_are_not_missing(self):
