@@ -1,9 +1,14 @@
+import warnings
+from logging import WARNING
 from typing import Optional
 
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmdiffkd.engine.checkpoint import read_checkpoint, without_diffusion_module
+from mmdiffkd.engine.checkpoint import PREFIX, read_checkpoint, without_diffusion_module
+from mmdiffkd.engine.weights import load_strict
+from mmdiffkd.utils.config import get_model_cfg
+from mmdiffkd.utils.meta_device import build_for_inspection
 from mmdiffkd.utils.student_config import student_config
 
 __all__ = ['student_config', 'student_weights']
@@ -17,8 +22,8 @@ def student_weights(checkpoint: str, config: Optional[Config] = None) -> dict:
     Args:
         checkpoint (str): Path or URL of a checkpoint written during training.
         config (Config, optional): Config of the distillation run. The text of the plain student's config is then
-            stored in ``meta['cfg']``, so that the inferencers of mmdet and mmseg need only the weights. Defaults to
-            None.
+            stored in ``meta['cfg']``, so that the inferencers of mmdet and mmseg need only the weights, and the weights
+            are compared with the student. Defaults to None.
 
     Returns:
         dict: ``state_dict`` without the diffusion module, and the entries of ``meta`` that inference needs, such as
@@ -26,13 +31,29 @@ def student_weights(checkpoint: str, config: Optional[Config] = None) -> dict:
 
     Raises:
         FileNotFoundError, ValueError: See :func:`mmdiffkd.engine.checkpoint.read_checkpoint`, and
-            :func:`student_config`.
+            :func:`student_config`. Also if the weights do not fit the student of the config.
     """
     content = read_checkpoint(checkpoint)
     meta = content.get('meta', {})
     kept = {key: meta[key] for key in ('dataset_meta', 'epoch', 'iter', 'mmengine_version') if key in meta}
     if config is not None:  # the checkpoint has a config, too, but mmengine would execute it
-        kept['cfg'] = student_config(config).pretty_text
+        plain = student_config(config)
+        kept['cfg'] = plain.pretty_text
+        _check_fit(plain, content['state_dict'], checkpoint)
     if 'ema_state_dict' in content:
         print_log('Exporting the averaged weights (EMAHook), which validation and test use.', logger='current')
     return dict(state_dict=without_diffusion_module(content['state_dict']), meta=kept)
+
+
+def _check_fit(plain: Config, state_dict: dict, checkpoint: str) -> None:
+    """Check that weights are those of a student, and not, for example, of its teacher."""
+    try:
+        model = build_for_inspection(get_model_cfg(plain))
+    except Exception as error:
+        print_log(f'The weights are not compared with the student, which cannot be built: {error}', 'current', WARNING)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # nothing is copied on the meta device
+        load_strict(model, state_dict, 'the student of the config', f"'{checkpoint}'")
+    if not any(key.startswith(PREFIX) for key in state_dict):
+        print_log(f"'{checkpoint}' has no diffusion module, so a distillation run did not write it.", 'current')

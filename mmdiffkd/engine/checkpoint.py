@@ -35,7 +35,7 @@ from mmengine.runner.checkpoint import (
 )
 
 from .dist import on_all_ranks
-from .object_store import is_in_store, local_copy
+from .object_store import is_in_store, local_copy, missing_backend
 
 STATE = 'state_dict'
 PREFIX = 'diffkd.'  # prefix of the diffusion module's keys
@@ -97,7 +97,9 @@ def check_is_data(source: str) -> str:
 
 def check_and_read(source: str) -> Tuple[str, Any]:
     """Like :func:`check_is_data`, but return path and content; the content is None if the source is not checked."""
-    if osp.isdir(source) or (OTHER_SCHEME.match(url_of(source)) and not is_in_store(source)):
+    url = url_of(source)
+    is_of_loader = any(prefix and re.match(prefix, url) for prefix in CheckpointLoader._schemes)
+    if osp.isdir(source) or (OTHER_SCHEME.match(url) and not is_in_store(source) and is_of_loader):
         return source, None
     path, content = read_data(source)
     if isinstance(content, dict):
@@ -170,6 +172,11 @@ def with_state_dict(content, source: str, verbose: bool = False) -> dict:
     try:
         name, weights, unused = find_state_dict(content)
     except KeyError:
+        if _holds_arrays(content):
+            raise ValueError(
+                f"The checkpoint '{source}' holds NumPy arrays instead of tensors; convert them with torch.from_numpy, "
+                'save the dict with torch.save, and use that file.'
+            ) from None
         keys = ', '.join(map(repr, list(content)[:6])) or 'none'
         raise ValueError(f"The checkpoint '{source}' holds no weights of a model; its keys are {keys}.") from None
     state = OrderedDict((key, value) for key, value in weights.items() if isinstance(value, torch.Tensor))
@@ -209,6 +216,14 @@ def _count_tensors(content: dict) -> int:
     return sum(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
 
 
+def _holds_arrays(content: dict) -> bool:
+    return any(
+        _holds_arrays(value) if isinstance(value, dict) else isinstance(value, np.ndarray)
+        for key, value in content.items()
+        if not (isinstance(key, str) and OTHER_STATE.search(key))
+    )
+
+
 def without_diffusion_module(state_dict: dict) -> OrderedDict:
     """Return the student's weights, without the diffusion module."""
     return OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(PREFIX))
@@ -234,14 +249,23 @@ def read_data(source: str, map_location='cpu', store: Optional[BaseStorageBacken
             return source, _read_file(source, path, map_location)
     url = url_of(source)
     is_url = url.startswith(('http://', 'https://'))
+    if OTHER_SCHEME.match(url):
+        raise MissingPackageError(f"The checkpoint '{source}' cannot be read: {missing_backend(url)}.")
     path = _download(url) if is_url else osp.expanduser(source)
     return path, _read_file(source, path, map_location, url if is_url else None)
 
 
+def check_no_folder(path: str, source: str) -> None:
+    """Raise a ValueError that names a file if a path is a folder."""
+    if osp.isdir(path):
+        files = [name for name in sorted(os.listdir(path)) if name.endswith(('.pth', '.pt', '.ckpt', '.safetensors'))]
+        example = f", such as '{files[-1]}' in it" if files else ''
+        raise ValueError(f"The checkpoint '{source}' is a folder; give a single file{example}.")
+
+
 def _read_file(source: str, path: str, map_location='cpu', url: Optional[str] = None):
     is_url = url is not None
-    if osp.isdir(path):
-        raise ValueError(f"The checkpoint '{source}' is a folder, probably a sharded checkpoint; give a single file.")
+    check_no_folder(path, source)
     if not osp.isfile(path):
         raise FileNotFoundError(f"The checkpoint '{source}' does not exist (working directory: {osp.abspath('.')}).")
     name = f'{source} (cached as {path})' if is_url else source
@@ -356,22 +380,28 @@ def _download(url: str) -> str:
 
 def _not_a_checkpoint(source: str, path: str) -> str:
     with open(path, 'rb') as file:
-        start = file.read(512).lstrip().lower()
+        beginning = file.read(512)
+    start = beginning.lstrip().lower()
     what = f'is damaged, possibly truncated when it was saved or copied ({osp.getsize(path)} bytes)'
     if start.startswith(b'\x80') and LEGACY_MAGIC not in start:
         what = 'is a pickle that torch.save did not write, as in Detectron2; convert it to a dict of tensors'
-    for beginning, other in OTHER_FILES.items():
-        if start.startswith(beginning):
+    if start and not start.startswith(b'pk') and not set(beginning) - TEXT:
+        what = 'is a text file, such as a config or the error message of a server; give the file of the weights'
+    for signature, other in OTHER_FILES.items():
+        if start.startswith(signature):
             what = other
     if zipfile.is_zipfile(path):
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             if not any(osp.basename(name) == 'data.pkl' for name in archive.namelist()):
-                what = ARCHIVE
+                is_npz = all(name.endswith('.npy') for name in archive.namelist())
+                what = ARRAYS if is_npz else ARCHIVE
     return f"'{source}' is not a PyTorch checkpoint: it {what}."
 
 
 LEGACY_MAGIC = b'l\xfc\x9cf\xf9 j\xa8p\x19.'  # at the beginning of files of torch before 1.6, in lower case
 ARCHIVE = 'is an archive; unpack it and use the checkpoint in it'
+ARRAYS = 'holds NumPy arrays; convert them with torch.from_numpy and save the dict with torch.save'
+TEXT = {*b'\t\n\r\f', *range(32, 127), *range(128, 256)} - {0x80}  # 0x80 begins a pickle
 WEB_PAGE = 'is a web page saved under that name; download it again'
 # beginnings of files that are taken for checkpoints, in lower case
 OTHER_FILES = {
@@ -380,6 +410,7 @@ OTHER_FILES = {
     b'<?xml': WEB_PAGE,
     b'version https://git-lfs': "is a pointer of Git LFS; run 'git lfs pull' in its repository",
     b'{': "is a JSON file; use the file of weights, such as 'model.safetensors'",
+    b'\x93numpy': ARRAYS,
     b'\x89hdf': 'is an HDF5 file, such as Keras writes',
     b'\x1f\x8b': ARCHIVE,
 }

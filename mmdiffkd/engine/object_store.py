@@ -9,6 +9,8 @@ from mmengine.fileio import BaseStorageBackend, get_file_backend
 from mmengine.fileio.backends import prefix_to_backends
 from mmengine.logging import print_log
 
+from mmdiffkd.utils.config import closest_names
+
 
 def is_in_store(source: str) -> bool:
     """Return whether one of mmengine's file backends reads a path, such as ``s3://bucket/epoch_1.pth``.
@@ -23,6 +25,20 @@ def is_in_store(source: str) -> bool:
     except ImportError:
         return False  # mmengine may have a loader for the scheme
     return True
+
+
+def missing_backend(source: str) -> str:
+    """Say in a clause why no file backend of mmengine reads a path with a scheme."""
+    scheme = source.partition('://')[0]
+    if scheme == 'file':
+        return "use the path without 'file://'"
+    if scheme in prefix_to_backends:
+        try:
+            get_file_backend(source)
+        except ImportError as error:
+            return f"the package of the file backend for '{scheme}://' is not installed ({str(error).rstrip('.')})"
+    known = ('http', 'https', *sorted(filter(None, prefix_to_backends)))
+    return f"mmengine has no file backend for '{scheme}://'; the nearest are {closest_names(scheme, known)}"
 
 
 @contextmanager

@@ -90,17 +90,47 @@ def fit_weights(state_dict: dict, shapes: Dict[str, torch.Size], is_teacher: boo
     return Fit(state, notes)
 
 
-def own_shapes(model: nn.Module, prefix: str = '') -> Dict[str, torch.Size]:
+def own_shapes(model: nn.Module) -> Dict[str, torch.Size]:
     """Return names and shapes of a model's parameters and saved buffers, without wrappers and diffusion module."""
+    return {key: value.shape for key, value in _own_tensors(model).items()}
+
+
+def _own_tensors(model: nn.Module, prefix: str = '') -> Dict[str, torch.Tensor]:
     if is_model_wrapper(model):
-        return own_shapes(model.module, prefix)
+        return _own_tensors(model.module, prefix)
     buffers = {key: value for key, value in model._buffers.items() if key not in model._non_persistent_buffers_set}
-    shapes = {prefix + key: value.shape for key, value in {**model._parameters, **buffers}.items() if value is not None}
+    tensors = {prefix + key: value for key, value in {**model._parameters, **buffers}.items() if value is not None}
     for name, child in model._modules.items():
         if child is not None and f'{prefix}{name}.' != PREFIX:
             path = prefix if name == '_checkpoint_wrapped_module' else f'{prefix}{name}.'
-            shapes.update(own_shapes(child, path))
-    return shapes
+            tensors.update(_own_tensors(child, path))
+    return tensors
+
+
+def _check_values(weights: Dict[str, torch.Tensor], model: nn.Module, source: str) -> None:
+    """Refuse weights without values, quantized weights, and weights that are not finite."""
+    own = _own_tensors(model)
+    # other buffers may be masks with infinity, or integers in older versions of a model
+    learned = {key for key, value in own.items() if isinstance(value, nn.Parameter) and value.is_floating_point()}
+    weights = {key: value for key, value in weights.items() if key in own and not NO_WEIGHT.search(key)}
+    if empty := [key for key, value in weights.items() if value.is_meta]:
+        raise ValueError(
+            f'{source} holds names and shapes but no values for {_some(empty, 2)}: the model was on the meta device '
+            'when it was saved.'
+        )
+    for key, value in weights.items():
+        if key in learned and (not value.is_floating_point() or value.element_size() < 2):
+            raise ValueError(
+                f'{source} holds the weight {key} as {str(value.dtype)[6:]}, so it is probably quantized: use the '
+                'weights before quantization, in float32, float16 or bfloat16.'
+            )
+    floating = {key: value for key, value in weights.items() if value.is_floating_point()}
+    broken = [key for key, value in floating.items() if (~value.isfinite() if key in learned else value.isnan()).any()]
+    if broken:
+        raise ValueError(
+            f'{source} holds values that are not finite (NaN or infinity) in {_some(broken, 2)}: its training diverged '
+            'or the file is damaged. Use an earlier checkpoint.'
+        )
 
 
 def fit_on_load(model: nn.Module, state_dict: dict, source: str, model_name: str) -> None:
@@ -113,7 +143,8 @@ def fit_on_load(model: nn.Module, state_dict: dict, source: str, model_name: str
         model_name (str): Description of the model for messages.
 
     Raises:
-        ValueError: If the checkpoint fills none of the model's weights.
+        ValueError: If the checkpoint fills none of the model's weights, or has weights that are quantized, not
+            finite, or without values.
     """
     shapes = own_shapes(model)
     if any('flat_param' in name for name in shapes) or any('_fsdp' in name for name, _ in model.named_parameters()):
@@ -131,6 +162,7 @@ def fit_on_load(model: nn.Module, state_dict: dict, source: str, model_name: str
             f'{source} fills none of the {len(own)} weights of {model_name}: {_reason(weights, shapes)}. Use a file of '
             "this model; init_cfg=dict(type='Pretrained', checkpoint=...) loads a file of a single module."
         )
+    _check_values({key: weights[key] for key in filled}, model, source)
     _log(source, notes)
     if 2 * len(filled) < len(own):
         rest = [key for key in own if key not in filled]
@@ -234,7 +266,8 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
         source (str): Path or URL of the weights for the error message.
 
     Raises:
-        ValueError: If keys are missing or unexpected, or shapes differ; the message lists the keys.
+        ValueError: If keys are missing or unexpected, or shapes differ; the message lists the keys. Also if weights
+            are quantized, not finite, or without values.
     """
     shapes = own_shapes(model)
     try:
@@ -242,9 +275,12 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
     except ValueError as error:
         raise ValueError(f'The weights of {source} do not fit {model_name}: {error}') from None
     remark = ''.join(f' ({note})' for note in notes)
+    if not state:
+        raise ValueError(f'The weights of {source} do not fit {model_name}: the file holds no weights.')
     misshapen = _misshapen(state, shapes)
     if misshapen:
         raise ValueError(f'The weights of {source} do not fit {model_name}: {_some(misshapen)}{remark}.')
+    _check_values(state, model, f'The checkpoint {source}')
     result = model.load_state_dict(state, strict=False)
     # keys that a module's load hook removed are not missing: the module computes the values itself
     missing = [key for key in result.missing_keys if key not in state and not NO_WEIGHT.search(key)]
@@ -358,6 +394,8 @@ def _missing_prefix(state: dict, shapes: Dict[str, torch.Size], whole: bool = Fa
 
 def _reason(state: dict, shapes: Dict[str, torch.Size]) -> str:
     """Say in a clause why no weight fits."""
+    if not state:
+        return 'it holds no weights'
     misshapen = _misshapen(state, shapes)
     if misshapen:
         return f'the names fit, but not the shapes: {_some(misshapen, 2)}'

@@ -11,6 +11,7 @@ from mmpretrain.apis import get_model, inference_model
 from mmdiffkd.apis import student_config, student_weights
 from mmdiffkd.utils import resolve_config
 from tests import tiny
+from tests.conftest import call_tool
 from tests.test_apis.conftest import PAGE, SIZE
 
 
@@ -64,6 +65,48 @@ def test_only_student_weights_are_exported(tmp_path):
     assert set(exported) == {'state_dict', 'meta'}
     assert not any(key.startswith('diffkd.') for key in exported['state_dict'])
     assert exported['meta'] == dict(dataset_meta=dict(classes=('a',)), epoch=3)
+
+
+def run_config(tmp_path, name='run.py'):
+    """Write the config and the checkpoint of a run, and return the config's path."""
+    cfg = tiny.unformatted(Config(dict(model=tiny.distiller_cfg(tmp_path), custom_imports=dict(imports=['mmdiffkd']))))
+    torch.save(dict(state_dict=tiny.build(cfg.model).state_dict(), meta={}), tmp_path / 'epoch_1.pth')
+    cfg.dump(tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.mark.situation(
+    'after',
+    'export of the wrong checkpoint or over a file of the run',
+    '',
+    'the weights are compared with the student of the config, and files of the run are not overwritten.',
+)
+def test_wrong_files_are_refused(tmp_path):
+    config = run_config(tmp_path)
+    tool, checkpoint, out = 'model_converters/export_student.py', tmp_path / 'epoch_1.pth', tmp_path / 'out.pth'
+    content = checkpoint.read_bytes()
+    for arguments, message in (
+        ((config, tmp_path / 'teacher.pth', out), 'do not fit the student of the config: backbone.conv1.weight'),
+        ((config, checkpoint, checkpoint), 'is the checkpoint of the run and would be overwritten'),
+        ((config, checkpoint, out, '--config-out', config), 'is the config of the run and would be overwritten'),
+        ((config, checkpoint, out, '--config-out', out), 'use two files'),
+    ):
+        assert message in call_tool(tool, *arguments, check=False).stdout
+    assert checkpoint.read_bytes() == content and not out.exists()
+    call_tool(tool, config, checkpoint, out, '--config-out', tmp_path / 'student.py')
+    exported = call_tool(tool, tmp_path / 'student.py', checkpoint, tmp_path / 'again.pth', check=False).stdout
+    assert "use the run's own config" in exported
+
+
+def test_deeper_teacher_does_not_fit(tmp_path):
+    """All weights of the student are in the file, in the same shapes."""
+    cfg = Config.fromfile(run_config(tmp_path))
+    deep = tiny.detector()
+    deep.backbone.depth = 34
+    path = tiny.write_checkpoint(deep, tmp_path / 'deep.pth')
+    with pytest.raises(ValueError, match=r'do not fit the student of the config: unexpected backbone\.layer1\.2'):
+        student_weights(path, cfg)
+    student_weights(tiny.write_checkpoint(tiny.detector(), tmp_path / 'plain.pth'), cfg)
 
 
 def test_exported_files_do_not_need_this_package(exported):

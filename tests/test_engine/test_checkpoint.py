@@ -65,6 +65,47 @@ class TestRead:
         with pytest.raises(ValueError, match='was refused because it is a TorchScript archive'):
             read_checkpoint(str(tmp_path / 'w.pth'))
 
+    @pytest.mark.situation(
+        'weights',
+        'files that hold something else: a config, NumPy arrays, nothing',
+        'mmaction2 #2031, detectron2 #5263',
+        'the sentence says what the file is, and what to use instead.',
+    )
+    def test_true_reason(self, tmp_path):
+        (tmp_path / 'student.py').write_text("model = dict(type='RetinaNet')  # für mich\n", encoding='utf-8')
+        (tmp_path / 'last_checkpoint').write_text('work_dirs/run/epoch_1.pth')
+        np.savez(tmp_path / 'w.npz', w=np.ones(2))
+        np.save(tmp_path / 'w.npy', np.ones(2))
+        save(tmp_path, dict(model=dict(w=np.ones(2))), 'arrays.pth')
+        for name, message in (
+            ('student.py', 'it is a text file, such as a config'),
+            ('last_checkpoint', 'it is a text file'),
+            ('w.npz', 'it holds NumPy arrays; convert them'),
+            ('w.npy', 'it holds NumPy arrays; convert them'),
+            ('arrays.pth', 'holds NumPy arrays instead of tensors; convert them'),
+            ('', "is a folder; give a single file, such as 'arrays.pth' in it"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                read_checkpoint(str(tmp_path / name))
+
+    @pytest.mark.situation(
+        'places',
+        'a scheme without its package, or a scheme that does not exist',
+        'mmcv #1482, mmdetection3d #170',
+        'the sentence names the missing package or the nearest schemes.',
+    )
+    def test_schemes_that_cannot_be_read(self):
+        for source, message in (
+            ('s3://bucket/w.pth', "file backend for 's3://' is not installed .*petrel"),
+            ('file:///data/w.pth', "use the path without 'file://'"),
+            ('htps://host/w.pth', "no file backend for 'htps://'; the nearest are 'https'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                read_checkpoint(source)
+            if not source.startswith('s3'):
+                with pytest.raises(ValueError, match=message):
+                    check_is_data(source)
+
     def test_check_accepts_any_plain_data(self, tmp_path):
         trace = str(tmp_path / 'trace')
         assert check_is_data('s3://bucket/w.pth') == 's3://bucket/w.pth'
@@ -87,7 +128,7 @@ class TestRead:
             read_checkpoint('gone.pth')
 
     def test_folder(self, tmp_path):
-        with pytest.raises(ValueError, match='is a folder, probably a sharded checkpoint'):
+        with pytest.raises(ValueError, match='is a folder; give a single file'):
             read_checkpoint(str(tmp_path))
 
     def test_web_page(self, tmp_path):
@@ -116,7 +157,8 @@ class TestRead:
     @pytest.mark.parametrize('content', [b'hello', b'Repository not found', b'a: 1', b'', bytes(range(256)) * 9])
     def test_file_that_is_not_a_checkpoint(self, tmp_path, content):
         (tmp_path / 'other.pth').write_bytes(content)
-        with pytest.raises(ValueError, match='other.pth. is not a PyTorch checkpoint: it is damaged'):
+        reason = 'a text file' if content.isascii() and content else 'damaged'
+        with pytest.raises(ValueError, match=f'other.pth. is not a PyTorch checkpoint: it is {reason}'):
             read_checkpoint(str(tmp_path / 'other.pth'))
 
     @pytest.mark.parametrize(

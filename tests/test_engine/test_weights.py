@@ -184,10 +184,10 @@ class TestFitOnLoad:
         'weights, reason',
         [
             ({'a.b': torch.ones(1)}, r"its keys are named differently \('a.b', the model has 'conv.weight'\)"),
-            ({}, 'its keys are named differently'),
+            ({}, 'it holds no weights'),
             ({'weight': OTHER['conv.weight'], 'bias': OTHER['conv.bias']}, "its keys fit the model's conv alone"),
             ({key: torch.ones(9) for key in WEIGHTS}, r'not the shapes: conv.weight \(9 in the file, 4x3x1x1 in the'),
-            (dict(epoch=3), 'its keys are named differently'),
+            (dict(epoch=3), 'it holds no weights'),
         ],
     )
     def test_no_weights(self, weights, reason):
@@ -319,6 +319,8 @@ class TestLoadStrict:
 
     def test_many_mismatches_are_counted(self):
         with pytest.raises(ValueError, match=r'missing 0.weight, 0.bias, 1.weight, 1.bias and 2 more'):
+            self.load({'other': torch.ones(1)})
+        with pytest.raises(ValueError, match='do not fit the teacher .*: the file holds no weights'):
             self.load({})
 
     def test_recomputed_buffers_are_not_missing(self):
@@ -339,3 +341,45 @@ class TestLoadStrict:
         small = VisionTransformer(**vit, img_size=64).state_dict()
         with pytest.raises(ValueError, match='pos_embed .1x17x8 in the file, 1x37x8 in the model'):
             load_strict(VisionTransformer(**vit, img_size=96), small, 'the teacher', 'w.pth')
+
+
+@pytest.mark.situation(
+    'weights',
+    'quantized weights, weights of the meta device, and weights of a run that diverged',
+    'pytorch/ao #456, PyTorch #187138',
+    'refused with the name of the file and of the weight, for the teacher and for the student.',
+)
+class TestValues:
+    @pytest.mark.parametrize(
+        'change, message',
+        [
+            (lambda value: (100 * value).to(torch.int8), 'holds the weight conv.weight as int8'),
+            (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.quint8), 'conv.weight as quint8'),
+            (lambda value: value.to(torch.float8_e4m3fn), 'conv.weight as float8_e4m3fn'),
+            (lambda value: value.to('meta'), 'holds names and shapes but no values for conv.weight'),
+            (lambda value: value * torch.nan, r'not finite \(NaN or infinity\) in conv.weight'),
+            (lambda value: value / 0, r'not finite \(NaN or infinity\) in conv.weight'),
+        ],
+    )
+    def test_refused(self, change, message):
+        for load in (load_into_student, load_into_teacher):
+            with pytest.raises(ValueError, match=f"The checkpoint 'x.pth' .*{message}"):
+                load({**WEIGHTS, 'conv.weight': change(WEIGHTS['conv.weight'])})
+
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+    def test_floating_types_are_read(self, dtype):
+        for load in (load_into_student, load_into_teacher):
+            load({key: value.to(dtype) if value.is_floating_point() else value for key, value in WEIGHTS.items()})
+
+    def test_mask_with_infinity(self):
+        model = net()
+        model.register_buffer('mask', torch.zeros(2))
+        load_strict(model, dict(WEIGHTS, mask=torch.tensor([0, -torch.inf])), 'the teacher', "'x.pth'")
+
+
+def load_into_student(weights):
+    fit_on_load(net(), OrderedDict(weights), "The checkpoint 'x.pth'", 'the student')
+
+
+def load_into_teacher(weights):
+    load_strict(net(), weights, 'the teacher', "'x.pth'")

@@ -1,6 +1,7 @@
 """Export the student of a distillation run as a plain checkpoint and config for mmdet, mmseg or mmpretrain."""
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
@@ -15,6 +16,15 @@ def parse_args():
     return parser.parse_args()
 
 
+def check_outputs(args):
+    """Refuse to overwrite the files of the run."""
+    for out, name in product(filter(None, (args.out, args.config_out)), ('config', 'checkpoint')):
+        if Path(out).exists() and Path(getattr(args, name)).exists() and Path(out).samefile(getattr(args, name)):
+            raise ValueError(f"'{out}' is the {name} of the run and would be overwritten: write to another file.")
+    if args.config_out and Path(args.out).resolve() == Path(args.config_out).resolve():
+        raise ValueError(f"'{args.out}' cannot be both the checkpoint and the config: use two files.")
+
+
 def main():
     args = parse_args()
     with exit_on_mistake(), without_gc():
@@ -23,6 +33,7 @@ def main():
         from mmdiffkd.apis import student_config, student_weights
         from mmdiffkd.utils import read_config
 
+        check_outputs(args)
         run_config = read_config(args.config)
         config = student_config(run_config)
         weights = student_weights(args.checkpoint, run_config)

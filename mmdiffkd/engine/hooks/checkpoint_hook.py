@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from mmdiffkd.registry import HOOKS
 
 from ..atomic_backend import NAME as ATOMIC_BACKEND
+from ..checkpoint import PREFIX, STATE, check_no_folder
 from ..random import SeededBatches, seed_iteration
 from ..resume import file_to_load
 from ..weights import fit_loaded_weights
@@ -44,6 +45,8 @@ class CheckpointHook(BaseCheckpointHook):
         if runner._has_loaded:  # FlexibleRunner loads before it calls hooks; tools/train.py has checked the file
             return
         named = runner._load_from
+        for source in filter(lambda value: isinstance(value, str), (named, runner._resume)):
+            check_no_folder(source, source)  # only FlexibleRunner reads sharded checkpoints
         runner._load_from = self.file_to_load(named, runner._resume, runner.work_dir)
         if runner._load_from is not None:
             fit_loaded_weights(runner.model, named or runner._load_from)
@@ -66,13 +69,21 @@ class CheckpointHook(BaseCheckpointHook):
         """Check the teacher, and remove metadata that would make mmengine execute code or delete files.
 
         Raises:
-            ValueError: If the checkpoint of the resumed run was saved with a different teacher.
+            ValueError: If the checkpoint of the resumed run was saved with a different teacher, or without the
+                diffusion module.
         """
         meta = checkpoint.get('meta')
         meta = meta if isinstance(meta, dict) else {}
         meta.pop('config', None)  # mmengine would execute it as Python; its own files have the key 'cfg'
         if not runner._resume:
             return
+        keys = checkpoint.get(STATE)
+        has_module = any(PREFIX in name for name, _ in runner.model.named_parameters())
+        if keys and has_module and not any(PREFIX in key for key in keys):
+            raise ValueError(
+                f"'{runner._load_from}' was saved without the diffusion module, so its optimizer does not fit this run "
+                'and it cannot be resumed; to start from its weights, use load_from without resume.'
+            )
         before, now = meta.get(TEACHER), _teacher_fingerprint(runner)
         if before is not None and now is not None and before != now:
             raise ValueError(

@@ -394,21 +394,33 @@ class InputRenormalizer:
             mask[:, : shape[0] if shape else None, : shape[1] if shape else None] = False
         return images.masked_fill(is_padding, self.teacher.pad_value)
 
-    def check_range(self, inputs: Tensor) -> Optional[str]:
+    def check_range(self, inputs: Tensor, data_samples: Optional[Sequence] = None) -> Optional[str]:
         """Return a warning if a batch of the student's images was not loaded with values from 0 to 255.
+
+        Padding does not count, nor do dark images, whose values are small integers.
 
         Args:
             inputs (Tensor): The student's preprocessed images, (N, C, H, W).
+            data_samples (list, optional): Data samples of the images. ``img_shape`` is the size without padding.
         """
         if self.is_identity and not (self._student_is_raw and self._is_pipeline_known and not self._pipeline):
             return None
-        low, high = (value.item() for value in self._loaded(inputs).aminmax())
-        if _has_usual_range(low, high):
+        is_image = (inputs != self.student.pad_value).any(1)
+        for mask, sample in zip(is_image, data_samples or ()):
+            height, width = getattr(sample, 'metainfo', {}).get('img_shape', mask.shape)[:2]
+            mask[height:], mask[:, width:] = False, False
+        values = self._loaded(inputs).movedim(1, -1)[is_image]
+        if not values.numel():
+            return None
+        low, high = (value.item() for value in values.aminmax())
+        is_dark = low > -1 and (1.5 < high <= 16 or high < 0.5) and (values - values.round()).abs().max() < 0.02
+        if is_dark or _has_usual_range(low, high):
             return None
         return (
             f"The student's data_preprocessor gets values from {low:.3g} to {high:.3g} instead of 0 to 255: the "
-            'pipeline may normalize images, or they have more than 8 bits. The teacher gets the same values through '
-            f'its own data_preprocessor. If this is wrong, set {OVERRIDE.format("mean=..., std=...")}.'
+            'pipeline may normalize images, or they have more than 8 bits, or the first batch is very dark. The '
+            'teacher gets the same values through its own data_preprocessor. If this is wrong, set '
+            f'{OVERRIDE.format("mean=..., std=...")}.'
         )
 
     def _loaded(self, inputs: Tensor) -> Tensor:
@@ -440,7 +452,7 @@ class InputRenormalizer:
 
 def _has_usual_range(low: float, high: float) -> bool:
     """Return whether values are those of bytes, also after augmentations of their brightness."""
-    return low > -128 and 16 < high < 1024
+    return low > -128 and 16 < high < 512
 
 
 def _adaptations(channels: int, is_rgb: bool) -> List[Tuple[Optional[str], Tensor]]:

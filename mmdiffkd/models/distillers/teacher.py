@@ -219,7 +219,7 @@ class Teacher:
         if is_padded:
             data_samples = _with_batch_shape(data_samples, tuple(images.shape[-2:]))
         if self._optimized is None:
-            warning = self.renormalize.check_range(inputs)
+            warning = self.renormalize.check_range(inputs, data_samples)
             if warning:
                 print_log(warning, 'current', WARNING)
             self._optimized = self._optimize(images, data_samples, rois)

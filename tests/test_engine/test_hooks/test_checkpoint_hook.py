@@ -86,6 +86,24 @@ def read(path):
     return {key: content[key] for key in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')}
 
 
+@pytest.mark.situation(
+    'after',
+    'resume from a run of the plain student, or from a folder',
+    'mmaction2 #1803, STVIR/pysot #92',
+    'refused with the reason; `load_from` without `resume` starts from the weights.',
+)
+def test_resume_from_other_things(config, tmp_path):
+    cfg = config(EPOCHS, train_cfg__max_epochs=1, load_from=str(tmp_path))
+    with pytest.raises(ValueError, match=r"is a folder; give a single file, such as 'teacher\.pth' in it"):
+        train(cfg, tmp_path / 'folder')
+    model = tiny.build(tiny.distiller_cfg(tmp_path))
+    plain = {key: value for key, value in model.state_dict().items() if not key.startswith('diffkd.')}
+    torch.save(dict(state_dict=plain, meta=dict(epoch=1, iter=3), message_hub={}), tmp_path / 'plain.pth')
+    cfg.load_from = str(tmp_path / 'plain.pth')
+    with pytest.raises(ValueError, match=r'plain\.pth. was saved without the diffusion module.*use load_from without'):
+        train(cfg, tmp_path / 'plain', resume=True)
+
+
 class TestResume:
     """A resumed run and an uninterrupted run end with the same checkpoint, bit for bit."""
 

@@ -329,6 +329,32 @@ def test_values_outside_of_bytes():
     assert InputRenormalizer(None, None, (3, 3)).check_range(torch.rand(1, 3, 8, 8)) is None
 
 
+@pytest.mark.situation(
+    'images',
+    'images from 0 to 1 or of 10 bits in a padded batch, and dark images',
+    'matterport/Mask_RCNN #2081, mmsegmentation #2921',
+    'padding does not count in the check of the range of values, and dark images of 8 bits raise no alarm.',
+)
+@pytest.mark.parametrize('pad_value', [0, 114])
+@pytest.mark.parametrize('has_samples', [True, False])
+def test_padding_is_left_out_of_the_range(pad_value, has_samples):
+    student = dict(PYTORCH, type='mmdet.DetDataPreprocessor', pad_value=pad_value)
+    images, samples = loaded(3)
+    for factor, is_usual in ((1, True), (1 / 255, False), (4, False)):
+        inputs, after = preprocessed(student, [image.float() * factor for image in images], samples)
+        warning = InputRenormalizer(student, CAFFE, (3, 3)).check_range(inputs, after if has_samples else None)
+        assert (warning is None) is is_usual
+    for value in (12, 0):  # dark images
+        inputs, after = preprocessed(student, [image.clamp(max=value) for image in images], samples)
+        warning = InputRenormalizer(student, CAFFE, (3, 3)).check_range(inputs, after)
+        assert warning is None
+
+
+def test_images_with_the_value_of_padding():
+    renormalizer = InputRenormalizer(None, PYTORCH, (3, 3))
+    assert renormalizer.check_range(torch.zeros(1, 3, 8, 8)) is None
+
+
 @pytest.mark.parametrize('channels', [1, 2, 3, 4, 6])
 def test_displayed_images(channels):
     cfg = dict(mean=[100.0] * channels, std=[50.0] * channels)
