@@ -83,7 +83,7 @@ def test_mistakes_in_a_config(text, options, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     'cfg, message',
     [
-        (dict(type='mmdiffkd.MSELoss', weight=1), "weight is not an argument of MSELoss"),
+        (dict(type='mmdiffkd.MSELoss', weight=1), 'weight is not an argument of MSELoss'),
         (dict(loss_weight=1), 'must contain the key "type"'),
     ],
 )
