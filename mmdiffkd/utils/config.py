@@ -5,12 +5,14 @@ import difflib
 import inspect
 import os.path as osp
 from importlib.util import find_spec
+from logging import WARNING
 from math import ceil
 from pathlib import Path
 from typing import Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 
 ConfigSource = Union[str, Path, dict]
@@ -87,9 +89,10 @@ def load_config(file: Union[str, Path]) -> Config:
     try:
         return Config.fromfile(file)
     except SyntaxError as error:
-        if 'U+FEFF' in str(error):
+        text = str(error).replace('<unknown>, ', '')
+        if 'U+FEFF' in text:
             raise ValueError(f'{place} starts with a byte order mark: save it as UTF-8 without BOM.') from error
-        raise ValueError(f'{place} is not valid Python: {error}.') from error
+        raise ValueError(f'{place} is not valid Python: {text}.') from error
     except UnicodeDecodeError as error:
         raise ValueError(f'{place} is not saved as UTF-8 ({error}): save it as UTF-8.') from error
     except ImportError as error:
@@ -107,28 +110,30 @@ def check_run_config(cfg: Config) -> None:
     """Check settings of a config that are ignored, or fail without a reason, in the wrong place.
 
     Raises:
-        ValueError: If a distiller's setting is outside of ``model`` and not used there, or ``custom_hooks`` is no list.
+        ValueError: If a distiller's setting is only outside of ``model``, or ``custom_hooks`` is no list.
     """
     model = cfg.get('model')
-    if isinstance(model, dict) and 'student' in model:
-        for key in DISTILLER_KEYS:
-            if cfg.get(key) and not _is_part(cfg[key], model):
-                raise ValueError(
-                    f'{key} has no effect at the top level of the config: set it in the model, model=dict({key}=...).'
-                )
+    for key in DISTILLER_KEYS if isinstance(model, dict) and 'student' in model else ():
+        others = {name: value for name, value in cfg.items() if name != key}
+        parts = cfg[key].values() if isinstance(cfg.get(key), dict) else [cfg.get(key)]
+        # a variable of the config file may have any name
+        if not cfg.get(key) or _is_part(cfg[key], others) or all(_is_part(part, others) for part in parts):
+            continue
+        text = f'{key} has no effect at the top level of the config: set it in the model, model=dict({key}=...).'
+        if key not in model:
+            raise ValueError(text)
+        print_log(text, 'current', WARNING)  # perhaps a variable from which a child config has changed the model
     hooks = cfg.get('custom_hooks')
     if hooks is not None and not isinstance(hooks, (list, tuple)):
         raise ValueError('custom_hooks must be a list, such as custom_hooks=[dict(type=...)].')
 
 
 def _is_part(value, cfg) -> bool:
-    """Return whether a config contains a value, for example because the value is a variable of the config file."""
+    """Return whether a config contains a value."""
     if value == cfg:
         return True
     members = cfg.values() if isinstance(cfg, dict) else cfg if isinstance(cfg, (list, tuple)) else ()
-    if any(_is_part(value, member) for member in members):
-        return True
-    return isinstance(value, dict) and bool(value) and all(_is_part(member, cfg) for member in value.values())
+    return any(_is_part(value, member) for member in members)
 
 
 def get_model_cfg(cfg: Config) -> ConfigDict:

@@ -119,7 +119,7 @@ def test_loader_without_workers(tmp_path):
 @pytest.mark.parametrize('key', ['distill', 'teacher', 'preset', 'init_from_teacher'])
 @pytest.mark.parametrize('tool', ['train', 'preview'])
 def test_settings_of_the_distiller_outside_of_the_model(key, tool, tmp_path):
-    text = f"model = dict(type='mmdiffkd.DiffKDDistiller', student=dict(type='X'))\n{key} = dict(fpn=dict(a='neck'))\n"
+    text = f"model = dict(type='mmdiffkd.DiffKDDistiller', student=dict(type='X', a='neck'))\n{key} = dict(fpn=dict(a='neck'))\n"
     with pytest.raises(ValueError, match=f'^{key} has no effect at the top level .* model=dict\\({key}=...\\)'):
         read(tool, tmp_path, text.encode())
 
@@ -130,6 +130,8 @@ def test_settings_of_the_distiller_outside_of_the_model(key, tool, tmp_path):
         "teacher = 'a.py'\nmodel = dict(type='A', student=dict(type='X'), teacher=dict(config=teacher))",
         "distill = dict(fpn=dict(a=1))\nmodel = dict(type='A', student=dict(type='X'), distill=dict(b=1, **distill))",
         "distill = dict(fpn=dict(a=1))\nmodel = dict(type='X')",
+        "preset = 'light'\nmodel = dict(type='A', student=dict(type='X'))\npipeline = [dict(policy=preset)]",
+        "distill = dict(fpn=dict(a=1))\nmodel = dict(type='A', student=dict(type='X'), distill=dict(fpn=dict(a=2)))",
     ],
 )
 def test_variables_of_a_config_may_have_the_names_of_settings(text, tmp_path):
