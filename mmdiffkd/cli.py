@@ -16,7 +16,7 @@ from typing import Iterator, Optional
 FILE_ERRORS = (OSError, ImportError, SyntaxError)
 # modules of mmengine that check configs and the arguments of the classes in configs
 CONFIG_CHECKS = ('mmengine.config', 'mmengine.registry', 'mmengine.runner')
-UNKNOWN_TYPE = re.compile(r'([^\s\'"]+) is not in the \S+ registry')  # in the KeyError of mmengine's registries
+UNKNOWN_TYPE = re.compile(r'([^\s\'"]+) is not in the \S+?::(\S+) registry')  # in the KeyError of mmengine's registries
 
 
 _is_own_process = False
@@ -98,6 +98,11 @@ def _sentence(error: Exception, script: str) -> Optional[str]:
     """Return the message of a user error, None for internal errors."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if unknown := UNKNOWN_TYPE.search(text) if isinstance(error, KeyError) else None:
+        from mmdiffkd.registry import closest_own
+
+        own = closest_own(unknown[1], unknown[2])
+        if own:
+            return f"{unknown[0]}: the nearest is '{own[0]}'."
         return f'{unknown[0]}: check the spelling of {unknown[1]}, or import its module with custom_imports.'
     if isinstance(error, FILE_ERRORS):
         return text

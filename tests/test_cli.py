@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import HOOKS, MODELS
 
 from mmdiffkd.cli import exit_on_mistake, quiet_packages, without_gc
 from mmdiffkd.utils import read_config
@@ -32,6 +32,21 @@ def test_unregistered_type(capsys):
         message.startswith('Error: Absent is not in the mmengine::model registry: check the spelling')
         and 'http' not in message
     )
+
+
+@pytest.mark.parametrize(
+    'registry, kind, nearest',
+    [
+        (MODELS, 'DiffKDDistiller', 'mmdiffkd.DiffKDDistiller'),
+        (MODELS, 'mmdiffkd.DiffKDDistiler', 'mmdiffkd.DiffKDDistiller'),
+        (HOOKS, 'DistilScheduleHook', 'mmdiffkd.DistillScheduleHook'),
+        (HOOKS, 'mmdiffkd.NonFiniteHok', 'mmdiffkd.NonFiniteHook'),
+    ],
+)
+def test_unregistered_type_like_a_class_of_mmdiffkd(registry, kind, nearest, capsys):
+    with pytest.raises(SystemExit), exit_on_mistake():
+        registry.build(dict(type=kind))
+    assert capsys.readouterr().err.endswith(f"registry: the nearest is '{nearest}'.\n")
 
 
 def unpack_too_few():

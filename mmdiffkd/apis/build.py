@@ -26,7 +26,7 @@ def build_distiller(config: Union[str, Config], cfg_options: Optional[dict] = No
     """
     name = 'The config' if isinstance(config, Config) else config
     cfg = read_config(config, cfg_options)
-    if 'student' not in cfg.model:
+    if not {'student', 'teacher', 'distill'} & set(cfg.model):
         raise ValueError(f'{name} is not a distillation config: its model is a plain {type_name(cfg.model.type)}.')
     init_default_scope(package_of(cfg) or 'mmengine')
     model = build_model(cfg, cfg.model)

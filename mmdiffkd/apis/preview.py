@@ -1,9 +1,12 @@
 """Inspect a distillation config before training, without loading weights or data."""
 
 import copy
+import os.path as osp
+import re
 from contextlib import contextmanager, nullcontext
 from itertools import product
 from math import ceil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -29,6 +32,7 @@ from mmdiffkd.models.distillers.recorders import ModuleInputsRecorder, ModuleOut
 from mmdiffkd.models.distillers.teacher import Teacher
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
+    CONFIG_SUFFIXES,
     Size,
     get_model_cfg,
     get_teacher_cfg,
@@ -39,6 +43,7 @@ from mmdiffkd.utils.config import (
     pipeline_normalization,
     resolve_config,
     with_preprocessor,
+    zoo_checkpoint,
 )
 from mmdiffkd.utils.dummy_inputs import fit_to, random_batch, without_pretrained
 from mmdiffkd.utils.meta_device import (
@@ -385,9 +390,31 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
             f'distill.{name} compares class scores, but the student has {classes[0]} classes and the teacher '
             f'{classes[1]}: distill features, not logits.'
         )
-    if not teacher.checkpoint:
-        found.append('teacher.checkpoint is missing: training would stop before the first iteration.')
+    problem = checkpoint_problem(teacher)
+    if problem:
+        found.append(f'{problem}: training would stop before the first iteration.')
     return found
+
+
+def checkpoint_problem(teacher: Teacher) -> Optional[str]:
+    """Return why the teacher's weights cannot be a checkpoint, without reading or downloading them."""
+    if not teacher.checkpoint:
+        return 'teacher.checkpoint is missing'
+    path = str(teacher.checkpoint)
+    if path == 'zoo':
+        try:
+            zoo_checkpoint(teacher.source)
+        except ValueError as error:
+            return str(error).rstrip('.')
+        return None
+    if '://' in path or re.match(r'\w\w+:', path):  # not a local file; one letter is a drive of Windows
+        return None
+    name = f"teacher.checkpoint='{path}'"
+    if osp.isdir(path):
+        return f'{name} is a folder'
+    if not osp.exists(path):
+        return f'{name} does not exist (working directory: {osp.abspath(".")})'
+    return f'{name} is a config, not a checkpoint' if Path(path).suffix in CONFIG_SUFFIXES else None
 
 
 def _loader_warnings(teacher: Teacher, cfg: Config) -> List[str]:

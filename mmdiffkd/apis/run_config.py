@@ -6,7 +6,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mmdiffkd.utils.config import set_loader_defaults
+from mmdiffkd.utils.config import check_run_config, load_config, set_loader_defaults
 
 
 def load_run_config(args: argparse.Namespace) -> Config:
@@ -17,12 +17,16 @@ def load_run_config(args: argparse.Namespace) -> Config:
 
     Returns:
         Config: The config, with ``work_dir`` from the command line, from the config, or named after the config file.
+
+    Raises:
+        ImportError, ValueError: See :func:`.load_config` and :func:`.check_run_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
+    cfg = load_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    check_run_config(cfg)
     set_loader_defaults(cfg)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

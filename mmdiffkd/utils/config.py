@@ -5,16 +5,21 @@ import difflib
 import inspect
 import os.path as osp
 from importlib.util import find_spec
+from logging import WARNING
 from math import ceil
 from pathlib import Path
 from typing import Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 
 ConfigSource = Union[str, Path, dict]
+CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+# settings of the distiller
+DISTILLER_KEYS = ('distill', 'teacher', 'preset', 'init_from_teacher')
 # old key: new key
 RENAMED_KEYS = dict(
     backprop_steps='num_grad_steps',
@@ -40,12 +45,12 @@ def resolve_config(source: ConfigSource) -> Config:
     Raises:
         FileNotFoundError: If the file does not exist.
         ModuleNotFoundError: If the package is not installed.
-        ValueError: If the config has no model, or ``source`` is not a str, Path or dict.
+        ValueError: If the config cannot be read or has no model, or ``source`` is not a str, Path or dict.
     """
     if isinstance(source, dict):
         cfg = Config(dict(source) if 'model' in source else dict(model=dict(source)))
     elif isinstance(source, (str, Path)):
-        cfg = Config.fromfile(_config_file(str(source)))
+        cfg = load_config(_config_file(str(source)))
     else:
         raise ValueError(f'A config must be a path, pkg::path or a dict, not {type(source).__name__}.')
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
@@ -64,17 +69,71 @@ def read_config(config: Union[str, Path, Config], cfg_options: Optional[dict] = 
         Config: A config with the key ``model``.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: If the config does not exist.
-        ValueError: If the config is not valid Python or has no model.
+        FileNotFoundError, ImportError: If the config, its package or a module of ``custom_imports`` does not exist.
+        ValueError: If the config cannot be read, has no model, or has settings in the wrong place.
     """
-    try:
-        cfg = copy.deepcopy(config) if isinstance(config, Config) else resolve_config(config)
-    except SyntaxError as error:
-        raise ValueError(
-            f"The config '{config}', or a config that it inherits, is not valid Python: {error}."
-        ) from error
+    cfg = copy.deepcopy(config) if isinstance(config, Config) else resolve_config(config)
     cfg.merge_from_dict(cfg_options or {})
+    check_run_config(cfg)
     return cfg
+
+
+def load_config(file: Union[str, Path]) -> Config:
+    """Read a config file.
+
+    Raises:
+        ImportError: If a module in ``custom_imports`` cannot be imported.
+        ValueError: If the config, or a config that it inherits, is not valid Python or not saved as UTF-8.
+    """
+    place = f"The config '{file}', or a config that it inherits,"
+    try:
+        return Config.fromfile(file)
+    except SyntaxError as error:
+        text = str(error).replace('<unknown>, ', '')
+        if 'U+FEFF' in text:
+            raise ValueError(f'{place} starts with a byte order mark: save it as UTF-8 without BOM.') from error
+        raise ValueError(f'{place} is not valid Python: {text}.') from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{place} is not saved as UTF-8 ({error}): save it as UTF-8.') from error
+    except ImportError as error:
+        if not str(error).startswith('Failed to import custom modules'):  # a list of all folders follows
+            raise
+        cause = error.__cause__ or error.__context__ or error
+        cause = cause.__cause__ or cause.__context__ or cause
+        raise ImportError(
+            f"custom_imports of '{file}' cannot be imported: {cause}. Check the spelling, or set PYTHONPATH to the "
+            'folder of the module.'
+        ) from error
+
+
+def check_run_config(cfg: Config) -> None:
+    """Check settings of a config that are ignored, or fail without a reason, in the wrong place.
+
+    Raises:
+        ValueError: If a distiller's setting is only outside of ``model``, or ``custom_hooks`` is no list.
+    """
+    model = cfg.get('model')
+    for key in DISTILLER_KEYS if isinstance(model, dict) and 'student' in model else ():
+        others = {name: value for name, value in cfg.items() if name != key}
+        parts = cfg[key].values() if isinstance(cfg.get(key), dict) else [cfg.get(key)]
+        # a variable of the config file may have any name
+        if not cfg.get(key) or _is_part(cfg[key], others) or all(_is_part(part, others) for part in parts):
+            continue
+        text = f'{key} has no effect at the top level of the config: set it in the model, model=dict({key}=...).'
+        if key not in model:
+            raise ValueError(text)
+        print_log(text, 'current', WARNING)  # perhaps a variable from which a child config has changed the model
+    hooks = cfg.get('custom_hooks')
+    if hooks is not None and not isinstance(hooks, (list, tuple)):
+        raise ValueError('custom_hooks must be a list, such as custom_hooks=[dict(type=...)].')
+
+
+def _is_part(value, cfg) -> bool:
+    """Return whether a config contains a value."""
+    if value == cfg:
+        return True
+    members = cfg.values() if isinstance(cfg, dict) else cfg if isinstance(cfg, (list, tuple)) else ()
+    return any(_is_part(value, member) for member in members)
 
 
 def get_model_cfg(cfg: Config) -> ConfigDict:
@@ -294,6 +353,10 @@ def zoo_checkpoint(source: ConfigSource) -> str:
 
 def _config_file(source: str) -> str:
     if '::' not in source:
+        if osp.isdir(source):
+            raise ValueError(f"The config '{source}' is a folder; give a config file.")
+        if osp.isfile(source) and Path(source).suffix not in CONFIG_SUFFIXES:
+            raise ValueError(f"'{source}' is not a config: configs are files with {', '.join(CONFIG_SUFFIXES)}.")
         if not osp.isfile(source):
             raise FileNotFoundError(
                 f"The config file '{source}' does not exist (working directory: {osp.abspath('.')}); configs of a "

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Callable, Iterator, NamedTuple, Optional, Seq
 
 from mmengine.registry import Registry
 
+from mmdiffkd.registry import closest_own
+
 from .config import RENAMED_KEYS, closest_names
 
 
@@ -185,7 +187,8 @@ def find_class(registry: Registry, kind):
         raise ConfigError('type', ' is missing: name a registered class.')
     cls = kind if callable(kind) else get_class(registry, kind)
     if cls is None:
-        names = [f'{registry.scope}.{name}' for name in registry.module_dict]
+        own = closest_own(str(kind), registry.name)  # first, because other packages have similar names
+        names = own or [f'{registry.scope}.{name}' for name in registry.module_dict]
         raise ConfigError(
             'type',
             f'={kind!r} is not a registered class; the nearest are {closest_names(str(kind), names)}. Import a class '
@@ -242,7 +245,13 @@ def _expected(hint) -> str:
     if origin is typing.Literal:
         return f'{"one of " * (len(arguments) > 2)}{_either([repr(choice) for choice in arguments])}'
     if isinstance(origin, type) and issubclass(origin, typing.Sequence):
-        return f'a list, and each entry {_expected(arguments[0])}'
+        entry = _expected(arguments[0])
+        nouns = {
+            'an integer': 'integers',
+            'a non-empty string': 'non-empty strings',
+            'a finite number': 'finite numbers',
+        }
+        return f'a non-empty list of {nouns[entry]}' if entry in nouns else f'a non-empty list, each entry {entry}'
     names = {bool: 'True or False', int: 'an integer', float: 'a finite number', str: 'a non-empty string'}
     names.update({dict: 'a dict', type(None): 'None'})
     return names.get(hint) or f'a {getattr(hint, "__name__", hint)}'

@@ -16,7 +16,9 @@ from torch import nn
 
 from mmdiffkd.apis import build_distiller, list_taps, preview
 from mmdiffkd.apis.distill_to_text import distill_to_text
+from mmdiffkd.apis.preview import checkpoint_problem
 from mmdiffkd.models.distillers.recorders import ModuleOutputsRecorder, TapError
+from mmdiffkd.models.distillers.teacher import Teacher
 from mmdiffkd.utils import resolve_config
 from mmdiffkd.visualization.feature_panels import draw_comparison
 from tests import tiny
@@ -200,6 +202,36 @@ def test_warnings(tmp_path):
     for text in ('no more than the student', 'normalizes images differently', 'is missing'):
         assert sum(text in warning for warning in found) == 1, text
     assert len(found) == 3  # no warning of different classes, because features do not depend on classes
+
+
+@pytest.mark.parametrize(
+    'name, problem',
+    [
+        ('', 'is a folder'),
+        ('teacher.py', 'is a config'),
+        ('zoo', 'needs a config of'),
+        ('https://host/a.pth', None),
+        ('petrel:s3://bucket/a.pth', None),
+    ],
+)
+def test_checkpoints_that_cannot_be_read(name, problem, tmp_path):
+    (tmp_path / 'teacher.py').write_text('')
+    checkpoint = name if name == 'zoo' or ':' in name else tmp_path / name
+    found = checkpoint_problem(Teacher(tiny.detector(), checkpoint))
+    assert found is None if problem is None else problem in found
+
+
+def test_absent_checkpoint(small):
+    (warning,) = preview(small(), {'model.teacher.checkpoint': 'absent.pth'}, (128, 128))['warnings']
+    assert warning.startswith("teacher.checkpoint='absent.pth' does not exist (working directory: ")
+    assert warning.endswith('): training would stop before the first iteration.')
+
+
+def test_missing_student(small):
+    cfg = small()
+    del cfg.model['student']
+    with pytest.raises(ValueError, match='^student is missing: DiffKDDistiller needs it'):
+        preview(cfg)
 
 
 def test_different_classes(small):

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdiffkd.apis import distill, load_run_config
-from mmdiffkd.utils import resolve_config
+from mmdiffkd.utils import read_config, resolve_config
 from tests.conftest import ROOT
 
 
@@ -114,3 +114,59 @@ def test_loader_without_workers(tmp_path):
     defaults = dict(cfg_options=options, work_dir='x', launcher='none', local_rank=0)
     cfg = load_run_config(Namespace(config=file, **defaults))
     assert [cfg[f'{name}_dataloader'].persistent_workers for name in ('train', 'val', 'test')] == [False, False, True]
+
+
+@pytest.mark.parametrize('key', ['distill', 'teacher', 'preset', 'init_from_teacher'])
+@pytest.mark.parametrize('tool', ['train', 'preview'])
+def test_settings_of_the_distiller_outside_of_the_model(key, tool, tmp_path):
+    text = f"model = dict(type='mmdiffkd.DiffKDDistiller', student=dict(type='X', a='neck'))\n{key} = dict(fpn=dict(a='neck'))\n"
+    with pytest.raises(ValueError, match=f'^{key} has no effect at the top level .* model=dict\\({key}=...\\)'):
+        read(tool, tmp_path, text.encode())
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        "teacher = 'a.py'\nmodel = dict(type='A', student=dict(type='X'), teacher=dict(config=teacher))",
+        "distill = dict(fpn=dict(a=1))\nmodel = dict(type='A', student=dict(type='X'), distill=dict(b=1, **distill))",
+        "distill = dict(fpn=dict(a=1))\nmodel = dict(type='X')",
+        "preset = 'light'\nmodel = dict(type='A', student=dict(type='X'))\npipeline = [dict(policy=preset)]",
+        "distill = dict(fpn=dict(a=1))\nmodel = dict(type='A', student=dict(type='X'), distill=dict(fpn=dict(a=2)))",
+    ],
+)
+def test_variables_of_a_config_may_have_the_names_of_settings(text, tmp_path):
+    assert read('train', tmp_path, text.encode()).model
+
+
+@pytest.mark.parametrize('tool', ['train', 'preview'])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        (
+            "model = dict(type='X')  # Läufe".encode('latin-1'),
+            r"run\.py', .* is not saved as UTF-8 .*: save it as UTF-8\.$",
+        ),
+        (b"\xef\xbb\xbfmodel = dict(type='X')", r"run\.py', .* byte order mark: save it as UTF-8 without BOM\.$"),
+        (b"model = dict(type='X'", r"run\.py', or a config that it inherits, is not valid Python"),
+        (b"model = dict(type='X')\ncustom_hooks = dict(type='Y')", r'^custom_hooks must be a list'),
+    ],
+)
+def test_configs_that_cannot_be_read(text, message, tool, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read(tool, tmp_path, text)
+
+
+@pytest.mark.parametrize('tool', ['train', 'preview'])
+def test_misspelled_custom_import(tool, tmp_path):
+    text = b"custom_imports = dict(imports=['mmdifkd'], allow_failed_imports=False)\nmodel = dict(type='X')"
+    with pytest.raises(ImportError, match=r"^custom_imports of '.*' cannot be imported: .*mmdifkd'?\. Check") as error:
+        read(tool, tmp_path, text)
+    assert '\n' not in str(error.value)
+
+
+def read(tool, tmp_path, text):
+    file = tmp_path / 'run.py'
+    file.write_bytes(text)
+    if tool == 'preview':
+        return read_config(file)
+    return load_run_config(Namespace(config=str(file), cfg_options=None, work_dir=None, launcher='none', local_rank=0))

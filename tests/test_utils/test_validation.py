@@ -46,7 +46,7 @@ def test_values_fit_annotations(hint, good, bad):
         (Annotated[int, Limits(1, 5)], 'an integer from 1 to 5'),
         (Annotated[float, Limits(0, above=True)], 'a finite number greater than 0'),
         (Literal['a', 'b', 'c'], "one of 'a', 'b' or 'c'"),
-        (Union[str, Sequence[str], None], 'a non-empty string, a list, and each entry a non-empty string or None'),
+        (Union[str, Sequence[str], None], 'a non-empty string, a non-empty list of non-empty strings or None'),
     ],
 )
 def test_messages_describe_what_fits(hint, expected):

@@ -369,7 +369,8 @@ def try_loss(loss_kd: nn.Module, channels: int, cfg: dict) -> None:
     settings = ', '.join(f'{key}={value!r}' for key, value in cfg.items() if key != 'type')
     name = f'{type(loss_kd).__name__}({settings})'
     with in_key('loss_kd'), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        student, teacher = torch.randn(2, 2, channels, 4, 4).unbind()
+        # not 4 wide: losses for boxes, (..., 4), would run
+        student, teacher = torch.randn(2, 2, channels, 6, 5).unbind()
         try:
             labels = [torch.zeros(2, dtype=torch.long)] if getattr(loss_kd, 'takes_labels', False) else []
             loss = copy.deepcopy(loss_kd)(student.requires_grad_(), teacher, *labels)  # a loss can have buffers: copy

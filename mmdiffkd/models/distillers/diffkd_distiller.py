@@ -1,4 +1,5 @@
 import copy
+import inspect
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -162,6 +163,7 @@ class DiffKDDistiller(BaseModel):
                 "The init_model of mmseg opens only the config of the plain student: 'student.py' in the work dir of "
                 'the run, or as exported.'
             )
+        _check_inherited(cls, kwargs)
         bind(cls.__init__, cls.__name__, (None, *args), kwargs)
         student = MODELS.build(_student_cfg(*args, **kwargs))
         _check_convertible(student)
@@ -203,6 +205,13 @@ class DiffKDDistiller(BaseModel):
             return
         if not isinstance(teacher, dict):
             raise ConfigError('teacher', f'={teacher!r} must be dict(config=..., checkpoint=...).')
+        if 'type' in teacher:
+            raise ConfigError('teacher', ' is the config of a model; use teacher=dict(config=..., checkpoint=...).')
+        misplaced = [key for key in ('distill', 'init_from_teacher', 'preset') if key in teacher]
+        if misplaced:
+            raise ConfigError(
+                f'teacher.{misplaced[0]}', f' is not a setting of the teacher: set model=dict({misplaced[0]}=...).'
+            )
         student_cfg = _student_cfg(student, data_preprocessor=data_preprocessor)
         try:
             with in_key('teacher'):
@@ -272,9 +281,8 @@ class DiffKDDistiller(BaseModel):
         # read the attributes before FSDP wraps the necks
         self._auxiliary_losses = {name: tuple(getattr(neck, 'auxiliary_losses', ())) for name, neck in necks.items()}
         self._ignored_labels = {name: find_ignore_index(self, pair.student_taps[0]) for name, pair in pairs.items()}
-        for path in self._init_paths:
-            with in_key('init_from_teacher'):
-                find_module(self, path, 'student')
+        if self._init_paths:
+            self._check_init_paths(teacher_cfg)
         self.diffkd_teacher = teacher
 
     def _class_names(self, count: int) -> Names:
@@ -346,6 +354,17 @@ class DiffKDDistiller(BaseModel):
             for levels in features
         ]
 
+    def _check_init_paths(self, teacher_cfg: dict) -> None:
+        """Check that the modules in ``init_from_teacher`` are the same in student and teacher."""
+        with in_key('init_from_teacher'):
+            targets = {path: find_module(self, path, 'student') for path in self._init_paths}
+        with torch.random.fork_rng(devices=[]):
+            teacher = build_for_inspection(teacher_cfg)
+        for path, target in targets.items():
+            with in_key('init_from_teacher'):
+                source = find_module(teacher, path, 'teacher')
+            _check_same_weights(path, source, target)
+
     def _try_neck(self, neck: nn.Module, pair: Pair, infos: list, matches: List[List[Tuple[int, int]]]) -> None:
         """Run a neck on random features with the shapes that images of ``TRIAL_SIZE`` pixels would give."""
         sides: Tuple[list, list] = ([], [])
@@ -399,18 +418,9 @@ class DiffKDDistiller(BaseModel):
     def _init_from_teacher(self, teacher: nn.Module) -> None:
         """Copy the teacher's weights to the modules in ``init_from_teacher``."""
         for path in self._init_paths:
-            source = find_module(teacher, path, 'teacher').state_dict()
-            target = find_module(self, path, 'student')
-            own = target.state_dict()
-            unfit = [key for key in {**own, **source} if key not in own or key not in source]
-            unfit += [key for key in own if key in source and own[key].shape != source[key].shape]
-            if unfit:
-                raise ValueError(
-                    f"init_from_teacher=['{path}'] needs the same module in student and teacher, but {len(unfit)} "
-                    f"weights differ in name or shape (the student's module has {len(own)} weights), for example "
-                    f"'{path}.{unfit[0]}'."
-                )
-            target.load_state_dict(source)
+            source, target = find_module(teacher, path, 'teacher'), find_module(self, path, 'student')
+            _check_same_weights(path, source, target)
+            target.load_state_dict(source.state_dict())
 
     def loss(self, *args, **kwargs) -> Dict[str, Tensor]:
         """Compute the student's losses and the distillation losses.
@@ -774,6 +784,19 @@ def _new_converted(distiller_type: type, student_type: type) -> DiffKDDistiller:
     return cls.__new__(cls)
 
 
+def _check_inherited(cls: type, kwargs: dict) -> None:
+    """Check that the config does not inherit the keys of the plain student, which its base config sets."""
+    own = inspect.signature(cls.__init__).parameters
+    student = kwargs.get('student')
+    inherited = [key for key in kwargs if key not in own and isinstance(student, dict) and key in student]
+    if inherited and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+        raise ConfigError(
+            inherited[0],
+            f' is not an argument of {cls.__name__}, but of the model in the base config: add _delete_=True to the '
+            f'model, model=dict(_delete_=True, type=...), so that it does not inherit the keys of that model.',
+        )
+
+
 def _check_convertible(model: nn.Module) -> None:
     if isinstance(model, DiffKDDistiller):
         raise ValueError(f'{type(model).__name__} is a distiller already; export it first.')
@@ -792,6 +815,19 @@ def _infer_feature_info(model_cfg: dict, pairs: Dict[str, Pair], owner: str) -> 
     except TapError as error:
         keys = [f'distill.{name}.{owner}: ' for tap, name in taps.items() if f"'{tap}'" in str(error)]
         raise TapError(f'{"".join(keys[:1])}{error}') from error
+
+
+def _check_same_weights(path: str, source: nn.Module, target: nn.Module) -> None:
+    """Check that a module of the teacher has the weights of the student's module."""
+    own, source = target.state_dict(), source.state_dict()
+    unfit = [key for key in {**own, **source} if key not in own or key not in source]
+    unfit += [key for key in own if key in source and own[key].shape != source[key].shape]
+    if unfit:
+        raise ValueError(
+            f"init_from_teacher=['{path}'] needs the same module in student and teacher, but {len(unfit)} "
+            f"weights differ in name or shape (the student's module has {len(own)} weights), for example "
+            f"'{path}.{unfit[0]}'."
+        )
 
 
 def _shape_on(size: int, info: FeatureInfo, level: int) -> Tuple[int, int, int, int]:
@@ -856,6 +892,11 @@ def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optio
         raise ValueError(
             f"The student's config is already a {type_name(student['type'])}; use its student: "
             'student=_base_.model.student.'
+        )
+    misplaced = [key for key in ('distill', 'init_from_teacher', 'preset') if key in student]
+    if misplaced:
+        raise ConfigError(
+            f'student.{misplaced[0]}', f' has no effect on the student: set model=dict({misplaced[0]}=...) instead.'
         )
     cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
     return with_preprocessor(cfg, data_preprocessor)

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import chain
 from logging import DEBUG, WARNING
 from math import lcm
+from traceback import walk_tb
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -82,10 +83,10 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
         try:
             infos = _run(model_cfg, paths, owner, device, (width, size, size))
         except _ForwardFailed as error:
-            failed[size] = error.__cause__
-            print_log(
-                f'The dry run of the {owner} fails on {device} at {size} pixels: {failed[size]}', 'current', DEBUG
-            )
+            cause = error.__cause__
+            if width == widths[0] or width not in widths or size not in failed:  # other widths are guesses
+                failed[size] = cause
+            print_log(f'The dry run of the {owner} fails on {device} at {size} pixels: {cause}', 'current', DEBUG)
             continue
         if owner == 'teacher' and size not in USUAL and all(side in failed for side in USUAL):
             print_log(
@@ -97,11 +98,19 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
             )
         return infos
     problem = failed[attempts[-1][1]]
+    advice = f' The {owner} must have extract_feat(images), forward(images), or a module named backbone.'
+    if _is_inside(problem):
+        advice = ''
     raise ValueError(
         f'The {owner} {name} does not run on blank images of {", ".join(map(str, sorted(failed)))} '
-        f'pixels; the last error was {type(problem).__name__}: {problem}. The {owner} must have extract_feat(images), '
-        f'forward(images), or a module named backbone.'
+        f'pixels; the last error was {type(problem).__name__}: {problem}.{advice}'
     ) from problem
+
+
+def _is_inside(error: Exception) -> bool:
+    """Return whether a layer of torch refused its input, so that the model was called correctly."""
+    frames = [frame.f_globals.get('__name__', '') for frame, _ in walk_tb(error.__traceback__)]
+    return any(name.startswith('torch.nn.modules.') and name != 'torch.nn.modules.module' for name in frames)
 
 
 def _stem_channels(model_cfg: dict) -> Iterator[Tuple[str, int, int]]:

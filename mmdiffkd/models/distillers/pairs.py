@@ -1,3 +1,4 @@
+import inspect
 from typing import Dict, List, NamedTuple, Optional, Sequence, Union
 
 from torch import nn
@@ -6,6 +7,7 @@ from mmdiffkd.registry import MODELS, PRESETS
 from mmdiffkd.utils.config import closest_names, comparable, refuse_old_keys, type_name
 from mmdiffkd.utils.validation import check_value, get_class
 
+from ..diffusion.feature_diffusion import FeatureDiffusion
 from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
 from .classes import ClassMatcher
 from .recorders import is_roi_tap
@@ -199,9 +201,9 @@ def _with_defaults(neck: dict, defaults: dict) -> dict:
 
 
 def _check_pair(name: str, cfg: dict) -> None:
-    if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or 'loss' in name:
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name) or 'loss' in name:
         raise ValueError(
-            f"The pair name '{name}' cannot be used: it becomes part of checkpoint keys and log keys, and mmengine "
+            f'The pair name {name!r} cannot be used: it becomes part of checkpoint keys and log keys, and mmengine '
             "sums log keys with 'loss'. Use a plain word such as 'fpn'."
         )
     for part in PARTS:
@@ -213,6 +215,12 @@ def _check_pair(name: str, cfg: dict) -> None:
     if not isinstance(cfg, dict):
         raise ValueError(f"distill.{name}={cfg!r} must be a dict such as dict(student='neck', teacher='neck').")
     for field in cfg:
+        if field == 'loss_weight':
+            raise ValueError(
+                f'distill.{name}.loss_weight belongs in the loss: neck=dict(loss_kd=dict(loss_weight=...)).'
+            )
+        if field not in FIELDS and field in inspect.signature(FeatureDiffusion).parameters:
+            raise ValueError(f'distill.{name}.{field} belongs in the neck: neck=dict({field}=...).')
         if field not in FIELDS:
             nearest = closest_names(field, FIELDS)
             raise ValueError(f'distill.{name}.{field} is not a field of a pair; the nearest are {nearest}.')

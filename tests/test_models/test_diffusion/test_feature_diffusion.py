@@ -7,6 +7,7 @@ from torch import nn
 
 from mmdiffkd.models import FeatureDiffusion, NoiseInputs
 from mmdiffkd.utils import saved_activation_bytes
+from mmdiffkd.utils.validation import ConfigError
 
 
 def features(student=6, teacher=8, size=(5, 7)):
@@ -347,3 +348,16 @@ def test_mask_is_resized_to_the_feature(denoise):
     torch.testing.assert_close(
         plain(student, teacher, noise_inputs, mask).losses, plain(student, teacher, noise_inputs).losses
     )
+
+
+@pytest.mark.parametrize('kind', ['IoULoss', 'GIoULoss'])
+def test_losses_for_boxes_are_refused(kind):
+    import mmdet.models  # noqa: F401
+
+    with pytest.raises(ConfigError, match=rf'loss_kd: {kind}\(\) does not run on random features'):
+        FeatureDiffusion(8, 8, loss_kd=dict(type=f'mmdet.{kind}'))
+
+
+def test_the_nearest_of_an_unknown_loss_is_of_mmdiffkd():
+    with pytest.raises(ConfigError, match=r"loss_kd\.type='mmdiffkd\.MSELos' .*; the nearest are 'mmdiffkd\.MSELoss'"):
+        FeatureDiffusion(8, 8, loss_kd=dict(type='mmdiffkd.MSELos'))

@@ -400,6 +400,7 @@ class FixedSize(TinyViT):
     """Accepts images of one size, as timm's vision transformers do."""
 
     def forward(self, pixel_values):
+        assert pixel_values.size(1) == 3, 'wrong number of channels'
         if pixel_values.size(-1) != 224:
             raise ValueError('the image size does not match the model (224)')
         return super().forward(pixel_values)
@@ -461,6 +462,7 @@ class TestBareTeachers:
         logger.handlers[-1].flush()
         text = (tmp_path / 'log').read_text()
         assert 'FixedSize runs on images of 224x224 pixels, but not on images of 128x128 or 512x512 pixels' in text
+        assert 'channels' not in text  # the reason is that of the right number of channels
         step(model, *tiny.batch(model, size=224))
 
     def test_teacher_that_needs_more_than_images(self, tmp_path):

@@ -13,6 +13,7 @@ from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.utils import get_model_cfg, resolve_config
 from tests import tiny
 from tests.attack import Attack
+from tests.conftest import ROOT
 
 REG = dict(
     student='bbox_head.retina_reg',
@@ -308,7 +309,7 @@ class TestInitFromTeacher:
     def test_modules_that_differ_are_an_error(self, tmp_path):
         cfg = tiny.distiller_cfg(tmp_path, init_from_teacher=['neck'])
         with pytest.raises(ValueError, match=r"from_teacher=\['neck'\] needs the same module.*neck\.lateral_convs"):
-            tiny.build(cfg)
+            MODELS.build(cfg)
 
     def test_unknown_module(self, tmp_path):
         with pytest.raises(ValueError, match=r"no module 'bbox_haed' to tap; the nearest are 'bbox_head'"):
@@ -390,3 +391,32 @@ class TestInvalidConfig:
         cfg = tiny.distiller_cfg(tmp_path, distill=dict(fpn=dict(student='bbox_head.cls_convs')))
         with pytest.raises(ValueError, match="module 'bbox_head.cls_convs', but a forward pass does not call it"):
             MODELS.build(cfg)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(backbone=dict(type='ResNet')), '^backbone is not an argument of DiffKDDistiller, .* add _delete_=True'),
+        (dict(student=dict(tiny.detector(), distill=dict())), r'^student\.distill .* set model=dict\(distill=\.\.\.\)'),
+        (dict(teacher=tiny.detector()), r'^teacher is the config of a model; use teacher=dict\(config='),
+        (dict(teacher=dict(config='a', preset='plus')), r'^teacher\.preset .* set model=dict\(preset=\.\.\.\)'),
+        (dict(teacher=dict(config=str(ROOT / 'configs'))), r"^teacher\.config: The config '.*configs' is a folder"),
+        (dict(teacher=dict(config=__file__ + 'th')), None),
+        (dict(teacher=dict(config=str(ROOT / 'README.md'))), r"^teacher\.config: '.*README.md' is not a config"),
+    ],
+)
+def test_settings_in_the_wrong_place(options, message):
+    cfg = dict(type='mmdiffkd.DiffKDDistiller', student=tiny.detector(), teacher=dict(config=tiny.detector()))
+    if message is None:  # absent files are reported when training starts
+        assert 'does not exist' in str(MODELS.build(dict(cfg, **options)).deferred_error)
+        return
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(dict(cfg, **options))
+
+
+def test_reason_of_a_model_that_does_not_run():
+    student = tiny.detector(**{'neck.in_channels': [8, 16, 32, 65]})
+    cfg = dict(type='mmdiffkd.DiffKDDistiller', student=student, teacher=dict(config=tiny.detector()))
+    with pytest.raises(ValueError, match='to have 65 channels, but got 64 channels instead') as error:
+        MODELS.build(cfg)
+    assert 'extract_feat' not in str(error.value)

@@ -137,3 +137,20 @@ def test_pair_without_taps_must_be_a_default_pair():
 def test_pair_names_that_match_custom_keys_are_refused(name):
     with pytest.raises(ValueError, match=f"pair name '{name}' contains .*custom_keys"):
         read_pairs({name: dict()}, None, tiny.detector(), tiny.detector())
+
+
+@pytest.mark.parametrize(
+    'pairs, message',
+    [
+        ({1: tiny.FPN}, 'The pair name 1 cannot be used'),
+        ({'fpn': dict(tiny.FPN, loss_weight=2)}, r'neck=dict\(loss_kd=dict\(loss_weight=\.\.\.\)\)'),
+        (
+            {'fpn': dict(tiny.FPN, loss_kd={})},
+            r'distill\.fpn\.loss_kd belongs in the neck: neck=dict\(loss_kd=\.\.\.\)',
+        ),
+        ({'fpn': dict(tiny.FPN, levels=[])}, r'=\[\] must be an integer, a non-empty list of integers or None'),
+    ],
+)
+def test_mistakes_in_pairs(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        read_pairs(pairs, None, {}, {})
