@@ -44,6 +44,7 @@ from .feature_info import (
     infer_feature_info,
     match_levels,
 )
+from .input_renormalizer import check_preprocessor
 from .pairs import Pair, check_roi_taps, read_pairs
 from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, find_module, is_roi_tap, record_rois
 from .teacher import Teacher
@@ -184,6 +185,8 @@ class DiffKDDistiller(BaseModel):
         if not isinstance(teacher, dict):
             raise ConfigError('teacher', f'={teacher!r} must be dict(config=..., checkpoint=...).')
         student_cfg = _student_cfg(student, data_preprocessor=data_preprocessor)
+        with in_key('student.data_preprocessor'):
+            check_preprocessor(_scoped_preprocessor(student_cfg))
         try:
             with in_key('teacher'):
                 bind(Teacher, 'teacher', (), teacher)
