@@ -57,6 +57,7 @@ from .feature_info import (
     infer_feature_info,
     match_levels,
 )
+from .input_renormalizer import check_preprocessor
 from .pairs import Pair, check_roi_taps, read_pairs
 from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, find_module, is_roi_tap, record_rois
 from .teacher import Teacher
@@ -213,6 +214,8 @@ class DiffKDDistiller(BaseModel):
                 f'teacher.{misplaced[0]}', f' is not a setting of the teacher: set model=dict({misplaced[0]}=...).'
             )
         student_cfg = _student_cfg(student, data_preprocessor=data_preprocessor)
+        with in_key('student.data_preprocessor'):
+            check_preprocessor(_scoped_preprocessor(student_cfg))
         try:
             with in_key('teacher'):
                 bind(Teacher, 'teacher', (), teacher)

@@ -1,12 +1,16 @@
 import copy
 from itertools import product
-from math import ceil, gcd, lcm
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from math import ceil, gcd, isfinite, lcm
+from numbers import Real
+from typing import Annotated, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+
+from mmdiffkd.utils.config import type_name
+from mmdiffkd.utils.validation import ConfigError, Limits, check_value, in_key
 
 from .batches import blank_sample
 
@@ -14,6 +18,7 @@ from .batches import blank_sample
 COLOR_FLAGS = ('bgr_to_rgb', 'rgb_to_bgr', 'to_rgb')
 PAD_VALUES = ('pad_value', 'pad_val')
 PAD_DIVISORS = ('pad_size_divisor', 'size_divisor')
+NOT_BUILT = ('batch_augments', 'test_cfg')  # not needed for the pixel map, and test_cfg needs data samples
 PREPROCESSOR_KEYS = ('mean', 'std', *COLOR_FLAGS, *PAD_VALUES, *PAD_DIVISORS, 'size')
 GRAY_WEIGHTS = (0.114, 0.587, 0.299)  # of blue, green and red, as in OpenCV
 CHANNELS = (3, 1, 4, 6)  # channels of loaded images to try
@@ -21,6 +26,39 @@ USUAL_DIVISOR = 32  # all models accept images whose sizes are multiples of it
 GRAY = 'the teacher gets the gray values of the colors'
 FIRST_THREE = 'the teacher gets the first three channels'
 OVERRIDE = 'teacher=dict(data_preprocessor=dict({}))'
+
+
+def check_preprocessor(cfg: Optional[dict]) -> None:
+    """Check the values of a data preprocessor's config.
+
+    Args:
+        cfg (dict, optional): The config.
+
+    Raises:
+        ConfigError: If a value makes no finite images, or images that no memory holds, or the class refuses it.
+    """
+    cfg = dict(cfg or {})
+    if isinstance(cfg.get('data_preprocessor'), dict):
+        with in_key('data_preprocessor'):
+            check_preprocessor(cfg['data_preprocessor'])
+    for key in ('mean', 'std', *PAD_VALUES):
+        values = cfg.get(key)
+        numbers = values if isinstance(values, (list, tuple)) else [values]
+        if any(isinstance(value, Real) and not isfinite(value) for value in numbers):
+            raise ConfigError(key, f'={values!r} must be finite.')
+        if key == 'std' and any(isinstance(value, Real) and value <= 0 for value in numbers):
+            raise ConfigError(key, f'={values!r} must be above 0.')
+    for key in PAD_DIVISORS:
+        if cfg.get(key) is not None:
+            check_value(key, cfg[key], Annotated[int, Limits(0, 4096)])
+    if cfg.get('type') is None:
+        return
+    try:
+        MODELS.build({key: copy.deepcopy(value) for key, value in cfg.items() if key not in NOT_BUILT})
+    except AssertionError as error:  # other errors: the class needs more than its config
+        raise ConfigError('', f' does not fit {type_name(cfg["type"])}: {error}.') from error
+    except Exception:
+        return
 
 
 class PixelMap(NamedTuple):
@@ -70,7 +108,7 @@ class Preprocessor:
         self.pad_size: Optional[Tuple[int, int]] = (size, size) if isinstance(size, int) else size and tuple(size[-2:])
 
     def _build(self, cfg: dict) -> None:
-        for key in ('batch_augments', 'test_cfg'):  # not needed, and test_cfg needs data samples
+        for key in NOT_BUILT:
             cfg.pop(key, None)
         try:
             self._module = MODELS.build(cfg).eval()
@@ -80,6 +118,13 @@ class Preprocessor:
         if not any(self.pixel_map(channels) for channels in {*CHANNELS, self.num_values}):
             self.obstacle = 'it does not run on plain images, or is not linear'
             self._module, self._maps = None, {}
+
+    @property
+    def fixed_pads(self) -> List[str]:
+        """Names of the batch augmentations that pad images."""
+        augments = self.cfg.get('batch_augments')
+        kinds = [cfg.get('type') for cfg in augments or () if isinstance(cfg, dict)]
+        return [type_name(kind) for kind in kinds if kind is not None and 'Pad' in type_name(kind)]
 
     def _setting(self, names: Sequence[str]):
         """Return a setting of the config, or else an attribute of the module or of a module inside it."""
@@ -281,6 +326,12 @@ class InputRenormalizer:
                 f"The {'student' if self._student_is_raw else 'teacher'}'s data_preprocessor has no mean and std: it "
                 'is assumed to take values from 0 to 255. If a pipeline normalizes, describe the images of the teacher '
                 f'in {OVERRIDE.format("mean=..., std=...")}.'
+            )
+        pads = self.teacher.fixed_pads
+        if pads and pads != self.student.fixed_pads:
+            yield (
+                f"The teacher's batch_augments ({', '.join(pads)}) are not applied: the teacher gets images of the "
+                "student's size. To pad both, add them to the student's data_preprocessor."
             )
         if self.teacher.pad_size and self.teacher.pad_size != self.student.pad_size:
             yield (

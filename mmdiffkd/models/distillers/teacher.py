@@ -28,7 +28,7 @@ from mmdiffkd.utils.validation import ConfigError, check_arguments, in_key
 
 from .classes import Names, class_names, dataset_classes
 from .feature_info import FeatureInfo, forward_fns, infer_pad_divisor, run_box_branch
-from .input_renormalizer import PREPROCESSOR_KEYS, InputRenormalizer, Preprocessor
+from .input_renormalizer import PREPROCESSOR_KEYS, InputRenormalizer, Preprocessor, check_preprocessor
 from .optimize_inference import compile_parts, find_mismatch, optimize_for_inference, set_memory_format
 from .recorders import ModuleOutputsRecorder, is_roi_tap
 
@@ -162,6 +162,8 @@ class Teacher:
         cfg.update(changes)
         if cfg.get('type') and self.model_cfg.get('_scope_') and '_scope_' not in cfg:
             cfg['_scope_'] = self.model_cfg['_scope_']
+        with in_key('data_preprocessor' if changes else 'config.model.data_preprocessor'):
+            check_preprocessor(cfg)
         if not changes:
             return cfg
         unknown = [key for key in changes if key not in PREPROCESSOR_KEYS]

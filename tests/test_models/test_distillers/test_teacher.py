@@ -5,8 +5,11 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.registry import MODELS
 
 from mmdiffkd.models.distillers.feature_info import infer_feature_info
+from mmdiffkd.models.distillers.input_renormalizer import InputRenormalizer
 from mmdiffkd.models.distillers.teacher import Teacher, _with_batch_shape
+from mmdiffkd.utils.validation import ConfigError
 from tests import tiny
+from tests.test_models.test_distillers.test_input_renormalizer import PYTORCH
 
 CAFFE = dict(
     type='DetDataPreprocessor', mean=[103.53, 116.28, 123.675], std=[1.0] * 3, bgr_to_rgb=False, pad_size_divisor=32
@@ -170,3 +173,44 @@ def test_unusable_changes_for_a_teacher_without_a_preprocessor():
         Teacher(cfg, data_preprocessor=dict(means=[1.0]))
     with pytest.raises(ValueError, match='does not fit the teacher: '):
         Teacher(cfg, data_preprocessor=dict(mean='abc'))
+
+
+@pytest.mark.situation(
+    'images',
+    'values of a data preprocessor that make no images',
+    'mmsegmentation #2938, #3058',
+    'refused when the model is built, for the student and for the teacher, with the key.',
+)
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(pad_size_divisor=-1), 'pad_size_divisor=-1 must be'),
+        (dict(pad_size_divisor=1000000), 'pad_size_divisor=1000000 must be'),
+        (dict(pad_value=float('nan')), 'pad_value=nan must be finite'),
+        (dict(mean=[float('inf')] * 3), 'mean=.* must be finite'),
+        (dict(std=[58.0, -57.0, 57.0]), r'std=\[58.0, -57.0, 57.0\] must be above 0'),
+        (dict(std=[0.0] * 3), r'std=\[0.0, 0.0, 0.0\] must be above 0'),
+        (dict(std=None), 'does not fit DetDataPreprocessor: mean and std should be both None'),
+        (dict(mean=[1.0, 2.0], std=[1.0, 2.0]), 'does not fit DetDataPreprocessor: `mean` should have 1 or 3 values'),
+    ],
+)
+def test_impossible_preprocessors(tmp_path, change, message):
+    def build(student, teacher, **options):
+        cfg = dict(type='mmdiffkd.DiffKDDistiller', student=student, teacher=dict(config=teacher, **options))
+        return tiny.MODELS.build(cfg)
+
+    right = tiny.detector()
+    wrong = tiny.detector(data_preprocessor=dict(right.data_preprocessor, **change))
+    with pytest.raises(ConfigError, match=rf'teacher\.config\.model\.data_preprocessor.*{message}'):
+        build(right, wrong)
+    with pytest.raises(ConfigError, match=rf'teacher\.data_preprocessor.*{message}'):
+        build(right, right, data_preprocessor=change)
+    if 'fit' not in message:  # otherwise, the student's package raises an error
+        with pytest.raises(ConfigError, match=rf'student\.data_preprocessor.*{message}'):
+            build(wrong, right)
+
+
+def test_padding_among_batch_augments_is_noted():
+    pad = dict(PYTORCH, batch_augments=[dict(type='BatchFixedSizePad', size=(256, 256))])
+    assert any('BatchFixedSizePad' in note for note in InputRenormalizer(PYTORCH, pad, (3, 3)).notes)
+    assert not InputRenormalizer(pad, pad, (3, 3)).notes
