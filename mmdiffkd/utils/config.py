@@ -85,16 +85,20 @@ def load_config(file: Union[str, Path]) -> Config:
         ImportError: If a module in ``custom_imports`` cannot be imported.
         ValueError: If the config, or a config that it inherits, is not valid Python or not saved as UTF-8.
     """
-    place = f"The config '{file}', or a config that it inherits,"
     try:
         return Config.fromfile(file)
     except SyntaxError as error:
         text = str(error).replace('<unknown>, ', '')
         if 'U+FEFF' in text:
-            raise ValueError(f'{place} starts with a byte order mark: save it as UTF-8 without BOM.') from error
-        raise ValueError(f'{place} is not valid Python: {text}.') from error
+            raise ValueError(
+                f"The config '{file}', or a config that it inherits, starts with a byte order mark: save it as UTF-8 "
+                'without BOM.'
+            ) from error
+        raise ValueError(f"The config '{file}', or a config that it inherits, is not valid Python: {text}.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f'{place} is not saved as UTF-8 ({error}): save it as UTF-8.') from error
+        raise ValueError(
+            f"The config '{file}', or a config that it inherits, is not saved as UTF-8 ({error}): save it as UTF-8."
+        ) from error
     except ImportError as error:
         if not str(error).startswith('Failed to import custom modules'):  # a list of all folders follows
             raise

@@ -119,7 +119,8 @@ def test_loader_without_workers(tmp_path):
 @pytest.mark.parametrize('key', ['distill', 'teacher', 'preset', 'init_from_teacher'])
 @pytest.mark.parametrize('tool', ['train', 'preview'])
 def test_settings_of_the_distiller_outside_of_the_model(key, tool, tmp_path):
-    text = f"model = dict(type='mmdiffkd.DiffKDDistiller', student=dict(type='X', a='neck'))\n{key} = dict(fpn={{}})\n"
+    model = "dict(type='mmdiffkd.DiffKDDistiller', student=dict(type='X', a='neck'))"
+    text = f"model = {model}\n{key} = dict(fpn=dict(a='neck'))\n"
     with pytest.raises(ValueError, match=f'^{key} has no effect at the top level .* model=dict\\({key}=...\\)'):
         read(tool, tmp_path, text.encode())
 
