@@ -245,7 +245,8 @@ def _read_pair(cfg: dict, student_cfg: dict, preset) -> Pair:
     is_feature_diffusion = isinstance(cls, type) and issubclass(cls, FeatureDiffusionNeck)
     if is_feature_diffusion and neck.get('denoise', cls.denoises):
         neck = {**preset.neck_defaults, **neck}
-    if is_feature_diffusion and 'type' not in (neck.get('loss_kd') or {}):
+    loss = neck.get('loss_kd', {})
+    if is_feature_diffusion and isinstance(loss, dict) and 'type' not in loss:
         neck = _with_defaults(neck, dict(loss_kd=preset.default_distance(student_cfg)))
     return Pair(
         *(_as_taps(cfg[side]) for side in ('student', 'teacher')),
