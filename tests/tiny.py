@@ -68,7 +68,10 @@ def detector(config=RETINANET, base_channels=8, **changes):
 def write_checkpoint(model_cfg, path, seed=0):
     """Write seeded weights of a model and return their path."""
     torch.manual_seed(seed)
-    torch.save(dict(state_dict=MODELS.build(copy.deepcopy(model_cfg)).state_dict(), meta=dict()), path)
+    state = MODELS.build(copy.deepcopy(model_cfg)).state_dict()
+    for value in filter(torch.is_floating_point, state.values()):
+        value.nan_to_num_(0, 0, 0)  # DINO leaves some weights uninitialized until init_weights
+    torch.save(dict(state_dict=state, meta=dict()), path)
     return str(path)
 
 
