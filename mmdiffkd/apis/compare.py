@@ -192,7 +192,7 @@ def _output_to_stderr() -> Iterator[None]:
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """Lock the folder. The lock of a process that has ended, even if killed, is free."""
-    with (root / 'compare.lock').open('a+') as file:
+    with (root / 'compare.lock').open('a+', encoding='utf-8') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -251,7 +251,7 @@ class Training:
         """Return the metrics of the validation after the training, or None if there was none yet."""
         step = int(self.end.split('_')[1])
         for file in sorted(self.folder.glob('*/vis_data/scalars.json'), reverse=True):
-            for record in map(_parsed, reversed(file.read_text(errors='replace').splitlines())):
+            for record in map(_parsed, reversed(file.read_text('utf-8', errors='replace').splitlines())):
                 if record.get('step') == step and 'iter' not in record:
                     return _metrics({key.removeprefix('val/'): value for key, value in record.items()})
         folder, metrics = newest_test(self.folder / 'val')
@@ -273,7 +273,7 @@ class Training:
             steps.append([sys.executable, _tool('train.py'), self.config, '--work-dir', self.folder, '--resume'])
         elif self.val() is None:  # the run was killed between its last checkpoint and its last validation
             config = self.config.with_name(f'{self.name}_val.py')
-            config.write_text(config_text(test_on_validation(Config.fromfile(self.config))))
+            config.write_text(config_text(test_on_validation(Config.fromfile(self.config))), 'utf-8')
             steps.append([sys.executable, _tool('test.py'), config, self.checkpoint, '--work-dir', self.folder / 'val'])
         if self.is_tested and not (is_trained and self.test() is not None):
             steps.append([sys.executable, _tool('test.py'), self.config, self.checkpoint, '--work-dir', self.folder])
@@ -312,7 +312,7 @@ class _Comparison:
         self.commands: Optional[TextIO] = commands  # stream of the commands; None runs them
         self.state_file = root / 'compare.json'
         self.state = (
-            json.loads(self.state_file.read_text()) if self.state_file.exists() else dict(previews={}, costs={})
+            json.loads(self.state_file.read_text('utf-8')) if self.state_file.exists() else dict(previews={}, costs={})
         )
         self.fingerprint = fingerprint(read_checkpoint(checkpoint)['state_dict'])
         if self.state.setdefault('teacher', self.fingerprint) != self.fingerprint:
@@ -396,7 +396,7 @@ class _Comparison:
         if newest_test(self.root / TEACHER)[0] is not None:
             return []
         config = self.root / 'configs' / f'{TEACHER}.py'
-        config.write_text(config_text(make_teacher_config(self.student, self.teacher)))
+        config.write_text(config_text(make_teacher_config(self.student, self.teacher)), 'utf-8')
         command = [sys.executable, _tool('test.py'), config, self.checkpoint, '--work-dir', self.root / TEACHER]
         return list(map(str, command))
 
@@ -440,7 +440,7 @@ class _Comparison:
         (result,) = run_parallel([job], workers=1, gpus=gpus)
         if not result.ok:
             raise ValueError(f'The student alone cannot be trained for an iteration: {read_failure(log)}')
-        for stem, costs in json.loads(out.read_text()).items():
+        for stem, costs in json.loads(out.read_text('utf-8')).items():
             name = stems[stem]
             if 'error' not in costs:
                 self.state['costs'][name] = costs
@@ -538,7 +538,7 @@ class _Comparison:
             notes.append('The config of the student has no test split of its own: results are those on val.')
         table = aligned_markdown(rows)
         listed = '\n'.join(f'* {note}' for note in notes)
-        (self.root / 'table.md').write_text(f'{table}\n\n{listed}\n')
+        (self.root / 'table.md').write_text(f'{table}\n\n{listed}\n', 'utf-8')
         self.say(f'\n{table}\n\n{listed}')
         self._draw(found, metric, split, reported, notes)
         if best is not None:
@@ -598,7 +598,7 @@ class _Comparison:
 
     def _write_best(self, best: str, best_values: Dict[int, float], metric: str, split: str) -> None:
         file, folder = self.root / 'best.py', shorten_path(self.root)
-        file.write_text(f'# {best}: the highest {metric} on val\n{config_text(self.cfgs[best])}')
+        file.write_text(f'# {best}: the highest {metric} on val\n{config_text(self.cfgs[best])}', 'utf-8')
         if self.schedule == 1:
             seed = max(best_values, key=best_values.get)
             (training,) = (t for t in self.trainings if (t.method, t.seed) == (best, seed))
@@ -673,7 +673,7 @@ def _duration(seconds: float) -> str:
 def _write(file: Path, text: str) -> None:
     """Write a file atomically."""
     part = file.with_suffix('.part')
-    part.write_text(text)
+    part.write_text(text, 'utf-8')
     part.replace(file)
 
 
@@ -705,7 +705,7 @@ def _main_metric(records: Sequence[dict], metric: Optional[str]) -> Optional[str
 
 def read_failure(log: Path) -> str:
     """Return the reason why a run failed, from the end of its log."""
-    text = log.read_text(errors='replace')[-20_000:]
+    text = log.read_text('utf-8', errors='replace')[-20_000:]
     if NO_SPACE in text or shutil.disk_usage(log.parent).free < 2**20:
         return NO_SPACE.lower()
     errors = ERROR_LINE.findall(text)

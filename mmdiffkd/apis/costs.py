@@ -169,7 +169,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # as in the runs
     costs = measure_costs({Path(file).stem: Config.fromfile(file) for file in files})
-    Path(out).write_text(json.dumps(costs))
+    Path(out).write_text(json.dumps(costs), 'utf-8')
 
 
 if __name__ == '__main__':
