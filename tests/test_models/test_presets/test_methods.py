@@ -171,6 +171,7 @@ def test_own_preset_in_another_module():
 
 
 def test_presets_are_described():
-    for name, preset in PRESETS.module_dict.items():
+    own = {name: preset for name, preset in PRESETS.module_dict.items() if preset.__module__.startswith('mmdiffkd.')}
+    for name, preset in own.items():  # other tests register presets of their own
         assert preset.summary and len(preset.summary) < 100 and preset.paper and preset.needs, name
         assert preset().name() == name
