@@ -26,7 +26,6 @@ ATTENTION = [path for path in SHIPPED if path.stem.startswith('diffkd-attention'
 QUICK = {
     'diffkd_retinanet_r101_r50',
     'diffkd_resnet34_resnet18_100e_in1k',
-    'diffkd_segformer-b2_segformer-b0_160k_ade20k',
 }
 QUICK |= {path.stem for name in ('camvid', 'shapes', 'shape_classes') for path in CONFIGS.glob(f'{name}/*.py')}
 SIZES = {'diffkd_dino-swin-l_dino-r50_12e_coco': 224}  # with smaller images, DINO would have fewer tokens than queries

@@ -130,6 +130,7 @@ def test_messages(tmp_path):
     assert len(messages) == 2 and not any('<class' in text or 'mmdet.' in text for text in messages)
 
 
+@pytest.mark.slow
 def test_preview_of_a_pure_python_config(tmp_path):
     model, scope = model_of(tiny.RETINANET)
     student, teacher = (write(tmp_path / f'{n}.py', model, scope, 'pure_python') for n in ('student', 'teacher'))

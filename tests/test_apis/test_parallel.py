@@ -182,7 +182,10 @@ run_parallel(jobs, workers=2)
 """
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    'number',
+    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP))],
+)
 def test_interruption_ends_all_jobs(tmp_path, number):
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     process = subprocess.Popen(

@@ -138,6 +138,7 @@ class TestResume:
         one, two = (read(tmp_path / name / 'epoch_3.pth')['state_dict'] for name in ('one', 'two'))
         assert not torch.equal(one['backbone.conv1.weight'], two['backbone.conv1.weight'])
 
+    @pytest.mark.slow
     def test_upstream_hook_is_not_bit_exact(self, config, tmp_path):
         cfg = config(EPOCHS, default_hooks__checkpoint__type='CheckpointHook')
         with pytest.raises(AssertionError):
@@ -277,7 +278,14 @@ class TestSafety:
         with pytest.raises(ValueError, match='weights of the teacher differ from .* load_from instead of resume'):
             train(cfg, tmp_path / 'run', resume=True)
 
-    @pytest.mark.parametrize('kind', ['other file', 'run folder', 'sub-folder', 'bytes', 'through a link'])
+    @pytest.mark.parametrize(
+        'kind',
+        [
+            'other file',
+            'through a link',
+            *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('run folder', 'sub-folder', 'bytes')),
+        ],
+    )
     def test_checkpoint_cannot_delete_other_files(self, config, tmp_path, kind):
         cfg = config(EPOCHS, default_hooks__checkpoint=dict(max_keep_ckpts=1, save_best='coco/bbox_mAP'))
         run = tmp_path / 'run'
