@@ -40,6 +40,7 @@ def call(files, *options, **kwargs):
     return call_tool('compare.py', *files, *options, env=dict(PYTHONPATH=str(ROOT)), **kwargs)
 
 
+@pytest.mark.slow
 def test_two_arms(tmp_path, files):
     """Both students start from the same weights and see the same images. The same command has nothing left to do."""
     done = call(files, '--seeds', 3, '--schedule', 0.25, cwd=tmp_path)

@@ -118,7 +118,7 @@ class TestResume:
     def test_epoch_loop(self, config, tmp_path):
         self.check(config(EPOCHS), tmp_path, 6, 'epoch_3.pth')
 
-    @pytest.mark.parametrize('sampler', ['InfiniteSampler', 'DefaultSampler'])
+    @pytest.mark.parametrize('sampler', ['InfiniteSampler', pytest.param('DefaultSampler', marks=pytest.mark.slow)])
     def test_iteration_loop(self, config, tmp_path, sampler):
         self.check(config(ITERATIONS, train_dataloader__sampler__type=sampler), tmp_path, 7, 'iter_9.pth')
 

@@ -117,6 +117,7 @@ def test_interval_with_accumulated_gradients(runner):
     assert moved == [False, True, False, True, False, True, False]
 
 
+@pytest.mark.slow
 def test_runner_can_train_twice(runner):
     run = runner(warmup=2)
     for length in (8, 16):
