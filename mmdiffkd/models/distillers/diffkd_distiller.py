@@ -459,12 +459,8 @@ class DiffKDDistiller(BaseModel):
             encoder = stack.enter_context(ModuleInputsRecorder(self, self.encoder_path)) if self.encoder_path else None
             losses = dict(super().loss(*args, **kwargs))
         images = self.find_images(args, kwargs, encoder)
-        if (
-            encoder
-            and encoder.images
-            and images is encoder.images[0]
-            and next(find_images((args, kwargs)), None) is not None
-        ):
+        received = list(find_images((args, kwargs)))
+        if received and all(images is not other for other in received):
             self._log_once(
                 'The student encodes other images than loss() receives, for example flipped ones: the teacher gets the '
                 'images that the student encodes, and losses that need ground truth get none.'

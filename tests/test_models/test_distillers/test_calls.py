@@ -149,6 +149,13 @@ class TestPasses:
         assert torch.equal(seen[0], data[0].flip(-1))
         assert 'The student encodes other images than loss() receives' in (tmp_path / 'log').read_text()
 
+    def test_images_that_are_encoded_as_received(self, tmp_path):
+        logger = MMLogger.get_instance('received', log_file=str(tmp_path / 'log'))
+        model = tiny.build(tiny.distiller_cfg(tmp_path))
+        step(model, *tiny.batch(model))
+        logger.handlers[-1].flush()
+        assert 'encodes other images' not in (tmp_path / 'log').read_text()
+
     def test_split_batch(self, tmp_path):
         """The features of both halves are compared with those of the whole batch."""
         losses = []
