@@ -148,8 +148,7 @@ class DiffKDDistiller(BaseModel):
             Defaults to None.
 
     Raises:
-        ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the
-            key.
+        ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the key.
         FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. Raised
             when training starts; building the model only logs a warning, because the model can still predict.
     """

@@ -113,6 +113,23 @@ def check_neck(neck: nn.Module) -> None:
         raise ValueError(f'{name}.forward must take (student, teacher, context): {error}.') from error
 
 
+def check_single_tap(neck: nn.Module, *channels: Sequence) -> None:
+    """Check that a neck for one tap per model got the channels of one tap.
+
+    Args:
+        neck (Module): The neck.
+        *channels (list): ``student_channels`` and ``teacher_channels`` of the neck.
+
+    Raises:
+        ValueError: If the pair has several taps.
+    """
+    if any(not isinstance(count, int) for counts in channels for count in counts):
+        raise ValueError(
+            f'{type(neck).__name__} compares one student tap with one teacher tap; define one pair per tap, or use a '
+            'neck that accepts several taps.'
+        )
+
+
 def try_neck(neck: nn.Module, student: Features, teacher: Features, context: DistillContext) -> None:
     """Run a neck forward and backward on random features, and check its losses.
 

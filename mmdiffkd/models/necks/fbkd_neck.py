@@ -8,7 +8,7 @@ from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import Count, NonNegative, Positive, check_arguments
 
 from ..losses.utils import spatial_attention
-from .base import DistillContext, DistillNeck, DistillOutput
+from .base import DistillContext, DistillNeck, DistillOutput, check_single_tap
 
 
 class NonLocal(nn.Module):
@@ -111,8 +111,7 @@ class FBKDNeck(DistillNeck):
             format. Defaults to ``(8, 4, 2, 2)``.
 
     Raises:
-        ValueError: If an argument is invalid.
-        ValueError: If the pair has several taps.
+        ValueError: If an argument is invalid, or the pair has several taps.
     """
 
     @check_arguments
@@ -130,8 +129,7 @@ class FBKDNeck(DistillNeck):
         maxpool_stride: Union[Count, Sequence[Count]] = (8, 4, 2, 2),
     ):
         super().__init__()
-        if not isinstance(student_channels[0], int):
-            raise ValueError('FBKDNeck compares one student tap with one teacher tap; define one pair per tap.')
+        check_single_tap(self, student_channels, teacher_channels)
         self.loss_weight = loss_weight
         self.weights = dict(
             attention=attention_weight, channel=channel_weight, spatial=spatial_weight, non_local=non_local_weight

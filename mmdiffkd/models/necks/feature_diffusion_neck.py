@@ -7,7 +7,7 @@ from mmdiffkd.utils.validation import ConfigError, check_arguments
 
 from ..diffusion.feature_diffusion import DiffusionOutput, FeatureDiffusion, NoiseInputs
 from ..losses.utils import class_labels
-from .base import DistillContext, DistillNeck
+from .base import DistillContext, DistillNeck, check_single_tap
 
 Ints = Union[int, Sequence[int]]
 
@@ -50,11 +50,7 @@ class FeatureDiffusionNeck(DistillNeck):
     ):
         super().__init__()
         student_channels, teacher_channels = _as_list(student_channels), _as_list(teacher_channels)
-        if any(not isinstance(channels, int) for channels in (*student_channels, *teacher_channels)):
-            raise ValueError(
-                f'{type(self).__name__} compares one student tap with one teacher tap; define one pair per tap, or '
-                'use a neck that accepts several taps.'
-            )
+        check_single_tap(self, student_channels, teacher_channels)
         if len(student_channels) != len(teacher_channels):
             raise ValueError(
                 f'student_channels={student_channels} and teacher_channels={teacher_channels} must have one entry '

@@ -8,7 +8,7 @@ from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
 
 from ..losses.utils import spatial_attention
-from .base import DistillContext, DistillNeck, DistillOutput
+from .base import DistillContext, DistillNeck, DistillOutput, check_single_tap
 
 
 @MODELS.register_module()
@@ -36,8 +36,7 @@ class FGDNeck(DistillNeck):
             True.
 
     Raises:
-        ValueError: If an argument is invalid.
-        ValueError: If the pair has several taps.
+        ValueError: If an argument is invalid, or the pair has several taps.
     """
 
     @check_arguments
@@ -53,8 +52,7 @@ class FGDNeck(DistillNeck):
         padded_boxes: bool = True,
     ):
         super().__init__()
-        if not isinstance(student_channels[0], int):
-            raise ValueError('FGDNeck compares one student tap with one teacher tap; define one pair per tap.')
+        check_single_tap(self, student_channels, teacher_channels)
         self.levels = nn.ModuleList(FGDLevel(s, t, tau) for s, t in zip(student_channels, teacher_channels))
         self.weights = dict(
             foreground=foreground_weight,
