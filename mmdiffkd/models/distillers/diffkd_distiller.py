@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from logging import WARNING
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 from mmengine.config import ConfigDict
@@ -250,7 +250,8 @@ class DiffKDDistiller(BaseModel):
             }
             pairs = trainable or pairs
         self.pairs = pairs
-        unknown = self._match_classes(teacher_cfg)
+        build_teacher = cache(partial(build_for_inspection, teacher_cfg))  # once, and only if a check needs it
+        unknown = self._match_classes(build_teacher)
         necks = {}
         for name, pair in pairs.items():
             infos = self.compared_info(name, teacher_info)
@@ -284,7 +285,7 @@ class DiffKDDistiller(BaseModel):
         self._auxiliary_losses = {name: tuple(getattr(neck, 'auxiliary_losses', ())) for name, neck in necks.items()}
         self._ignored_labels = {name: find_ignore_index(self, pair.student_taps[0]) for name, pair in pairs.items()}
         if self._init_paths:
-            self._check_init_paths(teacher_cfg)
+            self._check_init_paths(build_teacher)
         self.diffkd_teacher = teacher
 
     def _class_names(self, count: int) -> Names:
@@ -294,23 +295,22 @@ class DiffKDDistiller(BaseModel):
             names = dataset_classes(running_config() or {})
         return names if names is not None and len(names) == count else None
 
-    def _match_classes(self, teacher_cfg: dict) -> Dict[str, str]:
+    def _match_classes(self, build_teacher: Callable[[], nn.Module]) -> Dict[str, str]:
         """Match the classes of pairs that compare class scores, and log which classes are left out.
 
         Returns:
             dict[str, str]: For pairs whose classes differ and are unknown: what to set.
         """
-        unknown, teacher = {}, None
+        unknown = {}
         for name, pair in self.pairs.items():
             taps = (*pair.student_taps, *pair.teacher_taps)
             if len(taps) > 2 or find_class_layer(self, taps[0]) is None:
                 if pair.classes:
                     raise ConfigError(f'distill.{name}.classes', f": '{taps[0]}' does not return class scores.")
                 continue
-            teacher = teacher or build_for_inspection(teacher_cfg)
             try:
                 with in_key(f'distill.{name}'):
-                    match = self._class_matcher.match((self, teacher), taps, pair.classes)
+                    match = self._class_matcher.match((self, build_teacher()), taps, pair.classes)
             except ConfigError as error:
                 if not isinstance(error.__cause__, UnknownClassesError) or is_roi_tap(taps[0]):
                     raise
@@ -356,15 +356,13 @@ class DiffKDDistiller(BaseModel):
             for levels in features
         ]
 
-    def _check_init_paths(self, teacher_cfg: dict) -> None:
+    def _check_init_paths(self, build_teacher: Callable[[], nn.Module]) -> None:
         """Check that the modules in ``init_from_teacher`` are the same in student and teacher."""
         with in_key('init_from_teacher'):
             targets = {path: find_module(self, path, 'student') for path in self._init_paths}
-        with torch.random.fork_rng(devices=[]):
-            teacher = build_for_inspection(teacher_cfg)
         for path, target in targets.items():
             with in_key('init_from_teacher'):
-                source = find_module(teacher, path, 'teacher')
+                source = find_module(build_teacher(), path, 'teacher')
             _check_same_weights(path, source, target)
 
     def _try_neck(self, neck: nn.Module, pair: Pair, infos: list, matches: List[List[Tuple[int, int]]]) -> None:
