@@ -1,7 +1,8 @@
-"""Errors in distributed runs."""
+"""Errors and the end of distributed runs."""
 
 from typing import Callable
 
+import torch.distributed as torch_dist
 from mmengine.dist import all_gather_object
 
 
@@ -30,3 +31,13 @@ def on_all_ranks(function: Callable):
     if first is None:
         return result
     raise error if error is not None and str(error) == first else ValueError(first)
+
+
+def destroy_nccl_group() -> None:
+    """Destroy the process group of a finished run, if its backend is NCCL, which warns about groups that remain.
+
+    The group of gloo ends with the process: torch 2.5 can hang when it destroys this group, because it holds the GIL
+    while it waits for a thread that needs the GIL.
+    """
+    if torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_backend() == 'nccl':
+        torch_dist.destroy_process_group()
