@@ -17,7 +17,7 @@ from .compare_runs import TEACHER, ComparisonRuns, lock_folder
 from .distill import Source
 from .list_presets import list_presets
 
-ARM_KEYS = ('preset', 'distill', 'init_from_teacher', 'custom_hooks')
+ARM_KEYS = ('preset', 'loss_weight', 'distill', 'init_from_teacher', 'custom_hooks', 'custom_imports')
 ARM_NAME = re.compile(r'[\w.=+-]+')  # also the name of a folder, and part of shell commands
 
 
@@ -51,7 +51,8 @@ def compare(
         presets (list[str], optional): Presets to compare. The student alone is always compared. Defaults to all
             presets, or to none if there are ``arms``.
         arms (dict[str, dict], optional): Other methods by name, with the keys ``preset``, ``distill``,
-            ``init_from_teacher`` and ``custom_hooks`` as in :func:`.distill`. Defaults to None.
+            ``init_from_teacher`` and ``custom_hooks`` as in :func:`.distill`, ``loss_weight`` (a number, or a dict by
+            pair for presets with several pairs) and ``custom_imports`` as in configs. Defaults to None.
         seeds (list[int]): Seeds of each method. Defaults to ``(0, 1, 2)``.
         schedule (float): Factor of all lengths of the training, such as epochs and learning-rate steps. Defaults to 1.
         jobs (int, optional): Number of parallel runs. Defaults to one per GPU, or without GPUs, one per CPU core.

@@ -204,16 +204,17 @@ class ComparisonRuns:
                 settings.
         """
         for name, settings in methods.items():
-            cfg = make_method_config(self.student, settings, self.teacher, self.checkpoint)
-            if name not in self.state['previews']:
-                try:
-                    with quiet_packages():
+            is_new = name not in self.state['previews']
+            try:
+                with quiet_packages():
+                    cfg = make_method_config(self.student, settings, self.teacher, self.checkpoint)
+                    if is_new:
                         self.state['previews'][name] = dict(pairs=[]) if settings is None else _summary(preview(cfg))
-                except (ValueError, TypeError, KeyError, RuntimeError) as error:
-                    if name in strict:  # a mistake in the arms file
-                        raise ValueError(f"The arm '{name}' cannot be built: {error}") from error
-                    self.not_applicable[name] = str(error)
-                    continue
+            except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                if name in strict:  # a mistake in the arms file
+                    raise ValueError(f"The arm '{name}' cannot be built: {error}") from error
+                self.not_applicable[name] = str(error)
+                continue
             self.cfgs[name] = cfg
         if len(self.cfgs) == 1 and self.not_applicable:
             raise ValueError(f'No method applies to this pair of models. {" ".join(self.reasons())}')
@@ -249,9 +250,12 @@ class ComparisonRuns:
             self._run(missing, workers, gpus, metric)
 
     def write_records(self) -> List[dict]:
-        """Write the results of all runs to ``results.jsonl``, and return them."""
+        """Write the results of all runs to ``results.jsonl``, and return them. Lines of other runs stay."""
         records = [training.record(self.fingerprint, training.name in self._waiting) for training in self.trainings]
-        _write(self.root / 'results.jsonl', ''.join(json.dumps(record) + '\n' for record in records))
+        file, own = self.root / 'results.jsonl', {(record['arm'], record['seed']) for record in records}
+        lines = file.read_text('utf-8').splitlines() if file.exists() else []
+        others = [record for record in map(_parsed, lines) if record and (record['arm'], record['seed']) not in own]
+        _write(file, ''.join(json.dumps(record) + '\n' for record in [*others, *records]))
         return records
 
     def teacher_metrics(self) -> Dict[str, float]:

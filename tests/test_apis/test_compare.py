@@ -150,6 +150,9 @@ def test_files(run, tmp_path, capsys):
     # more seeds are added
     run(seeds=[0, 1, 2])
     assert list(run.jobs.commands) == ['alone_seed2', 'diffkd_seed2']
+    # runs that were not asked for keep their lines
+    records = [json.loads(line) for line in (root / 'results.jsonl').read_text().splitlines()]
+    assert len(records) == 8 and sum(record['arm'] == 'mse' for record in records) == 2
 
 
 def test_test_split(run, student):
