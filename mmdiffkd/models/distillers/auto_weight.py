@@ -10,7 +10,7 @@ from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, print_log
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
@@ -106,11 +106,6 @@ class AutoWeight(nn.Module):
         """Whether the weight is final."""
         return self._read()[1] >= NUM_MEASUREMENTS
 
-    @property
-    def is_stuck(self) -> bool:
-        """Whether there is still no measurement after ``MAX_FAILURES`` iterations."""
-        return self.failures >= MAX_FAILURES
-
     def value(self, own_loss: Tensor, pair_loss: Tensor) -> Union[float, Tensor]:
         """Return the weight of this iteration.
 
@@ -186,16 +181,28 @@ class AutoWeight(nn.Module):
         return {**vars(self), '_cache': None, '_norms': None, '_counts': None}
 
 
-def update_together(weights: Sequence[AutoWeight]) -> None:
-    """Update weights with the sums of the squared norms over all ranks, which all call this function."""
+def update_together(weights: Dict[str, AutoWeight]) -> None:
+    """Update weights, by pair, by the gradients of the last iteration on all ranks, which all call this function.
+
+    Raises:
+        ValueError: If no gradient has reached a tap from the start.
+    """
+    weights = {name: weight for name, weight in weights.items() if not weight.is_fixed}
     if not weights:
         return
-    device = weights[0].log_ratio.device
+    device = next(iter(weights.values())).log_ratio.device
     zeros = torch.zeros(2, device=device)
-    norms = torch.stack([zeros if weight._norms is None else weight._norms.to(device) for weight in weights])
+    norms = torch.stack([zeros if weight._norms is None else weight._norms.to(device) for weight in weights.values()])
     all_reduce(norms)
-    for weight, pair in zip(weights, norms.tolist()):
-        weight.update(pair)
+    for (name, weight), of_pair in zip(weights.items(), norms.tolist()):
+        weight.update(of_pair)
+        if weight.is_fixed:
+            print_log(f"distill.{name}: loss_weight='auto' is fixed at {weight.measured:.4g}.", logger='current')
+        if weight.failures >= MAX_FAILURES:
+            raise ValueError(
+                f"distill.{name}: loss_weight='auto' needs gradients of the student's own losses and of the "
+                f"distillation at the student's tap, and found none in {weight.failures} iterations; set a number."
+            )
 
 
 def find_ratio(neck: nn.Module, taps: Sequence[str]) -> float:
@@ -213,16 +220,25 @@ def learning_rate_rises() -> bool:
 
 
 class TapGradients:
-    """Gradients at the outputs of tapped modules in one iteration, for the pairs that are measured.
+    """Gradients at the outputs of tapped modules in one iteration.
+
+    Args:
+        weights (dict[str, AutoWeight]): Weights by pair. Those that are not fixed are measured.
+        schedule_weight (float): Factor of the distillation losses; less than 1 in a warmup.
 
     Attributes:
-        scales (dict[str, float or Tensor]): Factor of the losses of each measured pair.
+        weights (dict[str, AutoWeight]): The measured weights.
+        scales (dict[str, float or Tensor]): Factor of the losses of each pair.
     """
 
-    def __init__(self, weights: Dict[str, AutoWeight]):
-        self.weights = weights
+    def __init__(self, weights: Dict[str, AutoWeight], schedule_weight: float):
+        is_measured = torch.is_grad_enabled() and schedule_weight > 0
+        self.weights = {name: weight for name, weight in weights.items() if is_measured and not weight.is_fixed}
         self.scales: Dict[str, Union[float, Tensor]] = {}
         self._branches: Dict[int, List[tuple]] = {}
+        in_warmup = schedule_weight < 1 or learning_rate_rises()
+        for weight in self.weights.values():
+            weight.expect(in_warmup)
 
     def watch(self, output: Tensor, copy: Tensor) -> None:
         """Register a hook on an output of a tapped module.

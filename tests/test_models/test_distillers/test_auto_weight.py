@@ -5,10 +5,13 @@ from math import exp, log
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
 from torch import nn
 
+from mmdiffkd.apis.distill_to_text import distill_to_text
+from mmdiffkd.apis.preview import _rows as preview_rows
 from mmdiffkd.models import PKDLoss, export
 from mmdiffkd.models.distillers import auto_weight
 from mmdiffkd.models.distillers.auto_weight import FEATURE_RATIO, HEAD_RATIO, AutoWeight, find_ratio, without_auto
@@ -106,7 +109,10 @@ def step(model, inputs, outputs=None, scale=1.0, optimizer=None):
     return weight, measured
 
 
-@pytest.mark.parametrize('name', PAIRS)
+SLOW = ('distance without a weight', 'neck with several taps', 'tap before an in-place operation')
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PAIRS])
 def test_weight_is_that_of_an_explicit_backward_pass(tmp_path, name):
     """The first measurement does not count; the weight is fixed after three more."""
     model = build(tmp_path, PAIRS[name])
@@ -245,6 +251,15 @@ def test_exported_student_has_no_weight(tmp_path):
     assert not hasattr(plain_student, 'auto_weights')
 
 
+def test_preview_and_config(tmp_path):
+    cfg = tiny.distiller_cfg(tmp_path, distill=dict(feat=PLAIN))
+    model = MODELS.build(cfg)
+    assert {row['loss_weight'] for row in preview_rows(model, (64, 64))} == {'auto'}
+    text = distill_to_text(model)
+    cfg.distill = Config.fromstring(text, '.py').distill
+    assert "loss_weight='auto'" in text and distill_to_text(MODELS.build(cfg)) == text
+
+
 def test_without_auto():
     loss_kd = dict(type='mmdiffkd.MSELoss', loss_weight='auto')
     assert without_auto(dict(loss_kd=loss_kd)) == (dict(loss_kd=dict(loss_kd, loss_weight=1.0)), True)
@@ -270,5 +285,5 @@ class TestMistakes:
         model.bbox_head.loss = lambda features, samples: dict(loss=sum(f.sum() for f in features) * 0)
         inputs = batch(model)
         step(model, inputs), step(model, inputs)
-        with pytest.raises(ValueError, match="distill.feat: loss_weight='auto' .* 'neck', .* in 2 iterations; set a"):
+        with pytest.raises(ValueError, match="distill.feat: loss_weight='auto' .* in 2 iterations; set a number"):
             model.loss(*inputs)
