@@ -87,7 +87,8 @@ def _process(rank, worker, folder, args):
     init_default_scope('mmdet')
     torch.save(worker(rank, *args), Path(folder) / f'{rank}.pt')
     dist.barrier()
-    dist.destroy_process_group()
+    # torch 2.5 can hang in destroy_process_group(): it holds the GIL, for which a thread of gloo waits
+    os._exit(0)
 
 
 def dist_train(config, **env):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmdiffkd.engine.checkpoint import read_checkpoint
-from mmdiffkd.engine.dist import on_all_ranks
+from mmdiffkd.engine.dist import destroy_nccl_group, on_all_ranks
 from tests import tiny
 
 from .processes import launch
@@ -47,6 +47,8 @@ def worker(rank, folder):
     if rank == 1:  # or its config
         cfg.teacher.config = 'gone.py'
     results['config'] = run(lambda: tiny.build(cfg))
+    destroy_nccl_group()
+    results['keeps gloo'] = torch.distributed.is_initialized(), 0
     return results
 
 
@@ -84,3 +86,4 @@ def test_same_sentence_within_seconds(results):
         assert all(rank[name][1] < 20 for rank in results)
     assert 'TORCH_HOME' in results[1]['cache'][0]
     assert [rank['fine'][0] for rank in results] == [0, 1]
+    assert all(rank['keeps gloo'][0] for rank in results)
