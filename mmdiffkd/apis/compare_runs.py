@@ -444,7 +444,7 @@ def _summary(report: dict) -> dict:
     gmacs = [report['gmacs'][part] for part in ('teacher', 'diffusion_module')]
     return dict(
         pairs=[f'{pair} ({_numbers(numbers)})' for pair, numbers in levels.items()],
-        weights=[f'{pair} {weight:g}' for pair, weight in weights.items()],
+        weights=[f'{pair} {weight if isinstance(weight, str) else f"{weight:g}"}' for pair, weight in weights.items()],
         parameters=report['parameters']['diffusion_module'],
         gmacs=None if None in gmacs else sum(gmacs),
     )
