@@ -80,6 +80,7 @@ SETS = {
             'recipes': Topic(reference='diffkd', seeds=THREE),
             'variants': Topic(reference='diffkd', seeds=THREE, splits=VALIDATION),
             'weights': WEIGHTS,
+            'auto': Topic(reference=BASELINE),
         },
     ),
     'camvid': ResultSet(
@@ -92,6 +93,7 @@ SETS = {
             'preset': Topic(reference='plus', seeds=THREE),
             'tried': Topic(reference='plus', seeds=THREE, splits=VALIDATION),
             'weights': WEIGHTS,
+            'auto': Topic(reference=BASELINE),
         },
     ),
     'deeppcb-longer': ResultSet(
