@@ -186,6 +186,8 @@ def pair_rows(name: str) -> List[Dict[str, str]]:
                 {'models': ', '.join(names), 'pair': f'`{pair}`', **pair_cells(settings)}
                 for pair, settings in found[names[0]].items()
             ]
+    if not any(row['settings'] for row in rows):
+        rows = [{key: cell for key, cell in row.items() if key != 'settings'} for row in rows]
     if any(row['tap of the teacher'] != row['tap of the student'] for row in rows):
         return rows
     names = {'tap of the student': 'tap in both models', 'tap of the teacher': None}
