@@ -128,6 +128,7 @@ def test_files(run, tmp_path, capsys):
     assert (diffkd['time'], diffkd['memory (MiB)']) == ('1.50', '100') and float(diffkd['added multiply-adds (G)']) > 0
     table = (root / 'table.md').read_text()
     assert table in out and result['conclusion'] in table and 'results are those on val' in table
+    assert '\n5 runs left: about ' in out and '\n1 run left: about ' in out
     assert 'The 6 missing runs take about' in out and f'The teacher reaches {METRIC} 0.5 on the validation split' in out
     records = [json.loads(line) for line in (root / 'results.jsonl').read_text().splitlines()]
     assert [(r['arm'], r['seed']) for r in records] == [(m, s) for s in (0, 1) for m in ('alone', 'diffkd', 'mse')]
