@@ -103,6 +103,7 @@ class Teacher:
         self._model: Optional[nn.Module] = None
         self.renormalize: Optional[InputRenormalizer] = None
         self.resizer: Optional[InputResizer] = None
+        self._num_parameters: Optional[int] = None  # of a model of a library
         self._optimized: Optional[nn.Module] = None  # optimized copy, made with the first batch
         self._forward_fn: Optional[Callable] = None  # runs the model up to the last tap
 
@@ -180,11 +181,14 @@ class Teacher:
 
     def _build_encoder(self) -> nn.Module:
         """Return a model of a library, which loads its weights itself."""
-        check_memory(self.name, sum(weight.numel() for weight in build_for_inspection(self.model_cfg).parameters()))
+        check_memory(self.name, self._num_parameters or count_parameters(build_for_inspection(self.model_cfg)))
         cfg = copy.deepcopy(self.model_cfg)
         cfg.backbone.checkpoint = str(self.checkpoint)
-        with torch.random.fork_rng(devices=[]), QuickInit():
-            return MODELS.build(cfg)
+        try:
+            with torch.random.fork_rng(devices=[]), QuickInit():
+                return MODELS.build(cfg)
+        except ConfigError as error:  # about the weights: the config has been built before
+            raise ValueError(error.problem.lstrip(': ')) from error
 
     def _check_checkpoint_word(self) -> None:
         """Refuse ``'zoo'`` for a model of a library, and ``'pretrained'`` for any other."""
@@ -234,8 +238,9 @@ class Teacher:
             (channels, next(iter(taps.values())).image_channels),
             pipeline_normalization(self.cfg),
         )
-        self.renormalize.find_padding(partial(infer_pad_divisor, self.model_cfg, taps))
-        if is_encoder(self.model_cfg) or self.resize is not None:
+        if not loads_weights(self.model_cfg):  # images of library models are resized instead
+            self.renormalize.find_padding(partial(infer_pad_divisor, self.model_cfg, taps))
+        if loads_weights(self.model_cfg) or self.resize is not None:
             self.resizer = self._make_resizer(taps)
             self.renormalize.notes += self.resizer.notes
         for note in filter(None, [self.renormalize.color_note, *self.renormalize.notes]):
@@ -251,6 +256,7 @@ class Teacher:
         if loads_weights(self.model_cfg):
             model = build_for_inspection(self.model_cfg).to('meta').eval()
             divisor = find_size_divisor(model, taps, native)
+            self._num_parameters = count_parameters(model)
         return InputResizer(self.resize, native, divisor, self.name)
 
     def _tells_size(self) -> bool:
@@ -360,6 +366,11 @@ class Teacher:
         with ModuleOutputsRecorder(model, calls, 'teacher', stop_after=calls) as recorder:
             run_pass(images, *others)
         return {path: recorder.features(path, images.shape[-2:], info.tokens) for path, info in self.taps.items()}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model."""
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def _crop(feature: Optional[Tensor], padded: Sequence[int], size: Sequence[int]) -> Optional[Tensor]:

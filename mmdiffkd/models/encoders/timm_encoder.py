@@ -50,9 +50,9 @@ class TimmEncoder(LibraryEncoder):
     @classmethod
     def image_format(cls, name: str) -> ImageFormat:
         """Return the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
+        cfg = _pretrained_cfg(name)
         from timm.data import resolve_data_config
 
-        cfg = _pretrained_cfg(name)
         images = resolve_data_config(pretrained_cfg=cfg.to_dict())
         return ImageFormat(images['mean'], images['std'], tuple(images['input_size'][-2:]), bool(cfg.fixed_input_size))
 
@@ -99,7 +99,7 @@ class TimmEncoder(LibraryEncoder):
                 self.name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, source=''), **options
             )
         except (RuntimeError, KeyError, AttributeError) as error:
-            problem = one_line(error)
+            problem = ' '.join(str(error).split())  # torch lists one kind of key per line
             raise ValueError(
                 f"The weights of '{checkpoint}' do not fit the teacher (timm::{self.name}): {problem[:400]}"
             ) from error
@@ -129,11 +129,10 @@ def _pretrained_cfg(name: str):
     known = timm.list_models()
     if architecture not in known:
         raise FileNotFoundError(f"timm has no model '{name}'; the nearest are {closest_names(architecture, known)}.")
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    if cfg is None or (tag and cfg.tag != tag):
-        tags = timm.list_pretrained(f'{architecture}.*')
+    tags = timm.list_pretrained(f'{architecture}.*')
+    if tag and name not in tags:
         raise FileNotFoundError(f"timm has no weights '{name}'; the nearest are {closest_names(name, tags) or 'none'}.")
-    return cfg
+    return timm.get_pretrained_cfg(name)
 
 
 @cache

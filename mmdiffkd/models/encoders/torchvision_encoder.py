@@ -84,11 +84,12 @@ class TorchvisionEncoder(LibraryEncoder):
             page, _, file = source.rpartition('/')
             raise download_error(f'torchvision::{self.name}', error.__cause__ or error, page, file) from error
         own = own_shapes(self.model)
-        fitted = fit_weights(state, shapes, is_teacher=True).weights
-        # the head is not part of the teacher
-        head = {key.split('.')[0] for key in shapes} - {key.split('.')[0] for key in own}
-        weights = {key: value for key, value in fitted.items() if key in own or key.split('.')[0] not in head}
-        weights = {key: value for key, value in weights.items() if key in own or key not in shapes}
+        unused = {key.split('.')[0] for key in shapes} - {key.split('.')[0] for key in own}  # such as the classifier
+        weights = {
+            key: value
+            for key, value in fit_weights(state, shapes, is_teacher=True).weights.items()
+            if key in own or (key not in shapes and key.split('.')[0] not in unused)
+        }
         load_strict(self.model, weights, f'the teacher (torchvision::{self.name})', f"'{source}'")
 
 
