@@ -337,11 +337,15 @@ def zoo_checkpoint(source: ConfigSource) -> str:
     Raises:
         ValueError: If ``source`` is not ``pkg::path``, or the model index lists no weights for the config.
     """
+    from mmdiffkd.models.encoders import is_library_source
+
     if not isinstance(source, str) or '::' not in source:
         raise ValueError(
             f"checkpoint='zoo' needs a config of an installed package such as 'mmdet::retinanet/...', not "
             f'{_name(source)}; give the path or URL of the weights instead.'
         )
+    if is_library_source(source):
+        raise ValueError(f"checkpoint='zoo' is for configs of OpenMMLab's packages: for {source}, use 'pretrained'.")
     mim, path = _split(source)
     wanted = Path(path).with_suffix('').as_posix()
     listed = []

@@ -427,10 +427,9 @@ class InputRenormalizer:
                 "cropped to the size of the student's images."
             )
 
-    def take_padding(self) -> int:
-        """Turn off the padding, because the images are resized; return the number that must divide their sizes."""
-        divisor, self.pad_divisor, self.teacher.pad_size = self.pad_divisor, 1, None
-        return divisor
+    def turn_off_padding(self) -> None:
+        """Keep the size of the images, because they are resized instead."""
+        self.pad_divisor, self.teacher.pad_size = 1, None
 
     def padded_size(self, size: Sequence[int]) -> Tuple[int, int]:
         """Return height and width of the teacher's batch for a student's batch of the given height and width."""

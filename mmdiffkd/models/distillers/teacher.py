@@ -238,11 +238,12 @@ class Teacher:
             (channels, next(iter(taps.values())).image_channels),
             pipeline_normalization(self.cfg),
         )
-        if not loads_weights(self.model_cfg):  # images of library models are resized instead
-            self.renormalize.find_padding(partial(infer_pad_divisor, self.model_cfg, taps))
-        if loads_weights(self.model_cfg) or self.resize is not None:
+        if loads_weights(self.model_cfg) or self.resize is not None:  # images are resized instead of padded
             self.resizer = self._make_resizer(taps)
+            self.renormalize.turn_off_padding()
             self.renormalize.notes += self.resizer.notes
+        else:
+            self.renormalize.find_padding(partial(infer_pad_divisor, self.model_cfg, taps))
         for note in filter(None, [self.renormalize.color_note, *self.renormalize.notes]):
             print_log(note, logger='current')
 
@@ -252,8 +253,9 @@ class Teacher:
             raise ConfigError(
                 'resize', f"='native': the config of {self.name} does not tell the size of its images; give a factor."
             )
-        divisor = self.renormalize.take_padding()
-        if loads_weights(self.model_cfg):
+        if not loads_weights(self.model_cfg):
+            divisor = infer_pad_divisor(self.model_cfg, taps, self.renormalize.pad_divisor)
+        else:
             model = build_for_inspection(self.model_cfg).to('meta').eval()
             divisor = find_size_divisor(model, taps, native)
             self._num_parameters = count_parameters(model)
