@@ -9,19 +9,21 @@ from .base import Preset
 
 @PRESETS.register_module(name='cosine')
 class CosinePreset(Preset):
-    """Cosine distance between the features of each position, after a 1x1 convolution on the student's features.
+    """Cosine distance between the features of each position, so their scale has no effect; see :class:`.CosineLoss`.
 
-    The default for teachers of timm, torchvision and transformers: the scale of their features differs by channel and
-    position, for example in the outliers of a ViT, which dominate a squared error.
+    A 1x1 convolution maps the student's channels. The preset is the default for teachers of timm, torchvision and
+    transformers, whose features have outliers that dominate a squared error.
 
-    - Detectors: all outputs of the neck. Other models: the last feature map.
-    - Weights: there is no published weight beside the loss of a task. 6 is PKD's weight for detectors, whose loss has
-      the same range, from 0 to 2.
+    Weights:
+        There is no published weight beside the loss of a task. With weight 1, the loss of a level is between 0 and 2.
+
+    Released code:
+        It was not compared. AM-RADIO adds a smooth L1 loss with a ninth of the weight, which is left out here.
     """
 
     summary = 'cosine: direction of the features at each position, for foundation models'
     paper = 'Ranzinger et al., AM-RADIO: Agglomerative Vision Foundation Model, CVPR 2024, arXiv 2312.06709'
-    weights = dict(detection=6.0, segmentation=6.0, classification=6.0)
+    weights = dict(detection=1.0, segmentation=1.0, classification=1.0)
     distance = dict(type='mmdiffkd.CosineLoss')
     neck_defaults = dict(denoise=False)
 
