@@ -1,9 +1,10 @@
-"""Errors and the end of distributed runs."""
+"""Distributed runs: errors that all ranks raise, unused parameters, and the end of a run."""
 
-from typing import Callable
+from typing import Callable, Iterable
 
-import torch.distributed as torch_dist
+import torch
 from mmengine.dist import all_gather_object
+from torch import Tensor, nn
 
 
 def on_all_ranks(function: Callable):
@@ -33,11 +34,43 @@ def on_all_ranks(function: Callable):
     raise error if error is not None and str(error) == first else ValueError(first)
 
 
+class _AttachUnused(torch.autograd.Function):
+    """Identity function that adds parameters to the graph. Their gradients are None, which costs no computation."""
+
+    @staticmethod
+    def forward(ctx, loss, *parameters):
+        ctx.count = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient, *[None] * ctx.count)
+
+
+def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Add unused parameters to the graph of a loss, with gradients of None.
+
+    Needed for DDP, which waits for the gradient of every registered parameter in every iteration.
+
+    Args:
+        loss (Tensor): Scalar.
+        parameters (iterable[Parameter]): Parameters that the loss does not depend on.
+
+    Returns:
+        Tensor: The same loss.
+    """
+    return _AttachUnused.apply(loss, *parameters)
+
+
 def destroy_nccl_group() -> None:
     """Destroy the process group of a finished run, if its backend is NCCL, which warns about groups that remain.
 
     The group of gloo ends with the process: torch 2.5 can hang when it destroys this group, because it holds the GIL
     while it waits for a thread that needs the GIL.
     """
-    if torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_backend() == 'nccl':
-        torch_dist.destroy_process_group()
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_backend() == 'nccl'
+    ):
+        torch.distributed.destroy_process_group()
