@@ -52,7 +52,9 @@ arms = {
                 neck=dict(
                     type='mmdiffkd.HeadJudgeNeck',
                     num_convs=2,
-                    loss_feature=dict(type='mmdiffkd.PKDLoss', loss_weight=1.0),
+                    cls_weight=2.0,
+                    reg_weight=2.0,
+                    loss_feature=dict(type='mmdiffkd.PKDLoss', loss_weight=0.5),
                 ),
             )
         ),

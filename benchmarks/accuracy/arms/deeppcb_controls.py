@@ -2,6 +2,7 @@
 #
 # Nothing here has been measured yet. An arm explains a gain if its mean paired difference to plus over three seeds, on
 # the validation split with --schedule 3, is not below zero.
+_base_ = './deeppcb_preset.py'
 custom_imports = dict(
     imports=['benchmarks.accuracy.controls', 'benchmarks.accuracy.variants'], allow_failed_imports=False
 )
@@ -17,12 +18,13 @@ def mse(weight):
     return dict(type='mmdiffkd.MSELoss', loss_weight=weight)
 
 
-def not_denoised(loss_kd):
-    """Return plus without noise and denoising: alignment, convolution with BatchNorm, distance."""
+def direct(loss_kd):
+    """Return plus_not_denoised, that is alignment, convolution with BatchNorm and distance, with another distance."""
     return plus(type='mmdiffkd.VariantNeck', denoising=False, loss_kd=loss_kd)
 
 
 arms = {
+    '_delete_': True,
     'plus': dict(preset='plus'),
     # The best baseline without denoising, with the same heads.
     'cwd_head': dict(preset='cwd_head'),
@@ -31,9 +33,9 @@ arms = {
     # Without denoising, the student gets a smaller gradient. If plus_not_denoised is below plus, but one of the next
     # two arms is not, the denoising steps only scale the gradient: by a constant, or as a warm-up. The factors are
     # those measured for the gradient of plus.
-    'plus_not_denoised': not_denoised(mse(5.0)),
-    'plus_not_denoised_x1.5': not_denoised(mse(7.5)),
-    'plus_not_denoised_ramp': not_denoised(dict(type='mmdiffkd.RampedMSELoss', loss_weight=5.0)),
+    'plus_not_denoised': _base_.arms['plus_not_denoised'],
+    'plus_not_denoised_x1.5': direct(mse(7.5)),
+    'plus_not_denoised_ramp': direct(dict(type='mmdiffkd.RampedMSELoss', loss_weight=5.0)),
     # One step whose prediction is detached. At t=0, as the released schedule has it for one step, the denoiser changes
     # the sample by 1%; at t=400, by all the noise it finds. If t=0 is not below plus, the denoiser does not help. If
     # t=400 is not below plus but t=0 is, the denoiser helps without the gradient of the distance and without steps.
