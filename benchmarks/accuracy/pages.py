@@ -324,8 +324,9 @@ def write_page(name: str, topic: str, results: Path) -> Optional[Path]:
         machines = sorted({cost['measured_on'] for cost in costs_of(lines, records).values()})
         if machines:
             text.append(
-                'The column "time" is the time of a training step relative to a step of the student alone. The column '
-                '"memory (MiB)" is the peak memory of a training step, without weights, optimizer state and images. '
+                'The column "relative time" is the time of a training step relative to a step of the student alone. '
+                'The column "memory (MiB)" is the peak memory of a training step, without weights, optimizer state and '
+                'images. '
                 f'Measured on: {". ".join(machines)}.'
             )
         reported = scaled(records, name, metric, page.splits)[split]
