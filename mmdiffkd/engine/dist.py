@@ -1,8 +1,10 @@
-"""Errors in distributed runs."""
+"""Distributed runs: errors that all ranks raise, and parameters that an iteration does not use."""
 
-from typing import Callable
+from typing import Callable, Iterable
 
+import torch
 from mmengine.dist import all_gather_object
+from torch import Tensor, nn
 
 
 def on_all_ranks(function: Callable):
@@ -30,3 +32,31 @@ def on_all_ranks(function: Callable):
     if first is None:
         return result
     raise error if error is not None and str(error) == first else ValueError(first)
+
+
+class _AttachUnused(torch.autograd.Function):
+    """Identity function that adds parameters to the graph. Their gradients are None, which costs no computation."""
+
+    @staticmethod
+    def forward(ctx, loss, *parameters):
+        ctx.count = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient, *[None] * ctx.count)
+
+
+def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Add unused parameters to the graph of a loss, with gradients of None.
+
+    Needed for DDP, which waits for the gradient of every registered parameter in every iteration.
+
+    Args:
+        loss (Tensor): Scalar.
+        parameters (iterable[Parameter]): Parameters that the loss does not depend on.
+
+    Returns:
+        Tensor: The same loss.
+    """
+    return _AttachUnused.apply(loss, *parameters)

@@ -7,8 +7,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import MLflowVisBackend, Visualizer
 from torch import nn
 
-from mmdiffkd.models import DiffusionOutput
-from mmdiffkd.models.distillers.diffkd_distiller import DistillRecord
+from mmdiffkd.models import DiffusionOutput, DistillRecord
 from mmdiffkd.registry import HOOKS
 from mmdiffkd.utils.validation import Limits, check_arguments
 from mmdiffkd.visualization.feature_panels import draw_comparison, draw_steps

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -35,7 +36,8 @@ class ClassLayer(NamedTuple):
     width: int
 
 
-class ClassMatch(NamedTuple):
+@dataclass(frozen=True)
+class ClassMatch:
     """Classes that student and teacher share.
 
     Attributes:
@@ -49,6 +51,10 @@ class ClassMatch(NamedTuple):
     shared: List[Tuple[int, int]]
     names: List[str]
     left_out: Tuple[List[str], List[str]]
+    _indices: Dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self):
+        return {**vars(self), '_indices': {}}  # tensors of this device are not copied or pickled
 
     def channels(self, side: int, count: int) -> List[int]:
         """Return the channels of the shared classes in an output with ``count`` channels, anchor by anchor.
@@ -64,6 +70,18 @@ class ClassMatch(NamedTuple):
             classes.append(self.layers[side].num_classes)
         width = self.layers[side].width
         return [start + number for start in range(0, count, width) for number in classes]
+
+    def select(self, side: int, features: Tensor) -> Tensor:
+        """Return the channels of the shared classes of an output.
+
+        Args:
+            side (int): 0 for the student, 1 for the teacher.
+            features (Tensor): (N, C, H, W).
+        """
+        key = side, features.size(1), features.device
+        if key not in self._indices:  # the same in every iteration
+            self._indices[key] = torch.tensor(self.channels(side, features.size(1)), device=features.device)
+        return features.index_select(1, self._indices[key])
 
     def class_numbers(self) -> Tensor:
         """Return the number of each of the student's classes among the shared ones, (K, ); -1 if left out."""

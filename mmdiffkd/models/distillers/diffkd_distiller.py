@@ -1,33 +1,28 @@
-import copy
-import inspect
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache, partial
 from logging import WARNING
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.logging import MessageHub, print_log
-from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import PREFIX
-from mmdiffkd.engine.dist import on_all_ranks
-from mmdiffkd.engine.weights import fit_on_load, use_checked_files
+from mmdiffkd.engine.dist import attach_unused_params, on_all_ranks
+from mmdiffkd.engine.weights import use_checked_files
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.config import type_name, with_preprocessor
 from mmdiffkd.utils.meta_device import build_for_inspection
 from mmdiffkd.utils.student_config import write_student_config
-from mmdiffkd.utils.validation import ConfigError, bind, build_part, check_value, in_key
+from mmdiffkd.utils.validation import ConfigError, bind, check_value, in_key
 from mmdiffkd.version import __version__
 
 from ..diffusion.feature_diffusion import DiffusionOutput
 from ..losses.naming import name_losses, non_finite_names
-from ..necks import DistillContext, FeatureDiffusionNeck
-from ..necks.base import check_neck, try_neck
+from ..necks import DistillContext
 from .batches import (
     as_data_elements,
     choose_images,
@@ -38,89 +33,19 @@ from .batches import (
     trains,
     valid_pixel_mask,
 )
-from .classes import (
-    ClassMatch,
-    ClassMatcher,
-    Names,
-    UnknownClassesError,
-    class_names,
-    dataset_classes,
-    find_class_layer,
-    running_config,
-)
-from .feature_info import (
-    ENCODERS,
-    FeatureInfo,
-    check_gradient,
-    check_training_outputs,
-    encoder_path,
-    infer_feature_info,
-    match_levels,
-)
+from .build_necks import build_neck, infer_taps, match_classes, per_tap
+from .classes import ClassMatch, ClassMatcher, Names, class_names, dataset_classes, running_config
+from .conversion import BaseDistiller, check_convertible, converted_class, export, make_student_cfg
+from .distill_state import DistillRecord
+from .feature_info import ENCODERS, FeatureInfo, check_gradient, check_training_outputs, encoder_path, match_levels
 from .input_renormalizer import check_preprocessor
 from .pairs import Pair, check_roi_taps, read_pairs
 from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, find_module, is_roi_tap, record_rois
 from .teacher import Teacher
 
-TRIAL_SIZE = 128  # size of the images whose features try a neck
-
-
-class DistillRecord(NamedTuple):
-    """Features compared in one iteration, kept for visualization.
-
-    Attributes:
-        images (Tensor): Preprocessed images of the student, (N, C, H, W).
-        outputs (dict[str, dict[int, DiffusionOutput]]): Outputs by pair and level. Pairs whose neck does not return
-            features are left out.
-    """
-
-    images: Tensor
-    outputs: Dict[str, Dict[int, DiffusionOutput]]
-
-
-@dataclass
-class DistillState:
-    """State that a distiller shares with its hooks: settings made by the hooks, and results for the hooks.
-
-    Attributes:
-        enabled (bool): Whether iterations distill. If False, neither the teacher nor the diffusion module runs. Set by
-            ``DistillScheduleHook``.
-        weight (float): Factor of the losses that compare student and teacher. Set by ``DistillScheduleHook``.
-        attach_unused_params (bool): Whether iterations that do not distill add the diffusion module to the graph of the
-            loss, because DDP waits for its gradients. Set by ``DistillScheduleHook``.
-        skip_non_finite (bool): Whether a loss that is not finite is listed in ``non_finite_losses`` instead of raising
-            an error. Set by ``NonFiniteHook``.
-        record_tap_gradients (bool): Whether to record ``tap_gradients``. Set by ``NonFiniteHook``.
-        capture (bool): Whether the next iteration is kept in ``last_record``. Set by ``DiffKDVisualizationHook``.
-        checkpoint (str): Name in messages of the checkpoint that is loaded. Set by ``CheckpointHook``.
-        last_record (DistillRecord, optional): The captured iteration.
-        non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
-        tap_gradients (dict[tuple[str, int], Tensor]): Sums of the gradients that the student received in the last
-            iteration, by pair and level.
-        has_run (bool): Whether ``loss`` has been called.
-        logged (set[str]): Messages that are logged only once.
-    """
-
-    enabled: bool = True
-    weight: float = 1.0
-    attach_unused_params: bool = False
-    skip_non_finite: bool = False
-    record_tap_gradients: bool = False
-    capture: bool = False
-    checkpoint: str = 'The checkpoint'
-    last_record: Optional[DistillRecord] = None
-    non_finite_losses: List[str] = field(default_factory=list)
-    tap_gradients: Dict[Tuple[str, int], Tensor] = field(default_factory=dict)
-    has_run: bool = False
-    logged: Set[str] = field(default_factory=set)
-
-    def __getstate__(self):
-        # results of the last iteration are not copied or pickled with the model
-        return {**vars(self), 'last_record': None, 'non_finite_losses': [], 'tap_gradients': {}}
-
 
 @MODELS.register_module()
-class DiffKDDistiller(BaseModel):
+class DiffKDDistiller(BaseDistiller):
     """Train a student with the features of a teacher (paper, section 3).
 
     ``DiffKDDistiller(...)`` builds the student and converts it, see :func:`convert_to_distiller`: the returned model is
@@ -153,22 +78,22 @@ class DiffKDDistiller(BaseModel):
             when training starts; building the model only logs a warning, because the model can still predict.
     """
 
-    _student_type: Optional[type] = None  # class of the student; set by _converted_class
-
-    def __new__(cls, *args, **kwargs):
-        if cls._student_type is not None:  # copying or unpickling a converted model
-            return super().__new__(cls)
-        if {'pretrained', 'train_cfg'} <= set(kwargs) and 'backbone' not in kwargs:
-            raise ValueError(
-                "The init_model of mmseg opens only the config of the plain student: 'student.py' in the work dir of "
-                'the run, or as exported.'
-            )
-        _check_inherited(cls, kwargs)
-        bind(cls.__init__, cls.__name__, (None, *args), kwargs)
-        student = MODELS.build(_student_cfg(*args, **kwargs))
-        _check_convertible(student)
-        student.__class__ = _converted_class(cls, type(student))
-        return student
+    added_attributes = (
+        'diffkd_teacher',
+        'deferred_error',
+        'distill_state',
+        'pairs',
+        'matched_levels',
+        'class_matches',
+        'student_info',
+        'encoder_path',
+        '_wrote_student_config',
+        '_init_paths',
+        '_metainfo',
+        '_class_matcher',
+        '_auxiliary_losses',
+        '_ignored_labels',
+    )
 
     def __init__(
         self,
@@ -180,10 +105,9 @@ class DiffKDDistiller(BaseModel):
         data_preprocessor: Optional[dict] = None,
         metainfo: Optional[dict] = None,
     ):
-        # do not call BaseModel.__init__: the student is already initialized
+        super().__init__()
         self.diffkd_teacher: Optional[Teacher] = None  # not 'teacher': some models have this attribute
         self.deferred_error: Optional[Exception] = None
-        self.distill_state = DistillState()
         self.pairs: Dict[str, Pair] = {}
         self.matched_levels: Dict[str, List[List[Tuple[int, int]]]] = {}
         self.class_matches: Dict[str, ClassMatch] = {}
@@ -196,11 +120,6 @@ class DiffKDDistiller(BaseModel):
         self._class_matcher = ClassMatcher()
         self._wrote_student_config = False
         self._init_paths = [init_from_teacher] if isinstance(init_from_teacher, str) else list(init_from_teacher or ())
-        self._distill_handles = [
-            self._register_load_state_dict_pre_hook(self._fit_weights),
-            self._register_load_state_dict_pre_hook(self._drop_diffusion_keys),
-            self.register_load_state_dict_post_hook(_allow_missing_diffusion_keys),
-        ]
         if teacher is None:
             return
         if not isinstance(teacher, dict):
@@ -212,7 +131,7 @@ class DiffKDDistiller(BaseModel):
             raise ConfigError(
                 f'teacher.{misplaced[0]}', f' is not a setting of the teacher: set model=dict({misplaced[0]}=...).'
             )
-        student_cfg = _student_cfg(student, data_preprocessor=data_preprocessor)
+        student_cfg = make_student_cfg(student, data_preprocessor=data_preprocessor)
         with in_key('student.data_preprocessor'):
             check_preprocessor(_scoped_preprocessor(student_cfg))
         try:
@@ -236,8 +155,7 @@ class DiffKDDistiller(BaseModel):
         pairs = self.read_pairs(distill, student_cfg, teacher_cfg, preset)
         check_roi_taps(pairs, student_cfg, teacher_cfg)
         self.student_info, teacher_info = (
-            _infer_feature_info(cfg, pairs, owner)
-            for cfg, owner in ((student_cfg, 'student'), (teacher_cfg, 'teacher'))
+            infer_taps(cfg, pairs, owner) for cfg, owner in ((student_cfg, 'student'), (teacher_cfg, 'teacher'))
         )
         self.encoder_path = encoder_path(self)  # before wrappers change the paths of modules
         channels = next(iter(self.student_info.values())).image_channels
@@ -251,35 +169,13 @@ class DiffKDDistiller(BaseModel):
             pairs = trainable or pairs
         self.pairs = pairs
         build_teacher = cache(partial(build_for_inspection, teacher_cfg))  # once, and only if a check needs it
-        unknown = self._match_classes(build_teacher)
+        self.class_matches, unknown = match_classes(self, pairs, self._class_matcher, build_teacher)
         necks = {}
         for name, pair in pairs.items():
             infos = self.compared_info(name, teacher_info)
-            matches = [match_levels(name, *info, pair.levels) for info in infos]
-            self.matched_levels[name] = matches
-            ours = [[info.channels[s] for s, _ in levels] for (info, _), levels in zip(infos, matches)]
-            theirs = [[info.channels[t] for _, t in levels] for (_, info), levels in zip(infos, matches)]
-            widths = dict(student_channels=_per_tap(pair, ours), teacher_channels=_per_tap(pair, theirs))
-            # fork_rng, so that the student starts with the same weights as without distillation
-            with in_key(f'distill.{name}'), torch.random.fork_rng(devices=[]):
-                try:
-                    necks[name] = build_part(MODELS, pair.neck, 'neck', **widths)
-                except ConfigError as error:  # if the classes are the reason, say so
-                    match = self.class_matches.get(name)
-                    if name in unknown:
-                        raise ConfigError('classes', f': {unknown[name]}') from error
-                    if match is not None and ours == [[1]]:
-                        raise ConfigError(
-                            'classes',
-                            f": student and teacher share only the class '{match.names[0]}', but {error}",
-                        ) from error
-                    raise
-                with in_key('neck'):
-                    check_neck(necks[name])
-                    if isinstance(necks[name], FeatureDiffusionNeck):  # which tries its parts itself
-                        _check_positions(necks[name], pair, infos[0], matches[0])
-                    else:
-                        self._try_neck(necks[name], pair, infos, matches)
+            matches = self.matched_levels[name] = [match_levels(name, *info, pair.levels) for info in infos]
+            with in_key(f'distill.{name}'):
+                necks[name] = build_neck(self, pair, infos, matches, self.class_matches.get(name), unknown.get(name))
         self.diffkd = nn.ModuleDict(necks)
         # read the attributes before FSDP wraps the necks
         self._auxiliary_losses = {name: tuple(getattr(neck, 'auxiliary_losses', ())) for name, neck in necks.items()}
@@ -294,32 +190,6 @@ class DiffKDDistiller(BaseModel):
         if names is None:
             names = dataset_classes(running_config() or {})
         return names if names is not None and len(names) == count else None
-
-    def _match_classes(self, build_teacher: Callable[[], nn.Module]) -> Dict[str, str]:
-        """Match the classes of pairs that compare class scores, and log which classes are left out.
-
-        Returns:
-            dict[str, str]: For pairs whose classes differ and are unknown: what to set.
-        """
-        unknown = {}
-        for name, pair in self.pairs.items():
-            taps = (*pair.student_taps, *pair.teacher_taps)
-            if len(taps) > 2 or find_class_layer(self, taps[0]) is None:
-                if pair.classes:
-                    raise ConfigError(f'distill.{name}.classes', f": '{taps[0]}' does not return class scores.")
-                continue
-            try:
-                with in_key(f'distill.{name}'):
-                    match = self._class_matcher.match((self, build_teacher()), taps, pair.classes)
-            except ConfigError as error:
-                if not isinstance(error.__cause__, UnknownClassesError) or is_roi_tap(taps[0]):
-                    raise
-                unknown[name] = str(error.__cause__)
-                continue
-            if match is not None:
-                self.class_matches[name] = match
-                print_log(f'distill.{name}: {match}.', logger='current')
-        return unknown
 
     def compared_info(
         self, name: str, teacher_info: Optional[Dict[str, FeatureInfo]] = None
@@ -343,19 +213,6 @@ class DiffKDDistiller(BaseModel):
             for sides in infos
         ]
 
-    def _shared_classes(self, name: str, side: int, features: List[List[Tensor]]) -> List[List[Tensor]]:
-        """Select the channels of the classes that student (side 0) and teacher (side 1) share."""
-        match = self.class_matches.get(name)
-        if match is None:
-            return features
-        return [
-            [
-                level.index_select(1, torch.tensor(match.channels(side, level.size(1)), device=level.device))
-                for level in levels
-            ]
-            for levels in features
-        ]
-
     def _check_init_paths(self, build_teacher: Callable[[], nn.Module]) -> None:
         """Check that the modules in ``init_from_teacher`` are the same in student and teacher."""
         with in_key('init_from_teacher'):
@@ -364,17 +221,6 @@ class DiffKDDistiller(BaseModel):
             with in_key('init_from_teacher'):
                 source = find_module(build_teacher(), path, 'teacher')
             _check_same_weights(path, source, target)
-
-    def _try_neck(self, neck: nn.Module, pair: Pair, infos: list, matches: List[List[Tuple[int, int]]]) -> None:
-        """Run a neck on random features with the shapes that images of ``TRIAL_SIZE`` pixels would give."""
-        sides: Tuple[list, list] = ([], [])
-        for tap_infos, levels in zip(infos, matches):
-            for side, info, index in zip(sides, tap_infos, (0, 1)):
-                shapes = [_shape_on(TRIAL_SIZE, info, level[index]) for level in levels]
-                side.append([torch.randn(shape).requires_grad_(index == 0) for shape in shapes])
-        student, teacher = (_per_tap(pair, side) for side in sides)
-        images = torch.randn(2, 3, TRIAL_SIZE, TRIAL_SIZE)
-        try_neck(neck, student, teacher, DistillContext(images, input_size=(TRIAL_SIZE, TRIAL_SIZE), student=self))
 
     def init_weights(self) -> None:
         """Load the teacher, and initialize the student as without distillation. The Runner calls this before training.
@@ -495,9 +341,13 @@ class DiffKDDistiller(BaseModel):
                 teacher = [[level[rows] for level in levels] for levels in teacher]
                 mask = of_pair.mask if of_pair.mask is None else of_pair.mask[rows]
                 of_pair = replace(of_pair, images=images[rows], data_samples=take_samples(samples, rows), mask=mask)
-            student, teacher = (self._shared_classes(name, *side) for side in enumerate((student, teacher)))
+            if match is not None:
+                student, teacher = (
+                    [[match.select(side, level) for level in levels] for levels in features]
+                    for side, features in enumerate((student, teacher))
+                )
             student, teacher = (self._as_dtype_of_neck(name, features) for features in (student, teacher))
-            outputs = self.diffkd[name](_per_tap(pair, student), _per_tap(pair, teacher), of_pair)
+            outputs = self.diffkd[name](per_tap(pair, student), per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
             losses.update(name_losses(name, outputs, levels, state.weight, self._auxiliary_losses[name]))
             drawn = {level: output for level, output in zip(levels, outputs) if _is_drawable(output)}
@@ -666,27 +516,6 @@ class DiffKDDistiller(BaseModel):
             'skips such iterations.'
         )
 
-    def _fit_weights(self, state_dict: dict, prefix: str, *args) -> None:
-        """Fit the weights of a checkpoint to the student. Wrappers of this model load with a prefix."""
-        if not prefix:
-            fit_on_load(self, state_dict, self.distill_state.checkpoint, 'the student')
-
-    def _drop_diffusion_keys(self, state_dict: dict, prefix: str, *args) -> None:
-        """Remove the weights of a diffusion module from a state dict if this model has no teacher.
-
-        Otherwise these weights would be reported as unexpected keys.
-        """
-        if 'diffkd' not in self._modules:
-            for key in [key for key in state_dict if key.startswith(prefix + PREFIX)]:
-                del state_dict[key]
-
-    def __reduce_ex__(self, protocol):
-        # the class of a converted model is created at run time: pickle creates it again from its two base classes
-        return _new_converted, (type(self)._distiller_type, type(self)._student_type), self.__getstate__()
-
-    def __getstate__(self):
-        return dict(vars(self))
-
 
 def convert_to_distiller(
     student: nn.Module,
@@ -713,104 +542,14 @@ def convert_to_distiller(
     Raises:
         ValueError: If the model is a distiller already or has no ``loss``, or for a reason in :class:`DiffKDDistiller`.
     """
-    _check_convertible(student)
-    student.__class__ = _converted_class(distiller_type, type(student))
+    check_convertible(student)
+    student.__class__ = converted_class(distiller_type, type(student))
     try:
         student.__init__(student_cfg, teacher, distill, preset, init_from_teacher, metainfo=metainfo)
     except BaseException:
         export(student)
         raise
     return student
-
-
-def export(model: DiffKDDistiller) -> nn.Module:
-    """Convert a distiller back into the plain student, in place.
-
-    Args:
-        model (DiffKDDistiller): The distiller.
-
-    Returns:
-        Module: The same model, without teacher and diffusion module.
-
-    Raises:
-        ValueError: If the model is not a distiller.
-    """
-    student_type = getattr(type(model), '_student_type', None)
-    if student_type is None:
-        raise ValueError(f'{type(model).__name__} is not a distiller; there is nothing to export.')
-    for handle in vars(model).pop('_distill_handles', ()):
-        handle.remove()
-    model._modules.pop('diffkd', None)
-    for name in ATTRIBUTES:
-        vars(model).pop(name, None)
-    model.__class__ = student_type
-    return model
-
-
-# attributes that converting a student adds and export() removes
-ATTRIBUTES = (
-    'diffkd_teacher',
-    'deferred_error',
-    'distill_state',
-    'pairs',
-    'matched_levels',
-    'class_matches',
-    'student_info',
-    'encoder_path',
-    '_wrote_student_config',
-    '_init_paths',
-    '_metainfo',
-    '_class_matcher',
-    '_auxiliary_losses',
-    '_ignored_labels',
-)
-
-
-@cache
-def _converted_class(distiller_type: type, student_type: type) -> type:
-    """Return a class that inherits from the distiller's class and the student's class."""
-    name = f'{distiller_type.__name__.replace("Distiller", "")}{student_type.__name__}'
-    members = dict(__module__=__name__, _distiller_type=distiller_type, _student_type=student_type)
-    return type(name, (distiller_type, student_type), members)
-
-
-def _new_converted(distiller_type: type, student_type: type) -> DiffKDDistiller:
-    """Return an empty converted model, which pickle and copy fill."""
-    cls = _converted_class(distiller_type, student_type)
-    return cls.__new__(cls)
-
-
-def _check_inherited(cls: type, kwargs: dict) -> None:
-    """Check that the config does not inherit the keys of the plain student, which its base config sets."""
-    own = inspect.signature(cls.__init__).parameters
-    student = kwargs.get('student')
-    inherited = [key for key in kwargs if key not in own and isinstance(student, dict) and key in student]
-    if inherited and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
-        raise ConfigError(
-            inherited[0],
-            f' is not an argument of {cls.__name__}, but of the model in the base config: add _delete_=True to the '
-            f'model, model=dict(_delete_=True, type=...), so that it does not inherit the keys of that model.',
-        )
-
-
-def _check_convertible(model: nn.Module) -> None:
-    if isinstance(model, DiffKDDistiller):
-        raise ValueError(f'{type(model).__name__} is a distiller already; export it first.')
-    if not callable(getattr(type(model), 'loss', None)):
-        raise ValueError(
-            f'{type(model).__name__} cannot be a student: it has no loss(inputs, data_samples). Models of mmdet, '
-            'mmseg and mmpretrain have this method.'
-        )
-
-
-def _infer_feature_info(model_cfg: dict, pairs: Dict[str, Pair], owner: str) -> Dict[str, FeatureInfo]:
-    """Infer the features of all taps of a model. Errors about a tap name the key of its pair."""
-    taps = {tap: name for name, pair in pairs.items() for tap in getattr(pair, f'{owner}_taps')}
-    try:
-        return infer_feature_info(model_cfg, set(taps), owner)
-    except TapError as error:
-        keys = [f'distill.{name}.{owner}: ' for tap, name in taps.items() if f"'{tap}'" in str(error)]
-        raise TapError(f'{"".join(keys[:1])}{error}') from error
 
 
 def _check_same_weights(path: str, source: nn.Module, target: nn.Module) -> None:
@@ -826,34 +565,9 @@ def _check_same_weights(path: str, source: nn.Module, target: nn.Module) -> None
         )
 
 
-def _shape_on(size: int, info: FeatureInfo, level: int) -> Tuple[int, int, int, int]:
-    """Return the shape of a level for two square images; a vector has the stride None."""
-    stride = info.strides[level]
-    side = 1 if stride is None else max(1, round(size / stride))
-    return 2, info.channels[level], side, side
-
-
-def _check_positions(neck: FeatureDiffusionNeck, pair: Pair, infos: Sequence[FeatureInfo], levels: list) -> None:
-    """Refuse vectors for a loss that compares positions, because the loss would always be 0."""
-    loss = neck.levels[0].loss_kd
-    if getattr(loss, 'compares_positions', False):
-        for owner, tap, info, index in zip(('student', 'teacher'), (pair.student, pair.teacher), infos, (0, 1)):
-            if any(info.strides[level[index]] is None for level in levels):
-                raise ConfigError(
-                    'loss_kd',
-                    f": {type(loss).__name__} compares positions of feature maps, but '{tap}' of the {owner} gives "
-                    "vectors; use another loss or preset, such as 'fitnet'.",
-                )
-
-
 def _is_drawable(output) -> bool:
     """Return whether an output has features that can be drawn side by side: ATLoss compares different channels."""
     return isinstance(output, DiffusionOutput) and output.student_latent.shape == output.teacher_latent.shape
-
-
-def _per_tap(pair: Pair, values: list):
-    """Return the list with one value per tap, or only the value if the pair has a single tap."""
-    return values[0] if isinstance(pair.student, str) else values
 
 
 def _is_autocast_enabled(device: str) -> bool:
@@ -867,35 +581,6 @@ def _progress() -> float:
     """Return the completed fraction of the training, from 0 to 1."""
     info = MessageHub.get_current_instance().runtime_info
     return min(1.0, info.get('iter', 0) / info['max_iters']) if info.get('max_iters') else 0.0
-
-
-def _allow_missing_diffusion_keys(model: nn.Module, incompatible_keys) -> None:
-    """Accept checkpoints of the plain student, which have no diffusion module."""
-    missing = incompatible_keys.missing_keys
-    diffusion_keys = [name for name, _ in model.named_parameters() if name.startswith(PREFIX)]
-    if diffusion_keys and set(diffusion_keys) <= set(missing):
-        missing[:] = [key for key in missing if not key.startswith(PREFIX)]
-        print_log(
-            'The checkpoint has no diffusion module (diffkd.*); the diffusion module keeps its initial weights.',
-            logger='current',
-        )
-
-
-def _student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optional[dict] = None, **kwargs):
-    if not isinstance(student, dict) or 'type' not in student:
-        raise ValueError("student must be the config of a model, such as student=_base_.model: a dict with a 'type'.")
-    if 'student' in student:
-        raise ValueError(
-            f"The student's config is already a {type_name(student['type'])}; use its student: "
-            'student=_base_.model.student.'
-        )
-    misplaced = [key for key in ('distill', 'init_from_teacher', 'preset') if key in student]
-    if misplaced:
-        raise ConfigError(
-            f'student.{misplaced[0]}', f' has no effect on the student: set model=dict({misplaced[0]}=...) instead.'
-        )
-    cfg = copy.deepcopy(ConfigDict(student))  # some models change their config while they are built
-    return with_preprocessor(cfg, data_preprocessor)
 
 
 def _scoped_preprocessor(model_cfg: ConfigDict) -> Optional[dict]:
@@ -918,34 +603,6 @@ def _versions() -> List[str]:
     """Versions of this package and of the imported OpenMMLab packages, for the log."""
     upstream = [name for name in ('mmdet', 'mmseg', 'mmpretrain') if name in sys.modules]
     return [f'mmdiffkd {__version__}', *(f'{name} {sys.modules[name].__version__}' for name in upstream)]
-
-
-class _AttachUnused(torch.autograd.Function):
-    """Identity function that adds parameters to the graph. Their gradients are None, which costs no computation."""
-
-    @staticmethod
-    def forward(ctx, loss, *parameters):
-        ctx.count = len(parameters)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return (gradient, *[None] * ctx.count)
-
-
-def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Add unused parameters to the graph of a loss, with gradients of None.
-
-    Needed for DDP, which waits for the gradient of every registered parameter in every iteration.
-
-    Args:
-        loss (Tensor): Scalar.
-        parameters (iterable[Parameter]): Parameters that the loss does not depend on.
-
-    Returns:
-        Tensor: The same loss.
-    """
-    return _AttachUnused.apply(loss, *parameters)
 
 
 def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:

@@ -106,8 +106,8 @@ def test_softmax_is_over_the_shared_classes():
     """The loss is that of the logits of the shared classes, whatever the other logits are."""
     model = classifier_pair(('cat', 'dog', 'emu'), ('dog', 'ant', 'cat', 'ox'))
     student, teacher = torch.randn(2, 3, 1, 1), torch.randn(2, 4, 1, 1)
-    selected = [model._shared_classes('logits', side, [[x]]) for side, x in enumerate((student, teacher))]
-    (output,) = model.diffkd['logits'](selected[0][0], selected[1][0])
+    match = model.class_matches['logits']
+    (output,) = model.diffkd['logits']([match.select(0, student)], [match.select(1, teacher)])
     ours, theirs = student[:, [0, 1]].flatten(1), teacher[:, [2, 0]].flatten(1)
     p = theirs.softmax(1)
     expected = (p * (p.log() - ours.log_softmax(1))).sum(1).mean()
