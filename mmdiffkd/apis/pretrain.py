@@ -19,6 +19,7 @@ from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
     get_custom_imports,
     get_model_cfg,
+    get_preprocessor_cfg,
     get_teacher_cfg,
     image_channels,
     image_size,
@@ -152,7 +153,8 @@ def pretrain_config(
             f'The student {type_name(model_cfg.type)} has no backbone of its own to pre-train; give the config of a '
             'plain detector, segmentor or classifier.'
         )
-    pairs = _choose_pairs(model_cfg, get_teacher_cfg(_teacher(teacher_config)), preset, pairs)
+    teacher_cfg = teacher_config if isinstance(teacher_config, Config) else resolve_config(teacher_config)
+    pairs = _choose_pairs(model_cfg, get_teacher_cfg(teacher_cfg), preset, pairs)
     encoder = _encoder(cfg, model_cfg, pairs)
     dataset = dict(type='mmdiffkd.ImageFolders', folders=folders)
     count = len(DATASETS.build(dataset))  # a folder without images is refused before the teacher is loaded
@@ -210,12 +212,11 @@ def pretrain_config(
         filename=str(Path(work_dir, CONFIG)),  # the Runner writes it
     )
     run = distillation_config(run, teacher_config, teacher_checkpoint, pairs, preset, None)
+    run.model.task_loss = False
+    if (get_preprocessor_cfg(teacher_cfg) or {}).get('size'):  # segmentors pad images to the size of their own training
+        run.model.teacher.data_preprocessor = dict(size=None)
     run.merge_from_dict(cfg_options or {})
     return run
-
-
-def _teacher(source: Source) -> Config:
-    return source if isinstance(source, Config) else resolve_config(source)
 
 
 def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: Optional[dict]) -> Dict[str, dict]:

@@ -76,9 +76,10 @@ def usage(file: Path, encoder: dict) -> str:
 
 
 def _init_cfg(cfg: dict, name: str, path: str) -> Iterator[str]:
-    """Yield the arguments of ``init_cfg``. Those in the student's config would be merged with them."""
+    """Yield the arguments of ``init_cfg``, which mmengine merges with those in the student's config."""
     before = cfg.get('init_cfg')
-    if isinstance(before, (list, tuple)) or (before and set(before) - {'type', 'checkpoint', 'prefix'}):
+    is_replaced = isinstance(before, dict) and set(before) <= {'type', 'checkpoint', 'prefix'}
+    if 'init_cfg' in cfg and not is_replaced:
         yield '_delete_=True'
     yield from ("type='Pretrained'", f'checkpoint={path!r}', f"prefix='{name}.'")
 

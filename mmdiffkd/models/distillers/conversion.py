@@ -152,7 +152,7 @@ def make_student_cfg(student: Optional[dict] = None, *args, data_preprocessor: O
             f"The student's config is already a {type_name(student['type'])}; use its student: "
             'student=_base_.model.student.'
         )
-    misplaced = [key for key in ('distill', 'init_from_teacher', 'preset') if key in student]
+    misplaced = [key for key in ('distill', 'init_from_teacher', 'preset', 'task_loss') if key in student]
     if misplaced:
         raise ConfigError(
             f'student.{misplaced[0]}', f' has no effect on the student: set model=dict({misplaced[0]}=...) instead.'

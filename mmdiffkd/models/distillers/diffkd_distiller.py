@@ -7,12 +7,12 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import all_gather_object, all_reduce, is_main_process
+from mmengine.dist import all_gather_object, all_reduce, is_distributed, is_main_process
 from mmengine.logging import MessageHub, print_log
 from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import PREFIX
-from mmdiffkd.engine.dist import attach_unused_params, on_all_ranks
+from mmdiffkd.engine.dist import attach_unused_params, is_sharded, on_all_ranks
 from mmdiffkd.engine.weights import use_checked_files
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.meta_device import build_for_inspection
@@ -31,13 +31,22 @@ from .batches import (
     find_rows,
     take_samples,
     trains,
+    untrained_modules,
     valid_pixel_mask,
 )
 from .build_necks import build_neck, infer_taps, match_classes, per_tap
 from .classes import ClassMatch, ClassMatcher, Names, class_names, dataset_classes, running_config
 from .conversion import BaseDistiller, check_convertible, converted_class, export, make_student_cfg
 from .distill_state import DistillRecord
-from .feature_info import ENCODERS, FeatureInfo, check_gradient, check_training_outputs, encoder_path, match_levels
+from .feature_info import (
+    ENCODERS,
+    FeatureInfo,
+    check_gradient,
+    check_training_outputs,
+    encoder_path,
+    forward_fns,
+    match_levels,
+)
 from .input_renormalizer import check_preprocessor
 from .pairs import Pair, check_roi_taps, read_pairs
 from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, find_module, is_roi_tap, record_rois
@@ -71,6 +80,8 @@ class DiffKDDistiller(BaseDistiller):
         metainfo (dict, optional): ``dict(classes=[...])``, the names of the student's classes. They select the shared
             classes of a teacher with other classes. None uses the training set of the Runner that builds the model.
             Defaults to None.
+        task_loss (bool): Whether the student's own losses are trained. If False, only the distillation is trained, and
+            the heads of the student do not run unless a pair taps them. Defaults to True.
 
     Raises:
         ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the key.
@@ -87,6 +98,7 @@ class DiffKDDistiller(BaseDistiller):
         'class_matches',
         'student_info',
         'encoder_path',
+        'task_loss',
         '_wrote_student_config',
         '_init_paths',
         '_metainfo',
@@ -104,6 +116,7 @@ class DiffKDDistiller(BaseDistiller):
         init_from_teacher: Optional[Sequence[str]] = None,
         data_preprocessor: Optional[dict] = None,
         metainfo: Optional[dict] = None,
+        task_loss: bool = True,
     ):
         super().__init__()
         self.diffkd_teacher: Optional[Teacher] = None  # not 'teacher': some models have this attribute
@@ -116,6 +129,10 @@ class DiffKDDistiller(BaseDistiller):
         if init_from_teacher is not None and init_from_teacher != []:
             check_value('init_from_teacher', init_from_teacher, Union[str, Sequence[str]])
         check_value('metainfo', metainfo, Optional[dict])
+        check_value('task_loss', task_loss, bool)
+        if teacher is None and not task_loss:
+            raise ConfigError('task_loss', '=False trains only the distillation, which needs a teacher.')
+        self.task_loss = task_loss
         self._metainfo = metainfo
         self._class_matcher = ClassMatcher()
         self._wrote_student_config = False
@@ -126,7 +143,7 @@ class DiffKDDistiller(BaseDistiller):
             raise ConfigError('teacher', f'={teacher!r} must be dict(config=..., checkpoint=...).')
         if 'type' in teacher:
             raise ConfigError('teacher', ' is the config of a model; use teacher=dict(config=..., checkpoint=...).')
-        misplaced = [key for key in ('distill', 'init_from_teacher', 'preset') if key in teacher]
+        misplaced = [key for key in ('distill', 'init_from_teacher', 'preset', 'task_loss') if key in teacher]
         if misplaced:
             raise ConfigError(
                 f'teacher.{misplaced[0]}', f' is not a setting of the teacher: set model=dict({misplaced[0]}=...).'
@@ -278,14 +295,15 @@ class DiffKDDistiller(BaseDistiller):
             **kwargs: Keyword arguments of the student's ``loss``.
 
         Returns:
-            dict[str, Tensor]: The student's losses, and for every pair the losses of its neck, summed over levels:
-            ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma`` (mean over levels).
-            If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
-            ``.gamma.<level>`` are logged as well. If no image of the batch reaches the student's tap, such as the head
-            of a task without labels, only ``.loss_kd`` is returned, and is 0.
+            dict[str, Tensor]: The student's losses if ``task_loss`` is True, and for every pair the losses of its neck,
+            summed over levels: ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma``
+            (mean over levels). If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``,
+            ``.reconstruction.<level>`` and ``.gamma.<level>`` are logged as well. If no image of the batch reaches the
+            student's tap, such as the head of a task without labels, only ``.loss_kd`` is returned, and is 0.
 
         Raises:
             TapError: If there are no images, or a tap returns something that cannot be distilled.
+            ValueError: If ``task_loss`` is False and a hook has turned the distillation off.
         """
         if self.deferred_error is not None:
             raise self.deferred_error
@@ -293,6 +311,11 @@ class DiffKDDistiller(BaseDistiller):
         state.tap_gradients.clear()
         state.has_run = True
         if self.diffkd_teacher is None or not state.enabled:
+            if not self.task_loss:
+                raise ValueError(
+                    'Nothing is trained in this iteration, because task_loss=False and a hook has turned the '
+                    'distillation off: remove begin, end and interval from DistillScheduleHook.'
+                )
             return super().loss(*args, **kwargs)
         taps = {tap for pair in self.pairs.values() for tap in pair.student_taps}
         needs_rois = any(is_roi_tap(tap) for pair in self.pairs.values() for tap in pair.teacher_taps)
@@ -300,7 +323,11 @@ class DiffKDDistiller(BaseDistiller):
             recorder = stack.enter_context(ModuleOutputsRecorder(self, taps, 'student'))
             rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
             encoder = stack.enter_context(ModuleInputsRecorder(self, self.encoder_path)) if self.encoder_path else None
-            losses = dict(super().loss(*args, **kwargs))
+            if self.task_loss or needs_rois:
+                task_losses = super().loss(*args, **kwargs)
+            else:
+                task_losses = self.run_to_taps(self, args, kwargs)
+        losses = dict(task_losses) if self.task_loss else {}
         images = self.find_images(args, kwargs, encoder)
         received = list(find_images((args, kwargs)))
         if received and all(images is not other for other in received):
@@ -325,7 +352,7 @@ class DiffKDDistiller(BaseDistiller):
             label = self._ignored_labels[name]
             if label not in masks:
                 masks[label] = valid_pixel_mask(samples, label)
-            student = self._student_features(name, pair, recorder, images, losses)
+            student = self._student_features(name, pair, recorder, images, task_losses)
             if not self._compares(name, pair, student is not None):
                 zero = images.new_zeros((), dtype=torch.float32)
                 losses[f'{PREFIX}{name}.loss_kd'] = attach_unused_params(zero, self.diffkd[name].parameters())
@@ -355,7 +382,36 @@ class DiffKDDistiller(BaseDistiller):
                 captured[name] = drawn
         if state.capture:
             state.last_record = DistillRecord(images, captured)
+        if not self.task_loss:
+            self._log_untrained(losses)
         return losses
+
+    def run_to_taps(self, student: nn.Module, args: Sequence, kwargs: dict) -> Dict[str, Tensor]:
+        """Run the part of a student that reaches all taps, as found in the dry run.
+
+        Args:
+            student (Module): This model, or a plain student.
+            args (Sequence): Positional arguments of the student's ``loss``.
+            kwargs (dict): Keyword arguments.
+
+        Returns:
+            dict: No losses.
+        """
+        images = self.find_images(args, kwargs, None)
+        samples = as_data_elements(find_data_samples(args, kwargs, images), images)
+        forward_fns(student)[next(iter(self.student_info.values())).forward_fn](images, samples)
+        return {}
+
+    def _log_untrained(self, losses: Dict[str, Tensor]) -> None:
+        """Log once which modules of the student no loss trains."""
+        if 'task_loss' not in self.distill_state.logged:
+            self.distill_state.logged.add('task_loss')
+            if paths := untrained_modules(self, losses):
+                print_log(
+                    f'Only the distillation is trained (task_loss=False): no gradient reaches {", ".join(paths)} of '
+                    'the student, so their weights keep their initial values.',
+                    logger='current',
+                )
 
     def output_levels(self, name: str, outputs: Sequence) -> List[int]:
         """Return the level number of each output of a pair's neck.
@@ -498,6 +554,8 @@ class DiffKDDistiller(BaseDistiller):
         loss, log_vars = super().parse_losses(losses)
         if state.attach_unused_params and not state.enabled:
             loss = attach_unused_params(loss, self.diffkd.parameters())
+        if not self.task_loss and is_distributed() and not is_sharded(self):
+            loss = attach_unused_params(loss, [weight for weight in self.parameters() if weight.requires_grad])
         is_finite = loss.detach().isfinite().all()
         if state.skip_non_finite:
             is_finite = is_finite.float()
@@ -526,6 +584,7 @@ def convert_to_distiller(
     init_from_teacher: Optional[Sequence[str]] = None,
     distiller_type: Type[DiffKDDistiller] = DiffKDDistiller,
     metainfo: Optional[dict] = None,
+    task_loss: bool = True,
 ) -> DiffKDDistiller:
     """Convert a built model into a distiller, in place; :func:`export` converts it back.
 
@@ -534,7 +593,7 @@ def convert_to_distiller(
         student_cfg (dict): The config from which the student was built.
         teacher, distill, preset, init_from_teacher: See :class:`DiffKDDistiller`.
         distiller_type (type): The distiller's class. Defaults to ``DiffKDDistiller``.
-        metainfo: See :class:`DiffKDDistiller`.
+        metainfo, task_loss: See :class:`DiffKDDistiller`.
 
     Returns:
         DiffKDDistiller: The same model.
@@ -545,7 +604,7 @@ def convert_to_distiller(
     check_convertible(student)
     student.__class__ = converted_class(distiller_type, type(student))
     try:
-        student.__init__(student_cfg, teacher, distill, preset, init_from_teacher, metainfo=metainfo)
+        student.__init__(student_cfg, teacher, distill, preset, init_from_teacher, None, metainfo, task_loss)
     except BaseException:
         export(student)
         raise
