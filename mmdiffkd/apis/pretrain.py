@@ -68,7 +68,7 @@ def pretrain(
         **settings: Other arguments of :func:`pretrain_config`.
 
     Returns:
-        dict: Paths:
+        dict: Absolute paths:
 
         * ``config``, ``checkpoint``: the config and the last checkpoint of the run.
         * ``weights``: the pre-trained weights, with the keys ``backbone.*`` and, if the neck was trained, ``neck.*``.
@@ -84,9 +84,9 @@ def pretrain(
     runner = Runner.from_cfg(cfg)
     runner.train()
     return dict(
-        config=str(Path(work_dir, CONFIG)),
+        config=str(Path(runner.work_dir, CONFIG)),
         checkpoint=runner.message_hub.get_info('last_ckpt'),
-        weights=str(Path(work_dir, WEIGHTS)),
+        weights=str(Path(runner.work_dir, WEIGHTS)),
     )
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.models import DiffKDDistiller, DistillContext
-from mmdiffkd.models.distillers.batches import blank_sample, untrained_modules
+from mmdiffkd.models.distillers.batches import blank_sample
 from mmdiffkd.models.distillers.feature_info import (
     FeatureInfo,
     check_gradient,
@@ -113,7 +113,8 @@ def preview(
         * ``overhead``: multiply-adds of teacher and diffusion module, divided by those of the student's training step;
           None if unknown.
         * ``distill``: the pairs as config text, including default settings.
-        * ``untrained``: with ``task_loss=False``, modules of the student that no gradient reaches.
+        * ``untrained``: with ``task_loss=False``, modules of the student that are frozen because no compared feature
+          depends on them.
         * ``warnings``: list of messages.
 
     Raises:
@@ -125,7 +126,7 @@ def preview(
             config.model.pop('distill', None)
             config.model.preset = preset
         cfg, model = build_distiller(config, cfg_options)
-    untrained = check_training_pass(cfg, model)
+    tried = check_training_pass(cfg, model)
     teacher = model.diffkd_teacher
     size = size or image_size(cfg)
     rows = _rows(model, size)
@@ -162,11 +163,11 @@ def preview(
         weights_mb={part: number * parameters[part] / 1e6 for part, number in WEIGHT_BYTES.items()},
         overhead=(gmacs['teacher'] + gmacs['diffusion_module']) / step if known else None,
         distill=distill_to_text(model),
-        untrained=untrained or [],
+        untrained=model.untrained,
         warnings=[
             *_warnings(model, cfg, parameters),
             *_size_warnings(gmacs['teacher'], teacher, teacher_net, size),
-            *([UNTRIED] if untrained is None else []),
+            *([] if tried else [UNTRIED]),
         ],
     )
 
@@ -492,7 +493,7 @@ def _num_classes(model_cfg: dict) -> Optional[int]:
 SIZES = (128, 224)  # image sizes, tried in turn: some models do not accept small images
 
 
-def check_training_pass(cfg: Config, model: DiffKDDistiller) -> Optional[List[str]]:
+def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
     """Run the student's training pass on random images, and check that its taps can be distilled.
 
     Args:
@@ -500,8 +501,7 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> Optional[List[st
         model (DiffKDDistiller): Distiller built from the config.
 
     Returns:
-        list[str], optional: With ``task_loss=False``, modules of the student that no gradient reaches, otherwise empty;
-            None if the student does not run on random images.
+        bool: True if the check passed, False if the student does not run on random images.
 
     Raises:
         TapError: If, in training, a tap is not called, returns different outputs, or gets no gradient.
@@ -513,12 +513,11 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> Optional[List[st
     for size, width in product(SIZES, widths):
         try:
             with torch.random.fork_rng(devices=[]), _first_iteration():
-                student, recorder, images = _record_training_pass(plain, model, size, width)
+                recorder, images = _record_training_pass(plain, model, size, width)
         except TapError:
             raise
         except Exception:
             continue  # for example, the image is too small or an operator needs a GPU; training shows real errors
-        compared: List[Tensor] = []
         for name, pair in model.pairs.items():
             for tap, matches in zip(pair.student_taps, model.matched_levels[name]):
                 info = model.student_info[tap]
@@ -526,13 +525,12 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> Optional[List[st
                 check_training_outputs(name, tap, outputs, info)
                 features = recorder.as_maps(tap, outputs, images.shape[-2:], info.tokens)
                 check_gradient(name, tap, features, [s for s, _ in matches])
-                compared += [features[s] for s, _ in matches]
-        return [] if model.task_loss else untrained_modules(student, compared)
-    return None
+        return True
+    return False
 
 
 def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int, channels: int):
-    """Return the student, the recorder of its taps and the input images of its encoder."""
+    """Return the recorder of the student's taps and the input images of its encoder."""
     torch.default_generator.manual_seed(0)
     with QuickInit(), _silent_log():  # init_weights() logs every parameter
         student = revert_sync_batchnorm(MODELS.build(fit_to(get_model_cfg(plain), size)))
@@ -546,7 +544,7 @@ def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int, chan
             student(**data, mode='loss')
         else:
             model.run_to_taps(student, (), data)
-    return student, recorder, model.find_images((), data, encoder)
+    return recorder, model.find_images((), data, encoder)
 
 
 @contextmanager

@@ -34,11 +34,6 @@ def on_all_ranks(function: Callable):
     raise error if error is not None and str(error) == first else ValueError(first)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP has changed the parameters of a model."""
-    return any('_fsdp' in name or 'flat_param' in name for name, _ in model.named_parameters())
-
-
 class _AttachUnused(torch.autograd.Function):
     """Identity function that adds parameters to the graph. Their gradients are None, which costs no computation."""
 

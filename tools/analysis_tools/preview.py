@@ -97,7 +97,7 @@ def show(result: dict) -> None:
     )
     if result['untrained']:
         print(
-            'Only the distillation is trained (task_loss=False): no gradient reaches these modules of the student, so\n'
+            'Only the distillation is trained (task_loss=False). No compared feature depends on these modules, so\n'
             f'their weights keep their initial values: {", ".join(result["untrained"])}.\n'
         )
     show_cost(result)

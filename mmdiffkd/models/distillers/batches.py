@@ -1,7 +1,7 @@
 """Find images and data samples among the arguments of ``loss``, and the images that the rows of a feature belong to."""
 
 from collections.abc import Mapping
-from typing import Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -172,40 +172,26 @@ def _labels(sample) -> Optional[Tensor]:
     return labels.reshape(-1, *labels.shape[-2:]) if isinstance(labels, Tensor) and labels.dim() in (2, 3) else None
 
 
+def weights_of(tensor: Tensor, names: Dict[int, str]) -> Optional[FrozenSet[str]]:
+    """Return the names of the weights that a tensor depends on.
+
+    Args:
+        tensor (Tensor): A tensor with an autograd graph.
+        names (dict[int, str]): Names of weights, by ``id``.
+
+    Returns:
+        frozenset[str], optional: None if reentrant activation checkpointing hides weights from the graph.
+    """
+    nodes = [node for node, _ in _graph([tensor])]
+    if any('CheckpointFunction' in node.name() for node in nodes):
+        return None
+    return frozenset(names[key] for key in (id(getattr(node, 'variable', None)) for node in nodes) if key in names)
+
+
 def trains(losses, module: nn.Module) -> bool:
     """Return whether the losses depend on weights of a module."""
     weights = {id(weight) for weight in module.parameters()}
     return any(id(getattr(node, 'variable', None)) in weights for node, _ in _graph(_tensors(losses)))
-
-
-def untrained_modules(model: nn.Module, losses) -> List[str]:
-    """Find the modules of a student that no gradient of the losses reaches.
-
-    Args:
-        model (nn.Module): The student. Frozen weights and the diffusion module do not count.
-        losses: Tensors with an autograd graph, nested in dicts and lists.
-
-    Returns:
-        list[str]: Paths of the largest modules without a gradient; empty with reentrant activation checkpointing, which
-        hides the weights from the graph.
-    """
-    nodes = [node for node, _ in _graph(_tensors(losses))]
-    if any('CheckpointFunction' in node.name() for node in nodes):
-        return []
-    reached = {id(getattr(node, 'variable', None)) for node in nodes}
-    return list(_untrained(model, '', reached))
-
-
-def _untrained(module: nn.Module, path: str, reached: Set[int]) -> Iterator[str]:
-    for name, child in module.named_children():
-        weights = [weight for weight in child.parameters() if weight.requires_grad]
-        if not weights or (not path and name == 'diffkd'):
-            continue
-        trained = [id(weight) in reached for weight in weights]
-        if not any(trained):
-            yield f'{path}{name}'
-        elif not all(trained):
-            yield from _untrained(child, f'{path}{name}.', reached)
 
 
 def find_rows(feature: Tensor, batch_size: int) -> Optional[Tensor]:

@@ -7,12 +7,12 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import all_gather_object, all_reduce, is_distributed, is_main_process
+from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.logging import MessageHub, print_log
 from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import PREFIX
-from mmdiffkd.engine.dist import attach_unused_params, is_sharded, on_all_ranks
+from mmdiffkd.engine.dist import attach_unused_params, on_all_ranks
 from mmdiffkd.engine.weights import use_checked_files
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.meta_device import build_for_inspection
@@ -31,12 +31,18 @@ from .batches import (
     find_rows,
     take_samples,
     trains,
-    untrained_modules,
     valid_pixel_mask,
 )
 from .build_necks import build_neck, infer_taps, match_classes, per_tap
 from .classes import ClassMatch, ClassMatcher, Names, class_names, dataset_classes, running_config
-from .conversion import BaseDistiller, check_convertible, converted_class, export, make_student_cfg
+from .conversion import (
+    BaseDistiller,
+    FrozenWeights,
+    check_convertible,
+    converted_class,
+    export,
+    make_student_cfg,
+)
 from .distill_state import DistillRecord
 from .feature_info import (
     ENCODERS,
@@ -80,8 +86,9 @@ class DiffKDDistiller(BaseDistiller):
         metainfo (dict, optional): ``dict(classes=[...])``, the names of the student's classes. They select the shared
             classes of a teacher with other classes. None uses the training set of the Runner that builds the model.
             Defaults to None.
-        task_loss (bool): Whether the student's own losses are trained. If False, only the distillation is trained, and
-            the heads of the student do not run unless a pair taps them. Defaults to True.
+        task_loss (bool): Whether the student's own losses are trained. If False, only the distillation is trained:
+            weights that no compared feature depends on are frozen, and heads do not run unless a pair taps them.
+            Defaults to True.
 
     Raises:
         ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the key.
@@ -99,6 +106,7 @@ class DiffKDDistiller(BaseDistiller):
         'student_info',
         'encoder_path',
         'task_loss',
+        'untrained',
         '_wrote_student_config',
         '_init_paths',
         '_metainfo',
@@ -133,6 +141,7 @@ class DiffKDDistiller(BaseDistiller):
         if teacher is None and not task_loss:
             raise ConfigError('task_loss', '=False trains only the distillation, which needs a teacher.')
         self.task_loss = task_loss
+        self.untrained: List[str] = []  # modules that are frozen because no compared feature depends on them
         self._metainfo = metainfo
         self._class_matcher = ClassMatcher()
         self._wrote_student_config = False
@@ -199,7 +208,32 @@ class DiffKDDistiller(BaseDistiller):
         self._ignored_labels = {name: find_ignore_index(self, pair.student_taps[0]) for name, pair in pairs.items()}
         if self._init_paths:
             self._check_init_paths(build_teacher)
+        if not self.task_loss:
+            self._freeze_untrained()
         self.diffkd_teacher = teacher
+
+    def _freeze_untrained(self) -> None:
+        """Freeze the weights that no compared feature depends on.
+
+        Otherwise DDP would wait for their gradients, or the optimizer would shrink them.
+        """
+        sets = [
+            None if (weights := self.student_info[tap].weights) is None else weights[level]
+            for name, pair in self.pairs.items()
+            for tap, matches in zip(pair.student_taps, self.matched_levels[name])
+            for level, _ in matches
+        ]
+        if None in sets:  # activation checkpointing hides them
+            return
+        frozen = FrozenWeights(self, set().union(*sets))
+        self._distill_handles.append(frozen)
+        self.untrained = frozen.modules
+        if self.untrained:
+            print_log(
+                f'Only the distillation is trained (task_loss=False): no compared feature depends on '
+                f'{", ".join(self.untrained)} of the student, so their weights keep their initial values.',
+                logger='current',
+            )
 
     def _class_names(self, count: int) -> Names:
         """Return the names of the student's classes; None if they are unknown or their number is different."""
@@ -382,8 +416,6 @@ class DiffKDDistiller(BaseDistiller):
                 captured[name] = drawn
         if state.capture:
             state.last_record = DistillRecord(images, captured)
-        if not self.task_loss:
-            self._log_untrained(losses)
         return losses
 
     def run_to_taps(self, student: nn.Module, args: Sequence, kwargs: dict) -> Dict[str, Tensor]:
@@ -401,17 +433,6 @@ class DiffKDDistiller(BaseDistiller):
         samples = as_data_elements(find_data_samples(args, kwargs, images), images)
         forward_fns(student)[next(iter(self.student_info.values())).forward_fn](images, samples)
         return {}
-
-    def _log_untrained(self, losses: Dict[str, Tensor]) -> None:
-        """Log once which modules of the student no loss trains."""
-        if 'task_loss' not in self.distill_state.logged:
-            self.distill_state.logged.add('task_loss')
-            if paths := untrained_modules(self, losses):
-                print_log(
-                    f'Only the distillation is trained (task_loss=False): no gradient reaches {", ".join(paths)} of '
-                    'the student, so their weights keep their initial values.',
-                    logger='current',
-                )
 
     def output_levels(self, name: str, outputs: Sequence) -> List[int]:
         """Return the level number of each output of a pair's neck.
@@ -554,8 +575,6 @@ class DiffKDDistiller(BaseDistiller):
         loss, log_vars = super().parse_losses(losses)
         if state.attach_unused_params and not state.enabled:
             loss = attach_unused_params(loss, self.diffkd.parameters())
-        if not self.task_loss and is_distributed() and not is_sharded(self):
-            loss = attach_unused_params(loss, [weight for weight in self.parameters() if weight.requires_grad])
         is_finite = loss.detach().isfinite().all()
         if state.skip_non_finite:
             is_finite = is_finite.float()
