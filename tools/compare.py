@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Sequence
 
 from mmengine.config import Config, DictAction
 
@@ -37,7 +38,10 @@ def parse_args():
     )
     parser.add_argument('--list-presets', nargs=0, action=ListPresets, help='list the presets and exit')
     parser.add_argument(
-        '--arms', type=Path, metavar='FILE.py', help='config file with arms = dict(NAME=dict(preset=..., distill=...))'
+        '--arms',
+        nargs='+',
+        metavar=('FILE.py', 'NAME'),
+        help='config file with arms = dict(NAME=dict(preset=..., distill=...)), and the arms to compare (default: all)',
     )
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='random seeds (default: 0 1 2)')
     parser.add_argument(
@@ -62,16 +66,29 @@ def parse_args():
     return args
 
 
-def read_arms(file: Path) -> dict:
-    """Read the methods of a config file.
+def read_arms(file: str, names: Sequence[str] = ()) -> dict:
+    """Read the methods of a config file. ``custom_imports`` of the file apply to all of them.
+
+    Args:
+        file (str): Path of the file.
+        names (list[str]): Methods to select. Defaults to all.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file does not define ``arms``.
+        ValueError: If the file does not define ``arms``, or no arm has one of the names.
     """
-    arms = Config.fromfile(file).to_dict().get('arms')
+    cfg = Config.fromfile(file).to_dict()
+    arms = cfg.get('arms')
     if not isinstance(arms, dict) or not arms:
         raise ValueError(f"{file} defines no arms; write arms = dict(my_method=dict(preset='diffkd', distill=...)).")
+    for name in names:
+        if name not in arms:
+            from mmdiffkd.utils import closest_names
+
+            raise ValueError(f"{file} has no arm '{name}'; the nearest are {closest_names(name, arms)}.")
+    arms = {name: arms[name] for name in names or arms}
+    if cfg.get('custom_imports'):
+        arms = {name: arm and dict(custom_imports=cfg['custom_imports'], **arm) for name, arm in arms.items()}
     return arms
 
 
@@ -80,7 +97,7 @@ def main():
     with exit_on_mistake(), without_gc():
         from mmdiffkd.apis import compare
 
-        arms = read_arms(args.arms) if args.arms else None
+        arms = read_arms(args.arms[0], args.arms[1:]) if args.arms else None
         try:
             result = compare(
                 args.student,

@@ -32,12 +32,11 @@ def main():
         if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
             raise ValueError(f'--out {args.out} must end with .pkl or .pickle.')
         with without_gc():
-            import torch
+            from mmdiffkd.engine.dist import destroy_nccl_group
 
             runner = build_runner(args)
         runner.test()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    destroy_nccl_group()
 
 
 def build_runner(args):

@@ -31,12 +31,11 @@ def main():
     args = parse_args()
     with exit_on_mistake():
         with without_gc():
-            import torch
+            from mmdiffkd.engine.dist import destroy_nccl_group
 
             runner = build_runner(args)
         runner.train()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    destroy_nccl_group()
 
 
 def build_runner(args):

@@ -2,13 +2,15 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence, Union
 
 from mmengine.config import Config
+from mmengine.utils import import_modules_from_strings
 
 from mmdiffkd.cli import shorten_path
-from mmdiffkd.utils import get_model_cfg, read_config
+from mmdiffkd.utils import closest_names, get_custom_imports, get_model_cfg, read_config
 
+from .build import build_distiller
 from .distill import Source, distillation_config
 
 # settings in epochs or iterations, which a shorter schedule scales
@@ -25,7 +27,11 @@ NOT_SET = 'not set'
 
 
 def make_method_config(student: Config, settings: Optional[dict], teacher: Source, checkpoint: str) -> Config:
-    """Return the config of a method with the student's schedule; ``settings`` None trains the student alone."""
+    """Return the config of a method with the student's schedule; ``settings`` None trains the student alone.
+
+    Raises:
+        ValueError: If ``settings`` has a ``loss_weight`` that does not fit the pairs.
+    """
     settings = copy.deepcopy(settings)
     if settings is None:
         cfg, settings = copy.deepcopy(student), {}
@@ -39,6 +45,10 @@ def make_method_config(student: Config, settings: Optional[dict], teacher: Sourc
             settings.get('init_from_teacher'),
         )
     cfg = Config(cfg.to_dict())
+    if settings.get('custom_imports'):
+        _add_imports(cfg, Config(dict(custom_imports=settings['custom_imports'])))
+    if settings.get('loss_weight') is not None:
+        _set_loss_weight(cfg, settings['loss_weight'])
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), *settings.get('custom_hooks', ())]
     is_by_epoch = 'max_epochs' in cfg.train_cfg
     cfg.default_hooks = cfg.get('default_hooks') or {}
@@ -57,6 +67,35 @@ def make_method_config(student: Config, settings: Optional[dict], teacher: Sourc
     for key in ('work_dir', 'resume', 'experiment_name'):
         cfg.pop(key, None)
     return cfg
+
+
+def _add_imports(cfg: Config, other: Config) -> None:
+    """Add the ``custom_imports`` of another config, and import them."""
+    names = get_custom_imports(other)
+    import_modules_from_strings(names)
+    cfg.custom_imports = dict(imports=[*get_custom_imports(cfg), *names, 'mmdiffkd'], allow_failed_imports=False)
+
+
+def _set_loss_weight(cfg: Config, weight: Union[float, Dict[str, float]]) -> None:
+    """Set the loss weight of the only pair, or of pairs by name. All pairs are kept.
+
+    Raises:
+        ValueError: If there are several pairs for a number, or no pair has one of the names.
+    """
+    pairs = list(build_distiller(cfg)[1].pairs)
+    if not isinstance(weight, dict):
+        if len(pairs) > 1:
+            raise ValueError(
+                f'loss_weight={weight} is that of one pair, but there are {", ".join(pairs)}; write '
+                f'loss_weight=dict({pairs[0]}={weight}).'
+            )
+        weight = {pairs[0]: weight}
+    for name in weight:
+        if name not in pairs:
+            raise ValueError(f"loss_weight: there is no pair '{name}'; the nearest are {closest_names(name, pairs)}.")
+    distill = cfg.model.get('distill') or {}
+    cfg.model.distill = {name: distill.get(name, {}) for name in pairs}
+    cfg.merge_from_dict({f'model.distill.{name}.neck.loss_kd.loss_weight': value for name, value in weight.items()})
 
 
 def scale_schedule(cfg: Config, factor: float) -> Config:

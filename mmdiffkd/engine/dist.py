@@ -1,4 +1,4 @@
-"""Distributed runs: errors that all ranks raise, and parameters that an iteration does not use."""
+"""Distributed runs: errors that all ranks raise, unused parameters, and the end of a run."""
 
 from typing import Callable, Iterable
 
@@ -60,3 +60,17 @@ def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Te
         Tensor: The same loss.
     """
     return _AttachUnused.apply(loss, *parameters)
+
+
+def destroy_nccl_group() -> None:
+    """Destroy the process group of a finished run, if its backend is NCCL, which warns about groups that remain.
+
+    The group of gloo ends with the process: torch 2.5 can hang when it destroys this group, because it holds the GIL
+    while it waits for a thread that needs the GIL.
+    """
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_backend() == 'nccl'
+    ):
+        torch.distributed.destroy_process_group()

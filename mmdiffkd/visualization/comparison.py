@@ -119,6 +119,28 @@ def conclude(metric: str, values: Dict[str, Values]) -> str:
     return f'On {split}, {"; ".join(parts)}.{chosen}' if parts else f'There is nothing to compare {best} with.'
 
 
+def compare_teacher(metric: str, teacher: Optional[float], alone: Sequence[float]) -> List[str]:
+    """Say whether the teacher is better than the student alone; nothing if a result is missing.
+
+    Args:
+        metric (str): Name of the metric.
+        teacher (float, optional): Metric of the teacher on the validation split.
+        alone (list[float]): Metric of the student alone, by seed.
+
+    Returns:
+        list[str]: No sentence or one.
+    """
+    if teacher is None or not alone:
+        return []
+    mean = statistics.fmean(alone)
+    if teacher > mean:
+        return [f'On val, the teacher has {metric} {teacher:.4g} and the student alone {mean:.4g}.']
+    return [
+        f'Warning: the teacher ({metric} {teacher:.4g} on val) is not better than the student alone ({mean:.4g}): '
+        'check its weights, or choose a better teacher.'
+    ]
+
+
 def _is_clear(mean: float, half: float) -> bool:
     return abs(mean) > half
 

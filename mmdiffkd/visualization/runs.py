@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from mmdiffkd.engine.checkpoint import PREFIX
+from mmdiffkd.utils import closest_names
 
 from .logs import NO_METRICS, DamagedLogError, Log, read_log, read_versions
 
@@ -199,6 +200,19 @@ def main_metrics(groups: Iterable[Group]) -> List[str]:
     known = [name for name in names if MAIN_METRIC.fullmatch(name)]
     without = [group for group in groups if not set(known) & set(metrics_of(group))]
     return list({name: None for name in [*known, *(n for g in without for n in metrics_of(g)[:1])]})
+
+
+def choose_metric(records: Iterable[dict], name: Optional[str] = None) -> Optional[str]:
+    """Return the metric to compare: ``name``, or else the first main metric, or the first metric; None without metrics.
+
+    Raises:
+        ValueError: If there are metrics, but not this one.
+    """
+    names = list(dict.fromkeys(metric for record in records for metric in record))
+    if name is not None and names and name not in names:
+        raise ValueError(f"There is no metric '{name}'; the nearest are {closest_names(name, names)}.")
+    main = [metric for metric in names if MAIN_METRIC.fullmatch(metric)]
+    return name or next(iter(main or names), None)
 
 
 def last(series: Series) -> Optional[float]:

@@ -5,22 +5,20 @@ import os
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from mmdiffkd.apis import JobResult, compare
-from mmdiffkd.apis.compare import _lock, read_failure
+from mmdiffkd.apis import JobResult, compare, compare_results, compare_runs
+from mmdiffkd.apis.compare_runs import lock_folder, read_failure
 from mmdiffkd.apis.costs import measure_costs
 from tests import tiny
 from tests.conftest import ROOT, forget_globals
 from tests.test_visualization import logs
 
 METRIC = 'coco/bbox_mAP'
-module = import_module('mmdiffkd.apis.compare')
 MSE = dict(preset='diffkd', distill=dict(fpn=dict(neck=dict(denoise=False))))
 GAINS = dict(alone=0.0, mse=0.1, diffkd=0.12, plus=0.15)
 
@@ -104,13 +102,13 @@ def run(tmp_path, student, teacher, monkeypatch):
         start.notes = list(notes)
         return write(named, out, command, notes) if start.writes_report else None
 
-    original, write = module.preview, module.write_report
-    monkeypatch.setattr(module, 'preview', preview)
-    monkeypatch.setattr(module, 'write_report', write_report)
+    original, write = compare_runs.preview, compare_results.write_report
+    monkeypatch.setattr(compare_runs, 'preview', preview)
+    monkeypatch.setattr(compare_results, 'write_report', write_report)
 
     def start(jobs=None, **options):
         jobs = start.jobs = jobs or Jobs()
-        monkeypatch.setattr(module, 'run_parallel', jobs)
+        monkeypatch.setattr(compare_runs, 'run_parallel', jobs)
         options = dict(dict(presets=['diffkd'], seeds=[0, 1], work_dir=tmp_path / 'work'), **options)
         return compare(options.pop('student', student), *options.pop('teacher', teacher), **options)
 
@@ -152,6 +150,9 @@ def test_files(run, tmp_path, capsys):
     # more seeds are added
     run(seeds=[0, 1, 2])
     assert list(run.jobs.commands) == ['alone_seed2', 'diffkd_seed2']
+    # runs that were not asked for keep their lines
+    records = [json.loads(line) for line in (root / 'results.jsonl').read_text().splitlines()]
+    assert len(records) == 8 and sum(record['arm'] == 'mse' for record in records) == 2
 
 
 def test_test_split(run, student):
@@ -166,7 +167,7 @@ def test_test_split(run, student):
     assert train[1].endswith('tools/train.py') and train[-1] == '--resume' and train[2] == test[2]
     assert test[1].endswith('tools/test.py') and test[3].endswith('diffkd/seed1/epoch_4.pth')
     student.test_evaluator = dict(student.test_evaluator, format_only=True)  # no annotations
-    assert not module.has_test_split(student)
+    assert not compare_runs.has_test_split(student)
 
 
 def test_failed_runs_do_not_stop_the_others(run, tmp_path, capsys):
@@ -222,13 +223,13 @@ def test_list(run, tmp_path, capsys, monkeypatch):
     """Prints one command per run, starts nothing, and reads what has arrived. Logs of packages go to stderr."""
     forget_globals()
     MMLogger.get_current_instance()  # logs to the stdout of this test
-    original = module.preview
+    original = compare_runs.preview
 
     def preview(cfg):
         MMLogger.get_current_instance().warning('a log of a package')
         return original(cfg)
 
-    monkeypatch.setattr(module, 'preview', preview)
+    monkeypatch.setattr(compare_runs, 'preview', preview)
     result = run(list_runs=True)
     out, text = capsys.readouterr()
     lines = out.splitlines()
@@ -271,8 +272,8 @@ def test_other_settings_are_refused(run, teacher, tmp_path, student):
 def test_two_comparisons_in_one_folder(run, tmp_path):
     code = f"""\
 from pathlib import Path
-from mmdiffkd.apis.compare import _lock
-with _lock(Path({str(tmp_path / 'work')!r})):
+from mmdiffkd.apis.compare_runs import lock_folder
+with lock_folder(Path({str(tmp_path / 'work')!r})):
     print('locked', flush=True)
     input()
 """
@@ -285,7 +286,7 @@ with _lock(Path({str(tmp_path / 'work')!r})):
         run()
     process.kill()  # leaves the file of the lock
     process.communicate()
-    with _lock(tmp_path / 'work'):
+    with lock_folder(tmp_path / 'work'):
         assert str(os.getpid()) in (tmp_path / 'work' / 'compare.lock').read_text()
 
 
@@ -314,17 +315,24 @@ def test_invalid_arguments(run, student):
 
 
 def test_presets_that_do_not_apply(run, tmp_path, capsys, monkeypatch):
+    """Presets with the same reason share a line."""
+
     def preview(cfg):
-        if cfg.model.preset == 'plus':
+        name = cfg.model.preset
+        if name in ('dkd', 'kd'):
+            raise ValueError(f"preset='{name}' is a method for classification; choose another preset, such as 'cwd'.")
+        if name == 'plus':
             raise ValueError('the heads differ.')
         return original(cfg)
 
-    original = module.preview
-    monkeypatch.setattr(module, 'preview', preview)
-    result = run(presets=['plus', 'diffkd'], seeds=[0])
-    assert result['not_applicable'] == dict(plus='the heads differ.') and len(result['rows']) == 2
-    assert 'Not applicable: plus: the heads differ.' in capsys.readouterr().out
-    assert 'Not applicable: plus' in (tmp_path / 'work' / 'table.md').read_text()
+    original = compare_runs.preview
+    monkeypatch.setattr(compare_runs, 'preview', preview)
+    result = run(presets=['plus', 'dkd', 'kd', 'diffkd'], seeds=[0])
+    assert list(result['not_applicable']) == ['plus', 'dkd', 'kd'] and len(result['rows']) == 2
+    assert result['not_applicable']['plus'] == 'the heads differ.'
+    for text in (capsys.readouterr().out, (tmp_path / 'work' / 'table.md').read_text()):
+        assert 'Not applicable: plus: the heads differ.\n' in text
+        assert 'Not applicable: dkd, kd: the preset is a method for classification.\n' in text
     with pytest.raises(ValueError, match='No method applies to this pair of models. plus: the heads differ.'):
         run(presets=['plus'], work_dir=tmp_path / 'other')
 
@@ -356,7 +364,7 @@ def test_weak_teacher(run, tmp_path):
 
 def test_gpus(run, monkeypatch):
     """One run per GPU."""
-    monkeypatch.setattr(module, 'available_gpus', lambda: ['2', '5', '7'])
+    monkeypatch.setattr(compare_runs, 'available_gpus', lambda: ['2', '5', '7'])
     run(seeds=[0])
     assert run.jobs.options == dict(gpus=['2', '5', '7'], workers=3)
 
@@ -376,9 +384,9 @@ def test_measured_costs(student, teacher, monkeypatch):
     monkeypatch.setattr('mmdiffkd.apis.costs.MOST_ROUNDS', 1)
     absent = (teacher[0], 'absent.pth')
     cfgs = dict(
-        alone=module.make_method_config(student, None, *teacher),
-        diffkd=module.make_method_config(student, dict(preset='diffkd'), *teacher),
-        broken=module.make_method_config(student, dict(preset='diffkd'), *absent),
+        alone=compare_runs.make_method_config(student, None, *teacher),
+        diffkd=compare_runs.make_method_config(student, dict(preset='diffkd'), *teacher),
+        broken=compare_runs.make_method_config(student, dict(preset='diffkd'), *absent),
     )
     costs = measure_costs(cfgs)
     assert costs['alone']['time'] == 1.0

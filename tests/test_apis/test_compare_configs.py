@@ -1,8 +1,12 @@
+import sys
+
 import pytest
 from mmengine.config import Config
 
+from mmdiffkd.apis.build import build_distiller
 from mmdiffkd.apis.compare_configs import has_test_split, make_method_config, scale_schedule
 from mmdiffkd.utils import resolve_config
+from tests import tiny
 
 CHECKPOINT = dict(checkpoint=dict(type='CheckpointHook', interval=1))
 
@@ -78,3 +82,37 @@ def test_results_are_logged_for_any_visualizer():
     student = Config(dict(model=dict(type='A'), train_cfg=dict(max_epochs=1), visualizer=dict(vis_backends=[])))
     cfg = make_method_config(student, None, '', '')
     assert cfg.visualizer.vis_backends == [dict(type='LocalVisBackend')]
+
+
+@pytest.fixture
+def make(tmp_path, shapes):
+    """Return a function that makes the config of a method."""
+    teacher = tiny.detector(base_channels=16)
+    weights = tiny.write_checkpoint(teacher, tmp_path / 'teacher.pth')
+    student = tiny.run_cfg(tiny.detector(), shapes, tmp_path)
+    return lambda **settings: make_method_config(student, settings, Config(dict(model=teacher)), weights)
+
+
+def test_loss_weight(make):
+    """Only the weight changes: the other pairs and settings of the preset stay."""
+    assert make(preset='cwd', loss_weight=2.0).model.distill == dict(fpn=dict(neck=dict(loss_kd=dict(loss_weight=2.0))))
+    (level, *_) = build_distiller(make(preset='cwd', loss_weight=2.0))[1].diffkd['fpn'].levels
+    assert type(level.loss_kd).__name__ == 'ChannelWiseDivergence' and level.loss_kd.loss_weight == 2.0
+    model = build_distiller(make(preset='plus', loss_weight=dict(cls=0.5)))[1]
+    assert list(model.pairs) == ['fpn', 'cls', 'reg'] and model.diffkd['cls'].levels[0].loss_kd.loss_weight == 0.5
+    distill = dict(fpn=dict(levels=[0], neck=dict(align=False)))
+    assert make(preset='fitnet', distill=distill, loss_weight=3).model.distill == dict(
+        fpn=dict(levels=[0], neck=dict(align=False, loss_kd=dict(loss_weight=3)))
+    )
+    with pytest.raises(ValueError, match=r'that of one pair, but there are fpn, cls, reg; write .*dict\(fpn=0.5\)'):
+        make(preset='plus', loss_weight=0.5)
+    with pytest.raises(ValueError, match="no pair 'fnp'; the nearest are 'fpn'"):
+        make(preset='plus', loss_weight=dict(fnp=0.5))
+
+
+def test_custom_imports(make, tmp_path, monkeypatch):
+    """The modules are imported here and in the processes of the runs."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'my_module_of_an_arm.py').write_text('')
+    cfg = make(preset='cwd', custom_imports=dict(imports=['my_module_of_an_arm']))
+    assert cfg.custom_imports.imports == ['my_module_of_an_arm', 'mmdiffkd'] and 'my_module_of_an_arm' in sys.modules

@@ -143,5 +143,12 @@ def test_arms_file(tmp_path):
     file.write_text(
         "base = dict(preset='diffkd')\narms = dict(a=base, b=dict(base, init_from_teacher=['neck']), c=None)\n"
     )
-    arms = load_tool('compare.py').read_arms(file)
+    read_arms = load_tool('compare.py').read_arms
+    arms = read_arms(file)
     assert arms == dict(a=dict(preset='diffkd'), b=dict(preset='diffkd', init_from_teacher=['neck']), c=None)
+    assert list(read_arms(file, ['c', 'a'])) == ['c', 'a']
+    with pytest.raises(ValueError, match="arms.py has no arm 'd'; the nearest are 'a'"):
+        read_arms(file, ['d'])
+    imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
+    file.write_text(f'custom_imports = {imports}\narms = dict(a=dict(preset="diffkd"), c=None)\n')
+    assert read_arms(file) == dict(a=dict(custom_imports=imports, preset='diffkd'), c=None)
