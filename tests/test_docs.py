@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, STRATEGIES, init_default_scope
 
 from mmdiffkd.apis.build import build_model
+from mmdiffkd.apis.compare_configs import make_method_config
 from mmdiffkd.utils.dummy_inputs import without_pretrained
 from mmdiffkd.version import __version__
 from tests.conftest import ROOT, call_tool, in_process
@@ -101,6 +102,9 @@ def test_statements(page, block, tmp_path):
     for name, arm in scope.pop('arms', {}).items():  # an arms file of tools/compare.py
         if 'distill' in arm:
             scope[name] = arm['distill']
+        if 'loss_weight' in arm:
+            student, teacher = (write(tmp_path, key, READER_CONFIGS[key]) for key in ('my_student', 'my_teacher'))
+            make_method_config(Config.fromfile(student), arm, teacher, 'my_teacher.pth')
         assert all(HOOKS.build(dict(hook)) for hook in arm.get('custom_hooks', ()))
     for name, value in scope.items():
         if isinstance(value, dict) and not name.startswith('_'):  # an example of model.distill

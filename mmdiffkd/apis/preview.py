@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.models import DiffKDDistiller, DistillContext
+from mmdiffkd.models.distillers.auto_weight import AUTO
 from mmdiffkd.models.distillers.batches import blank_sample
 from mmdiffkd.models.distillers.feature_info import (
     FeatureInfo,
@@ -248,6 +249,8 @@ def _rows(model: nn.Module, size: Size) -> List[dict]:
     rows = []
     for name, pair in model.pairs.items():
         settings = model.diffkd[name].describe()
+        if name in model.auto_weights:
+            settings = [dict(level, loss_weight=AUTO) for level in settings]
         compared = zip(pair.student_taps, pair.teacher_taps, model.compared_info(name), model.matched_levels[name])
         for student_tap, teacher_tap, infos, matches in compared:
             for position, levels in enumerate(matches):

@@ -141,7 +141,9 @@ def level_range(numbers: list) -> str:
 
 def weights(row: dict) -> str:
     names = dict(kd='loss_weight', diffusion='loss_diffusion_weight', reconstruction='loss_reconstruction_weight')
-    return '\n'.join(f'{name} {row[key]:g}' for name, key in names.items() if row.get(key) is not None) or '-'
+    values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
+    texts = {name: value if isinstance(value, str) else f'{value:g}' for name, value in values.items()}
+    return '\n'.join(f'{name} {text}' for name, text in texts.items()) or '-'
 
 
 def show_cost(result: dict) -> None:

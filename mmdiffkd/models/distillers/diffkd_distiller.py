@@ -21,8 +21,9 @@ from mmdiffkd.utils.validation import ConfigError, bind, check_value, in_key
 from mmdiffkd.version import __version__
 
 from ..diffusion.feature_diffusion import DiffusionOutput
-from ..losses.naming import name_losses, non_finite_names
+from ..losses.naming import name_losses, non_finite_names, sum_losses
 from ..necks import DistillContext
+from .auto_weight import AutoWeight, TapGradients, learning_rate_rises, update_together
 from .batches import (
     as_data_elements,
     choose_images,
@@ -209,6 +210,12 @@ class DiffKDDistiller(BaseDistiller):
         if self._init_paths:
             self._check_init_paths(build_teacher)
         if not self.task_loss:
+            if self.auto_weights:
+                raise ConfigError(
+                    'task_loss',
+                    "=False trains no losses of the student, with which loss_weight='auto' of distill."
+                    f'{", distill.".join(self.auto_weights)} compares the distillation; set a number.',
+                )
             self._freeze_untrained()
         self.diffkd_teacher = teacher
 
@@ -351,17 +358,22 @@ class DiffKDDistiller(BaseDistiller):
                     'distillation off: remove begin, end and interval from DistillScheduleHook.'
                 )
             return super().loss(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self.update_auto_weights()
+        gradients = self._measured_gradients()
         taps = {tap for pair in self.pairs.values() for tap in pair.student_taps}
         needs_rois = any(is_roi_tap(tap) for pair in self.pairs.values() for tap in pair.teacher_taps)
         with ExitStack() as stack:
-            recorder = stack.enter_context(ModuleOutputsRecorder(self, taps, 'student'))
+            on_copy = gradients.watch if gradients.weights else None
+            recorder = stack.enter_context(ModuleOutputsRecorder(self, taps, 'student', on_copy=on_copy))
             rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
             encoder = stack.enter_context(ModuleInputsRecorder(self, self.encoder_path)) if self.encoder_path else None
             if self.task_loss or needs_rois:
-                task_losses = super().loss(*args, **kwargs)
+                task_losses = dict(super().loss(*args, **kwargs))
             else:
                 task_losses = self.run_to_taps(self, args, kwargs)
         losses = dict(task_losses) if self.task_loss else {}
+        own_loss = sum_losses(losses) if self.auto_weights else None
         images = self.find_images(args, kwargs, encoder)
         received = list(find_images((args, kwargs)))
         if received and all(images is not other for other in received):
@@ -386,7 +398,7 @@ class DiffKDDistiller(BaseDistiller):
             label = self._ignored_labels[name]
             if label not in masks:
                 masks[label] = valid_pixel_mask(samples, label)
-            student = self._student_features(name, pair, recorder, images, task_losses)
+            student = self._student_features(name, pair, recorder, images, task_losses, gradients)
             if not self._compares(name, pair, student is not None):
                 zero = images.new_zeros((), dtype=torch.float32)
                 losses[f'{PREFIX}{name}.loss_kd'] = attach_unused_params(zero, self.diffkd[name].parameters())
@@ -410,7 +422,16 @@ class DiffKDDistiller(BaseDistiller):
             student, teacher = (self._as_dtype_of_neck(name, features) for features in (student, teacher))
             outputs = self.diffkd[name](per_tap(pair, student), per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
-            losses.update(name_losses(name, outputs, levels, state.weight, self._auxiliary_losses[name]))
+            weight, auxiliary = state.weight, self._auxiliary_losses[name]
+            auto = self.auto_weights.get(name)
+            if auto is not None:
+                of_student = [
+                    loss for output in outputs for term, loss in output.losses.items() if term not in auxiliary
+                ]
+                factor = auto.value(own_loss, torch.as_tensor(sum(of_student)))
+                weight = gradients.scales[name] = weight * factor
+                losses[f'{PREFIX}{name}.auto_weight'] = torch.as_tensor(factor, device=images.device)
+            losses.update(name_losses(name, outputs, levels, weight, auxiliary))
             drawn = {level: output for level, output in zip(levels, outputs) if _is_drawable(output)}
             if drawn and rows is None:  # otherwise, the first feature may not be of the first image
                 captured[name] = drawn
@@ -434,6 +455,41 @@ class DiffKDDistiller(BaseDistiller):
         forward_fns(student)[next(iter(self.student_info.values())).forward_fn](images, samples)
         return {}
 
+    @property
+    def auto_weights(self) -> Dict[str, AutoWeight]:
+        """The weights of the pairs with ``loss_weight='auto'``."""
+        weights = {name: getattr(self.diffkd[name], 'auto_weight', None) for name in self.pairs}
+        return {name: weight for name, weight in weights.items() if weight is not None}
+
+    def update_auto_weights(self) -> None:
+        """Update the weights of ``loss_weight='auto'`` by the gradients of the last iteration. All ranks must call it.
+
+        Raises:
+            ValueError: If no gradient has reached a tap from the start.
+        """
+        measured = {name: weight for name, weight in self.auto_weights.items() if not weight.is_fixed}
+        update_together(list(measured.values()))
+        for name, weight in measured.items():
+            taps = ', '.join(f"'{tap}'" for tap in self.pairs[name].student_taps)
+            if weight.is_fixed:
+                print_log(f"distill.{name}: loss_weight='auto' is fixed at {weight.measured:.4g}.", logger='current')
+            if weight.is_stuck:
+                raise ValueError(
+                    f"distill.{name}: loss_weight='auto' needs gradients of the student's own losses and of the "
+                    f"distillation at the student's {taps}, and found none in {weight.failures} iterations; set a "
+                    'number.'
+                )
+
+    def _measured_gradients(self) -> TapGradients:
+        """Return what records the gradients of this iteration, for the pairs whose weight is not fixed."""
+        measured = {name: weight for name, weight in self.auto_weights.items() if not weight.is_fixed}
+        if not (torch.is_grad_enabled() and self.distill_state.weight):
+            measured = {}
+        in_warmup = self.distill_state.weight < 1 or learning_rate_rises()
+        for weight in measured.values():
+            weight.expect(in_warmup)
+        return TapGradients(measured)
+
     def output_levels(self, name: str, outputs: Sequence) -> List[int]:
         """Return the level number of each output of a pair's neck.
 
@@ -448,7 +504,13 @@ class DiffKDDistiller(BaseDistiller):
         return levels if len(outputs) == len(levels) else list(range(len(outputs)))
 
     def _student_features(
-        self, name: str, pair: Pair, recorder: ModuleOutputsRecorder, images: Tensor, losses: dict
+        self,
+        name: str,
+        pair: Pair,
+        recorder: ModuleOutputsRecorder,
+        images: Tensor,
+        losses: dict,
+        gradients: TapGradients,
     ) -> Optional[List[List[Tensor]]]:
         """Return the student's features by tap and level, after checking that they match the dry run.
 
@@ -465,6 +527,8 @@ class DiffKDDistiller(BaseDistiller):
                 return None
             calls = recorder.passes(tap, info.calls, all(info.requires_grad))
             check_training_outputs(name, tap, calls[0], info)
+            if name in gradients.weights:
+                calls = [[[gradients.branch(name, copy) for copy in call] for call in calls_] for calls_ in calls]
             passes = [recorder.as_maps(tap, outputs, images.shape[-2:], info.tokens) for outputs in calls]
             levels = [s for s, _ in matches]
             check_gradient(name, tap, passes[0], levels)

@@ -15,7 +15,7 @@ DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_h
 # Layers to tap instead of the whole backbone, because the output of the backbone cannot be compared: MLP-Mixer
 # transposes its tokens after this layer, and TridentNet returns one batch per branch in training.
 LAST_MAPS = dict(MlpMixer='ln1', TridentResNet='layer2')
-FEATURES_NEED = 'taps in both models: the necks of detectors, the backbones of other models'
+FEATURES_NEED = 'a neck or backbone in both models'
 LOGITS_NEED = 'segmentors or classifiers that share at least two classes'
 
 
@@ -23,12 +23,14 @@ class Preset:
     """A distillation method: default pairs, their necks and their weights, by the task of the models.
 
     A subclass sets the attributes, writes :meth:`default_pairs`, and is registered in ``mmdiffkd.registry.PRESETS``
-    under the name that users write in ``preset='...'``. Its docstring describes the method and the origin of its
-    weights.
+    under the name that users write in ``preset='...'``. Its docstring describes the method. The docstrings of this
+    package have the sections ``Weights`` (where the weights are from), ``Released code`` (what differs from it, and its
+    mistakes) and ``Examples`` (configs), from which ``python -m benchmarks.preset_pages`` writes a page per preset.
 
     Attributes:
         summary (str): The method in one line.
         paper (str): Citation of the paper.
+        released_code (str): Released code that gives the same losses and gradients in the tests; empty if none does.
         needs (str): What the method needs of student and teacher, in a few words.
         weights (dict[str, float]): Default ``loss_weight`` of ``distance`` by task: ``detection``,
             ``segmentation``, ``classification``. Other tasks are refused. Models of no known task use the weight of
@@ -41,6 +43,7 @@ class Preset:
 
     summary: str = ''
     paper: str = ''
+    released_code: str = ''
     needs: str = FEATURES_NEED
     weights: Dict[str, float] = {}
     distance: dict = dict(type='mmdiffkd.MSELoss')

@@ -20,18 +20,38 @@ DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
 
 @PRESETS.register_module(name='diffkd')
 class DiffKDPreset(Preset):
-    """Default pairs and weights of the paper (Section 4 and Appendix).
+    """DiffKD: denoise the features of the student by a diffusion model of the teacher's features, then compare them.
 
-    - Detectors: the outputs of the necks, or of the backbones if a model has no neck.
-    - Segmentors: the logits at the head's resolution (``conv_seg``), compared by DIST. If a model has no such layer or
-      the models share less than two classes: the outputs of the backbones.
-    - Classifiers: the last feature maps, through an autoencoder; and the logits, compared by KL divergence, if the
-      models share at least two classes and each image has one class.
-    - Other models: the outputs of the image encoders.
+    A small diffusion model learns to remove noise from features of the teacher. It denoises the features of the student
+    in five steps before they are compared, see :class:`.FeatureDiffusionNeck`. ``loss_kd`` is backpropagated through
+    all five steps.
+
+    - Detectors distill the outputs of the neck, or of the backbone if a model has no neck.
+    - Segmentors distill the logits, compared by DIST. If a model has no logit layer or the models share less than two
+      classes, they distill the outputs of the backbones.
+    - Classifiers distill the last feature map, through an autoencoder; and the logits, compared by KL divergence, if
+      the models share at least two classes and each image has one class.
+    - Other models distill the outputs of the image encoder.
+
+    Weights:
+        5 for Faster R-CNN, RetinaNet and FCOS and 15 for RepPoints are the weights of the paper, which chooses them so
+        that the loss is about as large as that of Faster R-CNN. Logits and features of classifiers have weight 1, other
+        features 5.
+
+    Released code:
+        The released code contains only the experiments with classifiers; docs/results/paper.md lists all differences.
+
+    Examples:
+        To compare features by the attention-weighted distance, which the paper marks with a dagger::
+
+            _base_ = './my_diffkd_config.py'
+            loss_kd = dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0)
+            model = dict(preset='diffkd', distill=dict(fpn=dict(neck=dict(loss_kd=loss_kd))))
     """
 
     summary = 'DiffKD: denoise the student features by diffusion, then compare them (the paper)'
     paper = 'Huang et al., Knowledge Diffusion for Distillation, NeurIPS 2023, arXiv 2305.15712'
+    released_code = 'the released code of DiffKD'
 
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
         """Return the default pairs. Arguments: see :meth:`.Preset.default_pairs`."""

@@ -92,6 +92,9 @@ def test_errors(tmp_path):
         tiny.build(tiny.distiller_cfg(tmp_path, task_loss=False) | dict(teacher=None))
     with pytest.raises(ValueError, match="task_loss='no' must be True or False"):
         tiny.build(tiny.distiller_cfg(tmp_path, task_loss='no'))
+    auto = dict(fpn=dict(neck=dict(loss_kd=dict(loss_weight='auto'))))
+    with pytest.raises(ValueError, match="task_loss=False trains no losses .* loss_weight='auto' of distill.fpn"):
+        distill_only(tmp_path, distill=auto)
     model = distill_only(tmp_path)
     model.distill_state.enabled = False
     with pytest.raises(ValueError, match='Nothing is trained in this iteration, because task_loss=False'):
