@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import ConfigError, get_class, in_key
 
+from .batches import walk_graph
+
 AUTO = 'auto'
 KEY = 'loss_weight'
 # Gradient of the distillation divided by the gradient of the student's own losses, at the student's taps: for features,
@@ -70,8 +72,9 @@ class AutoWeight(nn.Module):
 
     The weight is ``ratio`` times the geometric mean, over ``NUM_MEASUREMENTS`` iterations, of |g_s| / |g_d|.
     g_s is the gradient of the student's own losses at the student's taps, and g_d is that of the pair's losses with
-    weight 1. The norms are over all levels, images and ranks. Losses of other pairs that reach the taps count as the
-    student's own. Both gradients have the same loss scale, so the weight does not depend on mixed precision.
+    weight 1. The norms are over all levels, images and ranks. If levels are computed from each other, as in a backbone,
+    only the last one is measured. Losses of other pairs that reach the taps count as the student's own. Both gradients
+    have the same loss scale, so the weight does not depend on mixed precision.
 
     Measurements in the warmup of the learning rate or of ``DistillScheduleHook`` do not count: there, the latest one
     applies. Then, until the last measurement, the mean of the previous ones applies. The first weight makes the pair's
@@ -236,6 +239,7 @@ class TapGradients:
         self.weights = {name: weight for name, weight in weights.items() if is_measured and not weight.is_fixed}
         self.scales: Dict[str, Union[float, Tensor]] = {}
         self._branches: Dict[int, List[tuple]] = {}
+        self._edges: Dict[str, Dict[tuple, tuple]] = {name: {} for name in self.weights}
         in_warmup = schedule_weight < 1 or learning_rate_rises()
         for weight in self.weights.values():
             weight.expect(in_warmup)
@@ -267,8 +271,22 @@ class TapGradients:
             return copy
         view, received = copy.view_as(copy), []
         view.register_hook(received.append)
-        self._branches[id(copy)].append((pair, received))
+        branches = self._branches[id(copy)]
+        branches.append((pair, received))
+        self._edges[pair][copy.grad_fn.next_functions[0]] = branches, branches[-1]
         return view
+
+    def leave_out_early_levels(self, pair: str) -> None:
+        """Do not measure levels that later levels of the pair are computed from, such as stages of a backbone.
+
+        There, the gradient that the student passes on contains the distillation of the later levels, so that a larger
+        weight would be measured as a larger gradient of the student's own losses.
+        """
+        edges = self._edges[pair]
+        early = {edge for node, _ in edges for edge in walk_graph(list(node.next_functions)) if edge in edges}
+        for edge in early:
+            branches, branch = edges[edge]
+            branches.remove(branch)
 
 
 def _squared_norm(gradient: Tensor) -> Tensor:

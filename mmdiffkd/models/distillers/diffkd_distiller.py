@@ -536,6 +536,8 @@ class DiffKDDistiller(BaseDistiller):
             if self.distill_state.record_tap_gradients and torch.is_grad_enabled():
                 self._record_gradients(name, dict(zip(levels, recorded)))
             features.append(recorded)
+        if name in gradients.weights:
+            gradients.leave_out_early_levels(name)
         return None if any(not len(level) for levels in features for level in levels) else features
 
     def _as_dtype_of_neck(self, name: str, features: List[List[Tensor]]) -> List[List[Tensor]]:
