@@ -23,7 +23,7 @@ KEY = 'loss_weight'
 # Gradient of the distillation divided by the gradient of the student's own losses, at the student's taps: for features,
 # and for taps in heads, whose outputs the student's losses train directly. A distance or neck with a different
 # attribute ``gradient_ratio`` overrides both.
-FEATURE_RATIO = 3.0
+FEATURE_RATIO = 1.5
 HEAD_RATIO = 0.3
 NUM_MEASUREMENTS = 100  # iterations whose mean is the final weight
 MAX_FAILURES = 20  # iterations without a gradient, from the start, after which the run stops
