@@ -209,10 +209,10 @@ def update_together(weights: Dict[str, AutoWeight]) -> None:
 
 
 def find_ratio(neck: nn.Module, taps: Sequence[str]) -> float:
-    """Return the gradient ratio of a neck: that of its distance or of its own class, or else that of its taps."""
+    """Return the gradient ratio of a neck: that of its distance, or else of its own class, or else of its taps."""
     distance = next((module for name, module in neck.named_modules() if name.endswith('loss_kd')), neck)
     default = HEAD_RATIO if any('head' in tap for tap in taps) else FEATURE_RATIO
-    return getattr(distance, 'gradient_ratio', default)
+    return getattr(distance, 'gradient_ratio', getattr(neck, 'gradient_ratio', default))
 
 
 def learning_rate_rises() -> bool:

@@ -79,6 +79,7 @@ class MGDNeck(FeatureDiffusionNeck):
         ValueError: If an argument is invalid; see :class:`FeatureDiffusionNeck`.
     """
 
+    gradient_ratio = 0.3  # for loss_weight='auto'
     part = MaskedGeneration
     denoises = False
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmdiffkd.apis.distill_to_text import distill_to_text
 from mmdiffkd.apis.preview import _rows as preview_rows
-from mmdiffkd.models import PKDLoss, export
+from mmdiffkd.models import MGDNeck, PKDLoss, export
 from mmdiffkd.models.distillers import auto_weight
 from mmdiffkd.models.distillers.auto_weight import FEATURE_RATIO, HEAD_RATIO, AutoWeight, find_ratio, without_auto
 from mmdiffkd.models.losses.naming import sum_losses
@@ -210,6 +210,7 @@ def test_ratio_of_a_distance(tmp_path):
     loss_kd = dict(type='mmdiffkd.PKDLoss', loss_weight='auto')
     neck = build(tmp_path, dict(FPN, neck=dict(denoise=False, loss_kd=loss_kd))).diffkd['feat']
     assert find_ratio(neck, ['neck']) == neck.auto_weight.ratio == PKDLoss.gradient_ratio
+    assert find_ratio(MGDNeck([4], [4]), ['neck']) == MGDNeck.gradient_ratio
 
 
 def test_loss_without_gradients_is_not_measured(tmp_path):
