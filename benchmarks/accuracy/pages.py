@@ -80,6 +80,7 @@ SETS = {
             'recipes': Topic(reference='diffkd', seeds=THREE),
             'variants': Topic(reference='diffkd', seeds=THREE, splits=VALIDATION),
             'weights': WEIGHTS,
+            'auto': Topic(reference=BASELINE),
         },
     ),
     'camvid': ResultSet(
@@ -92,6 +93,7 @@ SETS = {
             'preset': Topic(reference='plus', seeds=THREE),
             'tried': Topic(reference='plus', seeds=THREE, splits=VALIDATION),
             'weights': WEIGHTS,
+            'auto': Topic(reference=BASELINE),
         },
     ),
     'deeppcb-longer': ResultSet(
@@ -306,8 +308,9 @@ def write_page(name: str, topic: str, results: Path) -> Optional[Path]:
         machines = sorted({cost['measured_on'] for cost in costs_of(lines, records).values()})
         if machines:
             text.append(
-                'The column "time" is the time of a training step relative to a step of the student alone. The column '
-                '"memory (MiB)" is the peak memory of a training step, without weights, optimizer state and images. '
+                'The column "relative time" is the time of a training step relative to a step of the student alone. '
+                'The column "memory (MiB)" is the peak memory of a training step, without weights, optimizer state and '
+                'images. '
                 f'Measured on: {". ".join(machines)}.'
             )
         reported = scaled(records, name, metric, page.splits)[split]
