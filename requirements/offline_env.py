@@ -32,18 +32,22 @@ STEPS = ('packages', "mmcv's operators", 'imports')
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', required=True)
-    pack_parser = commands.add_parser('pack', help='download the packages')
-    pack_parser.add_argument('folder', type=Path, help='folder to download to')
-    pack_parser.add_argument('--python', default='3.12', help='Python version of the other machine (default 3.12)')
-    pack_parser.add_argument(
-        '--also', nargs='+', default=[], metavar='NAME', help='more packages: NAME or NAME==VERSION'
+    parser.add_argument('command', choices=['pack', 'install'])
+    parser.add_argument(
+        'folder', type=Path, nargs='?', help='folder of the packages; install without it only checks the imports'
     )
-    install_parser = commands.add_parser('install', help='install the packages and compile the operators')
-    install_parser.add_argument('folder', type=Path, nargs='?', help='folder of pack; without it, only check imports')
-    install_parser.add_argument('--site', type=Path, required=True, help='folder to install to, for PYTHONPATH')
-    install_parser.add_argument('--page', type=Path, required=True, help='write a table of the steps to this .md file')
-    return parser.parse_args()
+    parser.add_argument('--python', default='3.12', help='pack: Python version of the other machine (default 3.12)')
+    parser.add_argument(
+        '--also', nargs='+', default=[], metavar='NAME', help='pack: more packages, such as numpy==2.2.6'
+    )
+    parser.add_argument('--site', type=Path, help='install: folder to install to, for PYTHONPATH')
+    parser.add_argument('--page', type=Path, help='install: write a table of the steps to this .md file')
+    args = parser.parse_args()
+    if args.command == 'pack' and args.folder is None:
+        parser.error('pack needs a folder.')
+    if args.command == 'install' and None in (args.site, args.page):
+        parser.error('install needs --site and --page.')
+    return args
 
 
 def pack(folder, python, also):
