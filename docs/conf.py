@@ -37,6 +37,7 @@ autodoc_typehints = 'none'
 autodoc_member_order = 'bysource'
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_custom_sections = ['Weights', 'Released code']  # of presets
 napoleon_use_ivar = True  # list attributes in the class docstring only
 
 # All referenced names of this package must be documented; other packages' types have

@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, STRATEGIES, init_default_scope
 
 from mmdiffkd.apis.build import build_model
+from mmdiffkd.apis.compare_configs import make_method_config
 from mmdiffkd.utils.dummy_inputs import without_pretrained
 from mmdiffkd.version import __version__
 from tests.conftest import ROOT, call_tool, in_process
@@ -78,9 +79,15 @@ def build(cfg):
 
 @pytest.mark.parametrize('page, block', CONFIGS)
 def test_config(page, block, tmp_path):
+    for library in re.findall(r"'(timm|transformers)::|mmdiffkd\.(Timm)Encoder", block):
+        pytest.importorskip(''.join(library).lower())
     cfg = Config.fromfile(write(tmp_path, 'block', block), import_custom_modules=False)
     assigned = {target.id for node in ast.parse(block).body if isinstance(node, ast.Assign) for target in node.targets}
-    if 'model' in assigned:
+    if 'model' in assigned and 'student' not in cfg.model:  # a plain student
+        init_default_scope(cfg.default_scope)
+        without_pretrained(cfg.model)
+        build_model(cfg, cfg.model)
+    elif 'model' in assigned:
         model = build(cfg)
         assert set(model.diffkd) == set(cfg.model.get('distill', model.pairs))
     if 'type' in cfg.get('strategy', {}):
@@ -97,6 +104,9 @@ def test_statements(page, block, tmp_path):
     for name, arm in scope.pop('arms', {}).items():  # an arms file of tools/compare.py
         if 'distill' in arm:
             scope[name] = arm['distill']
+        if 'loss_weight' in arm:
+            student, teacher = (write(tmp_path, key, READER_CONFIGS[key]) for key in ('my_student', 'my_teacher'))
+            make_method_config(Config.fromfile(student), arm, teacher, 'my_teacher.pth')
         assert all(HOOKS.build(dict(hook)) for hook in arm.get('custom_hooks', ()))
     for name, value in scope.items():
         if isinstance(value, dict) and not name.startswith('_'):  # an example of model.distill

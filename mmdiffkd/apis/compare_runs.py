@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,8 @@ class ComparisonRuns:
         self.cfgs: Dict[str, Config] = {}
         self.not_applicable: Dict[str, str] = {}
         self.trainings: List[Training] = []
-        self._waiting: Set[str] = set()  # names of the runs that this process has not finished
+        self._waiting: Dict[str, Training] = {}  # the runs that this process has not finished, by name
+        self._started = self._finished = 0.0  # time of the start, and estimated seconds of the runs that ended since
 
     def add_methods(self, methods: Dict[str, Optional[dict]], seeds: Sequence[int], strict: Set[str]) -> None:
         """Write the configs of all runs, and preview each method.
@@ -360,14 +362,14 @@ class ComparisonRuns:
                     'added parameters (M)': _number(seen.get('parameters'), 1e6),
                     'added multiply-adds (G)': _number(seen.get('gmacs')),
                     's per iteration': _number(cost.get('seconds')),
-                    'time': _number(cost.get('time')),
+                    'relative time': _number(cost.get('time')),
                     'memory (MiB)': _number(cost.get('peak_mib')),
                 }
             )
         _say('\n'.join(['', aligned_markdown(rows), *(f'Not applicable: {reason}' for reason in self.reasons())]))
-        costs = [self.state['costs'].get(training.method) for training in missing]
-        if missing and all(costs):
-            seconds = sum(cost['seconds'] * cost['iterations'] for cost in costs)
+        times = list(map(self._seconds, missing))
+        if missing and all(times):
+            seconds = sum(times)
             workers = min(workers, len(missing))
             _say(
                 f'The {len(missing)} missing runs take about {_duration(seconds / workers)} with {workers} at a time, '
@@ -379,19 +381,32 @@ class ComparisonRuns:
         if metric is None:
             metric = choose_metric([self.teacher_metrics()])
         _say('Press Ctrl-C to stop; the same command continues.')
+        # of each seed the longest first, so that the last runs of parallel ones end together
+        missing = sorted(missing, key=lambda training: (training.seed, -self._seconds(training)))
         for _ in range(2):  # the second time only for runs whose last validation is missing
             jobs = [
                 Job(training.name, ['sh', '-c', training.command()], training.log, training.folder, metric)
                 for training in missing
             ]
-            self._waiting = {job.name for job in jobs}
+            self._waiting = {job.name: training for job, training in zip(jobs, missing)}
+            self._started, self._finished = time.monotonic(), 0.0
             done = run_parallel(jobs, workers, self._save_result, gpus=gpus)
             missing = [training for training, result in zip(missing, done) if result.ok and not training.is_done]
             if not missing:
                 return
 
+    def _seconds(self, training: Training) -> float:
+        """Return the estimated time of a run; 0 if it is not known."""
+        cost = self.state['costs'].get(training.method)
+        return cost['seconds'] * cost['iterations'] if cost else 0.0
+
     def _save_result(self, result: JobResult) -> None:
-        self._waiting.discard(result.name)
+        self._finished += self._seconds(self._waiting.pop(result.name))
+        left = sum(map(self._seconds, self._waiting.values()))
+        if left and self._finished:
+            left *= (time.monotonic() - self._started) / self._finished
+            count = len(self._waiting)
+            _say(f'{count} {"run" if count == 1 else "runs"} left: about {_duration(left)}.')
         try:
             self.write_records()
         except OSError as error:  # such as a full disk, which must not stop the other runs
@@ -429,7 +444,7 @@ def _summary(report: dict) -> dict:
     gmacs = [report['gmacs'][part] for part in ('teacher', 'diffusion_module')]
     return dict(
         pairs=[f'{pair} ({_numbers(numbers)})' for pair, numbers in levels.items()],
-        weights=[f'{pair} {weight:g}' for pair, weight in weights.items()],
+        weights=[f'{pair} {weight if isinstance(weight, str) else f"{weight:g}"}' for pair, weight in weights.items()],
         parameters=report['parameters']['diffusion_module'],
         gmacs=None if None in gmacs else sum(gmacs),
     )

@@ -11,7 +11,7 @@ import sys
 import time
 from itertools import accumulate, cycle
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Union
 
 import torch
 from mmengine.config import Config
@@ -34,35 +34,60 @@ BATCHES = 2  # number of training batches, which are used in turn
 def measure_costs(cfgs: Dict[str, Config]) -> Dict[str, dict]:
     """Measure training iterations on images of the training set.
 
-    The first config is the baseline. Iterations of the baseline and of another config run in turn, so that a change in
-    the load of the machine affects both. At most two models are in memory.
-
     Args:
-        cfgs (dict[str, Config]): Configs with the same data, by name.
+        cfgs (dict[str, Config]): Configs with the same data, by name. The first one is the baseline.
 
     Returns:
-        dict[str, dict]: Costs by name:
-
-        * ``seconds``: median time of an iteration, with loading of the images if no worker process loads them.
-        * ``time``: median ratio to the time of the baseline, without loading.
-        * ``peak_mib``: peak memory of an iteration in MiB, without weights, optimizer state and images.
-        * ``iterations``: number of iterations of the training.
-
-        If an iteration fails, the only key is ``error``.
+        dict[str, dict]: Costs by name, as of :func:`measure_iterations`. ``seconds`` contains the loading of the
+        images, if no worker process loads them. ``iterations`` is the number of iterations of the training.
 
     Raises:
         Exception: If the training data cannot be loaded, or an iteration of the baseline fails.
     """
-    baseline, *names = cfgs
-    cfg = cfgs[baseline]
+    cfg = next(iter(cfgs.values()))
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     batches, length, loading = _load_batches(cfg)
-    base, costs = _step(cfg, batches), {}
+    costs = measure_iterations(cfgs, batches)
+    for name, cost in costs.items():
+        if 'error' not in cost:
+            cost.update(seconds=cost['seconds'] + loading, iterations=_iterations(cfgs[name], length))
+    return costs
+
+
+def measure_iterations(
+    cfgs: Dict[str, Config], batches: Sequence, rounds: Optional[int] = None
+) -> Dict[str, Dict[str, Union[float, str]]]:
+    """Measure training iterations on given batches.
+
+    Iterations of the baseline and of another config run in turn, so that a change in the load of the machine affects
+    both. At most two models are in memory.
+
+    Args:
+        cfgs (dict[str, Config]): Configs with the same data, by name. The first one is the baseline.
+        batches (list): Batches of the dataloader, which are used in turn.
+        rounds (int, optional): Number of timed iterations per config. Defaults to None: as many as fit into
+            ``SECONDS``, and at most ``MOST_ROUNDS``.
+
+    Returns:
+        dict[str, dict]: Costs by name:
+
+        * ``seconds``: median time of an iteration.
+        * ``time``: median ratio to the time of the baseline.
+        * ``peak_mib``: peak memory of an iteration in MiB, without weights, optimizer state and images.
+
+        If an iteration fails, the only key is ``error``.
+
+    Raises:
+        Exception: If an iteration of the baseline fails.
+    """
+    baseline, *names = cfgs
+    base, costs = training_step(cfgs[baseline], batches), {}
     for name in [baseline, *names]:
         try:
-            steps = {baseline: base, name: base if name == baseline else _step(cfgs[name], batches)}
+            steps = {baseline: base, name: base if name == baseline else training_step(cfgs[name], batches)}
             seconds = sum(_seconds(step) for step in steps.values() for _ in range(2)) / 2
-            times = in_turn(steps, rounds=max(1, min(MOST_ROUNDS, int(SECONDS / seconds))), warmup=0)
+            count = rounds or max(1, min(MOST_ROUNDS, int(SECONDS / seconds)))
+            times = in_turn(steps, rounds=count, warmup=0)
             ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline]))
             peak = peak_mib(steps[name])
         except Exception as error:  # such as a teacher whose weights do not fit, or too little memory for this method
@@ -72,10 +97,8 @@ def measure_costs(cfgs: Dict[str, Config]) -> Dict[str, dict]:
             continue
         # the measured iterations distill, but with an interval of n only every n-th iteration of a run does
         ratio = 1 + (ratio - 1) / _interval(cfgs[name])
-        alone = costs[baseline]['seconds'] - loading if costs else statistics.median(times[name])
-        costs[name] = dict(
-            seconds=alone * ratio + loading, time=ratio, peak_mib=peak, iterations=_iterations(cfgs[name], length)
-        )
+        alone = costs[baseline]['seconds'] if costs else statistics.median(times[name])
+        costs[name] = dict(seconds=alone * ratio, time=ratio, peak_mib=peak)
     return costs
 
 
@@ -98,8 +121,8 @@ def _iterations(cfg: Config, epoch_length: int) -> int:
     return cfg.train_cfg.max_iters if 'max_iters' in cfg.train_cfg else cfg.train_cfg.max_epochs * epoch_length
 
 
-def _step(cfg: Config, batches: Sequence) -> Callable:
-    """Return a function that trains a model for one iteration."""
+def training_step(cfg: Config, batches: Sequence) -> Callable:
+    """Build a model, and return a function that trains it for one iteration; the batches are used in turn."""
     MessageHub.get_current_instance().runtime_info.update(iter=0, epoch=0)  # some models read them
     model = build_model(cfg, cfg.model).to(get_device())
     model.init_weights()

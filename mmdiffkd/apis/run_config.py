@@ -19,7 +19,7 @@ def load_run_config(args: argparse.Namespace) -> Config:
         Config: The config, with ``work_dir`` from the command line, from the config, or named after the config file.
 
     Raises:
-        ImportError, ValueError: See :func:`.load_config` and :func:`.check_run_config`.
+        ImportError, ValueError: See ``mmdiffkd.utils.config.load_config`` and ``check_run_config``.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config)

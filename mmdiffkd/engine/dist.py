@@ -68,5 +68,9 @@ def destroy_nccl_group() -> None:
     The group of gloo ends with the process: torch 2.5 can hang when it destroys this group, because it holds the GIL
     while it waits for a thread that needs the GIL.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_backend() == 'nccl':
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_backend() == 'nccl'
+    ):
         torch.distributed.destroy_process_group()

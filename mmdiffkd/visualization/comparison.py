@@ -36,19 +36,19 @@ def best_method(values: Values, without: Sequence[str] = ()) -> Optional[str]:
     return max(means, key=means.get, default=None)
 
 
-def mean_text(numbers: Sequence[float], metric: str) -> str:
-    """Format mean and standard deviation (n - 1)."""
+def mean_text(numbers: Sequence[float], places: int) -> str:
+    """Format mean and standard deviation (n - 1) with this number of decimals."""
     if not numbers:
         return DASH
-    mean, places = f'{statistics.fmean(numbers):.{digits(metric)}f}', digits(metric)
+    mean = f'{statistics.fmean(numbers):.{places}f}'
     return mean if len(numbers) < 2 else f'{mean} ± {deviation(numbers):.{places}f}'
 
 
-def difference_text(differences: Sequence[float], metric: str) -> str:
-    """Format mean and 95% interval of paired differences."""
+def difference_text(differences: Sequence[float], places: int) -> str:
+    """Format mean and 95% interval of paired differences with this number of decimals."""
     if not differences:
         return DASH
-    (mean, half), places = confidence(differences), digits(metric)
+    mean, half = confidence(differences)
     return f'{mean:+.{places}f}' + ('' if half is None else f' ({_interval(mean, half, places)})')
 
 
@@ -56,7 +56,14 @@ def _interval(mean: float, half: float, places: int) -> str:
     return f'{mean - half:+.{places}f} to {mean + half:+.{places}f}'
 
 
-def comparison_rows(metric: str, values: Dict[str, Values], costs: Dict[str, dict], reasons: Dict[str, str]) -> List:
+def comparison_rows(
+    metric: str,
+    values: Dict[str, Values],
+    costs: Dict[str, dict],
+    reasons: Dict[str, str],
+    reference: Optional[str] = None,
+    places: Optional[int] = None,
+) -> List[Dict[str, str]]:
     """Return one table row per method.
 
     Args:
@@ -66,27 +73,30 @@ def comparison_rows(metric: str, values: Dict[str, Values], costs: Dict[str, dic
         costs (dict[str, dict]): ``time``, ``memory`` (MiB) and ``gmacs`` (added multiply-adds in units of 1e9) by
             method, as far as they are known.
         reasons (dict[str, str]): Reasons of the methods that have no result.
+        reference (str, optional): Method to compare with, besides the student alone. Defaults to the best other method.
+        places (int, optional): Number of decimals of the metric. Defaults to the usual number.
 
     Returns:
         list[dict[str, str]]: Cells by column.
     """
     (choice, *_), (*_, reported) = values.values(), values.values()
+    places = digits(metric) if places is None else places
     rows = []
     for method in [*reported, *(method for method in reasons if method not in reported)]:
         own, cost = reported.get(method, {}), costs.get(method, {})
-        other = None if method == BASELINE else best_method(choice, without=(BASELINE, method))
+        other = reference or best_method(choice, without=(BASELINE, method))
         row = {'method': method, 'seeds': str(len(own))}
         for split, found in values.items():
-            row[f'{metric} ({split})'] = mean_text(list(found.get(method, {}).values()), metric)
+            row[f'{metric} ({split})'] = mean_text(list(found.get(method, {}).values()), places)
         if not own and method in reasons:
             row[f'{metric} ({list(values)[-1]})'] = reasons[method]
         is_baseline = method == BASELINE
-        row['vs. alone'] = DASH if is_baseline else difference_text(paired(own, reported.get(BASELINE, {})), metric)
-        row['vs. best other'] = difference_text(paired(own, reported.get(other, {})), metric) if other else DASH
-        if row['vs. best other'] != DASH:
-            row['vs. best other'] += f' {other}'
+        row['vs. alone'] = DASH if is_baseline else difference_text(paired(own, reported.get(BASELINE, {})), places)
+        is_compared = not is_baseline and other not in (None, method)
+        text = difference_text(paired(own, reported.get(other, {})), places) if is_compared else DASH
+        row[f'vs. {reference or "best other"}'] = text if reference or text == DASH else f'{text} {other}'
         for name, key, text in (
-            ('time', 'time', '{:.2f}'),
+            ('relative time', 'time', '{:.2f}'),
             ('memory (MiB)', 'memory', '{:.0f}'),
             ('added multiply-adds (G)', 'gmacs', '{:.3g}'),
         ):

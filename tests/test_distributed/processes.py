@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from mmdiffkd.models.diffusion.feature_diffusion import NoiseInputs
 from tests import tiny
 
 WORLD = 2
+TIMEOUT = 240  # seconds that a rank waits for the others, less than a test may take
 FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 LATENT = 8
 PAIRS = dict(
@@ -83,7 +85,13 @@ def _process(rank, worker, folder, args):
     torch.set_num_threads(1)
     logging.disable(logging.INFO)  # hide messages about initialized weights
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        'gloo',
+        init_method=f'file://{folder}/store',
+        timeout=timedelta(seconds=TIMEOUT),
+        rank=rank,
+        world_size=WORLD,
+    )
     init_default_scope('mmdet')
     torch.save(worker(rank, *args), Path(folder) / f'{rank}.pt')
     dist.barrier()

@@ -95,6 +95,11 @@ def show(result: dict) -> None:
     print_table(
         ('pair', 'levels', 'adapter', 'latent channels', 'denoiser', 'loss_kd', 'loss weights'), settings(result)
     )
+    if result['untrained']:
+        print(
+            'Only the distillation is trained (task_loss=False). No compared feature depends on these modules, so\n'
+            f'their weights keep their initial values: {", ".join(result["untrained"])}.\n'
+        )
     show_cost(result)
     print(
         '\nSettings of all pairs, including defaults. To change them, paste this text into the config above `model`\n'
@@ -136,7 +141,9 @@ def level_range(numbers: list) -> str:
 
 def weights(row: dict) -> str:
     names = dict(kd='loss_weight', diffusion='loss_diffusion_weight', reconstruction='loss_reconstruction_weight')
-    return '\n'.join(f'{name} {row[key]:g}' for name, key in names.items() if row.get(key) is not None) or '-'
+    values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
+    texts = {name: value if isinstance(value, str) else f'{value:g}' for name, value in values.items()}
+    return '\n'.join(f'{name} {text}' for name, text in texts.items()) or '-'
 
 
 def show_cost(result: dict) -> None:

@@ -122,6 +122,7 @@ class CheckpointHook(BaseCheckpointHook):
             checkpoint['meta'][TEACHER] = fingerprint
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        _update_auto_weights(runner)
         outdated = None
         if self.max_keep_ckpts > 0 and len(self.keep_ckpt_ids) == self.max_keep_ckpts:
             if self.keep_ckpt_ids[-1] != step:
@@ -137,6 +138,7 @@ class CheckpointHook(BaseCheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
             return
+        _update_auto_weights(runner)
         before = self._best_paths()
         self._set_best_paths(dict.fromkeys(before))  # mmengine would delete old files before it saves new ones
         try:
@@ -171,6 +173,13 @@ def _is_best_of(folder: str, path) -> bool:
     if not isinstance(path, str) or not osp.basename(path).startswith('best_'):
         return False
     return osp.dirname(osp.realpath(path)) == folder and not osp.isdir(path)
+
+
+def _update_auto_weights(runner: Runner) -> None:
+    """Complete the measurement of the last iteration, of which each rank knows its own part."""
+    model = get_distiller(runner)
+    if model is not None and model.diffkd_teacher is not None:
+        model.update_auto_weights()
 
 
 def _teacher_fingerprint(runner: Runner) -> Optional[str]:

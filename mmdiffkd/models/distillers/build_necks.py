@@ -11,6 +11,7 @@ from mmdiffkd.utils.validation import ConfigError, build_part, in_key
 
 from ..necks import DistillContext, FeatureDiffusionNeck
 from ..necks.base import check_neck, try_neck
+from .auto_weight import AutoWeight, find_ratio, without_auto
 from .classes import ClassMatch, ClassMatcher, UnknownClassesError, find_class_layer
 from .feature_info import FeatureInfo, infer_feature_info
 from .pairs import Pair
@@ -98,8 +99,10 @@ def build_neck(
     )
     channels = dict(student_channels=per_tap(pair, ours), teacher_channels=per_tap(pair, theirs))
     with torch.random.fork_rng(devices=[]):
+        with in_key('neck'):
+            neck_cfg, is_auto = without_auto(pair.neck)
         try:
-            neck = build_part(MODELS, pair.neck, 'neck', **channels)
+            neck = build_part(MODELS, neck_cfg, 'neck', **channels)
         except ConfigError as error:  # if the classes are the reason, say so
             if unknown is not None:
                 raise ConfigError('classes', f': {unknown}') from error
@@ -114,6 +117,8 @@ def build_neck(
                 _check_positions(neck, pair, infos[0], matches[0])
             else:
                 _try_neck(neck, student, pair, infos, matches)
+            if is_auto:
+                neck.auto_weight = AutoWeight(find_ratio(neck, pair.student_taps))
     return neck
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from itertools import islice, product
 from math import ceil, floor
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -85,15 +85,24 @@ class ModuleOutputsRecorder(AbstractContextManager):
         owner (str): ``'student'`` or ``'teacher'``, for error messages.
         stop_after (dict[str, int], optional): Number of calls of each path after which the forward pass ends. None runs
             the whole forward pass. Defaults to None.
+        on_copy (callable, optional): Called with each output tensor and its copy. Defaults to None.
 
     Attributes:
         outputs (dict[str, list[list[Tensor or None]]]): Output tensors by path, one list per call.
     """
 
-    def __init__(self, model: nn.Module, paths: Iterable[str], owner: str, stop_after: Optional[Dict[str, int]] = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Iterable[str],
+        owner: str,
+        stop_after: Optional[Dict[str, int]] = None,
+        on_copy: Optional[Callable[[Tensor, Tensor], None]] = None,
+    ):
         self.outputs: Dict[str, List[List[Optional[Tensor]]]] = {path: [] for path in paths}
         self._modules = {path: find_module(model, path, owner) for path in self.outputs}
         self._stop_after = stop_after
+        self._on_copy = on_copy
         self._handles = []
 
     def __enter__(self):
@@ -110,9 +119,12 @@ class ModuleOutputsRecorder(AbstractContextManager):
     def _hook(self, path: str):
         def record(module, inputs, output):
             # copy the tensors, because later modules, such as an in-place ReLU, may change them
-            self.outputs[path].append(
-                [tensor if tensor is None else tensor.clone() for tensor in flatten(output, path)]
-            )
+            tensors = flatten(output, path)
+            copies = [tensor if tensor is None else tensor.clone() for tensor in tensors]
+            self.outputs[path].append(copies)
+            for tensor, copy in zip(tensors, copies) if self._on_copy is not None else ():
+                if copy is not None:
+                    self._on_copy(tensor, copy)
             if self._stop_after and all(len(self.outputs[p]) >= n for p, n in self._stop_after.items()):
                 raise _LastTapReached
 

@@ -1,8 +1,9 @@
 """Names of losses in the log: ``diffkd.<pair>.<term>``, and ``diffkd.<pair>.<term>.<level>`` for one level."""
 
 import re
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Union
 
+import torch
 from torch import Tensor
 
 from mmdiffkd.engine.checkpoint import PREFIX
@@ -56,6 +57,14 @@ def name_losses(
             for name, value in level_logs.items():
                 named[f'{PREFIX}{pair}.{name}.{level}'] = value
     return named
+
+
+def sum_losses(losses: Dict[str, Union[Tensor, Sequence[Tensor]]]) -> Tensor:
+    """Sum the losses of a model as mmengine does: the means of all values with ``loss`` in their names."""
+    values = [value for name, value in losses.items() if 'loss' in name]
+    return torch.stack(
+        [tensor.mean() for value in values for tensor in ([value] if isinstance(value, Tensor) else value)]
+    ).sum()
 
 
 def check_names(output) -> None:

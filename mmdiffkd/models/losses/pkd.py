@@ -15,6 +15,8 @@ class PKDLoss(nn.Module):
         loss_weight (float): Weight of the loss. Defaults to 1.
     """
 
+    gradient_ratio = 30.0  # for loss_weight='auto'; the best weights are large
+
     @check_arguments
     def __init__(self, loss_weight: NonNegative = 1.0):
         super().__init__()

@@ -11,14 +11,17 @@ from .base import FEATURES_NEED, Preset
 class ATPreset(Preset):
     """AT (attention transfer): mean squared error between normalized maps of the mean squared activation.
 
-    - Detectors: all outputs of the neck. Other models: the last feature map of the backbone. Nothing is trained but the
-      student, and the channels may differ.
-    - Weights: 1000 is the weight of the authors and of mdistiller for classifiers. 250 is the weight per stage in the
-      only config of mmrazor with this loss; there is no published weight for detectors and segmentors.
+    The map of an image is the mean of the squared features over the channels, divided by its L2 norm. Student and
+    teacher may have different channels, and nothing but the student is trained.
+
+    Weights:
+        1000 is the weight of the authors and of mdistiller for classifiers. 250 is the weight per stage in the only
+        config of mmrazor with this loss. There is no published weight for detectors and segmentors.
     """
 
     summary = 'AT: mean squared error between maps of activation strength'
     paper = 'Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928'
+    released_code = 'mmrazor (90c7af1)'
     needs = f'{FEATURES_NEED}; maps, not vectors'
     weights = dict(detection=250.0, segmentation=250.0, classification=1000.0)
     distance = dict(type='mmdiffkd.ATLoss')

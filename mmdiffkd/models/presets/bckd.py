@@ -7,13 +7,21 @@ from .dense_head import DenseHeadPreset
 
 @PRESETS.register_module(name='bckd')
 class BCKDPreset(DenseHeadPreset):
-    """Binary-classification distillation of dense heads; see :class:`.BCKDNeck`.
+    """BCKD: binary cross-entropy between the scores of two dense heads, and 1 - GIoU of their boxes.
 
-    - Taps: the last layers of the class and box branches of both heads.
-    - Weights: 1 for the scores and 4 for the boxes, as in the released code for GFL. ATSS, RetinaNet and FCOS heads are
-      an extension with the same weights.
-    - Needs: GFL, ATSS, RetinaNet or FCOS heads with the same classes and strides in both models, and ground truth. The
-      type of head may differ if both have one prior per location; several anchors must be equal.
+    :class:`.BCKDNeck` compares all locations of both heads. The cross-entropy is weighted by the difference of the
+    scores, and the GIoU loss by the largest score difference of the location. Labels are assigned a second time, which
+    costs a little time. The heads may differ in type if both have one anchor or point per location; several anchors per
+    location must be equal.
+
+    Weights:
+        1 for the scores and 4 for the boxes, as in the released code for GFL. ATSS, RetinaNet and FCOS heads are an
+        extension with the same weights, which compares the decoded boxes.
+
+    Released code:
+        It contains settings without effect: a temperature, a threshold, and a term outside of positive locations that
+        is multiplied by 0. They do not exist here. As in the released code, a level without positive locations has no
+        loss, and the gradient also flows through the weight of the scores.
     """
 
     summary = 'BCKD: binary cross-entropy of scores, weighted by their difference, and GIoU of boxes'
@@ -21,6 +29,7 @@ class BCKDPreset(DenseHeadPreset):
         'Yang et al., Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, '
         'ICCV 2023, arXiv 2308.14286'
     )
+    released_code = 'TinyTigerPan/BCKD (121c9aa)'
     needs = 'GFL, ATSS, RetinaNet or FCOS heads with the same classes and strides'
     pair_name = 'bckd'
     neck_defaults = dict(type='mmdiffkd.BCKDNeck')

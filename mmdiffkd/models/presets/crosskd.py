@@ -14,14 +14,25 @@ from .dense_head import BRANCHES, DenseHeadPreset
 
 @PRESETS.register_module(name='crosskd')
 class CrossKDPreset(DenseHeadPreset):
-    """Cross-head distillation: the teacher's head judges features of the student; see :class:`.CrossKDNeck`.
+    """CrossKD: the head of the teacher judges features of the student; see :class:`.CrossKDNeck`.
 
-    - Taps: in the student, the inputs of the last convolution before the last layer of both branches, as in the paper
-      (the third of four convolutions); or the neck, if the student's head has no such convolutions. In the teacher,
-      the last layers of both branches.
-    - Weights: 1 for the scores and 1 for the boxes. They are not from the released code.
-    - Needs: a GFL, ATSS, RetinaNet or FCOS head in the teacher, and a head with the same strides in the student.
-      Classes and type of head may differ.
+    Features from the middle of the student's head run through the last layers of the teacher's frozen head. These
+    predictions are compared with those of the teacher. The taps are the third of four convolutions in the student's
+    head, as in the paper, or the neck if the head has no such convolutions. Classes and types of the heads may differ.
+
+    Weights:
+        1 for the scores and 1 for the boxes. They are not from the released code.
+
+    Released code:
+        It was not compared. This preset was written from the equations of the paper, so weights and exponents may
+        differ. The paper averages over all locations, most of which have no object. The default here
+        divides by the sum of the teacher's highest scores instead, and weights boxes by these scores.
+
+    Examples:
+        To average over all locations, as in the paper::
+
+            _base_ = './my_diffkd_config.py'
+            model = dict(preset='crosskd', distill=dict(crosskd=dict(neck=dict(region='all'))))
     """
 
     summary = "CrossKD: the teacher's head judges features of the student, compared by its predictions"

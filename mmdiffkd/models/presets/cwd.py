@@ -11,16 +11,26 @@ LOGIT_TAU = 4.0  # temperature of the authors for the logits of segmentors
 
 @PRESETS.register_module(name='cwd')
 class CWDPreset(Preset):
-    """CWD: KL divergence between softmaxes over the positions of each channel.
+    """CWD: KL divergence between softmaxes over the positions of each channel; see :class:`.ChannelWiseDivergence`.
 
-    - Detectors: all outputs of the neck. Segmentors: the logits, as in the paper's main results. Other models: the last
-      feature map of the backbone.
-    - Weights: 10 at temperature 1 is the setting of mmrazor's configs for the FPN of detectors, and used for
-      classifiers, which have no published weight. 3 at temperature 4 is the setting of the authors for logits.
+    CWD compares the positions at which each channel is active. Detectors distill the outputs of the neck. Segmentors
+    distill the logits, as in the main results of the paper. Other models distill the last feature map of the backbone.
+
+    Weights:
+        10 at temperature 1 is the setting of mmrazor's configs for the FPN of detectors. Classifiers have no published
+        weight and use the same. 3 at temperature 4 is the setting of the authors for logits.
+
+    Examples:
+        To distill fewer levels with another weight::
+
+            _base_ = './my_diffkd_config.py'
+            fpn = dict(levels=[0, 1, 2], neck=dict(loss_kd=dict(loss_weight=3.0)))
+            model = dict(preset='cwd', distill=dict(fpn=fpn))
     """
 
     summary = 'CWD: where each channel is active; logits of segmentors, features of other models'
     paper = 'Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021, arXiv 2011.13256'
+    released_code = 'mmrazor (90c7af1)'
     needs = 'detectors: necks; segmentors: shared classes; classifiers: backbones that give maps, not vectors'
     weights = dict(detection=10.0, segmentation=3.0, classification=10.0)
     distance = dict(type='mmdiffkd.ChannelWiseDivergence')

@@ -12,15 +12,21 @@ from .cwd_head import CWDHeadPreset
 
 @PRESETS.register_module(name='cwd_bckd')
 class CWDBCKDPreset(BCKDPreset):
-    """Channel-wise distillation of feature maps as in ``cwd_head``, and the heads as in ``bckd``.
+    """CWD of the feature maps of detectors, and BCKD of their heads.
 
-    - Taps: the outputs of the necks, and the last layers of the class and box branches of both heads.
-    - Weights: 3 for the feature maps, 1 for the scores and 4 for the boxes.
-    - Needs: what :class:`BCKDPreset` needs.
+    :class:`.ChannelWiseDivergence` compares the feature maps, :class:`.BCKDNeck` the heads. Labels are
+    assigned a second time, which costs a little time.
+
+    Weights:
+        3 for the feature maps, as in ``cwd_head``; 1 for the scores and 4 for the boxes, as in ``bckd``.
+
+    Released code:
+        There is none for this combination. The losses are those of ``cwd`` and ``bckd``.
     """
 
     summary = 'CWD of the feature maps of detectors, and BCKD of their heads'
     paper = f'{CWDHeadPreset.paper}; {BCKDPreset.paper}'
+    released_code = ''
     weights = CWDHeadPreset.weights
     distance = CWDHeadPreset.distance
 

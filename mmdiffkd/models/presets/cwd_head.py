@@ -13,13 +13,21 @@ from .cwd import CWDPreset
 
 @PRESETS.register_module(name='cwd_head')
 class CWDHeadPreset(Preset):
-    """Channel-wise distillation of feature maps, and the pairs of the heads that the preset ``plus`` adds.
+    """CWD of the feature maps of detectors and of their class scores, and L1 distance between their box outputs.
 
-    - Taps: the outputs of the necks; and the last layers of both dense heads or RPNs, ``cls`` compared by CWD and
-      ``reg`` by L1. ``reg`` is left out if the box coders differ, or if a head scales its output after the layer (FCOS,
-      ATSS, GFL).
-    - Weights: 3 for the feature maps, the best of four on DeepPCB (docs/results/benchmarks.md), and 1 for the heads.
-    - Needs: dense heads or RPNs with the same anchors in both models; ``cls`` needs a shared class.
+    The pairs ``cls`` and ``reg`` of the heads are those of the preset ``plus``; ``cls`` compares the classes that both
+    models have. ``reg`` is left out if the box coders differ, or if a head scales its output after the layer:
+
+    - RetinaNet and Faster R-CNN (in its RPN) have ``cls`` and ``reg``.
+    - FCOS, GFL and ATSS have ``cls`` only.
+    - YOLOX, RTMDet, DINO and other DETRs have neither: use ``cwd``.
+
+    Weights:
+        3 for the feature maps, the best of four weights on DeepPCB (docs/results/benchmarks.md), and 1 for the outputs
+        of the heads.
+
+    Released code:
+        There is none for this combination. The losses are those of ``cwd``, and L1.
     """
 
     summary = 'CWD of the feature maps of detectors, and of their class outputs; L1 of their box outputs'

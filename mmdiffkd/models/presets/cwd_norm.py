@@ -11,16 +11,29 @@ from .base import FEATURES_NEED, Preset
 class CWDNormPreset(Preset):
     """CWD between features whose channels are standardized first, as in the distillation configs of RTMDet.
 
-    - Detectors: all outputs of the neck. Other models: the last feature map of the backbone. A 1x1 convolution maps the
-      student's channels. BatchNorm without affine parameters and with the statistics of the batch standardizes the
-      channels of student and teacher.
-    - Weights: 1 at temperature 1 is the setting of RTMDet's configs in mmyolo; there is no published weight for other
-      tasks. These configs stop the distillation 20 epochs before the end of 300:
-      ``DistillScheduleHook(end=280)``.
+    A 1x1 convolution maps the student's channels to those of the teacher. Then the channels of both models are
+    standardized over batch and positions, and compared by :class:`.ChannelWiseDivergence`.
+
+    Weights:
+        1 at temperature 1 is the setting of RTMDet's configs in mmyolo. There is no published weight for segmentors and
+        classifiers.
+
+    Released code:
+        The configs of RTMDet standardize by BatchNorm without affine parameters, which uses the statistics of the batch
+        in evaluation mode, too. So does this preset. These configs stop the distillation 20 epochs before the end of
+        300.
+
+    Examples:
+        To stop the distillation after 280 epochs, as RTMDet::
+
+            _base_ = './my_diffkd_config.py'
+            model = dict(preset='cwd_norm')
+            custom_hooks = [dict(type='mmdiffkd.DistillScheduleHook', end=280)]
     """
 
     summary = 'CWD of standardized features, as in the distillation of RTMDet'
     paper = 'Shu et al., ICCV 2021, arXiv 2011.13256; Lyu et al., RTMDet, 2022, arXiv 2212.07784'
+    released_code = 'mmrazor (90c7af1) with the settings of mmyolo (8c4d9dc)'
     needs = f'{FEATURES_NEED}; maps, not vectors'
     weights = dict(detection=1.0, segmentation=1.0, classification=1.0)
     distance = dict(type='mmdiffkd.ChannelWiseDivergence', normalize=True)

@@ -9,14 +9,18 @@ from .base import LOGITS_NEED, Preset
 
 @PRESETS.register_module(name='dist')
 class DISTPreset(Preset):
-    """DIST: correlation of class probabilities, over the classes of a sample and over the samples of a class.
+    """DIST: correlation between class probabilities, over classes and over samples; see :class:`.DISTLoss`.
 
-    - Segmentors: the logits at the head's resolution. Classifiers: the logits.
-    - Weights: 1 for segmentors is the weight of the DiffKD paper. 2 for classifiers is the weight of mmrazor's config.
+    The probabilities of student and teacher are correlated over the classes of each sample, and over the samples of
+    each class. A sample is an image of a classifier, or a pixel of a segmentor at the resolution of its head.
+
+    Weights:
+        1 for segmentors is the weight of the DiffKD paper. 2 for classifiers is the weight of mmrazor's config.
     """
 
     summary = 'DIST: correlation between class probabilities'
     paper = 'Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv 2205.10536'
+    released_code = 'the released code of DiffKD'
     needs = LOGITS_NEED
     weights = dict(segmentation=1.0, classification=2.0)
     distance = dict(type='mmdiffkd.DISTLoss')

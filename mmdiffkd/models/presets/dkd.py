@@ -11,15 +11,30 @@ from .base import Preset
 class DKDPreset(Preset):
     """DKD: KL divergence, decoupled into the true class and the other classes; see :class:`.DKDLoss`.
 
-    - Classifiers: the logits. The loss reads the class of each image; of mixed images (MixUp, CutMix), the class with
-      the highest score.
-    - Weights: alpha 1, beta 0.5, temperature 1 are the settings of the authors for ResNet-34 and ResNet-18 on ImageNet.
-      On CIFAR-100, the authors use beta 8 and temperature 4, and raise the weight over 20 epochs:
-      ``DistillScheduleHook(warmup=20)``.
+    One term compares the probabilities of the true class and of all other classes together. The other term compares the
+    distributions over the other classes. The loss reads the class of each image; of mixed images (MixUp, CutMix), it
+    uses the class with the highest score.
+
+    Weights:
+        ``alpha=1``, ``beta=0.5`` and ``tau=1`` are the settings of the authors for ResNet-34 and ResNet-18 on ImageNet.
+
+    Released code:
+        ``DKDLoss`` of mmrazor ignores ``reduction='mean'`` and sums over the batch, so its loss is larger by the batch
+        size. The default here divides by the number of images, as the code of the authors does. ``reduction='sum'``
+        reproduces a training with mmrazor.
+
+    Examples:
+        The settings of the authors for CIFAR-100, which raise the weight over 20 epochs::
+
+            _base_ = './my_diffkd_classifier.py'
+            loss_kd = dict(beta=8.0, tau=4.0)
+            model = dict(preset='dkd', distill=dict(logits=dict(neck=dict(loss_kd=loss_kd))))
+            custom_hooks = [dict(type='mmdiffkd.DistillScheduleHook', warmup=20)]
     """
 
     summary = 'DKD: KL divergence, decoupled into the true class and the other classes'
     paper = 'Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, arXiv 2203.08679'
+    released_code = 'mmrazor (90c7af1) and mdistiller (a08d46f)'
     needs = 'classifiers that share at least two classes, and one class per image'
     weights = dict(classification=1.0)
     distance = dict(type='mmdiffkd.DKDLoss', beta=0.5)

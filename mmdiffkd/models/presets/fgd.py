@@ -15,18 +15,31 @@ FCOS = dict(tau=0.8, foreground_weight=1.6e-3, background_weight=8e-4, attention
 
 @PRESETS.register_module(name='fgd')
 class FGDPreset(Preset):
-    """Focal and global distillation of the feature maps of detectors; see :class:`.FGDNeck`.
+    """FGD (focal and global distillation): features in and around boxes, attention, relations; see :class:`.FGDNeck`.
 
-    - Taps: the outputs of the necks, or of the backbones if a model has no neck.
-    - Weights: those of the released code for Faster R-CNN in models with a RoI head, for FCOS in FCOS, and for
-      RetinaNet in other models. The losses are sums over a feature map, so the weights suit its 256 channels and its
-      image size.
-    - Needs: detectors, and the boxes of the ground truth.
+    The focal loss compares feature maps inside and outside of the boxes separately, weighted by the attention of the
+    teacher, and compares the attention of both models. The global loss compares relations between positions.
+
+    Weights:
+        Those of the released configs: for Faster R-CNN in models with a RoI head, for FCOS in FCOS, and for RetinaNet
+        in other models. The losses are sums over a feature map, so the weights suit its 256 channels and the usual
+        image size of COCO.
+
+    Released code:
+        It scales boxes by the size of the image without padding, which shifts boxes in padded images. The default here
+        uses the size with padding. A box that ends beyond the map is cut, but its area is not, as in the released code.
+
+    Examples:
+        To scale boxes as the released code does::
+
+            _base_ = './my_diffkd_config.py'
+            model = dict(preset='fgd', distill=dict(fpn=dict(neck=dict(padded_boxes=False))))
     """
 
     summary = 'FGD: features in and around boxes, attention of the teacher, relations between positions'
     paper = 'Yang et al., Focal and Global Knowledge Distillation for Detectors, CVPR 2022, arXiv 2111.11837'
-    needs = 'detectors and boxes'
+    released_code = 'yzd-v/FGD (c03a6cf)'
+    needs = 'detectors, and images with boxes'
     weights = dict(detection=1.0)
     neck_defaults = dict(type='mmdiffkd.FGDNeck')
 

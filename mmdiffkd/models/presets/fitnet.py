@@ -9,11 +9,17 @@ from .base import Preset
 
 @PRESETS.register_module(name='fitnet')
 class FitNetPreset(Preset):
-    """FitNet: mean squared error between the features, after a 1x1 convolution on the student's features.
+    """FitNet: mean squared error between features, after a 1x1 convolution on the features of the student.
 
-    - Detectors: all outputs of the neck. Other models: the last feature map of the backbone.
-    - Weights: 5 is DiffKD's weight of the same distance for detectors, because FitNet has no published weight for
-      detectors and segmentors. 100 is the weight of mdistiller and RepDistiller for classifiers.
+    The convolution maps the channels of the student to those of the teacher. Detectors distill all outputs of the neck,
+    other models the last feature map of the backbone.
+
+    Weights:
+        5 is DiffKD's weight of the same distance for detectors, because FitNet has no published weight for detectors
+        and segmentors. 100 is the weight of mdistiller and RepDistiller for classifiers.
+
+    Released code:
+        It was not compared. The loss is the mean squared error of torch, multiplied by its weight.
     """
 
     summary = 'FitNet: mean squared error between features'

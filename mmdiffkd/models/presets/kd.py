@@ -9,15 +9,19 @@ from .base import LOGITS_NEED, Preset
 
 @PRESETS.register_module(name='kd')
 class KDPreset(Preset):
-    """KD: KL divergence between class probabilities, per image of classifiers and per pixel of segmentors.
+    """KD: KL divergence between class probabilities; see :class:`.KLDivergence`.
 
-    - Segmentors: the logits at the head's resolution. Classifiers: the logits.
-    - Weights: 5 at temperature 1 for classifiers is the setting of mmrazor's configs for ImageNet. There is no
-      published weight for segmentors; 1 is a plain KL divergence.
+    The probabilities are compared per image of a classifier, and per pixel of a segmentor at the resolution of its
+    head.
+
+    Weights:
+        5 at temperature 1 for classifiers is the setting of mmrazor's configs for ImageNet. There is no published
+        weight for segmentors; 1 is a plain KL divergence.
     """
 
     summary = 'KD: KL divergence between class probabilities'
     paper = 'Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531'
+    released_code = 'the released code of DiffKD'
     needs = LOGITS_NEED
     weights = dict(segmentation=1.0, classification=5.0)
     distance = dict(type='mmdiffkd.KLDivergence')

@@ -15,18 +15,33 @@ LOGIT_LOSS = dict(type='mmdiffkd.ChannelWiseDivergence', tau=4.0, loss_weight=3.
 
 @PRESETS.register_module(name='mgd')
 class MGDPreset(Preset):
-    """MGD: mask the student's features and generate the teacher's features from the rest; see :class:`.MGDNeck`.
+    """MGD (masked generative distillation): generate the features of the teacher from masked features of the student.
 
-    - Detectors: all outputs of the neck. Other models: the last feature map of the backbone; of classifiers, channels
-      are masked instead of positions. Segmentors that share classes also distill the logits by CWD (weight 3,
-      temperature 4), as in the released code.
-    - Weights: the authors' 2e-5 for one-stage detectors and segmentors, 5e-7 for two-stage detectors, 7e-5 for
-      classifiers. They multiply a sum over channels and positions, so the loss is small for thin models and small
-      images: there, raise ``loss_kd.loss_weight``.
+    Random positions of the student's features are set to 0, and two 3x3 convolutions generate the features of the
+    teacher from the rest, see :class:`.MGDNeck`. Of classifiers, channels are masked instead. Segmentors that share
+    classes with the teacher also distill the logits by CWD (weight 3, temperature 4), as the released code does.
+
+    Weights:
+        Those of the authors. They multiply a sum over channels and positions that is divided by the number of images.
+        The loss therefore grows with the channels and the size of the images: raise the weight for a thin model or
+        small images.
+
+    Released code:
+        The ratio of the authors' configs is the share that is masked out. The features that are left are not scaled up.
+        This preset does the same. The released code for detectors does not keep the teacher in evaluation mode; here,
+        the teacher always is.
+
+    Examples:
+        To raise the weight::
+
+            _base_ = './my_diffkd_config.py'
+            fpn = dict(neck=dict(loss_kd=dict(loss_weight=1e-4)))
+            model = dict(preset='mgd', distill=dict(fpn=fpn))
     """
 
     summary = 'MGD: generate the features of the teacher from masked features of the student'
     paper = 'Yang et al., Masked Generative Distillation, ECCV 2022, arXiv 2205.01529'
+    released_code = 'yzd-v/MGD (2c9da0b)'
     weights = dict(detection=2e-5, segmentation=2e-5, classification=7e-5)
     distance = dict(type='mmdiffkd.MSELoss', reduction='batchmean')
     neck_defaults = dict(type='mmdiffkd.MGDNeck')

@@ -9,11 +9,16 @@ from .base import Preset, find_task
 
 @PRESETS.register_module(name='pkd')
 class PKDPreset(Preset):
-    """PKD: mean squared error between features whose channels are standardized, so their scale has no effect.
+    """PKD: mean squared error between standardized features, so their scale has no effect; see :class:`.PKDLoss`.
 
-    - Detectors: all outputs of the neck. Segmentors: the last two feature maps of the backbone. Other models: the last
-      feature map. A 1x1 convolution maps the student's channels; the authors use equal channels and no convolution.
-    - Weights: 6 is the weight of mmrazor's configs for detectors; there is no published weight for other tasks.
+    Each channel is standardized over batch and positions. A 1x1 convolution maps the student's channels; the authors
+    use equal channels and no convolution. Segmentors distill the last two feature maps of the backbone.
+
+    Weights:
+        6 is the weight of mmrazor's configs for detectors. There is no published weight for other tasks.
+
+    Released code:
+        It was not compared. The loss is half the mean squared error of the standardized features.
     """
 
     summary = 'PKD: correlation between features, which ignores their scale'

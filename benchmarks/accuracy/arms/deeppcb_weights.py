@@ -1,0 +1,22 @@
+# Loss weights of each method: the default (without a number), a third of it and three times as much. If the best weight
+# is at an end of the range, up to two further weights extend it.
+attention = dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0)
+methods = {
+    'fitnet': dict(preset='fitnet'),
+    'pkd': dict(preset='pkd'),
+    'cwd': dict(preset='cwd'),
+    'diffkd': dict(preset='diffkd'),
+    'diffkd_attention': dict(preset='diffkd', distill=dict(fpn=dict(neck=dict(loss_kd=attention)))),
+}
+weights = {
+    'fitnet': (0.6, 1.7, 15.0),
+    'pkd': (2.0, 18.0, 54.0, 162.0),
+    'cwd': (0.3, 1.0, 3.0, 9.0),
+    'diffkd': (0.6, 1.7, 15.0),
+    'diffkd_attention': (1.7, 15.0, 45.0, 135.0),
+}
+arms = {}
+for name in methods:
+    arms[name] = methods[name]
+    for weight in weights[name]:
+        arms[f'{name}_weight={weight:g}'] = dict(methods[name], loss_weight=weight)

@@ -1,0 +1,138 @@
+"""Sections with the results of presets on the data sets of the accuracy benchmarks."""
+
+import json
+import statistics
+import textwrap
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Tuple
+
+from benchmarks.measure import markdown
+from mmdiffkd.apis import list_presets
+from mmdiffkd.visualization.differences import BASELINE, confidence
+
+FOLDER = Path(__file__).parent.parent / 'docs' / 'accuracy'
+Scores = Dict[str, Dict[int, float]]  # by method and seed
+FEWEST = 3  # presets that make a section worth printing
+
+
+class ResultSet(NamedTuple):
+    """Results on a data set.
+
+    Attributes:
+        models (str): Student, teacher and data set, as the start of a sentence.
+        metric (str): Metric in the file.
+        column (str): Name of the metric in tables.
+        factor (float): Factor of the metric in tables.
+    """
+
+    models: str
+    metric: str
+    column: str
+    factor: float
+
+
+SETS = {
+    'DeepPCB': ResultSet(
+        'RetinaNet of an eighth of the usual width, taught by half of the width', 'coco/bbox_mAP', 'AP', 100
+    ),
+    'CamVid': ResultSet('DeepLabV3 of a quarter of the usual width, taught by half of the width', 'mIoU', 'mIoU', 1),
+}
+
+
+def results_sections(costs: Dict[str, Dict[str, str]], folder: Path = FOLDER) -> str:
+    """Return a section per data set with results of three presets or more; empty without results.
+
+    Args:
+        costs (dict[str, dict[str, str]]): Time of an iteration by preset and data set.
+        folder (Path): Folder with a file of results per data set, such as ``camvid.jsonl``.
+    """
+    found = {}
+    for name, settings in SETS.items():
+        file = folder / f'{name.lower()}.jsonl'
+        if file.exists():
+            found[name] = read_scores(file.read_text('utf-8'), settings)
+    sections = [
+        section(name, val, test, {method: times.get(name, '–') for method, times in costs.items()})
+        for name, (val, test) in found.items()
+        if len(test.keys() - {BASELINE}) >= FEWEST and BASELINE in test
+    ]
+    return '\n\n'.join(sections)
+
+
+def read_scores(text: str, settings: ResultSet) -> Tuple[Scores, Scores]:
+    """Read the scores of the presets that have two seeds or more.
+
+    Args:
+        text (str): JSON lines, as in ``results.jsonl`` of a comparison.
+        settings (ResultSet): The metric.
+
+    Returns:
+        tuple[dict, dict]: Scores on the validation and on the test split, of the teacher with the most results.
+    """
+    methods = {BASELINE, *list_presets()}
+    runs = [line for line in map(json.loads, text.splitlines()) if line['arm'] in methods and 'val' in line]
+    by_teacher: Dict[str, List[dict]] = {}
+    for teacher in {run['teacher'] for run in runs} - {None}:
+        # the student alone has no teacher in the files of comparisons
+        by_teacher[teacher] = [run for run in runs if run['teacher'] in (teacher, None)]
+    chosen = max(by_teacher.values(), key=lambda own: (len({run['arm'] for run in own}), len(own)), default=[])
+    splits: Tuple[Scores, Scores] = ({}, {})
+    for run in chosen:
+        for split, scores in zip(('val', 'test'), splits):
+            # mmdet leaves out the metric if there are no detections
+            value = settings.factor * run[split].get(settings.metric, 0.0)
+            scores.setdefault(run['arm'], {})[run['seed']] = value
+    val, test = ({method: own for method, own in scores.items() if len(own) > 1} for scores in splits)
+    return val, test
+
+
+def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
+    """Return heading, conclusion and table of a data set, the best methods first."""
+    settings, rows = SETS[name], []
+    for method in sorted(test, key=lambda method: -statistics.fmean(test[method].values())):
+        numbers = list(test[method].values())
+        row = {
+            'method': method if method == BASELINE else f'[`{method}`](../configure/presets/{method}.md)',
+            'seeds': str(len(numbers)),
+            f'{settings.column} (test)': f'{statistics.fmean(numbers):.1f} ± {statistics.stdev(numbers):.1f}',
+            'difference to alone (95% CI)': '–',
+        }
+        if method != BASELINE:
+            mean, half = difference(test[method], test[BASELINE])
+            row['difference to alone (95% CI)'] = f'{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})'
+        if costs:
+            row['time'] = '1.00' if method == BASELINE else costs.get(method, '–')
+        rows.append(row)
+    text = f'{settings.models}, in a short schedule from random weights. {conclusion(val, test, settings.column)}'
+    return '\n\n'.join([f'### {name}', textwrap.fill(text, 120), markdown(rows)])
+
+
+def conclusion(val: Scores, test: Scores, column: str) -> str:
+    """Say which preset is best on the validation split, and which ones are not significantly different from it."""
+    presets = [method for method in val if method != BASELINE]
+    most = max(len(val[method]) for method in presets)
+    best = max(
+        (method for method in presets if len(val[method]) == most),
+        key=lambda method: statistics.fmean(val[method].values()),
+    )
+    similar = []
+    for method in presets:
+        mean, half = difference(test[best], test[method]) if method != best else (1, 0)
+        if abs(mean) <= half:
+            similar.append(f'`{method}`')
+    text = f'`{best}` has the highest {column} on the validation split. On the test split, '
+    if not similar:
+        return f'{text}it differs significantly from all other presets.'
+    return f'{text}the difference between `{best}` and {", ".join(similar)} is not significant.'
+
+
+def difference(scores: Dict[int, float], others: Dict[int, float]) -> Tuple[float, float]:
+    """Return the mean difference between runs with the same seed, and the half width of its 95% interval.
+
+    The interval is infinite if less than two seeds are paired.
+    """
+    pairs = [scores[seed] - others[seed] for seed in scores if seed in others]
+    if len(pairs) < 2:
+        return statistics.fmean(scores.values()) - statistics.fmean(others.values()), float('inf')
+    mean, half = confidence(pairs)
+    return mean, float('inf') if half is None else half
