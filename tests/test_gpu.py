@@ -126,7 +126,7 @@ def run_cfg(folder, shapes, name, **options):
     return tiny.run_cfg(
         tiny.distiller_cfg(folder / name),
         shapes,
-        folder / name / 'run',
+        folder / name / f'run-{name}',  # mmengine's loggers are global by the name of the folder
         train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=12, val_interval=12),
         param_scheduler=[],
         randomness=dict(seed=0),
@@ -152,15 +152,15 @@ def test_mixed_precision(tmp_path, shapes, device, cpu_amp, dtype):
     for name, wrapper in (('full', dict(type='OptimWrapper')), ('amp', amp)):
         settings = dict(_delete_=True, optimizer=optimizer, **wrapper)
         runner = Runner.from_cfg(run_cfg(tmp_path, shapes, name, optim_wrapper=settings))
-        runner.load_or_resume()
-        before = runner.model.bbox_head.retina_cls.weight.detach().clone()
+        weight, weights = runner.model.bbox_head.retina_cls.weight, []
+        runner.model.backbone.register_forward_pre_hook(lambda *_: weights.append(weight.detach().clone()))  # noqa: B023
         runner.train()
-        assert not torch.equal(before.to(device), runner.model.bbox_head.retina_cls.weight)
-        logs.append(train_losses(tmp_path / name / 'run'))
+        assert weight.device.type == device and not torch.equal(weights[0], weight)
+        logs.append(train_losses(tmp_path / name / f'run-{name}'))
     assert len(logs[1]) == 12
     for key in ('loss_cls', 'loss_bbox', 'diffkd.fpn.loss_kd', 'diffkd.fpn.loss_diffusion'):
         assert logs[1][0][key] == pytest.approx(logs[0][0][key], rel=0.1, abs=0.02), key
-    checkpoint = torch.load(tmp_path / 'amp' / 'run' / 'iter_12.pth', map_location='cpu', weights_only=False)
+    checkpoint = torch.load(tmp_path / 'amp' / 'run-amp' / 'iter_12.pth', map_location='cpu', weights_only=False)
     assert ('loss_scaler' in checkpoint['optimizer']) == (device == 'cuda')
 
 
@@ -173,7 +173,7 @@ def test_ddp(tmp_path, shapes, device):
     done = dist_train(tmp_path / 'config.py', 1)
     assert done.returncode == 0, done.stdout[-4000:]
     run_tool('train.py', tmp_path / 'config.py', '--work-dir', tmp_path / 'single')
-    distributed, single = train_losses(tmp_path / 'ddp' / 'run'), train_losses(tmp_path / 'single')
+    distributed, single = train_losses(tmp_path / 'ddp' / 'run-ddp'), train_losses(tmp_path / 'single')
     assert len(distributed) == len(single) == 12
     for key in ('loss_cls', 'diffkd.fpn.loss_kd', 'diffkd.fpn.loss_diffusion'):
         assert distributed[0][key] == pytest.approx(single[0][key], rel=1e-3), key

@@ -58,6 +58,7 @@ def command_of(args, folder: Path) -> List[str]:
     options += [f'{split}_evaluator.ann_file={data}/annotations/{split}.json' for split in ('val', 'test')]
     if args.smoke:
         options[-1] = options[-1].replace('test.json', 'val.json')
+        options.append('model.test_cfg.score_thr=0.0')  # keep detections of a barely trained model
     command = ['tools/compare.py', student, teacher, '--checkpoint', str(checkpoint), '--presets', *METHODS[1:]]
     command += ['--seeds', str(SEED), '--jobs', str(jobs), '--work-dir', str(args.work_dir), *extra]
     return [*command, '--cfg-options', *options]

@@ -43,7 +43,7 @@ class Page:
             if report.skipped:
                 self.results[name] += f': {report.longrepr[2].removeprefix("Skipped: ")}'
             elif report.failed:
-                self.results[name] += f': {str(report.longrepr).splitlines()[-1].replace("|", " ")[:100]}'
+                self.results[name] += f': {cause(report)}'
             self.write()
 
     def write(self):
@@ -58,3 +58,10 @@ class Page:
 
 def short_name(nodeid: str) -> str:
     return nodeid.split('::')[-1]
+
+
+def cause(report) -> str:
+    """Return the first line of a failed test's error."""
+    crash = getattr(report.longrepr, 'reprcrash', None)
+    text = crash.message if crash else str(report.longrepr)
+    return text.strip().splitlines()[0].replace('|', ' ')[:120]
