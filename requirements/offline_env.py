@@ -116,6 +116,8 @@ class Installation:
         if self.folder is not None:
             with self.step('packages'):
                 wheels = [file for file in self.folder.glob('*.whl') if not file.name.startswith('onedl_mmcv-')]
+                if not wheels:
+                    raise SetupError(f'{self.folder} has no wheels; run pack on a machine with a network.')
                 self.pip(*wheels)
                 self.results['packages'] = (f'{len(wheels)} wheels installed', '')
             with self.step("mmcv's operators"):
@@ -136,12 +138,12 @@ class Installation:
 
     def provide_operators(self):
         """Install a wheel of mmcv whose operators fit: a packed one, or one compiled from the packed source."""
-        facts = read_facts(self.python)
         source = next(self.folder.glob('onedl_mmcv-*.tar.gz'), None)
         packed = list(self.folder.glob('onedl_mmcv-*.whl'))
         names = [file.name for file in [*packed, *([source] if source else [])]]
         if not names:
             raise SetupError(f'{self.folder} has neither a wheel nor the source of {MMCV}; run pack again.')
+        facts = read_facts(self.python)
         version = re.match(r'onedl_mmcv-([\w.]+?)(-|\.tar)', names[0]).group(1)
         if installed(self.python, MMCV, 'mmcv', version, facts):
             return f'{MMCV} {version} was installed'
