@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from mmdiffkd.apis.costs import peak_mib
 from mmdiffkd.models import FeatureDiffusionNeck, NoiseInputs
 from tests import tiny
-from tests.conftest import logged, run_tool
+from tests.conftest import forget_globals, logged, run_tool
 from tests.test_distributed.processes import dist_train
 from tests.test_models.test_distillers.test_precision import CPUAmpOptimWrapper
 
@@ -126,7 +126,7 @@ def run_cfg(folder, shapes, name, **options):
     return tiny.run_cfg(
         tiny.distiller_cfg(folder / name),
         shapes,
-        folder / name / f'run-{name}',  # mmengine's loggers are global by the name of the folder
+        folder / name / f'run-{name}',
         train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=12, val_interval=12),
         param_scheduler=[],
         randomness=dict(seed=0),
@@ -150,6 +150,7 @@ def test_mixed_precision(tmp_path, shapes, device, cpu_amp, dtype):
     optimizer = dict(type='SGD', lr=0.01, momentum=0.9)
     logs = []
     for name, wrapper in (('full', dict(type='OptimWrapper')), ('amp', amp)):
+        forget_globals()  # the second run has a visualizer of its own
         settings = dict(_delete_=True, optimizer=optimizer, **wrapper)
         runner = Runner.from_cfg(run_cfg(tmp_path, shapes, name, optim_wrapper=settings))
         weight, weights = runner.model.bbox_head.retina_cls.weight, []
