@@ -10,18 +10,20 @@ from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, print_log
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import ConfigError, get_class, in_key
+
+from .batches import walk_graph
 
 AUTO = 'auto'
 KEY = 'loss_weight'
 # Gradient of the distillation divided by the gradient of the student's own losses, at the student's taps: for features,
 # and for taps in heads, whose outputs the student's losses train directly. A distance or neck with a different
 # attribute ``gradient_ratio`` overrides both.
-FEATURE_RATIO = 3.0
+FEATURE_RATIO = 1.5
 HEAD_RATIO = 0.3
 NUM_MEASUREMENTS = 100  # iterations whose mean is the final weight
 MAX_FAILURES = 20  # iterations without a gradient, from the start, after which the run stops
@@ -70,8 +72,9 @@ class AutoWeight(nn.Module):
 
     The weight is ``ratio`` times the geometric mean, over ``NUM_MEASUREMENTS`` iterations, of norm(g_s) / norm(g_d).
     g_s is the gradient of the student's own losses at the student's taps, and g_d is that of the pair's losses with
-    weight 1. The norms are over all levels, images and ranks. Losses of other pairs that reach the taps count as the
-    student's own. Both gradients have the same loss scale, so the weight does not depend on mixed precision.
+    weight 1. The norms are over all levels, images and ranks. If levels are computed from each other, as in a backbone,
+    only the last one is measured. Losses of other pairs that reach the taps count as the student's own. Both gradients
+    have the same loss scale, so the weight does not depend on mixed precision.
 
     Measurements in the warmup of the learning rate or of ``DistillScheduleHook`` do not count: there, the latest one
     applies. Then, until the last measurement, the mean of the previous ones applies. The first weight makes the pair's
@@ -105,11 +108,6 @@ class AutoWeight(nn.Module):
     def is_fixed(self) -> bool:
         """Whether the weight is final."""
         return self._read()[1] >= NUM_MEASUREMENTS
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether there is still no measurement after ``MAX_FAILURES`` iterations."""
-        return self.failures >= MAX_FAILURES
 
     def value(self, own_loss: Tensor, pair_loss: Tensor) -> Union[float, Tensor]:
         """Return the weight of this iteration.
@@ -186,16 +184,28 @@ class AutoWeight(nn.Module):
         return {**vars(self), '_cache': None, '_norms': None, '_counts': None}
 
 
-def update_together(weights: Sequence[AutoWeight]) -> None:
-    """Update weights with the sums of the squared norms over all ranks, which all call this function."""
+def update_together(weights: Dict[str, AutoWeight]) -> None:
+    """Update weights, by pair, by the gradients of the last iteration on all ranks, which all call this function.
+
+    Raises:
+        ValueError: If no gradient has reached a tap from the start.
+    """
+    weights = {name: weight for name, weight in weights.items() if not weight.is_fixed}
     if not weights:
         return
-    device = weights[0].log_ratio.device
+    device = next(iter(weights.values())).log_ratio.device
     zeros = torch.zeros(2, device=device)
-    norms = torch.stack([zeros if weight._norms is None else weight._norms.to(device) for weight in weights])
+    norms = torch.stack([zeros if weight._norms is None else weight._norms.to(device) for weight in weights.values()])
     all_reduce(norms)
-    for weight, pair in zip(weights, norms.tolist()):
-        weight.update(pair)
+    for (name, weight), of_pair in zip(weights.items(), norms.tolist()):
+        weight.update(of_pair)
+        if weight.is_fixed:
+            print_log(f"distill.{name}: loss_weight='auto' is fixed at {weight.measured:.4g}.", logger='current')
+        if weight.failures >= MAX_FAILURES:
+            raise ValueError(
+                f"distill.{name}: loss_weight='auto' needs gradients of the student's own losses and of the "
+                f"distillation at the student's tap, and found none in {weight.failures} iterations; set a number."
+            )
 
 
 def find_ratio(neck: nn.Module, taps: Sequence[str]) -> float:
@@ -213,16 +223,26 @@ def learning_rate_rises() -> bool:
 
 
 class TapGradients:
-    """Gradients at the outputs of tapped modules in one iteration, for the pairs that are measured.
+    """Gradients at the outputs of tapped modules in one iteration.
+
+    Args:
+        weights (dict[str, AutoWeight]): Weights by pair. Those that are not fixed are measured.
+        schedule_weight (float): Factor of the distillation losses; less than 1 in a warmup.
 
     Attributes:
-        scales (dict[str, float or Tensor]): Factor of the losses of each measured pair.
+        weights (dict[str, AutoWeight]): The measured weights.
+        scales (dict[str, float or Tensor]): Factor of the losses of each pair.
     """
 
-    def __init__(self, weights: Dict[str, AutoWeight]):
-        self.weights = weights
+    def __init__(self, weights: Dict[str, AutoWeight], schedule_weight: float):
+        is_measured = torch.is_grad_enabled() and schedule_weight > 0
+        self.weights = {name: weight for name, weight in weights.items() if is_measured and not weight.is_fixed}
         self.scales: Dict[str, Union[float, Tensor]] = {}
         self._branches: Dict[int, List[tuple]] = {}
+        self._edges: Dict[str, Dict[tuple, tuple]] = {name: {} for name in self.weights}
+        in_warmup = schedule_weight < 1 or learning_rate_rises()
+        for weight in self.weights.values():
+            weight.expect(in_warmup)
 
     def watch(self, output: Tensor, copy: Tensor) -> None:
         """Register a hook on an output of a tapped module.
@@ -251,8 +271,22 @@ class TapGradients:
             return copy
         view, received = copy.view_as(copy), []
         view.register_hook(received.append)
-        self._branches[id(copy)].append((pair, received))
+        branches = self._branches[id(copy)]
+        branches.append((pair, received))
+        self._edges[pair][copy.grad_fn.next_functions[0]] = branches, branches[-1]
         return view
+
+    def leave_out_early_levels(self, pair: str) -> None:
+        """Do not measure levels that later levels of the pair are computed from, such as stages of a backbone.
+
+        There, the gradient that the student passes on contains the distillation of the later levels, so that a larger
+        weight would be measured as a larger gradient of the student's own losses.
+        """
+        edges = self._edges[pair]
+        early = {edge for node, _ in edges for edge in walk_graph(list(node.next_functions)) if edge in edges}
+        for edge in early:
+            branches, branch = edges[edge]
+            branches.remove(branch)
 
 
 def _squared_norm(gradient: Tensor) -> Tensor:

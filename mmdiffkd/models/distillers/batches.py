@@ -214,7 +214,7 @@ Edge = Tuple[Optional[torch.autograd.graph.Node], int]
 
 
 def _find_rows(edge: Edge, count: int, batch_size: int) -> Optional[Tensor]:
-    for node, output in _walk([edge]):
+    for node, output in walk_graph([edge]):
         selection = _selection(node, output)
         if selection is None or len(selection[0]) != count:
             continue
@@ -272,10 +272,10 @@ def _tensors(values) -> Iterator[Tensor]:
 
 
 def _graph(tensors: Iterable[Tensor]) -> Iterator[Edge]:
-    return _walk([(tensor.grad_fn, 0) for tensor in tensors])
+    return walk_graph([(tensor.grad_fn, 0) for tensor in tensors])
 
 
-def _walk(edges: List[Edge]) -> Iterator[Edge]:
+def walk_graph(edges: List[Edge]) -> Iterator[Edge]:
     """Yield the edges of an autograd graph, the nearest first."""
     seen = set()
     while edges:

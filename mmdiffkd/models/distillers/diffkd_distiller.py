@@ -23,7 +23,7 @@ from mmdiffkd.version import __version__
 from ..diffusion.feature_diffusion import DiffusionOutput
 from ..losses.naming import name_losses, non_finite_names, sum_losses
 from ..necks import DistillContext
-from .auto_weight import AutoWeight, TapGradients, learning_rate_rises, update_together
+from .auto_weight import AutoWeight, TapGradients, update_together
 from .batches import (
     as_data_elements,
     choose_images,
@@ -365,7 +365,7 @@ class DiffKDDistiller(BaseDistiller):
             return super().loss(*args, **kwargs)
         if torch.is_grad_enabled():
             self.update_auto_weights()
-        gradients = self._measured_gradients()
+        gradients = TapGradients(self.auto_weights, state.weight)
         taps = {tap for pair in self.pairs.values() for tap in pair.student_taps}
         needs_rois = any(is_roi_tap(tap) for pair in self.pairs.values() for tap in pair.teacher_taps)
         with ExitStack() as stack:
@@ -427,16 +427,9 @@ class DiffKDDistiller(BaseDistiller):
             student, teacher = (self._as_dtype_of_neck(name, features) for features in (student, teacher))
             outputs = self.diffkd[name](per_tap(pair, student), per_tap(pair, teacher), of_pair)
             levels = self.output_levels(name, outputs)
-            weight, auxiliary = state.weight, self._auxiliary_losses[name]
-            auto = self.auto_weights.get(name)
-            if auto is not None:
-                of_student = [
-                    loss for output in outputs for term, loss in output.losses.items() if term not in auxiliary
-                ]
-                factor = auto.value(own_loss, torch.as_tensor(sum(of_student)))
-                weight = gradients.scales[name] = weight * factor
-                losses[f'{PREFIX}{name}.auto_weight'] = torch.as_tensor(factor, device=images.device)
-            losses.update(name_losses(name, outputs, levels, weight, auxiliary))
+            weight, log = self._loss_weight(name, outputs, own_loss, gradients)
+            losses.update(log)
+            losses.update(name_losses(name, outputs, levels, weight, self._auxiliary_losses[name]))
             drawn = {level: output for level, output in zip(levels, outputs) if _is_drawable(output)}
             if drawn and rows is None:  # otherwise, the first feature may not be of the first image
                 captured[name] = drawn
@@ -472,28 +465,20 @@ class DiffKDDistiller(BaseDistiller):
         Raises:
             ValueError: If no gradient has reached a tap from the start.
         """
-        measured = {name: weight for name, weight in self.auto_weights.items() if not weight.is_fixed}
-        update_together(list(measured.values()))
-        for name, weight in measured.items():
-            taps = ', '.join(f"'{tap}'" for tap in self.pairs[name].student_taps)
-            if weight.is_fixed:
-                print_log(f"distill.{name}: loss_weight='auto' is fixed at {weight.measured:.4g}.", logger='current')
-            if weight.is_stuck:
-                raise ValueError(
-                    f"distill.{name}: loss_weight='auto' needs gradients of the student's own losses and of the "
-                    f"distillation at the student's {taps}, and found none in {weight.failures} iterations; set a "
-                    'number.'
-                )
+        update_together(self.auto_weights)
 
-    def _measured_gradients(self) -> TapGradients:
-        """Return what records the gradients of this iteration, for the pairs whose weight is not fixed."""
-        measured = {name: weight for name, weight in self.auto_weights.items() if not weight.is_fixed}
-        if not (torch.is_grad_enabled() and self.distill_state.weight):
-            measured = {}
-        in_warmup = self.distill_state.weight < 1 or learning_rate_rises()
-        for weight in measured.values():
-            weight.expect(in_warmup)
-        return TapGradients(measured)
+    def _loss_weight(
+        self, name: str, outputs: Sequence, own_loss: Tensor, gradients: TapGradients
+    ) -> Tuple[Union[float, Tensor], Dict[str, Tensor]]:
+        """Return the factor of the losses of a pair that train the student, and what to log about it."""
+        auto, factor = self.auto_weights.get(name), self.distill_state.weight
+        if auto is None:
+            return factor, {}
+        auxiliary = self._auxiliary_losses[name]
+        terms = [loss for output in outputs for term, loss in output.losses.items() if term not in auxiliary]
+        value = auto.value(own_loss, torch.stack(terms).sum())
+        gradients.scales[name] = factor * value
+        return gradients.scales[name], {f'{PREFIX}{name}.auto_weight': torch.as_tensor(value, device=own_loss.device)}
 
     def output_levels(self, name: str, outputs: Sequence) -> List[int]:
         """Return the level number of each output of a pair's neck.
@@ -551,6 +536,8 @@ class DiffKDDistiller(BaseDistiller):
             if self.distill_state.record_tap_gradients and torch.is_grad_enabled():
                 self._record_gradients(name, dict(zip(levels, recorded)))
             features.append(recorded)
+        if name in gradients.weights:
+            gradients.leave_out_early_levels(name)
         return None if any(not len(level) for levels in features for level in levels) else features
 
     def _as_dtype_of_neck(self, name: str, features: List[List[Tensor]]) -> List[List[Tensor]]:

@@ -120,7 +120,11 @@ class TestResume:
 
     @pytest.mark.parametrize('sampler', ['InfiniteSampler', pytest.param('DefaultSampler', marks=pytest.mark.slow)])
     def test_iteration_loop(self, config, tmp_path, sampler):
-        self.check(config(ITERATIONS, train_dataloader__sampler__type=sampler), tmp_path, 7, 'iter_9.pth')
+        cfg = config(ITERATIONS, train_dataloader__sampler__type=sampler)
+        cfg.model.distill = dict(fpn=dict(neck=dict(loss_kd=dict(loss_weight='auto'))))  # still measured at the end
+        self.check(cfg, tmp_path, 7, 'iter_9.pth')
+        state = read(tmp_path / 'interrupted' / 'iter_9.pth')['state_dict']
+        assert state['diffkd.fpn.auto_weight.count'] == 4  # iterations 3 to 6, between warmup and decay
 
     @pytest.mark.slow
     @pytest.mark.parametrize('persistent', [False, True])
