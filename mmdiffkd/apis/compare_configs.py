@@ -184,7 +184,7 @@ def make_teacher_config(student: Config, teacher: Source) -> Config:
 
 
 def check_same(file: Path, cfg: Config) -> None:
-    """Refuse a config file that has other settings than this call. ``custom_imports`` may differ between arms files.
+    """Refuse a config file that has other settings than this call.
 
     ``custom_imports`` are not compared: two arms files can share an arm, and import different modules for others.
 
