@@ -150,6 +150,10 @@ def test_executable_files_are_refused(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / 'script.pt'))
     with pytest.raises(ValueError, match='refused because it is a TorchScript archive'):
         Teacher(SHUFFLENET, str(tmp_path / 'script.pt')).model  # noqa: B018
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, str(tmp_path / 'program.pt2'))
+    with pytest.raises(ValueError, match=r'refused because it is a program of torch\.export'):
+        Teacher(SHUFFLENET, str(tmp_path / 'program.pt2')).model  # noqa: B018
 
 
 def test_words_for_checkpoints(tmp_path):
