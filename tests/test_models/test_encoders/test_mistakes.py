@@ -200,6 +200,10 @@ def test_one_image_size_only():
         InputResizer(2.0, (224, 224), None, 'vit')
 
 
+def test_images_smaller_than_a_patch():
+    assert InputResizer(None, (224, 224), 16, 'vit').size((5, 30)) == (16, 32)
+
+
 def test_maps_that_do_not_exist():
     assert choose_levels([2, 4, 8, 8, 16]) == [1, 3, 4]
     assert choose_levels([16] * 12) == [11]
