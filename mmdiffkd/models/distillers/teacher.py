@@ -55,7 +55,7 @@ class Teacher:
             Defaults to None.
         metainfo (dict, optional): ``dict(classes=[...])``, the names of the classes, if they are neither in the config
             nor in the checkpoint. Defaults to None.
-        resize (float or 'native', optional): Factor by which the student's images are resized for the teacher, or
+        resize (float or str, optional): Factor by which the student's images are resized for the teacher, or
             ``'native'`` for the area of the images on which it was trained. The features are resized to the levels of
             the student. Defaults to None.
 
