@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from importlib import import_module
 from math import log
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config
 from mmengine.utils import digit_version
@@ -225,11 +225,6 @@ def channels_first(feature: Tensor, image_size: Sequence[int]) -> Tensor:
     ratio = image_size[0] / image_size[1]
     errors = [abs(log(feature.size(i) / feature.size(i + 1) / ratio)) for i in (1, 2)]
     return feature.permute(0, 3, 1, 2) if errors[0] < errors[1] else feature
-
-
-def without_entries(state_dict: Dict[str, Tensor], names: Sequence[str]) -> Dict[str, Tensor]:
-    """Return weights without those of some modules, such as a classifier."""
-    return {key: value for key, value in state_dict.items() if not any(key.startswith(f'{name}.') for name in names)}
 
 
 def download_error(name: str, error: Exception, page: str, file: str = 'model.safetensors') -> Exception:
