@@ -83,7 +83,11 @@ def test_config(page, block, tmp_path):
         pytest.importorskip(''.join(library).lower())
     cfg = Config.fromfile(write(tmp_path, 'block', block), import_custom_modules=False)
     assigned = {target.id for node in ast.parse(block).body if isinstance(node, ast.Assign) for target in node.targets}
-    if 'model' in assigned:
+    if 'model' in assigned and 'student' not in cfg.model:  # a plain student
+        init_default_scope(cfg.default_scope)
+        without_pretrained(cfg.model)
+        build_model(cfg, cfg.model)
+    elif 'model' in assigned:
         model = build(cfg)
         assert set(model.diffkd) == set(cfg.model.get('distill', model.pairs))
     if 'type' in cfg.get('strategy', {}):

@@ -88,7 +88,8 @@ def read_arms(file: str, names: Sequence[str] = ()) -> dict:
             raise ValueError(f"{file} has no arm '{name}'; the nearest are {closest_names(name, arms)}.")
     arms = {name: arms[name] for name in names or arms}
     if cfg.get('custom_imports'):
-        arms = {name: arm and dict(custom_imports=cfg['custom_imports'], **arm) for name, arm in arms.items()}
+        imports = dict(custom_imports=cfg['custom_imports'])
+        arms = {name: arm if arm is None else dict(imports, **arm) for name, arm in arms.items()}
     return arms
 
 

@@ -1,6 +1,8 @@
 """Results of a comparison: table, picture, report, and the config of the best method."""
 
+import statistics
 from pathlib import Path
+from textwrap import shorten
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from mmdiffkd.cli import shorten_path
@@ -19,6 +21,8 @@ from mmdiffkd.visualization.runs import choose_metric, newest_test, read_groups
 
 from .compare_configs import config_text
 from .compare_runs import INTERRUPTED, NO_RESULT, TEACHER, ComparisonRuns, last_step
+
+REASON = 60  # most characters of a reason in a cell; the notes have all of it
 
 
 def write_results(runs: ComparisonRuns, metric: Optional[str]) -> dict:
@@ -40,16 +44,20 @@ def write_results(runs: ComparisonRuns, metric: Optional[str]) -> dict:
     result = dict(rows=[], conclusion='There are no results yet.', results=records, best=None)
     result.update(not_applicable=runs.not_applicable, missing=[f'{r["arm"]}_seed{r["seed"]}' for r in failed])
     notes = [f'{r["arm"]}, seed {r["seed"]}: {_why(r["failed"])}.' for r in failed if r['failed'] != NO_RESULT]
-    absent = [f'{r["arm"]} (seed {r["seed"]})' for r in failed if r['failed'] == NO_RESULT]
-    notes += [f'No result yet: {", ".join(absent)}.'] if absent else []
+    notes += _absent([(r['arm'], r['seed']) for r in failed if r['failed'] == NO_RESULT])
     notes += [f'Not applicable: {reason}' for reason in runs.reasons()]
     if not found:
         print('\n'.join([*notes, result['conclusion']]), flush=True)
         return result
     metric = choose_metric([record['val'] for record in found], metric)
     values = read_values(found, metric, ('val', 'test')[: 1 + runs.is_tested])
+    means = {method: statistics.fmean(own.values()) for method, own in values['val'].items()}
+    order = sorted(means, key=lambda method: (method != BASELINE, -means[method]))  # the best methods first
+    values = {split: {method: own[method] for method in order} for split, own in values.items()}
     split, reported = list(values.items())[-1]
-    reasons = {record['arm']: _why(record['failed']) for record in reversed(failed)}
+    reasons = {
+        record['arm']: shorten(_why(record['failed']), REASON, placeholder=' ...') for record in reversed(failed)
+    }
     rows = comparison_rows(metric, values, _costs(runs, found), reasons)
     best, conclusion = best_method(values['val']), conclude(metric, values)
     result.update(rows=rows, conclusion=conclusion, best=best)
@@ -74,6 +82,21 @@ def read_values(records: Sequence[dict], metric: str, splits: Sequence[str]) -> 
         for split in splits:
             values[split].setdefault(record['arm'], {})[record['seed']] = record[split].get(metric, 0.0)
     return values
+
+
+def _absent(missing: Sequence[Tuple[str, int]]) -> List[str]:
+    """List the runs without a result in a sentence; methods with the same seeds are together."""
+    seeds: Dict[str, List[int]] = {}
+    for method, seed in missing:
+        seeds.setdefault(method, []).append(seed)
+    methods: Dict[Tuple[int, ...], List[str]] = {}
+    for method, own in seeds.items():
+        methods.setdefault(tuple(own), []).append(method)
+    listed = [
+        f'{", ".join(names)} ({"seed" if len(own) == 1 else "seeds"} {", ".join(map(str, own))})'
+        for own, names in methods.items()
+    ]
+    return [f'No result yet: {"; ".join(listed)}.'] if listed else []
 
 
 def _costs(runs: ComparisonRuns, found: Sequence[dict]) -> Dict[str, dict]:

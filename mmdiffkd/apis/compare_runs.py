@@ -368,7 +368,7 @@ class ComparisonRuns:
                     'added parameters (M)': _number(seen.get('parameters'), 1e6),
                     'added multiply-adds (G)': _number(seen.get('gmacs')),
                     's per iteration': _number(cost.get('seconds')),
-                    'time': _number(cost.get('time')),
+                    'relative time': _number(cost.get('time')),
                     'memory (MiB)': _number(cost.get('peak_mib')),
                 }
             )

@@ -29,7 +29,13 @@ from mmdiffkd.models.distillers.feature_info import (
     forward_fns,
 )
 from mmdiffkd.models.distillers.input_renormalizer import COLOR_FLAGS
-from mmdiffkd.models.distillers.recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, flatten
+from mmdiffkd.models.distillers.recorders import (
+    ModuleInputsRecorder,
+    ModuleOutputsRecorder,
+    TapError,
+    flatten,
+    is_roi_tap,
+)
 from mmdiffkd.models.distillers.teacher import Teacher, checkpoint_word_problem
 from mmdiffkd.models.encoders import PRETRAINED, is_encoder
 from mmdiffkd.utils import read_config
@@ -109,6 +115,8 @@ def preview(
         * ``overhead``: multiply-adds of teacher and diffusion module, divided by those of the student's training step;
           None if unknown.
         * ``distill``: the pairs as config text, including default settings.
+        * ``untrained``: with ``task_loss=False``, modules of the student that are frozen because no compared feature
+          depends on them.
         * ``warnings``: list of messages.
 
     Raises:
@@ -157,6 +165,7 @@ def preview(
         weights_mb={part: number * parameters[part] / 1e6 for part, number in WEIGHT_BYTES.items()},
         overhead=(gmacs['teacher'] + gmacs['diffusion_module']) / step if known else None,
         distill=distill_to_text(model),
+        untrained=model.untrained,
         warnings=[
             *_warnings(model, cfg, parameters),
             *_resize_notes(teacher, size),
@@ -553,7 +562,10 @@ def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int, chan
     data = student.data_preprocessor(random_batch(plain, size, channels=channels), True)
     views = ModuleInputsRecorder(student, model.encoder_path) if model.encoder_path else nullcontext()
     with recorder, views as encoder:
-        student(**data, mode='loss')
+        if model.task_loss or any(map(is_roi_tap, model.student_info)):
+            student(**data, mode='loss')
+        else:
+            model.run_to_taps(student, (), data)
     return recorder, model.find_images((), data, encoder)
 
 

@@ -96,7 +96,7 @@ def comparison_rows(
         text = difference_text(paired(own, reported.get(other, {})), places) if is_compared else DASH
         row[f'vs. {reference or "best other"}'] = text if reference or text == DASH else f'{text} {other}'
         for name, key, text in (
-            ('time', 'time', '{:.2f}'),
+            ('relative time', 'time', '{:.2f}'),
             ('memory (MiB)', 'memory', '{:.0f}'),
             ('added multiply-adds (G)', 'gmacs', '{:.3g}'),
         ):

@@ -125,7 +125,9 @@ def test_files(run, tmp_path, capsys):
     alone, diffkd, mse = result['rows']
     assert (alone['method'], alone[f'{METRIC} (val)']) == ('alone', '0.209 ± 0.007')
     assert diffkd['vs. alone'] == '+0.120 (+0.120 to +0.120)' and diffkd['vs. best other'].endswith(' mse')
-    assert (diffkd['time'], diffkd['memory (MiB)']) == ('1.50', '100') and float(diffkd['added multiply-adds (G)']) > 0
+    assert (diffkd['relative time'], diffkd['memory (MiB)']) == ('1.50', '100') and float(
+        diffkd['added multiply-adds (G)']
+    ) > 0
     table = (root / 'table.md').read_text()
     assert table in out and result['conclusion'] in table and 'results are those on val' in table
     assert '\n5 runs left: about ' in out and '\n1 run left: about ' in out
@@ -241,7 +243,7 @@ def test_list(run, tmp_path, capsys, monkeypatch):
     ]
     assert (
         'a log of a package' in text
-        and 'No result yet: alone (seed 0), diffkd (seed 0)' in text
+        and 'No result yet: alone, diffkd (seeds 0, 1).' in text
         and 'There are no results yet.' in text
     )
     for line, name in zip(lines[1:3], ('alone', 'diffkd')):
@@ -249,7 +251,7 @@ def test_list(run, tmp_path, capsys, monkeypatch):
     result = run(list_runs=True)
     out, text = capsys.readouterr()
     assert out.splitlines() == [lines[0], *lines[3:]] and result['best'] == 'diffkd'
-    assert 'One seed cannot rank methods' in text and 'No result yet: alone (seed 1), diffkd (seed 1)' in text
+    assert 'One seed cannot rank methods' in text and 'No result yet: alone, diffkd (seed 1).' in text
 
 
 def test_other_settings_are_refused(run, teacher, tmp_path, student):

@@ -33,7 +33,7 @@ def test_rows():
     low, high = stats.ttest_rel(list(test['cwd'].values()), list(ALONE.values())).confidence_interval(0.95)
     assert cwd['vs. alone'] == f'+0.147 ({low:+.3f} to {high:+.3f})'
     assert cwd[f'{METRIC} (val)'] == '0.277 ± 0.031' and cwd[f'{METRIC} (test)'] == '0.377 ± 0.031'
-    assert (cwd['time'], cwd['memory (MiB)'], cwd['added multiply-adds (G)']) == ('1.50', '120', '2.35')
+    assert (cwd['relative time'], cwd['memory (MiB)'], cwd['added multiply-adds (G)']) == ('1.50', '120', '2.35')
     assert alone['vs. alone'] == alone['vs. best other'] == '–' and alone['added multiply-adds (G)'] == '–'
     # the best other method is chosen on val; a single seed has no interval
     assert pkd['seeds'] == '1' and pkd['vs. alone'] == '+0.100' and pkd['vs. best other'] == '-0.050 cwd'

@@ -8,7 +8,7 @@ from itertools import chain
 from logging import DEBUG, WARNING
 from math import lcm
 from traceback import walk_tb
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmdiffkd.utils.config import ENCODERS, WRAPPED, image_channels, type_name
 from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
-from .batches import blank_sample
+from .batches import blank_sample, weights_of
 from .recorders import ModuleOutputsRecorder, TapError, Tokens, find_module, flatten
 
 # Devices and image sizes to try in turn. Some operators do not support the meta device. Some models do not accept small
@@ -45,6 +45,8 @@ class FeatureInfo(NamedTuple):
         tokens (list[Tokens or None], optional): Token layout of each level; None for levels without tokens.
         num_outputs (int): Number of tensors that one call of the module returns.
         image_channels (int): Number of channels of the images.
+        weights (list[frozenset[str]], optional): Names of the weights that each level depends on; None for teachers,
+            and if activation checkpointing hides them.
     """
 
     channels: List[int]
@@ -55,6 +57,7 @@ class FeatureInfo(NamedTuple):
     tokens: Optional[List[Optional[Tokens]]] = None
     num_outputs: int = 1
     image_channels: int = 3
+    weights: Optional[List[FrozenSet[str]]] = None
 
 
 def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, FeatureInfo]:
@@ -248,6 +251,7 @@ def _run(
             find_module(model, path, owner)
         images, samples = torch.zeros(IMAGES, *shape), [blank_sample(*shape[1:]) for _ in range(IMAGES)]
         problem, unreached = None, []
+        names = {id(weight): name for name, weight in model.named_parameters()} if owner == 'student' else {}
         for forward_fn, run in forward_fns(model).items():
             try:
                 with ModuleOutputsRecorder(model, paths, owner) as taps, QuickMeta() if is_meta else nullcontext():
@@ -260,7 +264,7 @@ def _run(
             unreached = [path for path, outputs in taps.outputs.items() if not outputs]
             if not unreached:
                 return {
-                    path: _describe(taps, path, shape[1], forward_fn)._replace(image_channels=shape[0])
+                    path: _describe(taps, path, shape[1], forward_fn, names)._replace(image_channels=shape[0])
                     for path in paths
                 }
     if problem is not None:
@@ -271,7 +275,7 @@ def _run(
     )
 
 
-def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str) -> FeatureInfo:
+def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str, names: Dict[int, str]) -> FeatureInfo:
     tensors = flatten(taps.outputs[path], path)
     features = taps.features(path, (size, size))
     channels, strides, tokens = [], [], []
@@ -287,6 +291,7 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
                 'dimension must be the number of images. Tap a module that returns features of each image.'
             )
     requires_grad = [feature is not None and feature.requires_grad for feature in features]
+    weights = [frozenset() if feature is None else weights_of(feature, names) for feature in features]
     calls = taps.outputs[path]
     return FeatureInfo(
         channels,
@@ -296,6 +301,7 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
         requires_grad if torch.is_grad_enabled() else None,
         tokens,
         len(calls[0]),
+        weights=weights if names and None not in weights else None,
     )
 
 
