@@ -35,7 +35,7 @@ def matched(model):
     [
         ('timm', [(0, 0), (1, 0), (2, 0)]),  # a ViT has the stride 16, the FPN 8 to 128
         ('torchvision', [(0, 1), (1, 2), (2, 3)]),
-        ('transformers', [(0, 0), (1, 0)]),  # patches of 14 pixels
+        ('transformers', [(0, 0), (1, 0), (2, 0)]),  # patches of 14 pixels
     ],
 )
 def test_detector(tmp_path, library, levels):
