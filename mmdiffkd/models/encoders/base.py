@@ -236,13 +236,14 @@ def download_error(name: str, error: Exception, page: str, file: str = 'model.sa
         page (str): Address at which the file can be found.
         file (str): Name of the file there. Defaults to ``'model.safetensors'``.
     """
-    put = f'download {file} from {page} and set teacher.checkpoint to its path'
     if is_gated(error):
         return ValueError(
-            f"The weights of '{name}' are gated: accept their license on {page} and run 'hf auth login', or {put}."
+            f"The weights of '{name}' are gated: accept their license on {page} and run 'hf auth login', or download "
+            f'{file} there and set teacher.checkpoint to its path.'
         )
     return ValueError(
-        f"The weights of '{name}' cannot be downloaded ({one_line(error)}). On a machine with access, {put}."
+        f"The weights of '{name}' cannot be downloaded ({one_line(error)}). On a machine with access, download {file} "
+        f'from {page} and set teacher.checkpoint to its path.'
     )
 
 
