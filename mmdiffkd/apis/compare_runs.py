@@ -19,6 +19,9 @@ from mmengine.config import Config
 import mmdiffkd
 from mmdiffkd.cli import quiet_packages, shorten_path
 from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
+from mmdiffkd.models.distillers.teacher import Teacher
+from mmdiffkd.models.encoders import PRETRAINED, is_encoder
+from mmdiffkd.utils import read_config
 from mmdiffkd.visualization.comparison import aligned_markdown, compare_teacher
 from mmdiffkd.visualization.differences import BASELINE
 from mmdiffkd.visualization.logs import NO_METRICS
@@ -185,7 +188,8 @@ class ComparisonRuns:
         self.state = (
             json.loads(self.state_file.read_text('utf-8')) if self.state_file.exists() else dict(previews={}, costs={})
         )
-        self.fingerprint = fingerprint(read_checkpoint(checkpoint)['state_dict'])
+        self.is_encoder = is_encoder(read_config(teacher).model)  # it has no predictions to test
+        self.fingerprint = _fingerprint(teacher, checkpoint)
         if self.state.setdefault('teacher', self.fingerprint) != self.fingerprint:
             raise ValueError(
                 f'{shorten_path(root)} was made with other weights of the teacher than {checkpoint}; choose another '
@@ -288,7 +292,7 @@ class ComparisonRuns:
 
     def _teacher_command(self) -> List[str]:
         """Return the command that tests the teacher on the student's validation split; empty if it was tested."""
-        if newest_test(self.root / TEACHER)[0] is not None:
+        if self.is_encoder or newest_test(self.root / TEACHER)[0] is not None:
             return []
         config = self.root / 'configs' / f'{TEACHER}.py'
         config.write_text(config_text(make_teacher_config(self.student, self.teacher)), 'utf-8')
@@ -301,6 +305,8 @@ class ComparisonRuns:
         Raises:
             ValueError: If the evaluation has no such metric.
         """
+        if self.is_encoder:
+            return
         command = self._teacher_command()
         if command:
             job = Job('test the teacher', command, self.root / 'logs' / f'{TEACHER}.log', metric=metric)
@@ -493,6 +499,14 @@ def _write(file: Path, text: str) -> None:
     part = file.with_suffix('.part')
     part.write_text(text, 'utf-8')
     part.replace(file)
+
+
+def _fingerprint(teacher: Source, checkpoint: str) -> str:
+    """Return the hash of the teacher's weights."""
+    if checkpoint != PRETRAINED:
+        return fingerprint(read_checkpoint(checkpoint)['state_dict'])
+    loaded = Teacher(teacher.to_dict() if isinstance(teacher, Config) else teacher, checkpoint)
+    return fingerprint(loaded.model.state_dict())
 
 
 def _parsed(line: str) -> dict:

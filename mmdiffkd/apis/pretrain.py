@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from mmdiffkd.engine.hooks.pretrained_weights_hook import PARTS, WEIGHTS
 from mmdiffkd.models.distillers.input_renormalizer import Preprocessor
 from mmdiffkd.models.distillers.pairs import Pair, read_pairs
+from mmdiffkd.models.encoders import is_encoder
 from mmdiffkd.models.presets.base import find_features, find_task
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
@@ -115,7 +116,8 @@ def pretrain_config(
         preset (str): Method, which must compare features of backbones or necks. Its pairs in the heads are left out.
             Defaults to ``'pkd'``.
         pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the pairs of
-            the preset. If student and teacher have different tasks: all levels that their backbones share.
+            the preset. If student and teacher have different tasks: all levels that their backbones share, or with a
+            teacher of timm, torchvision or transformers, those of the nearest strides.
         epochs (int): Number of epochs. Defaults to 100.
         batch_size (int): Images per GPU; at most all images. Defaults to 64.
         lr (float, optional): Largest learning rate. Defaults to 0.001 for 64 images, scaled with the square root of the
@@ -226,7 +228,8 @@ def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: 
             find_features({key: value for key, value in cfg.items() if key != 'neck'}) for cfg in (student, teacher)
         ]
         if None not in encoders:
-            pairs = dict(feat=dict(student=encoders[0], teacher=encoders[1]))
+            levels = 'nearest' if is_encoder(teacher) else None
+            pairs = dict(feat=dict(student=encoders[0], teacher=encoders[1], levels=levels))
     chosen = read_pairs(pairs, build_for_inspection(student), student, teacher, preset)
     fitting = {name: pair for name, pair in chosen.items() if all(map(_part_of, pair.student_taps))}
     others = {name: pair.student_taps[0] for name, pair in chosen.items() if name not in fitting}

@@ -430,6 +430,9 @@ BUFFER_METHODS = ('min', 'max', 'mean', 'current')
 ANNEALING_METHODS = ('_annealing_cos', '_annealing_linear')
 
 
+EXPORTED = {'serialized_exported_program.json', 'archive_format'}  # members of a program of torch.export
+
+
 def executable_format(path: str) -> Optional[str]:
     """Return a file's format if torch before 2.6 may run code in it despite ``weights_only``, else None.
 
@@ -442,7 +445,10 @@ def executable_format(path: str) -> Optional[str]:
         return "in torch's tar format from before 2018"  # CVE-2025-32434
     if zipfile.is_zipfile(path):
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            if any(osp.basename(name) == 'constants.pkl' for name in archive.namelist()):
+            names = {osp.basename(name) for name in archive.namelist()}
+            if EXPORTED & names:
+                return 'a program of torch.export'
+            if 'constants.pkl' in names:
                 return 'a TorchScript archive'
     return None
 
