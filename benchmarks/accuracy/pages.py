@@ -31,7 +31,8 @@ class Topic:
     """A page of a set of results.
 
     Args:
-        presets (list[str], optional): Methods. Defaults to the arms in the file ``arms/SET_TOPIC.py``.
+        presets (list[str], optional): Methods. Defaults to the arms in the file ``arms/SET_TOPIC.py``; a longer
+            schedule without a file has the arms of the shorter one.
         reference (str, optional): Method to compare with, besides the student alone. Defaults to the best other method.
         seeds (list[int], optional): Seeds to show. Defaults to all.
         splits (list[str]): Splits to show. Results are compared on the last one. Settings that are chosen from a page
@@ -64,6 +65,7 @@ class ResultSet:
 THREE, VALIDATION = (0, 1, 2), ('val',)
 ALL = Topic(presets=list(list_presets()))
 WEIGHTS = Topic(reference=BASELINE, seeds=[0], splits=VALIDATION)
+CONTROLS = Topic(reference='plus')
 AP = {'coco/bbox_mAP': ('AP', 100), 'coco/bbox_mAP_50': ('AP50', 100)}
 MIOU = {'mIoU': ('mIoU', 1)}
 DEEPPCB, CAMVID = 'deeppcb_teacher/epoch_24.pth', 'camvid_teacher/iter_4000.pth'
@@ -81,6 +83,7 @@ SETS = {
             'variants': Topic(reference='diffkd', seeds=THREE, splits=VALIDATION),
             'weights': WEIGHTS,
             'auto': Topic(reference=BASELINE),
+            'controls': CONTROLS,
         },
     ),
     'camvid': ResultSet(
@@ -94,16 +97,30 @@ SETS = {
             'tried': Topic(reference='plus', seeds=THREE, splits=VALIDATION),
             'weights': WEIGHTS,
             'auto': Topic(reference=BASELINE),
+            'controls': CONTROLS,
         },
     ),
     'deeppcb-longer': ResultSet(
         'DeepPCB, three times as long',
         AP,
         DEEPPCB,
-        {'preset': Topic(presets=['cwd_head', 'plus'], reference='plus')},
+        {
+            'preset': Topic(presets=['cwd_head', 'plus'], reference='plus'),
+            'controls': CONTROLS,
+            'candidates': Topic(reference='cwd_head'),
+            'decay': Topic(reference='plus'),
+        },
     ),
     'camvid-longer': ResultSet(
-        'CamVid, three times as long', MIOU, CAMVID, {'preset': Topic(presets=['pkd', 'plus'], reference='plus')}
+        'CamVid, three times as long',
+        MIOU,
+        CAMVID,
+        {
+            'preset': Topic(presets=['pkd', 'plus'], reference='plus'),
+            'controls': CONTROLS,
+            'candidates': Topic(reference='pkd'),
+            'decay': Topic(reference='plus'),
+        },
     ),
 }
 
@@ -162,7 +179,8 @@ def methods_of(name: str, topic: str) -> List[str]:
 
 def arms_file(name: str, topic: str) -> Path:
     """Return the arms file of a page."""
-    return FOLDER / 'arms' / f'{name}_{topic}.py'
+    file = FOLDER / 'arms' / f'{name}_{topic}.py'
+    return file if file.exists() else file.with_name(f'{name.removesuffix("-longer")}_{topic}.py')
 
 
 def select(lines: Sequence[dict], name: str, topic: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List]:

@@ -183,12 +183,15 @@ def make_teacher_config(student: Config, teacher: Source) -> Config:
 def check_same(file: Path, cfg: Config) -> None:
     """Refuse a config file that has other settings than this call.
 
+    ``custom_imports`` are not compared: two arms files can share an arm, and import different modules for others.
+
     Raises:
         ValueError: With the first differences.
     """
     before = _flat(Config.fromfile(file, import_custom_modules=False).to_dict())
     now = _flat(Config.fromstring(Config(cfg.to_dict(), format_python_code=False).pretty_text, '.py').to_dict())
-    differ = [key for key in dict.fromkeys([*before, *now]) if before.get(key, NOT_SET) != now.get(key, NOT_SET)]
+    keys = [key for key in dict.fromkeys([*before, *now]) if not key.startswith('custom_imports')]
+    differ = [key for key in keys if before.get(key, NOT_SET) != now.get(key, NOT_SET)]
     if differ:
         differ.sort(key=lambda key: not key.startswith(('train_cfg', 'model', 'optim_wrapper')))  # say the cause first
         listed = '; '.join(

@@ -4,7 +4,13 @@ import pytest
 from mmengine.config import Config
 
 from mmdiffkd.apis.build import build_distiller
-from mmdiffkd.apis.compare_configs import has_test_split, make_method_config, scale_schedule
+from mmdiffkd.apis.compare_configs import (
+    check_same,
+    config_text,
+    has_test_split,
+    make_method_config,
+    scale_schedule,
+)
 from mmdiffkd.utils import resolve_config
 from tests import tiny
 
@@ -116,3 +122,6 @@ def test_custom_imports(make, tmp_path, monkeypatch):
     (tmp_path / 'my_module_of_an_arm.py').write_text('')
     cfg = make(preset='cwd', custom_imports=dict(imports=['my_module_of_an_arm']))
     assert cfg.custom_imports.imports == ['my_module_of_an_arm', 'mmdiffkd'] and 'my_module_of_an_arm' in sys.modules
+    # two arms files can share an arm in the same folder, and import different modules for others
+    (tmp_path / 'before.py').write_text(config_text(make(preset='cwd')))
+    check_same(tmp_path / 'before.py', cfg)

@@ -176,7 +176,7 @@ def test_every_page_has_its_arms():
         for topic, page in results.topics.items():
             assert page.reference in (None, *pages.methods_of(name, topic))
             if page.presets is None:
-                stems.add(f'{name}_{topic}')
+                stems.add(pages.arms_file(name, topic).stem)
     assert stems == set(ARMS)
 
 

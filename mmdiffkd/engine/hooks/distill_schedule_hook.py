@@ -1,4 +1,5 @@
-from typing import Annotated, Optional
+from math import cos, pi
+from typing import Annotated, Literal, Optional
 
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -31,6 +32,8 @@ class DistillScheduleHook(Hook):
             Defaults to None.
         warmup (float): Length of the warmup. Defaults to 0.
         decay (float): Length of the decay before ``end``, or before the end of the training. Defaults to 0.
+        decay_curve (str): ``'linear'``, or ``'cosine'``, which falls slowly at the start and at the end: the factor is
+            (1 + cos(pi * x)) / 2 after a fraction x of the decay. Defaults to ``'linear'``.
         interval (int): Distill only every ``interval`` iterations, counted from ``begin``. In between, neither the
             teacher nor the diffusion module runs, and the log repeats the last values. Defaults to 1.
         by_epoch (bool): Whether ``begin``, ``end``, ``warmup`` and ``decay`` are in epochs (epoch-based loops only) or
@@ -48,6 +51,7 @@ class DistillScheduleHook(Hook):
         end: Optional[Natural] = None,
         warmup: NonNegative = 0,
         decay: NonNegative = 0,
+        decay_curve: Literal['linear', 'cosine'] = 'linear',
         interval: Annotated[int, Limits(1)] = 1,
         by_epoch: bool = True,
     ):
@@ -57,6 +61,7 @@ class DistillScheduleHook(Hook):
         self.end = end
         self.warmup = warmup
         self.decay = decay
+        self.decay_curve = decay_curve
         self.interval = interval
         self.by_epoch = by_epoch
         self._has_distilled = False  # whether an iteration since the last optimizer step had distillation
@@ -117,7 +122,9 @@ class DistillScheduleHook(Hook):
         if not self._begin <= iteration < self._end or (iteration - self._begin) % self.interval:
             return None
         rise = (iteration + 1 - self._begin) / self._warmup if self._warmup else 1.0
-        fall = (self._end - iteration) / self._decay if self._decay else 1.0
+        fall = min(1.0, (self._end - iteration) / self._decay) if self._decay else 1.0
+        if self.decay_curve == 'cosine':
+            fall = (1 - cos(pi * fall)) / 2
         return min(1.0, rise, fall)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:

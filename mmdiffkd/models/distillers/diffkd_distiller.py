@@ -78,8 +78,9 @@ class DiffKDDistiller(BaseDistiller):
             to None.
         distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=, classes=)}``. None uses the
             pairs of the preset. Defaults to None.
-        preset (str): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
-            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to ``'diffkd'``.
+        preset (str, optional): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
+            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to None: ``'cosine'`` for a teacher of
+            timm, torchvision or transformers, ``'diffkd'`` for any other.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.
@@ -121,7 +122,7 @@ class DiffKDDistiller(BaseDistiller):
         student: dict,
         teacher: Optional[dict] = None,
         distill: Optional[dict] = None,
-        preset: str = 'diffkd',
+        preset: Optional[str] = None,
         init_from_teacher: Optional[Sequence[str]] = None,
         data_preprocessor: Optional[dict] = None,
         metainfo: Optional[dict] = None,
@@ -172,11 +173,15 @@ class DiffKDDistiller(BaseDistiller):
             self.deferred_error = error  # the model can predict without its teacher
             print_log(f'This model cannot be trained because its teacher is missing: {error}', 'current', WARNING)
 
-    def read_pairs(self, distill: Optional[dict], student_cfg: dict, teacher_cfg: dict, preset: str) -> Dict[str, Pair]:
+    def read_pairs(
+        self, distill: Optional[dict], student_cfg: dict, teacher_cfg: dict, preset: Optional[str]
+    ) -> Dict[str, Pair]:
         """Return the pairs to distill; see :func:`.read_pairs`."""
         return read_pairs(distill, self, student_cfg, teacher_cfg, preset, self._class_matcher)
 
-    def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict], preset: str) -> None:
+    def _build_pairs(
+        self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict], preset: Optional[str]
+    ) -> None:
         teacher_cfg = teacher.model_cfg
         self._class_matcher = ClassMatcher(self._class_names, teacher.class_names)
         pairs = self.read_pairs(distill, student_cfg, teacher_cfg, preset)
@@ -663,7 +668,7 @@ def convert_to_distiller(
     student_cfg: dict,
     teacher: Optional[dict] = None,
     distill: Optional[dict] = None,
-    preset: str = 'diffkd',
+    preset: Optional[str] = None,
     init_from_teacher: Optional[Sequence[str]] = None,
     distiller_type: Type[DiffKDDistiller] = DiffKDDistiller,
     metainfo: Optional[dict] = None,

@@ -8,7 +8,7 @@ from itertools import chain
 from logging import DEBUG, WARNING
 from math import lcm
 from traceback import walk_tb
-from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -306,7 +306,7 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
 
 
 def match_levels(
-    pair: str, student: FeatureInfo, teacher: FeatureInfo, levels: Optional[Sequence[int]] = None
+    pair: str, student: FeatureInfo, teacher: FeatureInfo, levels: Union[Sequence[int], str, None] = None
 ) -> List[Tuple[int, int]]:
     """Match the levels of a student tap with those of a teacher tap.
 
@@ -320,7 +320,9 @@ def match_levels(
         student (FeatureInfo): The student's levels.
         teacher (FeatureInfo): The teacher's levels.
         levels (list[int], optional): Student levels to distill. Negative numbers count from the end on both sides: -1
-            matches the last levels, whatever their strides. None takes all common levels. Defaults to None.
+            matches the last levels, whatever their strides. None takes all common levels. ``'nearest'`` takes the
+            levels whose strides are within a factor of two of a teacher level: all of them for a teacher with a single
+            level, such as a ViT, or else the nearest one of each teacher level. Defaults to None.
 
     Returns:
         list[tuple[int, int]]: Indices of student and teacher levels.
@@ -328,6 +330,8 @@ def match_levels(
     Raises:
         ValueError: If no level matches. The message contains the strides of student and teacher.
     """
+    if levels == 'nearest':
+        levels = _nearest_levels(student, teacher)
     ours, theirs = _present(student), _present(teacher)
     requires_grad = [level for level in ours if student.requires_grad is None or student.requires_grad[level]]
     if not requires_grad:
@@ -395,6 +399,24 @@ def match_levels(
             f'{_strides(teacher)}. Set levels=[...] to choose levels to resize, or tap other modules.'
         )
     return matches
+
+
+def _nearest_levels(student: FeatureInfo, teacher: FeatureInfo) -> Optional[List[int]]:
+    """Return the student levels for ``'nearest'``; None if there are none, or no strides."""
+    trainable = student.requires_grad or [True] * len(student.channels)
+    ours = [level for level in _present(student) if student.strides[level] and trainable[level]]
+    theirs = [teacher.strides[level] for level in _present(teacher) if teacher.strides[level]]
+    if not theirs or len(ours) < 2:  # single levels always match
+        return None
+
+    def ratio(level: int, stride: float) -> float:
+        return max(student.strides[level], stride) / min(student.strides[level], stride)
+
+    near = [level for level in ours if min(ratio(level, stride) for stride in theirs) <= 2]
+    if len(set(theirs)) > 1:
+        chosen = {min(near, key=partial(ratio, stride=stride)) for stride in theirs if near}
+        near = [level for level in near if level in chosen]
+    return near or None
 
 
 def _of_one_kind(student: FeatureInfo, teacher: FeatureInfo, ours: List[int], theirs: List[int], wanted: Sequence[int]):

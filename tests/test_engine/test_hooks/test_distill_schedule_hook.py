@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -55,6 +56,13 @@ def test_weight_of_every_iteration(runner, tmp_path, epochs, hook):
     assert [any(key.startswith('diffkd.fpn') for key in record) for record in log] == [
         weight > 0 for weight in expected
     ]
+
+
+def test_cosine_decay(runner, tmp_path):
+    runner(end=6, decay=4, decay_curve='cosine').train()
+    linear = [1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    expected = [(1 - math.cos(math.pi * weight)) / 2 for weight in linear]
+    assert [record['diffkd.weight'] for record in records(tmp_path)] == pytest.approx(expected)
 
 
 def test_weight_scales_only_the_distance(tmp_path):
@@ -133,6 +141,7 @@ def test_runner_can_train_twice(runner):
     [
         (dict(begin=5, end=5), 'end=.* is too early'),
         (dict(interval=0), 'DistillScheduleHook: interval=0 must be an integer of at least 1'),
+        (dict(decay_curve='cos'), "decay_curve='cos' must be 'linear' or 'cosine'"),
         (dict(warmup=-1), 'warmup=-1 must be a finite number of at least 0'),
         (dict(begin=2, end=4, warmup=2, decay=1), 'end=.* is too early'),
         (dict(end=9), 'do not fit into the 8 iterations'),

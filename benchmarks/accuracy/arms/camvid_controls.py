@@ -1,0 +1,41 @@
+# Which part of the preset plus helps? Each arm changes one part. deeppcb_controls.py explains the arms and what each of
+# them would show.
+#
+# Nothing here has been measured yet. An arm explains a gain if its mean paired difference to plus over three seeds, on
+# the validation split with three times the schedule, is not below zero.
+_base_ = './camvid_preset.py'
+custom_imports = dict(
+    imports=['benchmarks.accuracy.controls', 'benchmarks.accuracy.variants'], allow_failed_imports=False
+)
+
+
+def plus(**neck):
+    """Return the preset plus with another neck."""
+    return dict(preset='plus', distill=dict(feat=dict(neck=neck)))
+
+
+def mse(weight):
+    """Return the distance of plus."""
+    return dict(type='mmdiffkd.MSELoss', loss_weight=weight)
+
+
+def direct(loss_kd):
+    """Return plus_not_denoised, that is alignment, convolution with BatchNorm and distance, with another distance."""
+    return plus(type='mmdiffkd.VariantNeck', denoising=False, loss_kd=loss_kd)
+
+
+arms = {
+    '_delete_': True,
+    'plus': dict(preset='plus'),
+    'pkd': dict(preset='pkd'),
+    'mse': plus(denoise=False, loss_kd=mse(5.0)),
+    'plus_not_denoised': _base_.arms['plus_not_denoised'],
+    'plus_not_denoised_x1.5': direct(mse(7.5)),
+    'plus_not_denoised_ramp': direct(dict(type='mmdiffkd.RampedMSELoss', loss_weight=5.0)),
+    'no_grad_t=0': plus(type='mmdiffkd.DetachedDiffusionNeck', scheduler=dict(num_inference_steps=1)),
+    'no_grad_t=400': plus(
+        type='mmdiffkd.DetachedDiffusionNeck', scheduler=dict(num_inference_steps=1, start_timestep=400)
+    ),
+    'no_last_norm': plus(denoiser=dict(type='mmdiffkd.DenoiserWithoutLastNorm')),
+    'refiner': plus(type='mmdiffkd.PlainRefinementNeck', loss_kd=mse(5.0)),
+}
