@@ -4,7 +4,7 @@ import os
 import time
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Dict, Optional, Sequence, Union
+from typing import Annotated, Dict, List, Optional, Sequence, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
@@ -170,7 +170,6 @@ def pretrain_config(
         dict(type='mmengine.RandomFlip', prob=0.5),
         dict(type='mmdiffkd.PackImage'),
     ]
-    warmup = max(WARMUP * epochs, min(1.5 / steps, epochs / 2))  # in epochs; at least one iteration
     lr = lr or float(f'{LR * (batch_size / LR_BATCH_SIZE) ** 0.5:.2g}')
     workers = min(MAX_WORKERS, available_cores()) if available_cores() > 1 else 0
     run = Config(
@@ -193,16 +192,7 @@ def pretrain_config(
                 optimizer=dict(type='AdamW', lr=lr, weight_decay=0.05),
                 paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
             ),
-            param_scheduler=[
-                dict(type='LinearLR', start_factor=0.01, begin=0, end=warmup, convert_to_iter_based=True),
-                dict(
-                    type='CosineAnnealingLR',
-                    begin=warmup,
-                    end=epochs,
-                    T_max=epochs - warmup,
-                    convert_to_iter_based=True,
-                ),
-            ],
+            param_scheduler=_schedulers(epochs, steps),
             default_hooks=dict(checkpoint=dict(interval=ceil(epochs / CHECKPOINTS), max_keep_ckpts=1)),
             custom_hooks=[dict(type='mmdiffkd.PretrainedWeightsHook')],
             env_cfg=dict(cudnn_benchmark=True, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0)),
@@ -219,6 +209,23 @@ def pretrain_config(
         run.model.teacher.data_preprocessor = dict(size=None)
     run.merge_from_dict(cfg_options or {})
     return run
+
+
+def _schedulers(epochs: int, steps: int) -> List[dict]:
+    """Return the schedulers of the learning rate.
+
+    Args:
+        epochs (int): Number of epochs.
+        steps (int): Iterations per epoch.
+
+    Returns:
+        list[dict]: Warm-up of at least one iteration, and cosine; empty for runs of one or two iterations.
+    """
+    if epochs * steps < 3:
+        return []
+    warmup = max(WARMUP * epochs, 1.5 / steps)  # in epochs; mmengine rounds down to iterations
+    cosine = dict(type='CosineAnnealingLR', begin=warmup, end=epochs, T_max=epochs - warmup, convert_to_iter_based=True)
+    return [dict(type='LinearLR', start_factor=0.01, begin=0, end=warmup, convert_to_iter_based=True), cosine]
 
 
 def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: Optional[dict]) -> Dict[str, dict]:
