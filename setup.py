@@ -84,6 +84,11 @@ setup(
     package_data={'mmdiffkd': ['visualization/*.html']},
     python_requires='>=3.11',
     install_requires=requirements('runtime.txt'),
-    extras_require=dict(docs=requirements('docs.txt'), tests=requirements('tests.txt')),
+    extras_require={
+        'docs': requirements('docs.txt'),
+        'tests': requirements('tests.txt'),
+        'timm': requirements('timm.txt'),
+        'transformers': requirements('transformers.txt'),
+    },
     cmdclass=dict(build_py=BuildPackage, bdist_wheel=BuildWheel),
 )

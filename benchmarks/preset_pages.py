@@ -193,7 +193,7 @@ def pair_rows(name: str) -> List[Dict[str, str]]:
 
 
 def pair_cells(pair: Pair) -> Dict[str, str]:
-    """Return the cells of a pair: taps, module that compares, weights and other settings."""
+    """Return the cells of a pair: taps, module that compares with its settings, and weights."""
     levels = '' if pair.levels is None else f', levels {pair.levels}'.replace('levels [-1]', 'last level')
     taps = [', '.join(f'`{tap}`' for tap in taps) + levels for taps in (pair.student_taps, pair.teacher_taps)]
     kind, loss = type_name(pair.neck['type']), pair.neck.get('loss_kd') or {}
@@ -208,14 +208,12 @@ def pair_cells(pair: Pair) -> Dict[str, str]:
     if loss:
         weights = dict(loss_weight=loss.get('loss_weight', defaults(loss['type'])['loss_weight']))
     others = {key: value for key, value in {**own, **loss}.items() if key not in (*weights, *HIDDEN)}
+    settings = [f'`{key}={_value(value)}`' for key, value in others.items() if value not in (None, False)]
     return {
         'tap of the student': taps[0],
         'tap of the teacher': taps[1],
-        'compared by': compared,
+        'compared by': ', '.join([compared, *settings]),
         'weight': ', '.join(_weight(key, value, len(weights)) for key, value in weights.items()),
-        'settings': ', '.join(
-            f'`{key}={_value(value)}`' for key, value in others.items() if value not in (None, False)
-        ),
     }
 
 
@@ -353,8 +351,12 @@ def pages() -> Dict[Path, str]:
 
 def choice_page() -> str:
     """Return the text of the page that helps to choose a preset."""
-    text = insert(CHOICE.read_text('utf-8'), 'candidates', candidates())
-    return insert(text, 'results', results_sections(read_costs()))
+    return insert(with_results(CHOICE.read_text('utf-8')), 'candidates', candidates())
+
+
+def with_results(page: str) -> str:
+    """Return a page with up-to-date results of presets."""
+    return insert(page, 'results', results_sections(read_costs()))
 
 
 def insert(page: str, name: str, text: str) -> str:

@@ -33,7 +33,7 @@ class ResultSet(NamedTuple):
 
 SETS = {
     'DeepPCB': ResultSet(
-        'RetinaNet with an eighth of the usual width, from half of the width', 'coco/bbox_mAP', 'AP', 100
+        'RetinaNet of an eighth of the usual width, taught by half of the width', 'coco/bbox_mAP', 'AP', 100
     ),
     'CamVid': ResultSet('DeepLabV3 of a quarter of the usual width, taught by half of the width', 'mIoU', 'mIoU', 1),
 }

@@ -3,12 +3,16 @@
 import difflib
 from typing import List
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', scope='mmdiffkd', parent=MMENGINE_MODELS, locations=['mmdiffkd.models'])
 HOOKS = Registry('hook', scope='mmdiffkd', parent=MMENGINE_HOOKS, locations=['mmdiffkd.engine.hooks'])
+DATASETS = Registry('dataset', scope='mmdiffkd', parent=MMENGINE_DATASETS, locations=['mmdiffkd.datasets'])
+TRANSFORMS = Registry('transform', scope='mmdiffkd', parent=MMENGINE_TRANSFORMS, locations=['mmdiffkd.datasets'])
 PRESETS = Registry('preset', scope='mmdiffkd', locations=['mmdiffkd.models.presets'])
 
 

@@ -79,9 +79,15 @@ def build(cfg):
 
 @pytest.mark.parametrize('page, block', CONFIGS)
 def test_config(page, block, tmp_path):
+    for library in re.findall(r"'(timm|transformers)::|mmdiffkd\.(Timm)Encoder", block):
+        pytest.importorskip(''.join(library).lower())
     cfg = Config.fromfile(write(tmp_path, 'block', block), import_custom_modules=False)
     assigned = {target.id for node in ast.parse(block).body if isinstance(node, ast.Assign) for target in node.targets}
-    if 'model' in assigned:
+    if 'model' in assigned and 'student' not in cfg.model:  # a plain student
+        init_default_scope(cfg.default_scope)
+        without_pretrained(cfg.model)
+        build_model(cfg, cfg.model)
+    elif 'model' in assigned:
         model = build(cfg)
         assert set(model.diffkd) == set(cfg.model.get('distill', model.pairs))
     if 'type' in cfg.get('strategy', {}):

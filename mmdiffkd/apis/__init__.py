@@ -5,6 +5,7 @@ from .export import student_config, student_weights
 from .list_presets import list_presets
 from .make_config import make_config
 from .parallel import Job, JobResult, available_cores, available_gpus, run_parallel
+from .pretrain import pretrain, pretrain_config
 from .preview import list_taps, preview
 from .run_config import load_run_config
 
@@ -21,6 +22,8 @@ __all__ = [
     'list_taps',
     'load_run_config',
     'make_config',
+    'pretrain',
+    'pretrain_config',
     'preview',
     'run_parallel',
     'student_config',

@@ -9,6 +9,8 @@ from typing import Optional
 
 from mmengine.config import Config
 
+from mmdiffkd.models.distillers.pairs import default_preset
+from mmdiffkd.models.encoders import PRETRAINED, loads_weights
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import get_custom_imports, zoo_checkpoint
 
@@ -40,7 +42,7 @@ model = dict(
 BODY = """\
     teacher=dict(
         config={config},
-        checkpoint={checkpoint!r},  # a path, a URL, or 'zoo'
+        checkpoint={checkpoint!r},  # a path, a URL, or {word!r}
     ),
     preset={preset!r},  # the method (docs/configure/methods.md); leave out distill if you change it
     # Default pairs. Uncomment to change taps, levels or settings; tune neck.loss_kd.loss_weight first.
@@ -60,7 +62,11 @@ HINT = '    # To reduce the cost: neck=dict(latent_channels=64).\n'
 
 
 def make_config(
-    student: str, teacher: str, checkpoint: str = 'zoo', output: Optional[str] = None, preset: str = 'diffkd'
+    student: str,
+    teacher: str,
+    checkpoint: Optional[str] = None,
+    output: Optional[str] = None,
+    preset: Optional[str] = None,
 ) -> str:
     """Write the config that distills a teacher into a student, and check that it can be built.
 
@@ -68,13 +74,15 @@ def make_config(
 
     Args:
         student (str): Config of the student, ``pkg::path`` or a file.
-        teacher (str): Config of the teacher, ``pkg::path`` or a file.
-        checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'`` for the weights that the model index of
-            its package lists. A path is relative to the working directory of the training. Defaults to ``'zoo'``.
+        teacher (str): Config of the teacher, ``pkg::path`` or a file, or a model such as ``'timm::NAME'``.
+        checkpoint (str, optional): Weights of the teacher: a path, a URL, or the word of the default. A path is
+            relative to the working directory of the training. Defaults to None: ``'zoo'``, the weights that the model
+            index of its package lists, or for models of timm, torchvision and transformers ``'pretrained'``.
         output (str, optional): File to write, with config paths relative to its folder. The path of a teacher of a pure
             Python config, or on another Windows drive, is absolute. With None, no file is written and all paths are
             absolute, except that pure Python configs are imported from the working directory. Defaults to None.
-        preset (str): Method, such as ``'cwd'``; :func:`list_presets` lists the names. Defaults to ``'diffkd'``.
+        preset (str, optional): Method, such as ``'cwd'``; :func:`list_presets` lists the names. Defaults to None:
+            ``'cosine'`` for models of timm, torchvision and transformers, ``'diffkd'`` for other teachers.
 
     Returns:
         str: The text of the config.
@@ -92,9 +100,11 @@ def make_config(
     for source, cfg in ((student, student_cfg), (teacher, teacher_cfg)):
         if 'student' in cfg.model:
             raise ValueError(f"'{source}' is already a distillation config; give the config of a plain model.")
+    word = PRETRAINED if loads_weights(teacher_cfg.model) else 'zoo'
+    checkpoint, preset = checkpoint or word, preset or default_preset(teacher_cfg.model)
     if checkpoint == 'zoo':
         zoo_checkpoint(teacher)
-    elif '://' not in checkpoint and not os.path.isfile(checkpoint):
+    elif checkpoint != word and '://' not in checkpoint and not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"The teacher's checkpoint '{checkpoint}' does not exist.")
     folder = None if output is None else Path(output).resolve().parent
     is_pure_python = Config._is_lazy_import(student_cfg.filename)
@@ -109,6 +119,7 @@ def make_config(
         # mmengine replaces {{ }} in text configs only
         config=_file(teacher, None if is_pure_python else folder, '{{ fileDirname }}/'),
         checkpoint=checkpoint,
+        word=word,
         checkpoint_hook=_checkpoint_hook(student_cfg, is_pure_python),
         hooks=own_hooks if student_cfg.get('custom_hooks') else '',
         preset=preset,

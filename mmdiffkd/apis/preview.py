@@ -29,8 +29,15 @@ from mmdiffkd.models.distillers.feature_info import (
     forward_fns,
 )
 from mmdiffkd.models.distillers.input_renormalizer import COLOR_FLAGS
-from mmdiffkd.models.distillers.recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, flatten
-from mmdiffkd.models.distillers.teacher import Teacher
+from mmdiffkd.models.distillers.recorders import (
+    ModuleInputsRecorder,
+    ModuleOutputsRecorder,
+    TapError,
+    flatten,
+    is_roi_tap,
+)
+from mmdiffkd.models.distillers.teacher import Teacher, checkpoint_word_problem
+from mmdiffkd.models.encoders import PRETRAINED, is_encoder
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
     CONFIG_SUFFIXES,
@@ -108,6 +115,8 @@ def preview(
         * ``overhead``: multiply-adds of teacher and diffusion module, divided by those of the student's training step;
           None if unknown.
         * ``distill``: the pairs as config text, including default settings.
+        * ``untrained``: with ``task_loss=False``, modules of the student that are frozen because no compared feature
+          depends on them.
         * ``warnings``: list of messages.
 
     Raises:
@@ -129,7 +138,7 @@ def preview(
         student=_count_pass(student_net, size, _channels(model.student_info)),
         teacher=_count_pass(
             teacher_net,
-            teacher.renormalize.padded_size(size),
+            teacher.input_size(size),
             _channels(teacher.taps),
             {path: info.calls for path, info in teacher.taps.items()},
         ),
@@ -156,8 +165,10 @@ def preview(
         weights_mb={part: number * parameters[part] / 1e6 for part, number in WEIGHT_BYTES.items()},
         overhead=(gmacs['teacher'] + gmacs['diffusion_module']) / step if known else None,
         distill=distill_to_text(model),
+        untrained=model.untrained,
         warnings=[
             *_warnings(model, cfg, parameters),
+            *_resize_notes(teacher, size),
             *_size_warnings(gmacs['teacher'], teacher, teacher_net, size),
             *([] if tried else [UNTRIED]),
         ],
@@ -176,7 +187,8 @@ def list_taps(
     Args:
         config (str or Config): Config of a distillation or of a plain model.
         owner (str): ``'student'`` or ``'teacher'``; ignored for a plain model. Defaults to ``'student'``.
-        size (tuple[int, int], optional): Height and width of the images, as in :func:`preview`. Defaults to None.
+        size (tuple[int, int], optional): Height and width of the images, as in :func:`preview`, or for a teacher of
+            timm, torchvision or transformers those on which it was trained. Defaults to None.
         cfg_options (dict, optional): Overrides, as on the command line.
 
     Returns:
@@ -186,7 +198,7 @@ def list_taps(
         ValueError: If ``owner`` is ``'teacher'`` and the config has no teacher.
         ValueError: If the model does not run at this image size.
     """
-    cfg = read_config(config, cfg_options)
+    cfg, given = read_config(config, cfg_options), size
     size = size or image_size(cfg)
     if 'student' in cfg.model and owner == 'teacher':
         if not cfg.model.get('teacher'):
@@ -194,6 +206,8 @@ def list_taps(
         scope, cfg = package_of(cfg), resolve_config(cfg.model.teacher.config)
         init_default_scope(package_of(cfg) or scope or 'mmengine')
         model_cfg = get_teacher_cfg(cfg)
+        if is_encoder(model_cfg):  # it may not run on images of the student's size
+            size = given or image_size(cfg)
     else:
         init_default_scope(package_of(cfg) or 'mmengine')
         model_cfg = copy.deepcopy(cfg.model.student if 'student' in cfg.model else cfg.model)
@@ -399,11 +413,25 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
     return found
 
 
+def _resize_notes(teacher: Teacher, size: Size) -> List[str]:
+    """Return the size of the teacher's images if it is not that of the student's."""
+    wanted = teacher.input_size(size)
+    if teacher.resizer is None or wanted == tuple(size):
+        return []
+    multiple = teacher.resizer.divisor
+    reason = f', the nearest multiples of {multiple} pixels' if multiple and not teacher.resize else ''
+    return [f'The teacher gets images of {wanted[0]}x{wanted[1]} for {size[0]}x{size[1]} of the student{reason}.']
+
+
 def checkpoint_problem(teacher: Teacher) -> Optional[str]:
     """Return why the teacher's weights cannot be a checkpoint, without reading or downloading them."""
     if not teacher.checkpoint:
         return 'teacher.checkpoint is missing'
     path = str(teacher.checkpoint)
+    if problem := checkpoint_word_problem(teacher):
+        return f'teacher.checkpoint{problem}'.rstrip('.')
+    if path == PRETRAINED:
+        return None
     if path == 'zoo':
         try:
             zoo_checkpoint(teacher.source)
@@ -452,7 +480,7 @@ def _size_warnings(gmacs: Optional[float], teacher: Teacher, net: nn.Module, siz
     own_size = tuple(own_size) if isinstance(own_size, (list, tuple)) else (own_size, own_size)
     if _count_pass(net, own_size, _channels(teacher.taps), calls) is None:  # does not run on the meta device at all
         return []
-    height, width = teacher.renormalize.padded_size(size)
+    height, width = teacher.input_size(size)
     return [
         f'The teacher does not run on images of {height}x{width}, but on images of {own_size[0]}x{own_size[1]}: change '
         "the size in the student's pipeline, or choose another teacher."
@@ -534,7 +562,10 @@ def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int, chan
     data = student.data_preprocessor(random_batch(plain, size, channels=channels), True)
     views = ModuleInputsRecorder(student, model.encoder_path) if model.encoder_path else nullcontext()
     with recorder, views as encoder:
-        student(**data, mode='loss')
+        if model.task_loss or any(map(is_roi_tap, model.student_info)):
+            student(**data, mode='loss')
+        else:
+            model.run_to_taps(student, (), data)
     return recorder, model.find_images((), data, encoder)
 
 

@@ -36,8 +36,8 @@ def resolve_config(source: ConfigSource) -> Config:
     ``pkg`` is the name that Python imports, so the original OpenMMLab packages and their maintained forks work.
 
     Args:
-        source (str, Path or dict): ``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``, a local file, or a dict with
-            a whole config or only a model.
+        source (str, Path or dict): ``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``, a local file, a dict with
+            a whole config or only a model, or an image encoder of a library; see :func:`.encoder_config`.
 
     Returns:
         Config: A config with the key ``model``.
@@ -47,7 +47,11 @@ def resolve_config(source: ConfigSource) -> Config:
         ModuleNotFoundError: If the package is not installed.
         ValueError: If the config cannot be read or has no model, or ``source`` is not a str, Path or dict.
     """
-    if isinstance(source, dict):
+    from mmdiffkd.models.encoders import encoder_config, is_library_source  # models import this module
+
+    if isinstance(source, (str, dict)) and is_library_source(source):
+        cfg = encoder_config(source)
+    elif isinstance(source, dict):
         cfg = Config(dict(source) if 'model' in source else dict(model=dict(source)))
     elif isinstance(source, (str, Path)):
         cfg = load_config(_config_file(str(source)))
@@ -333,11 +337,15 @@ def zoo_checkpoint(source: ConfigSource) -> str:
     Raises:
         ValueError: If ``source`` is not ``pkg::path``, or the model index lists no weights for the config.
     """
+    from mmdiffkd.models.encoders import is_library_source
+
     if not isinstance(source, str) or '::' not in source:
         raise ValueError(
             f"checkpoint='zoo' needs a config of an installed package such as 'mmdet::retinanet/...', not "
             f'{_name(source)}; give the path or URL of the weights instead.'
         )
+    if is_library_source(source):
+        raise ValueError(f"checkpoint='zoo' is for configs of OpenMMLab's packages: for {source}, use 'pretrained'.")
     mim, path = _split(source)
     wanted = Path(path).with_suffix('').as_posix()
     listed = []

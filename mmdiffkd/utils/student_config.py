@@ -61,11 +61,14 @@ def write_student_config(run_config: str) -> None:
 
     Args:
         run_config (str): Text of the run's config, as mmengine's ``RuntimeInfoHook`` publishes it. Configs without a
-            student are skipped, for example if the distiller is a part of another model.
+            student are skipped, for example if the distiller is a part of another model, and so is a student of this
+            package, which is pre-trained.
     """
     cfg = Config.fromstring(run_config, '.py')
     work_dir = cfg.get('work_dir')
     if not isinstance(cfg.get('model'), dict) or 'student' not in cfg.model or not work_dir or not osp.isdir(work_dir):
+        return
+    if _is_ours(cfg.model.student):
         return
     file = Path(work_dir, STUDENT_CONFIG)
     try:

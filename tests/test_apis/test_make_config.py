@@ -126,6 +126,13 @@ def test_written_config_trains(tmp_path, shapes):
     assert (tmp_path / 'run' / 'iter_2.pth').is_file()
 
 
+def test_teacher_of_a_library():
+    text = make_config(STUDENT, 'torchvision::resnet50')
+    assert "checkpoint='pretrained',  # a path, a URL, or 'pretrained'" in text and "preset='cosine'" in text
+    with pytest.raises(ValueError, match="for torchvision::resnet50, use 'pretrained'"):
+        make_config(STUDENT, 'torchvision::resnet50', 'zoo')
+
+
 def test_existing_file_is_not_overwritten(tmp_path):
     (tmp_path / 'small.py').write_text('x = 1')
     with pytest.raises(FileExistsError, match='small.py'):

@@ -21,6 +21,12 @@ def test_pages_are_up_to_date():
     assert {file.stem for file in preset_pages.FOLDER.glob('*.md')} == set(list_presets())
 
 
+def test_results_are_up_to_date():
+    """If this fails, run ``python -m benchmarks.preset_pages``."""
+    page = preset_pages.CHOICE.read_text(encoding='utf-8')
+    assert page == preset_pages.with_results(page)
+
+
 @pytest.mark.slow
 def test_table_of_candidates_is_up_to_date():
     assert preset_pages.CHOICE.read_text(encoding='utf-8') == preset_pages.choice_page()

@@ -95,6 +95,11 @@ def show(result: dict) -> None:
     print_table(
         ('pair', 'levels', 'adapter', 'latent channels', 'denoiser', 'loss_kd', 'loss weights'), settings(result)
     )
+    if result['untrained']:
+        print(
+            'Only the distillation is trained (task_loss=False). No compared feature depends on these modules, so\n'
+            f'their weights keep their initial values: {", ".join(result["untrained"])}.\n'
+        )
     show_cost(result)
     print(
         '\nSettings of all pairs, including defaults. To change them, paste this text into the config above `model`\n'

@@ -8,15 +8,19 @@ from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('student', help='config of the student: pkg::path or a file')
-    parser.add_argument('teacher', help='config of the teacher: pkg::path or a file')
+    parser.add_argument(
+        'teacher', help='config of the teacher: pkg::path or a file, or a model of a library, such as timm::resnet50'
+    )
     parser.add_argument(
         '--checkpoint',
-        default='zoo',
-        help="teacher checkpoint: a path, a URL, or 'zoo' for the one that its package lists",
+        help="teacher checkpoint: a path, a URL, or 'zoo' (of mmdet, mmseg, mmpretrain) or 'pretrained' (of timm, "
+        'torchvision, transformers) for the listed one (default: the listed one)',
     )
     parser.add_argument('-o', '--output', help='file to write (default: print the config)')
     parser.add_argument(
-        '--preset', default='diffkd', help='distillation method, such as cwd (default: diffkd, the method of the paper)'
+        '--preset',
+        help='distillation method, such as cwd (default: diffkd, the method of the paper, or cosine for a model of a '
+        'library)',
     )
     return parser.parse_args()
 

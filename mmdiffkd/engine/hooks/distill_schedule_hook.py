@@ -72,8 +72,9 @@ class DistillScheduleHook(Hook):
 
         Raises:
             ValueError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
-            ValueError: If epochs are given in an iteration-based loop, the schedule is longer than the training, or
-                FSDP hides the parameters of the diffusion module.
+            ValueError: If epochs are given in an iteration-based loop, the schedule is longer than the training, some
+                iterations would train nothing because ``task_loss`` is False, or FSDP hides the parameters of the
+                diffusion module.
         """
         model = require_distiller(runner, self)
         unit = 1
@@ -91,6 +92,11 @@ class DistillScheduleHook(Hook):
                 f'DistillScheduleHook: begin={self.begin}, end={self.end}, warmup={self.warmup} and decay={self.decay} '
                 f'do not fit into the {runner.max_iters // unit} {"epochs" if self.by_epoch else "iterations"} of this '
                 'training.'
+            )
+        if not model.task_loss and (self._begin > 0 or self._end < runner.max_iters or self.interval > 1):
+            raise ValueError(
+                'DistillScheduleHook turns the distillation off in some iterations, in which nothing would be trained '
+                'because task_loss=False: remove begin, end and interval.'
             )
         if model.diffkd_teacher is None:
             return

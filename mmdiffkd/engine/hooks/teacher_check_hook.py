@@ -43,6 +43,11 @@ class TeacherCheckHook(Hook):
             return
         if runner.val_loop is None:
             raise ValueError('TeacherCheckHook needs val_dataloader, val_evaluator and val_cfg in the config.')
+        if not hasattr(model.diffkd_teacher.model, 'val_step'):
+            raise ValueError(
+                f'TeacherCheckHook: the teacher ({model.diffkd_teacher.name}) is an image encoder without predictions; '
+                'remove this hook.'
+            )
         metrics = self._evaluate(runner, model.diffkd_teacher.model)
         name = self.metric or next(iter(metrics), None)
         if name not in metrics:

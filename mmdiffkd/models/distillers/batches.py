@@ -1,7 +1,7 @@
 """Find images and data samples among the arguments of ``loss``, and the images that the rows of a feature belong to."""
 
 from collections.abc import Mapping
-from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -170,6 +170,22 @@ def _labels(sample) -> Optional[Tensor]:
     value = sample.get('gt_sem_seg') if isinstance(sample, Mapping) else getattr(sample, 'gt_sem_seg', None)
     labels = value if isinstance(value, Tensor) else getattr(value, 'data', None)
     return labels.reshape(-1, *labels.shape[-2:]) if isinstance(labels, Tensor) and labels.dim() in (2, 3) else None
+
+
+def weights_of(tensor: Tensor, names: Dict[int, str]) -> Optional[FrozenSet[str]]:
+    """Return the names of the weights that a tensor depends on.
+
+    Args:
+        tensor (Tensor): A tensor with an autograd graph.
+        names (dict[int, str]): Names of weights, by ``id``.
+
+    Returns:
+        frozenset[str], optional: None if reentrant activation checkpointing hides weights from the graph.
+    """
+    nodes = [node for node, _ in _graph([tensor])]
+    if any('CheckpointFunction' in node.name() for node in nodes):
+        return None
+    return frozenset(names[key] for key in (id(getattr(node, 'variable', None)) for node in nodes) if key in names)
 
 
 def trains(losses, module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ The class of a distiller is made at run time from two base classes: a distiller'
 import copy
 import inspect
 from functools import cache
-from typing import Optional, Tuple
+from typing import Iterator, Optional, Set, Tuple
 
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
@@ -83,6 +83,40 @@ class BaseDistiller(BaseModel):
         return dict(vars(self))
 
 
+class FrozenWeights:
+    """Freeze the weights of a student except some, until :meth:`remove` is called.
+
+    Args:
+        student (Module): The student.
+        trained (set[str]): Names of the other weights.
+
+    Attributes:
+        modules (list[str]): Paths of the largest modules whose weights are all frozen.
+    """
+
+    def __init__(self, student: nn.Module, trained: Set[str]):
+        weights = {name: weight for name, weight in student.named_parameters() if not name.startswith(PREFIX)}
+        self._weights = [weight for name, weight in weights.items() if weight.requires_grad and name not in trained]
+        for weight in self._weights:
+            weight.requires_grad_(False)
+        self.modules = list(_largest_modules(student, {id(weight) for weight in self._weights}))
+
+    def remove(self) -> None:
+        """Make the weights trainable again."""
+        for weight in self._weights:
+            weight.requires_grad_(True)
+
+
+def _largest_modules(module: nn.Module, weights: Set[int], path: str = '') -> Iterator[str]:
+    """Yield the paths of the largest modules that have no other weights than these."""
+    for name, child in module.named_children():
+        are_in = [id(weight) in weights for weight in child.parameters()]
+        if are_in and all(are_in):
+            yield f'{path}{name}'
+        elif any(are_in):
+            yield from _largest_modules(child, weights, f'{path}{name}.')
+
+
 def export(model: BaseDistiller) -> nn.Module:
     """Convert a distiller back into the plain student, in place.
 
@@ -152,7 +186,7 @@ def make_student_cfg(student: Optional[dict] = None, *args, data_preprocessor: O
             f"The student's config is already a {type_name(student['type'])}; use its student: "
             'student=_base_.model.student.'
         )
-    misplaced = [key for key in ('distill', 'init_from_teacher', 'preset') if key in student]
+    misplaced = [key for key in ('distill', 'init_from_teacher', 'preset', 'task_loss') if key in student]
     if misplaced:
         raise ConfigError(
             f'student.{misplaced[0]}', f' has no effect on the student: set model=dict({misplaced[0]}=...) instead.'

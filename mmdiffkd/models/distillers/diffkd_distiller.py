@@ -36,9 +36,24 @@ from .batches import (
 )
 from .build_necks import build_neck, infer_taps, match_classes, per_tap
 from .classes import ClassMatch, ClassMatcher, Names, class_names, dataset_classes, running_config
-from .conversion import BaseDistiller, check_convertible, converted_class, export, make_student_cfg
+from .conversion import (
+    BaseDistiller,
+    FrozenWeights,
+    check_convertible,
+    converted_class,
+    export,
+    make_student_cfg,
+)
 from .distill_state import DistillRecord
-from .feature_info import ENCODERS, FeatureInfo, check_gradient, check_training_outputs, encoder_path, match_levels
+from .feature_info import (
+    ENCODERS,
+    FeatureInfo,
+    check_gradient,
+    check_training_outputs,
+    encoder_path,
+    forward_fns,
+    match_levels,
+)
 from .input_renormalizer import check_preprocessor
 from .pairs import Pair, check_roi_taps, read_pairs
 from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, find_module, is_roi_tap, record_rois
@@ -63,8 +78,9 @@ class DiffKDDistiller(BaseDistiller):
             to None.
         distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=, classes=)}``. None uses the
             pairs of the preset. Defaults to None.
-        preset (str): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
-            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to ``'diffkd'``.
+        preset (str, optional): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
+            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to None: ``'cosine'`` for a teacher of
+            timm, torchvision or transformers, ``'diffkd'`` for any other.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
         data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.
@@ -72,6 +88,9 @@ class DiffKDDistiller(BaseDistiller):
         metainfo (dict, optional): ``dict(classes=[...])``, the names of the student's classes. They select the shared
             classes of a teacher with other classes. None uses the training set of the Runner that builds the model.
             Defaults to None.
+        task_loss (bool): Whether the student's own losses are trained. If False, only the distillation is trained:
+            weights that no compared feature depends on are frozen, and heads do not run unless a pair taps them.
+            Defaults to True.
 
     Raises:
         ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the key.
@@ -88,6 +107,8 @@ class DiffKDDistiller(BaseDistiller):
         'class_matches',
         'student_info',
         'encoder_path',
+        'task_loss',
+        'untrained',
         '_wrote_student_config',
         '_init_paths',
         '_metainfo',
@@ -101,10 +122,11 @@ class DiffKDDistiller(BaseDistiller):
         student: dict,
         teacher: Optional[dict] = None,
         distill: Optional[dict] = None,
-        preset: str = 'diffkd',
+        preset: Optional[str] = None,
         init_from_teacher: Optional[Sequence[str]] = None,
         data_preprocessor: Optional[dict] = None,
         metainfo: Optional[dict] = None,
+        task_loss: bool = True,
     ):
         super().__init__()
         self.diffkd_teacher: Optional[Teacher] = None  # not 'teacher': some models have this attribute
@@ -117,6 +139,11 @@ class DiffKDDistiller(BaseDistiller):
         if init_from_teacher is not None and init_from_teacher != []:
             check_value('init_from_teacher', init_from_teacher, Union[str, Sequence[str]])
         check_value('metainfo', metainfo, Optional[dict])
+        check_value('task_loss', task_loss, bool)
+        if teacher is None and not task_loss:
+            raise ConfigError('task_loss', '=False trains only the distillation, which needs a teacher.')
+        self.task_loss = task_loss
+        self.untrained: List[str] = []  # modules that are frozen because no compared feature depends on them
         self._metainfo = metainfo
         self._class_matcher = ClassMatcher()
         self._wrote_student_config = False
@@ -127,7 +154,7 @@ class DiffKDDistiller(BaseDistiller):
             raise ConfigError('teacher', f'={teacher!r} must be dict(config=..., checkpoint=...).')
         if 'type' in teacher:
             raise ConfigError('teacher', ' is the config of a model; use teacher=dict(config=..., checkpoint=...).')
-        misplaced = [key for key in ('distill', 'init_from_teacher', 'preset') if key in teacher]
+        misplaced = [key for key in ('distill', 'init_from_teacher', 'preset', 'task_loss') if key in teacher]
         if misplaced:
             raise ConfigError(
                 f'teacher.{misplaced[0]}', f' is not a setting of the teacher: set model=dict({misplaced[0]}=...).'
@@ -146,11 +173,15 @@ class DiffKDDistiller(BaseDistiller):
             self.deferred_error = error  # the model can predict without its teacher
             print_log(f'This model cannot be trained because its teacher is missing: {error}', 'current', WARNING)
 
-    def read_pairs(self, distill: Optional[dict], student_cfg: dict, teacher_cfg: dict, preset: str) -> Dict[str, Pair]:
+    def read_pairs(
+        self, distill: Optional[dict], student_cfg: dict, teacher_cfg: dict, preset: Optional[str]
+    ) -> Dict[str, Pair]:
         """Return the pairs to distill; see :func:`.read_pairs`."""
         return read_pairs(distill, self, student_cfg, teacher_cfg, preset, self._class_matcher)
 
-    def _build_pairs(self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict], preset: str) -> None:
+    def _build_pairs(
+        self, teacher: Teacher, student_cfg: ConfigDict, distill: Optional[dict], preset: Optional[str]
+    ) -> None:
         teacher_cfg = teacher.model_cfg
         self._class_matcher = ClassMatcher(self._class_names, teacher.class_names)
         pairs = self.read_pairs(distill, student_cfg, teacher_cfg, preset)
@@ -183,7 +214,38 @@ class DiffKDDistiller(BaseDistiller):
         self._ignored_labels = {name: find_ignore_index(self, pair.student_taps[0]) for name, pair in pairs.items()}
         if self._init_paths:
             self._check_init_paths(build_teacher)
+        if not self.task_loss:
+            if self.auto_weights:
+                raise ConfigError(
+                    'task_loss',
+                    "=False trains no losses of the student, with which loss_weight='auto' of distill."
+                    f'{", distill.".join(self.auto_weights)} compares the distillation; set a number.',
+                )
+            self._freeze_untrained()
         self.diffkd_teacher = teacher
+
+    def _freeze_untrained(self) -> None:
+        """Freeze the weights that no compared feature depends on.
+
+        Otherwise DDP would wait for their gradients, or the optimizer would shrink them.
+        """
+        sets = [
+            None if (weights := self.student_info[tap].weights) is None else weights[level]
+            for name, pair in self.pairs.items()
+            for tap, matches in zip(pair.student_taps, self.matched_levels[name])
+            for level, _ in matches
+        ]
+        if None in sets:  # activation checkpointing hides them
+            return
+        frozen = FrozenWeights(self, set().union(*sets))
+        self._distill_handles.append(frozen)
+        self.untrained = frozen.modules
+        if self.untrained:
+            print_log(
+                f'Only the distillation is trained (task_loss=False): no compared feature depends on '
+                f'{", ".join(self.untrained)} of the student, so their weights keep their initial values.',
+                logger='current',
+            )
 
     def _class_names(self, count: int) -> Names:
         """Return the names of the student's classes; None if they are unknown or their number is different."""
@@ -279,14 +341,15 @@ class DiffKDDistiller(BaseDistiller):
             **kwargs: Keyword arguments of the student's ``loss``.
 
         Returns:
-            dict[str, Tensor]: The student's losses, and for every pair the losses of its neck, summed over levels:
-            ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma`` (mean over levels).
-            If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``, ``.reconstruction.<level>`` and
-            ``.gamma.<level>`` are logged as well. If no image of the batch reaches the student's tap, such as the head
-            of a task without labels, only ``.loss_kd`` is returned, and is 0.
+            dict[str, Tensor]: The student's losses if ``task_loss`` is True, and for every pair the losses of its neck,
+            summed over levels: ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma``
+            (mean over levels). If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``,
+            ``.reconstruction.<level>`` and ``.gamma.<level>`` are logged as well. If no image of the batch reaches the
+            student's tap, such as the head of a task without labels, only ``.loss_kd`` is returned, and is 0.
 
         Raises:
             TapError: If there are no images, or a tap returns something that cannot be distilled.
+            ValueError: If ``task_loss`` is False and a hook has turned the distillation off.
         """
         if self.deferred_error is not None:
             raise self.deferred_error
@@ -294,6 +357,11 @@ class DiffKDDistiller(BaseDistiller):
         state.tap_gradients.clear()
         state.has_run = True
         if self.diffkd_teacher is None or not state.enabled:
+            if not self.task_loss:
+                raise ValueError(
+                    'Nothing is trained in this iteration, because task_loss=False and a hook has turned the '
+                    'distillation off: remove begin, end and interval from DistillScheduleHook.'
+                )
             return super().loss(*args, **kwargs)
         if torch.is_grad_enabled():
             self.update_auto_weights()
@@ -305,8 +373,12 @@ class DiffKDDistiller(BaseDistiller):
             recorder = stack.enter_context(ModuleOutputsRecorder(self, taps, 'student', on_copy=on_copy))
             rois = stack.enter_context(record_rois(self)) if needs_rois else [None]
             encoder = stack.enter_context(ModuleInputsRecorder(self, self.encoder_path)) if self.encoder_path else None
-            losses = dict(super().loss(*args, **kwargs))
-        own_loss = sum_losses(losses)
+            if self.task_loss or needs_rois:
+                task_losses = dict(super().loss(*args, **kwargs))
+            else:
+                task_losses = self.run_to_taps(self, args, kwargs)
+        losses = dict(task_losses) if self.task_loss else {}
+        own_loss = sum_losses(losses) if self.auto_weights else None
         images = self.find_images(args, kwargs, encoder)
         received = list(find_images((args, kwargs)))
         if received and all(images is not other for other in received):
@@ -331,7 +403,7 @@ class DiffKDDistiller(BaseDistiller):
             label = self._ignored_labels[name]
             if label not in masks:
                 masks[label] = valid_pixel_mask(samples, label)
-            student = self._student_features(name, pair, recorder, images, losses, gradients)
+            student = self._student_features(name, pair, recorder, images, task_losses, gradients)
             if not self._compares(name, pair, student is not None):
                 zero = images.new_zeros((), dtype=torch.float32)
                 losses[f'{PREFIX}{name}.loss_kd'] = attach_unused_params(zero, self.diffkd[name].parameters())
@@ -371,6 +443,22 @@ class DiffKDDistiller(BaseDistiller):
         if state.capture:
             state.last_record = DistillRecord(images, captured)
         return losses
+
+    def run_to_taps(self, student: nn.Module, args: Sequence, kwargs: dict) -> Dict[str, Tensor]:
+        """Run the part of a student that reaches all taps, as found in the dry run.
+
+        Args:
+            student (Module): This model, or a plain student.
+            args (Sequence): Positional arguments of the student's ``loss``.
+            kwargs (dict): Keyword arguments.
+
+        Returns:
+            dict: No losses.
+        """
+        images = self.find_images(args, kwargs, None)
+        samples = as_data_elements(find_data_samples(args, kwargs, images), images)
+        forward_fns(student)[next(iter(self.student_info.values())).forward_fn](images, samples)
+        return {}
 
     @property
     def auto_weights(self) -> Dict[str, AutoWeight]:
@@ -580,10 +668,11 @@ def convert_to_distiller(
     student_cfg: dict,
     teacher: Optional[dict] = None,
     distill: Optional[dict] = None,
-    preset: str = 'diffkd',
+    preset: Optional[str] = None,
     init_from_teacher: Optional[Sequence[str]] = None,
     distiller_type: Type[DiffKDDistiller] = DiffKDDistiller,
     metainfo: Optional[dict] = None,
+    task_loss: bool = True,
 ) -> DiffKDDistiller:
     """Convert a built model into a distiller, in place; :func:`export` converts it back.
 
@@ -592,7 +681,7 @@ def convert_to_distiller(
         student_cfg (dict): The config from which the student was built.
         teacher, distill, preset, init_from_teacher: See :class:`DiffKDDistiller`.
         distiller_type (type): The distiller's class. Defaults to ``DiffKDDistiller``.
-        metainfo: See :class:`DiffKDDistiller`.
+        metainfo, task_loss: See :class:`DiffKDDistiller`.
 
     Returns:
         DiffKDDistiller: The same model.
@@ -603,7 +692,7 @@ def convert_to_distiller(
     check_convertible(student)
     student.__class__ = converted_class(distiller_type, type(student))
     try:
-        student.__init__(student_cfg, teacher, distill, preset, init_from_teacher, metainfo=metainfo)
+        student.__init__(student_cfg, teacher, distill, preset, init_from_teacher, None, metainfo, task_loss)
     except BaseException:
         export(student)
         raise

@@ -8,7 +8,7 @@ from itertools import chain
 from logging import DEBUG, WARNING
 from math import lcm
 from traceback import walk_tb
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmdiffkd.utils.config import ENCODERS, WRAPPED, image_channels, type_name
 from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
-from .batches import blank_sample
+from .batches import blank_sample, weights_of
 from .recorders import ModuleOutputsRecorder, TapError, Tokens, find_module, flatten
 
 # Devices and image sizes to try in turn. Some operators do not support the meta device. Some models do not accept small
@@ -45,6 +45,8 @@ class FeatureInfo(NamedTuple):
         tokens (list[Tokens or None], optional): Token layout of each level; None for levels without tokens.
         num_outputs (int): Number of tensors that one call of the module returns.
         image_channels (int): Number of channels of the images.
+        weights (list[frozenset[str]], optional): Names of the weights that each level depends on; None for teachers,
+            and if activation checkpointing hides them.
     """
 
     channels: List[int]
@@ -55,6 +57,7 @@ class FeatureInfo(NamedTuple):
     tokens: Optional[List[Optional[Tokens]]] = None
     num_outputs: int = 1
     image_channels: int = 3
+    weights: Optional[List[FrozenSet[str]]] = None
 
 
 def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, FeatureInfo]:
@@ -248,6 +251,7 @@ def _run(
             find_module(model, path, owner)
         images, samples = torch.zeros(IMAGES, *shape), [blank_sample(*shape[1:]) for _ in range(IMAGES)]
         problem, unreached = None, []
+        names = {id(weight): name for name, weight in model.named_parameters()} if owner == 'student' else {}
         for forward_fn, run in forward_fns(model).items():
             try:
                 with ModuleOutputsRecorder(model, paths, owner) as taps, QuickMeta() if is_meta else nullcontext():
@@ -260,7 +264,7 @@ def _run(
             unreached = [path for path, outputs in taps.outputs.items() if not outputs]
             if not unreached:
                 return {
-                    path: _describe(taps, path, shape[1], forward_fn)._replace(image_channels=shape[0])
+                    path: _describe(taps, path, shape[1], forward_fn, names)._replace(image_channels=shape[0])
                     for path in paths
                 }
     if problem is not None:
@@ -271,7 +275,7 @@ def _run(
     )
 
 
-def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str) -> FeatureInfo:
+def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str, names: Dict[int, str]) -> FeatureInfo:
     tensors = flatten(taps.outputs[path], path)
     features = taps.features(path, (size, size))
     channels, strides, tokens = [], [], []
@@ -287,6 +291,7 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
                 'dimension must be the number of images. Tap a module that returns features of each image.'
             )
     requires_grad = [feature is not None and feature.requires_grad for feature in features]
+    weights = [frozenset() if feature is None else weights_of(feature, names) for feature in features]
     calls = taps.outputs[path]
     return FeatureInfo(
         channels,
@@ -296,11 +301,12 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
         requires_grad if torch.is_grad_enabled() else None,
         tokens,
         len(calls[0]),
+        weights=weights if names and None not in weights else None,
     )
 
 
 def match_levels(
-    pair: str, student: FeatureInfo, teacher: FeatureInfo, levels: Optional[Sequence[int]] = None
+    pair: str, student: FeatureInfo, teacher: FeatureInfo, levels: Union[Sequence[int], str, None] = None
 ) -> List[Tuple[int, int]]:
     """Match the levels of a student tap with those of a teacher tap.
 
@@ -314,7 +320,9 @@ def match_levels(
         student (FeatureInfo): The student's levels.
         teacher (FeatureInfo): The teacher's levels.
         levels (list[int], optional): Student levels to distill. Negative numbers count from the end on both sides: -1
-            matches the last levels, whatever their strides. None takes all common levels. Defaults to None.
+            matches the last levels, whatever their strides. None takes all common levels. ``'nearest'`` takes the
+            levels whose strides are within a factor of two of a teacher level: all of them for a teacher with a single
+            level, such as a ViT, or else the nearest one of each teacher level. Defaults to None.
 
     Returns:
         list[tuple[int, int]]: Indices of student and teacher levels.
@@ -322,6 +330,8 @@ def match_levels(
     Raises:
         ValueError: If no level matches. The message contains the strides of student and teacher.
     """
+    if levels == 'nearest':
+        levels = _nearest_levels(student, teacher)
     ours, theirs = _present(student), _present(teacher)
     requires_grad = [level for level in ours if student.requires_grad is None or student.requires_grad[level]]
     if not requires_grad:
@@ -389,6 +399,24 @@ def match_levels(
             f'{_strides(teacher)}. Set levels=[...] to choose levels to resize, or tap other modules.'
         )
     return matches
+
+
+def _nearest_levels(student: FeatureInfo, teacher: FeatureInfo) -> Optional[List[int]]:
+    """Return the student levels for ``'nearest'``; None if there are none, or no strides."""
+    trainable = student.requires_grad or [True] * len(student.channels)
+    ours = [level for level in _present(student) if student.strides[level] and trainable[level]]
+    theirs = [teacher.strides[level] for level in _present(teacher) if teacher.strides[level]]
+    if not theirs or len(ours) < 2:  # single levels always match
+        return None
+
+    def ratio(level: int, stride: float) -> float:
+        return max(student.strides[level], stride) / min(student.strides[level], stride)
+
+    near = [level for level in ours if min(ratio(level, stride) for stride in theirs) <= 2]
+    if len(set(theirs)) > 1:
+        chosen = {min(near, key=partial(ratio, stride=stride)) for stride in theirs if near}
+        near = [level for level in near if level in chosen]
+    return near or None
 
 
 def _of_one_kind(student: FeatureInfo, teacher: FeatureInfo, ours: List[int], theirs: List[int], wanted: Sequence[int]):

@@ -427,6 +427,10 @@ class InputRenormalizer:
                 "cropped to the size of the student's images."
             )
 
+    def turn_off_padding(self) -> None:
+        """Keep the size of the images, because they are resized instead."""
+        self.pad_divisor, self.teacher.pad_size = 1, None
+
     def padded_size(self, size: Sequence[int]) -> Tuple[int, int]:
         """Return height and width of the teacher's batch for a student's batch of the given height and width."""
         height, width = map(max, zip(size, self.teacher.pad_size or (0, 0)))

@@ -1,5 +1,5 @@
 import inspect
-from typing import Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Dict, List, Literal, NamedTuple, Optional, Sequence, Union
 
 from torch import nn
 
@@ -8,6 +8,7 @@ from mmdiffkd.utils.config import closest_names, comparable, refuse_old_keys, ty
 from mmdiffkd.utils.validation import check_value, get_class
 
 from ..diffusion.feature_diffusion import FeatureDiffusion
+from ..encoders import is_encoder
 from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
 from .classes import ClassMatcher
 from .recorders import is_roi_tap
@@ -19,7 +20,7 @@ PARTS = ('backbone', 'neck', 'head')
 FIELDS = dict(
     student=Union[str, Sequence[str], None],
     teacher=Union[str, Sequence[str], None],
-    levels=Union[int, Sequence[int], None],
+    levels=Union[int, Sequence[int], Literal['nearest'], None],
     neck=Optional[dict],
     classes=Optional[dict],
 )
@@ -33,14 +34,15 @@ class Pair(NamedTuple):
     Attributes:
         student (str or list[str]): Path of the student's module, or several paths for a neck that takes several taps.
         teacher (str or list[str]): Path of the teacher's module, or the same number of paths.
-        levels (list[int], optional): Student levels; None for all common levels.
+        levels (list[int] or 'nearest', optional): Student levels; None for all common levels. See
+            :func:`.match_levels`.
         neck (dict): Config of the neck, without channels.
         classes (dict, optional): ``{student class: teacher class}`` for class scores; see :meth:`.ClassMatcher.match`.
     """
 
     student: Union[str, List[str]]
     teacher: Union[str, List[str]]
-    levels: Optional[List[int]]
+    levels: Union[List[int], str, None]
     neck: dict
     classes: Optional[dict] = None
 
@@ -60,7 +62,7 @@ def read_pairs(
     student: nn.Module,
     student_cfg: dict,
     teacher_cfg: dict,
-    preset: str = 'diffkd',
+    preset: Optional[str] = None,
     class_matcher: Optional[ClassMatcher] = None,
 ) -> Dict[str, Pair]:
     """Return the pairs of a config, with defaults for all settings that the config leaves out.
@@ -75,7 +77,8 @@ def read_pairs(
         student (nn.Module): The student.
         student_cfg (dict): Config of the student.
         teacher_cfg (dict): Config of the teacher.
-        preset (str): Name of a registered preset, such as ``'diffkd'`` or ``'cwd'``. Defaults to ``'diffkd'``.
+        preset (str, optional): Name of a registered preset, such as ``'diffkd'`` or ``'cwd'``. Defaults to None:
+            ``'cosine'`` for a teacher of timm, torchvision or transformers, ``'diffkd'`` for any other.
         class_matcher (ClassMatcher, optional): Knows the names of the classes. Defaults to None: no names are known.
 
     Returns:
@@ -85,8 +88,9 @@ def read_pairs(
         ValueError: If ``distill`` is empty, a pair has unknown keys or no taps, or the preset is unknown or
             incomplete, or does not fit the models.
     """
-    check_value('preset', preset, str)
-    chosen = _get_preset(preset)
+    check_value('preset', preset, Optional[str])
+    PRESETS.import_from_location()
+    chosen = _get_preset(preset or default_preset(teacher_cfg))
     models = student, student_cfg, teacher_cfg
     check_value('distill', distill, Optional[dict])
     if distill is not None and not distill:
@@ -110,7 +114,6 @@ def read_pairs(
 
 def _get_preset(name: str):
     """Build the preset with this name."""
-    PRESETS.import_from_location()
     preset = PRESETS.get(name)
     if name in RENAMED_PRESETS:
         raise ValueError(f"There is no preset='{name}': the preset is called '{RENAMED_PRESETS[name]}' now.")
@@ -123,6 +126,11 @@ def _get_preset(name: str):
     if missing:
         raise ValueError(f"preset='{name}': the class {preset.__name__} has no {missing[0]}; inherit from Preset.")
     return preset()
+
+
+def default_preset(teacher_cfg: dict) -> str:
+    """Return the name of the preset for a config that names none."""
+    return 'cosine' if is_encoder(teacher_cfg) else 'diffkd'
 
 
 def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict) -> None:

@@ -18,17 +18,20 @@ from mmdiffkd.utils.config import (
     closest_names,
     get_preprocessor_cfg,
     get_teacher_cfg,
+    image_size,
     pipeline_normalization,
     resolve_config,
     type_name,
     zoo_checkpoint,
 )
-from mmdiffkd.utils.meta_device import QuickInit
-from mmdiffkd.utils.validation import ConfigError, check_arguments, in_key
+from mmdiffkd.utils.meta_device import QuickInit, build_for_inspection
+from mmdiffkd.utils.validation import ConfigError, Positive, check_arguments, in_key
 
+from ..encoders import PRETRAINED, check_memory, is_encoder, loads_weights
 from .classes import Names, class_names, dataset_classes
 from .feature_info import FeatureInfo, forward_fns, infer_pad_divisor, run_box_branch
 from .input_renormalizer import PREPROCESSOR_KEYS, InputRenormalizer, Preprocessor, check_preprocessor
+from .input_resizer import InputResizer, find_size_divisor
 from .optimize_inference import compile_parts, find_mismatch, optimize_for_inference, set_memory_format
 from .recorders import ModuleOutputsRecorder, is_roi_tap
 
@@ -40,7 +43,8 @@ class Teacher:
 
     Args:
         config (str, Path or dict): See :func:`mmdiffkd.utils.resolve_config`.
-        checkpoint (str): Path or URL of its weights, or ``'zoo'``.
+        checkpoint (str): Path or URL of its weights, ``'zoo'`` for a config of an OpenMMLab package, or
+            ``'pretrained'`` for a model of timm, torchvision or transformers.
         dtype (str, optional): ``'bfloat16'`` or ``'float16'`` runs the teacher under autocast; its features are
             converted to float32. Defaults to None, the student's precision.
         channels_last (bool): Whether convolutions use the channels-last memory format, which is faster on CPUs and
@@ -51,6 +55,9 @@ class Teacher:
             Defaults to None.
         metainfo (dict, optional): ``dict(classes=[...])``, the names of the classes, if they are neither in the config
             nor in the checkpoint. Defaults to None.
+        resize (float or 'native', optional): Factor by which the student's images are resized for the teacher, or
+            ``'native'`` for the area of the images on which it was trained. The features are resized to the levels of
+            the student. Defaults to None.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: If the config cannot be found.
@@ -67,6 +74,7 @@ class Teacher:
         compile: bool = False,
         data_preprocessor: Optional[dict] = None,
         metainfo: Optional[dict] = None,
+        resize: Union[Positive, Literal['native'], None] = None,
     ):
         self.dtype: Optional[torch.dtype] = dtype and getattr(torch, dtype)
         self.channels_last = channels_last
@@ -75,6 +83,7 @@ class Teacher:
         self.source = config
         self.checkpoint = checkpoint
         self.metainfo = metainfo
+        self.resize = resize
         with in_key('config'):
             self.cfg: Config = resolve_config(config)
         if 'student' in self.cfg.model and 'teacher' in self.cfg.model:
@@ -84,9 +93,17 @@ class Teacher:
                 'tools/model_converters/export_student.py writes the plain config of a distilled student.',
             )
         self.preprocessor_cfg = self._preprocessor_cfg(data_preprocessor)
+        if is_encoder(self.cfg.model) and loads_weights(self.cfg.model) and not self.preprocessor_cfg.get('mean'):
+            raise ConfigError(
+                'data_preprocessor',
+                f' is missing: {self.name} comes without the mean and std of its images. Set '
+                'dict(mean=[...], std=[...]) for RGB values from 0 to 255.',
+            )
         self.taps: Dict[str, FeatureInfo] = {}
         self._model: Optional[nn.Module] = None
         self.renormalize: Optional[InputRenormalizer] = None
+        self.resizer: Optional[InputResizer] = None
+        self._num_parameters: Optional[int] = None  # of a model of a library
         self._optimized: Optional[nn.Module] = None  # optimized copy, made with the first batch
         self._forward_fn: Optional[Callable] = None  # runs the model up to the last tap
 
@@ -142,18 +159,42 @@ class Teacher:
 
     def _build(self) -> nn.Module:
         if not self.checkpoint:
+            is_library = loads_weights(self.model_cfg)
             raise ValueError(
-                f"The teacher ({self.name}) has no weights: set teacher.checkpoint to a path, a URL, or 'zoo' for the "
-                'weights in the model index of its package.'
+                f'The teacher ({self.name}) has no weights: set teacher.checkpoint to a path, a URL, or '
+                + (f"'{PRETRAINED}'." if is_library else "'zoo' for the weights in the model index of its package.")
             )
+        self._check_checkpoint_word()
+        if loads_weights(self.model_cfg):
+            return self._freeze(self._build_encoder())
         source = zoo_checkpoint(self.source) if self.checkpoint == 'zoo' else str(self.checkpoint)
         weights = read_checkpoint(source)['state_dict']
         # fork_rng, so that building the teacher does not change the random numbers of the run
         with torch.random.fork_rng(devices=[]), QuickInit():
             model = MODELS.build(self.model_cfg)
         load_strict(model, weights, f'the teacher ({self.name})', f"'{source}'")
+        return self._freeze(model)
+
+    def _freeze(self, model: nn.Module) -> nn.Module:
         self.fingerprint = fingerprint(model.state_dict())
         return model.eval().requires_grad_(False)
+
+    def _build_encoder(self) -> nn.Module:
+        """Return a model of a library, which loads its weights itself."""
+        check_memory(self.name, self._num_parameters or count_parameters(build_for_inspection(self.model_cfg)))
+        cfg = copy.deepcopy(self.model_cfg)
+        cfg.backbone.checkpoint = str(self.checkpoint)
+        try:
+            with torch.random.fork_rng(devices=[]), QuickInit():
+                return MODELS.build(cfg)
+        except ConfigError as error:  # about the weights: the config has been built before
+            raise ValueError(error.problem.lstrip(': ')) from error
+
+    def _check_checkpoint_word(self) -> None:
+        """Refuse ``'zoo'`` for a model of a library, and ``'pretrained'`` for any other."""
+        problem = checkpoint_word_problem(self)
+        if problem:
+            raise ConfigError('checkpoint', problem)
 
     def _preprocessor_cfg(self, changes: Optional[dict]) -> Optional[dict]:
         """Return the config of the preprocessor with the user's changes and the scope of the teacher's package."""
@@ -197,9 +238,35 @@ class Teacher:
             (channels, next(iter(taps.values())).image_channels),
             pipeline_normalization(self.cfg),
         )
-        self.renormalize.find_padding(partial(infer_pad_divisor, self.model_cfg, taps))
+        if loads_weights(self.model_cfg) or self.resize is not None:  # images are resized instead of padded
+            self.resizer = self._make_resizer(taps)
+            self.renormalize.turn_off_padding()
+            self.renormalize.notes += self.resizer.notes
+        else:
+            self.renormalize.find_padding(partial(infer_pad_divisor, self.model_cfg, taps))
         for note in filter(None, [self.renormalize.color_note, *self.renormalize.notes]):
             print_log(note, logger='current')
+
+    def _make_resizer(self, taps: Dict[str, FeatureInfo]) -> InputResizer:
+        native = image_size(self.cfg)
+        if self.resize == 'native' and not self._tells_size():
+            raise ConfigError(
+                'resize', f"='native': the config of {self.name} does not tell the size of its images; give a factor."
+            )
+        if not loads_weights(self.model_cfg):
+            divisor = infer_pad_divisor(self.model_cfg, taps, self.renormalize.pad_divisor)
+        else:
+            model = build_for_inspection(self.model_cfg).to('meta').eval()
+            divisor = find_size_divisor(model, taps, native)
+            self._num_parameters = count_parameters(model)
+        return InputResizer(self.resize, native, divisor, self.name)
+
+    def _tells_size(self) -> bool:
+        return bool(self.cfg.get('image_size') or self.cfg.get('train_dataloader'))
+
+    def input_size(self, size: Sequence[int]) -> Tuple[int, int]:
+        """Return height and width of the teacher's batch for a student's batch of the given height and width."""
+        return self.renormalize.padded_size(size) if self.resizer is None else self.resizer.size(size)
 
     @torch.no_grad()
     def features(
@@ -214,10 +281,18 @@ class Teacher:
 
         Returns:
             dict[str, list[Tensor]]: The levels of every tap, each (N, C, H, W). If the teacher's images are padded,
-                its features are cropped to the size of the student's images.
+                its features are cropped to the size of the student's images; if they are resized, its features are
+                resized.
         """
         images = self.renormalize(inputs, data_samples)
-        is_padded = images.shape[-2:] != inputs.shape[-2:]
+        is_resized = self.resizer is not None and self.input_size(inputs.shape[-2:]) != tuple(inputs.shape[-2:])
+        if is_resized:
+            images = self.resizer(images)
+            factors = [new / old for new, old in zip(images.shape[-2:], inputs.shape[-2:])]
+            data_samples = _with_batch_shape(data_samples, tuple(images.shape[-2:]), factors)
+            if rois is not None:
+                rois = rois * rois.new_tensor([1, factors[1], factors[0], factors[1], factors[0]])
+        is_padded = not is_resized and images.shape[-2:] != inputs.shape[-2:]
         if is_padded:
             data_samples = _with_batch_shape(data_samples, tuple(images.shape[-2:]))
         if self._optimized is None:
@@ -234,6 +309,16 @@ class Teacher:
         if self.dtype:
             features = {
                 path: [level if level is None else level.float() for level in levels]
+                for path, levels in features.items()
+            }
+        if is_resized:
+            features = {
+                path: [
+                    self.resizer.restore(level, stride, inputs.shape[-2:])
+                    for level, stride in zip(levels, self.taps[path].strides)
+                ]
+                if not path.startswith('roi_head')
+                else levels
                 for path, levels in features.items()
             }
         if is_padded:
@@ -285,6 +370,11 @@ class Teacher:
         return {path: recorder.features(path, images.shape[-2:], info.tokens) for path, info in self.taps.items()}
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
 def _crop(feature: Optional[Tensor], padded: Sequence[int], size: Sequence[int]) -> Optional[Tensor]:
     """Crop features of padded images to the part that belongs to images of ``size``, if they have positions."""
     if feature is None or feature.shape[-2:] == (1, 1):
@@ -293,14 +383,35 @@ def _crop(feature: Optional[Tensor], padded: Sequence[int], size: Sequence[int])
     return feature[..., :height, :width]
 
 
-def _with_batch_shape(data_samples: Optional[Sequence], shape: Tuple[int, int]) -> Optional[Sequence]:
-    """Return copies of data samples with another ``batch_input_shape``, from which DETR makes its masks."""
+def _with_batch_shape(
+    data_samples: Optional[Sequence], shape: Tuple[int, int], factors: Optional[Sequence[float]] = None
+) -> Optional[Sequence]:
+    """Return copies of data samples with another ``batch_input_shape``, from which DETR makes its masks.
+
+    With the factors by which height and width were resized, ``img_shape`` is changed as well.
+    """
     if not isinstance(data_samples, (list, tuple)):
         return data_samples
     copies = []
     for sample in data_samples:
-        if 'batch_input_shape' in getattr(sample, 'metainfo', ()):
+        metainfo = getattr(sample, 'metainfo', {})
+        if 'batch_input_shape' in metainfo:
             sample = copy.copy(sample)
             sample.set_metainfo(dict(batch_input_shape=shape))
+            if factors and 'img_shape' in metainfo:
+                sides = zip(metainfo['img_shape'], factors, shape)
+                sample.set_metainfo(
+                    dict(img_shape=tuple(min(round(side * factor), whole) for side, factor, whole in sides))
+                )
         copies.append(sample)
     return copies
+
+
+def checkpoint_word_problem(teacher: Teacher) -> Optional[str]:
+    """Return why ``'zoo'`` or ``'pretrained'`` does not fit a teacher, as the end of a sentence; None if it does."""
+    is_library = loads_weights(teacher.model_cfg)
+    if teacher.checkpoint == 'zoo' and is_library:
+        return f"='zoo' is for configs of OpenMMLab's packages: for {teacher.name}, use '{PRETRAINED}'."
+    if teacher.checkpoint == PRETRAINED and not is_library:
+        return f"='{PRETRAINED}' is for models of timm, torchvision and transformers: use 'zoo', a path or a URL."
+    return None

@@ -1,6 +1,7 @@
 from .at import ATPreset
 from .base import Preset
 from .bckd import BCKDPreset
+from .cosine import CosinePreset
 from .crosskd import CrossKDPreset
 from .cwd import CWDPreset
 from .cwd_bckd import CWDBCKDPreset
@@ -25,6 +26,7 @@ __all__ = [
     'CWDHeadPreset',
     'CWDNormPreset',
     'CWDPreset',
+    'CosinePreset',
     'CrossKDPreset',
     'DISTPreset',
     'DKDPreset',

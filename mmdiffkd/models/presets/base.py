@@ -10,11 +10,13 @@ from mmdiffkd.utils.meta_device import build_for_inspection
 
 from ..distillers.classes import ClassMatcher
 from ..distillers.feature_info import ENCODERS
+from ..encoders import is_encoder
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
 # Layers to tap instead of the whole backbone, because the output of the backbone cannot be compared: MLP-Mixer
 # transposes its tokens after this layer, and TridentNet returns one batch per branch in training.
 LAST_MAPS = dict(MlpMixer='ln1', TridentResNet='layer2')
+ENCODER = 'encoder'  # task of a teacher that is only an image encoder
 FEATURES_NEED = 'a neck or backbone in both models'
 LOGITS_NEED = 'segmentors or classifiers that share at least two classes'
 
@@ -110,7 +112,8 @@ class Preset:
             ValueError: If the tasks differ, or if a model has none of the modules in ``ENCODERS``.
         """
         features = [find_features(cfg) for cfg in (student_cfg, teacher_cfg)]
-        if find_task(student_cfg) != find_task(teacher_cfg) or None in features:
+        is_same = find_task(teacher_cfg) in (find_task(student_cfg), ENCODER)
+        if not is_same or None in features:
             names = [short_type(cfg) for cfg in (student_cfg, teacher_cfg)]
             raise ValueError(
                 f'There is no default tap for the student {names[0]} and the teacher {names[1]}; set the taps: '
@@ -124,6 +127,9 @@ class Preset:
     ) -> Dict[str, dict]:
         """Return the pair of features: ``fpn`` of detectors, with all levels, or ``feat`` of other models.
 
+        If the teacher is only an image encoder, the levels of a detector are compared with the nearest levels of the
+        encoder, and of other models the last levels are compared.
+
         Args:
             student_cfg (dict): Config of the student.
             teacher_cfg (dict): Config of the teacher.
@@ -132,9 +138,10 @@ class Preset:
         """
         self.check_task(student_cfg)
         pair = make_pair(self.feature_taps(student_cfg, teacher_cfg), **neck)
+        is_encoder = find_task(teacher_cfg) == ENCODER
         if find_task(student_cfg) == 'detection':
-            return dict(fpn=pair)
-        return dict(feat=dict(pair, levels=list(levels)))
+            return dict(fpn=dict(pair, levels='nearest') if is_encoder else pair)
+        return dict(feat=dict(pair, levels=[-1] if is_encoder else list(levels)))
 
     def logit_pair(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict, **neck) -> Dict[str, dict]:
         """Return the pair ``logits`` of segmentors or classifiers.
@@ -179,7 +186,12 @@ def make_pair(taps: Sequence[str], distance: Optional[str] = None, **neck) -> di
 
 
 def find_task(cfg: dict) -> str:
-    """Return the task of a model's config: ``detection``, ``segmentation``, ``classification`` or ``other``."""
+    """Return the task of a model's config: ``detection``, ``segmentation``, ``classification`` or ``other``.
+
+    A teacher that is only an image encoder has the task ``encoder``.
+    """
+    if is_encoder(cfg):
+        return ENCODER
     if cfg.get('decode_head'):
         return 'segmentation'
     if any(cfg.get(part) is not None for part in (*DETECTION_PARTS, 'detector')):
@@ -218,7 +230,7 @@ def find_logits(
     None if a model has no logit layer, or the models share less than two classes.
     """
     find = LOGIT_FINDERS.get(task)
-    if find is None:
+    if find is None or find_task(cfgs[1]) == ENCODER:
         return None
     paths = [find(model, cfg) for model, cfg in zip(models, cfgs)]
     return paths if None not in paths and class_matcher.count(models, paths) > 1 else None
@@ -256,6 +268,8 @@ def is_multi_label(cfg: dict) -> bool:
 def missing_logits(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher) -> str:
     """Say why :func:`find_logits` finds nothing for models of the same task, as the end of a sentence."""
     task = find_task(cfgs[0])
+    if find_task(cfgs[1]) == ENCODER:
+        return 'the teacher is an image encoder without logits'
     find = LOGIT_FINDERS.get(task)
     found = [None if find is None else find(model, cfg) for model, cfg in zip(models, cfgs)]
     for owner, cfg, path in zip(('student', 'teacher'), cfgs, found):

@@ -1,6 +1,6 @@
 """Default pairs and weights of the paper."""
 
-from typing import Dict
+from typing import Dict, Sequence
 
 from torch import nn
 
@@ -8,14 +8,21 @@ from mmdiffkd.registry import PRESETS
 from mmdiffkd.utils.config import type_name
 from mmdiffkd.utils.meta_device import build_for_inspection
 
-from .base import Preset, find_logits, find_task, make_pair
+from .base import ENCODER, Preset, find_logits, find_task, make_pair
 
 # latent channels of the paper's autoencoder for classifiers
 CLASSIFIER_LATENT_CHANNELS = 1024
+ENCODER_LATENT_CHANNELS = 256  # as many as an FPN has
 # Weights of the feature distance. The paper chooses the weight of a detector so that the loss is about as large as that
 # of Faster R-CNN.
 FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
 DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
+
+
+def encoder_pair(task: str, features: Sequence[str]) -> Dict[str, dict]:
+    """Return the pair for a teacher that is only an image encoder, whose features have many channels."""
+    pair = make_pair(features, latent_channels=ENCODER_LATENT_CHANNELS)
+    return dict(fpn=dict(pair, levels='nearest')) if task == 'detection' else dict(feat=dict(pair, levels=[-1]))
 
 
 @PRESETS.register_module(name='diffkd')
@@ -32,6 +39,7 @@ class DiffKDPreset(Preset):
     - Classifiers distill the last feature map, through an autoencoder; and the logits, compared by KL divergence, if
       the models share at least two classes and each image has one class.
     - Other models distill the outputs of the image encoder.
+    - A teacher of timm, torchvision or transformers teaches its feature maps, through an autoencoder.
 
     Weights:
         5 for Faster R-CNN, RetinaNet and FCOS and 15 for RepPoints are the weights of the paper, which chooses them so
@@ -56,6 +64,8 @@ class DiffKDPreset(Preset):
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
         """Return the default pairs. Arguments: see :meth:`.Preset.default_pairs`."""
         task, features = find_task(student_cfg), self.feature_taps(student_cfg, teacher_cfg)
+        if find_task(teacher_cfg) == ENCODER:
+            return encoder_pair(task, features)
         if task == 'detection':
             return dict(fpn=make_pair(features))
         models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)

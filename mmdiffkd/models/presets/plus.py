@@ -7,8 +7,8 @@ from torch import nn
 from mmdiffkd.registry import PRESETS
 from mmdiffkd.utils.meta_device import build_for_inspection
 
-from .base import dense_head_pairs, find_task, make_pair
-from .diffkd import DiffKDPreset
+from .base import ENCODER, dense_head_pairs, find_task, make_pair
+from .diffkd import DiffKDPreset, encoder_pair
 
 
 @PRESETS.register_module(name='plus')
@@ -40,6 +40,8 @@ class PlusPreset(DiffKDPreset):
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
         """Return the default pairs. Arguments: see :meth:`DiffKDPreset.default_pairs`."""
         task, features = find_task(student_cfg), self.feature_taps(student_cfg, teacher_cfg)
+        if find_task(teacher_cfg) == ENCODER:
+            return encoder_pair(task, features)
         if task == 'detection':
             models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
             return dict(fpn=make_pair(features), **dense_head_pairs(models, cfgs, self.class_matcher))

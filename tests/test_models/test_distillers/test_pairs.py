@@ -148,7 +148,10 @@ def test_pair_names_that_match_custom_keys_are_refused(name):
             {'fpn': dict(tiny.FPN, loss_kd={})},
             r'distill\.fpn\.loss_kd belongs in the neck: neck=dict\(loss_kd=\.\.\.\)',
         ),
-        ({'fpn': dict(tiny.FPN, levels=[])}, r'=\[\] must be an integer, a non-empty list of integers or None'),
+        (
+            {'fpn': dict(tiny.FPN, levels=[])},
+            r"=\[\] must be an integer, a non-empty list of integers, 'nearest' or None",
+        ),
     ],
 )
 def test_mistakes_in_pairs(pairs, message):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from mmdet.testing import demo_mm_inputs
 from mmengine.registry import MODELS
@@ -108,6 +109,40 @@ def test_teacher_that_needs_padding(tmp_path, declared):
     data = demo_mm_inputs(2, [[3, 100, 92], [3, 90, 61]], num_items=[3, 3], num_classes=80)
     data = model.data_preprocessor(data, True)
     assert model.loss(data['inputs'], data['data_samples'])['diffkd.fpn.loss_kd'] > 0
+
+
+@torch.no_grad()
+def test_resized_images(tmp_path):
+    """Sizes are rounded to what the teacher takes, and every level gets the size of the student's level."""
+    cfg = shrunk_yolox(1)
+    teacher = Teacher(cfg, tiny.write_checkpoint(cfg, tmp_path / 'teacher.pth'), resize=1.5)
+    teacher.expect(tiny.detector().data_preprocessor, infer_feature_info(cfg, ['neck'], 'teacher'))
+    samples = [DetDataSample(metainfo=dict(img_shape=(90, 92), batch_input_shape=(100, 92)))]
+    assert teacher.input_size((100, 92)) == (160, 128)
+    inputs = torch.rand(1, 3, 100, 92)
+    images = F.interpolate(teacher.renormalize(inputs), (160, 128), mode='bilinear')
+    expected = teacher.model.neck(teacher.model.backbone(images))
+    found = teacher.features(inputs, samples)['neck']
+    for level, whole, size in zip(found, expected, ((13, 12), (7, 6), (4, 3))):
+        resized = F.interpolate(whole, size, mode='bilinear', antialias=True)
+        torch.testing.assert_close(level, resized, rtol=1e-2, atol=0.05)
+
+
+@torch.no_grad()
+def test_rois_and_samples_of_resized_images(tmp_path):
+    cfg = tiny.detector(tiny.FASTER_RCNN)
+    taps = ['roi_head.bbox_head.fc_cls']
+    teacher = Teacher(cfg, tiny.write_checkpoint(cfg, tmp_path / 'teacher.pth'), resize=2.0)
+    teacher.expect(cfg.data_preprocessor, infer_feature_info(cfg, taps, 'teacher'))
+    inputs, rois = torch.rand(1, 3, 64, 64), torch.tensor([[0.0, 8.0, 4.0, 40.0, 60.0]])
+    (found,) = teacher.features(inputs, None, rois)[taps[0]]
+    images = F.interpolate(inputs, (128, 128), mode='bilinear')
+    model = teacher.running_model
+    expected = model.roi_head._bbox_forward(model.extract_feat(images), rois * torch.tensor([1, 2, 2, 2, 2]))
+    torch.testing.assert_close(found.flatten(1), expected['cls_score'], rtol=1e-3, atol=1e-3)
+    sample = DetDataSample(metainfo=dict(img_shape=(30, 61), batch_input_shape=(64, 64)))
+    (copy,) = _with_batch_shape([sample], (128, 128), (2.0, 2.0))
+    assert copy.img_shape == (60, 122) and copy.batch_input_shape == (128, 128)
 
 
 def test_padding_is_not_needed(tmp_path):

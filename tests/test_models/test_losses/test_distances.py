@@ -7,6 +7,7 @@ from mmdiffkd.models import (
     ATLoss,
     AttentionMSELoss,
     ChannelWiseDivergence,
+    CosineLoss,
     DISTLoss,
     DKDLoss,
     FeatureDiffusionNeck,
@@ -18,7 +19,7 @@ from mmdiffkd.models.losses.utils import class_labels
 from mmdiffkd.models.necks import DistillContext
 from mmdiffkd.utils.validation import ConfigError
 
-DISTANCES = [MSELoss, AttentionMSELoss, KLDivergence, DISTLoss, PKDLoss, ChannelWiseDivergence, ATLoss]
+DISTANCES = [MSELoss, AttentionMSELoss, KLDivergence, DISTLoss, PKDLoss, ChannelWiseDivergence, CosineLoss, ATLoss]
 
 
 def maps():
@@ -34,6 +35,20 @@ def test_zero_for_equal_features_and_weight_and_gradient(kind):
     torch.testing.assert_close(kind(loss_weight=3.0)(student, teacher), 3 * loss)
     loss.backward()
     assert student.grad.isfinite().all() and student.grad.any()
+
+
+def test_cosine_ignores_the_scale_of_a_position_and_invalid_pixels():
+    teacher = torch.randn(2, 4, 3, 5)
+    scales = torch.rand(2, 1, 3, 5) + 0.1
+    loss = CosineLoss()
+    torch.testing.assert_close(loss(teacher * scales, teacher), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss(-teacher, teacher), torch.tensor(2.0))
+    mask = torch.zeros(2, 3, 5, dtype=torch.bool)
+    mask[0, 1] = True
+    student = teacher.clone()
+    student[:, :, 1] *= -1
+    torch.testing.assert_close(loss(student, teacher, mask), torch.tensor(2.0))
+    assert loss(student, teacher, ~mask) < 2 and loss(student, teacher, torch.zeros_like(mask)) == 0
 
 
 def test_attention_weights_errors_by_teacher_activation():

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.test_models.test_presets.test_default_pairs import labels
 from tests.test_upstream import models
 
-METHODS = ('at', 'cwd', 'cwd_norm', 'dist', 'dkd', 'fbkd', 'fitnet', 'kd', 'mgd', 'pkd')
+METHODS = ('at', 'cosine', 'cwd', 'cwd_norm', 'dist', 'dkd', 'fbkd', 'fitnet', 'kd', 'mgd', 'pkd')
 STUDENTS = dict(
     detection=('mmdet', tiny.detector),
     segmentation=('mmseg', models.convnext_segmentor),

@@ -1,0 +1,157 @@
+from functools import cache
+from logging import ERROR, getLogger
+from typing import Dict, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from mmdiffkd.engine.checkpoint import read_checkpoint
+from mmdiffkd.engine.weights import fit_weights, own_shapes
+from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.config import closest_names
+from mmdiffkd.utils.validation import check_arguments, one_line
+
+from .base import PRETRAINED, ImageFormat, LibraryEncoder, choose_levels, download_error, import_library
+
+# arguments that let models with position embeddings or windows take images of other sizes, to be tried in turn
+ANY_SIZE = (dict(dynamic_img_size=True), dict(strict_img_size=False), {})
+
+
+@MODELS.register_module()
+class TimmEncoder(LibraryEncoder):
+    """Image encoder of timm. The feature maps come from its ``forward_intermediates``.
+
+    Args: see :class:`.LibraryEncoder`. ``out_indices`` counts the entries of the model's ``feature_info``: the stages
+    of a hierarchical model, the blocks of a ViT. The final norm is applied to the maps of a ViT.
+    """
+
+    example = 'convnextv2_tiny'
+
+    @check_arguments
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Optional[str] = None,
+        out_indices: Optional[Sequence[int]] = None,
+        img_size: Union[int, Sequence[int], None] = None,
+    ):
+        super().__init__()
+        self.name = name
+        options = dict(_size_options(name))
+        if img_size is not None and _pretrained_cfg(name).fixed_input_size:
+            if img_size != _pretrained_cfg(name).input_size[-1]:
+                options['img_size'] = img_size
+        self.model = self._load(checkpoint, options)
+        strides = [entry['reduction'] for entry in _feature_entries(self.model)]
+        levels = choose_levels(strides, out_indices)
+        self.norm = len(set(strides)) == 1 and len(strides) > 1
+        self.out_indices = list(self.model.prune_intermediate_layers(levels, prune_norm=not self.norm))
+
+    @classmethod
+    def image_format(cls, name: str) -> ImageFormat:
+        """Return the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
+        cfg = _pretrained_cfg(name)
+        from timm.data import resolve_data_config
+
+        images = resolve_data_config(pretrained_cfg=cfg.to_dict())
+        return ImageFormat(images['mean'], images['std'], tuple(images['input_size'][-2:]), bool(cfg.fixed_input_size))
+
+    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+        """Return the feature maps, (N, C, H', W') each, of images, (N, 3, H, W)."""
+        return tuple(
+            self.model.forward_intermediates(
+                images,
+                indices=self.out_indices,
+                norm=self.norm,
+                stop_early=not self.norm,
+                output_fmt='NCHW',
+                intermediates_only=True,
+            )
+        )
+
+    def _load(self, checkpoint: Optional[str], options: Dict):
+        timm = import_library('timm')
+        if checkpoint is None:
+            return timm.create_model(self.name, **options)
+        cfg = _pretrained_cfg(self.name)
+        if checkpoint == PRETRAINED:
+            if not cfg.has_weights:
+                listed = timm.list_pretrained()
+                raise ValueError(
+                    f"timm lists no weights for '{self.name}'; the nearest models with weights are "
+                    f'{closest_names(self.name, listed)}. Or set teacher.checkpoint to a file.'
+                )
+            try:
+                return timm.create_model(self.name, pretrained=True, **options)
+            except RuntimeError as error:  # weights that do not fit
+                raise ValueError(f"The weights of 'timm::{self.name}' cannot be loaded: {one_line(error)}") from error
+            except Exception as error:
+                page = f'https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else cfg.url
+                file = 'model.safetensors' if cfg.hf_hub_id else cfg.url.rpartition('/')[2]
+                raise download_error(f'timm::{self.name}', error, page, file) from error
+        state = read_checkpoint(checkpoint)['state_dict']
+        with torch.device('meta'):
+            own = timm.create_model(self.name, **options)
+        state = dict(fit_weights(state, own_shapes(own), is_teacher=True).weights)
+        state.update(_classifier(own, cfg))
+        try:
+            return timm.create_model(
+                self.name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, source=''), **options
+            )
+        except (RuntimeError, KeyError, AttributeError) as error:
+            problem = ' '.join(str(error).split())  # torch lists one kind of key per line
+            raise ValueError(
+                f"The weights of '{checkpoint}' do not fit the teacher (timm::{self.name}): {problem[:400]}"
+            ) from error
+
+
+def _classifier(model, cfg) -> Dict[str, Tensor]:
+    """Return weights of 0 for the classifier, which the teacher does not use, so that files may lack it."""
+    names = cfg.classifier or ()
+    names = (names,) if isinstance(names, str) else names
+    return {
+        key: torch.zeros(value.shape)
+        for key, value in model.state_dict().items()
+        if any(key.startswith(f'{name}.') for name in names)
+    }
+
+
+def _feature_entries(model) -> Sequence[Dict]:
+    info = model.feature_info
+    return list(info) if isinstance(info, (list, tuple)) else info.info
+
+
+@cache
+def _pretrained_cfg(name: str):
+    """Return timm's description of a model and its weights."""
+    timm = import_library('timm')
+    architecture, _, tag = name.partition('.')
+    known = timm.list_models()
+    if architecture not in known:
+        raise FileNotFoundError(f"timm has no model '{name}'; the nearest are {closest_names(architecture, known)}.")
+    tags = timm.list_pretrained(f'{architecture}.*')
+    if tag and name not in tags:
+        raise FileNotFoundError(f"timm has no weights '{name}'; the nearest are {closest_names(name, tags) or 'none'}.")
+    return timm.get_pretrained_cfg(name)
+
+
+@cache
+def _size_options(name: str) -> Tuple[Tuple[str, bool], ...]:
+    """Return the arguments with which a model takes images of other sizes than that of its weights."""
+    timm = import_library('timm')
+    if not _pretrained_cfg(name).fixed_input_size:
+        return ()
+    logger = getLogger('timm')
+    level = logger.level
+    logger.setLevel(ERROR)
+    try:
+        for options in ANY_SIZE:
+            try:
+                with torch.random.fork_rng(devices=[]), torch.device('meta'):
+                    timm.create_model(name, **options)
+                return tuple(options.items())
+            except TypeError:  # the model has no such argument
+                continue
+    finally:
+        logger.setLevel(level)
+    return ()

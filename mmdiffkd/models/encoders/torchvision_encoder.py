@@ -1,0 +1,170 @@
+from functools import cache
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from mmdiffkd.engine.checkpoint import read_checkpoint
+from mmdiffkd.engine.weights import fit_weights, load_strict, own_shapes
+from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.config import closest_names
+from mmdiffkd.utils.meta_device import QuickInit
+from mmdiffkd.utils.validation import ConfigError, check_arguments
+
+from ..distillers.recorders import as_map
+from .base import (
+    PRETRAINED,
+    ImageFormat,
+    LibraryEncoder,
+    channels_first,
+    choose_levels,
+    download_error,
+    import_library,
+)
+
+TRIAL_SIZE = 256  # of models for images of any size
+MAX_STRIDE = 64  # coarser outputs are pooled
+VIT_BLOCK = 'encoder_layer_'
+HEADS = ('avgpool', 'classifier', 'fc', 'head')  # modules after the encoder
+
+
+@MODELS.register_module()
+class TorchvisionEncoder(LibraryEncoder):
+    """Classifier of torchvision without its head. The feature maps come from ``create_feature_extractor``.
+
+    Args: see :class:`.LibraryEncoder`. ``out_indices`` counts the last maps of each stride of the model from 2, or the
+    blocks of a ViT.
+    """
+
+    example = 'resnet50'
+
+    @check_arguments
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Optional[str] = None,
+        out_indices: Optional[Sequence[int]] = None,
+        img_size: Union[int, Sequence[int], None] = None,
+    ):
+        super().__init__()
+        torchvision = import_library('torchvision')
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        self.name = name
+        options = _size_options(name, img_size)
+        nodes, strides = zip(*_stages(name, tuple(options.items())))
+        self.nodes = [nodes[index] for index in choose_levels(strides, out_indices)]
+        model = torchvision.models.get_model(name, weights=None, **options).eval()
+        shapes = own_shapes(model)
+        self.model = create_feature_extractor(
+            model, {node: str(index) for index, node in enumerate(self.nodes)}, suppress_diff_warning=True
+        )
+        if checkpoint is not None:
+            self._load(checkpoint, shapes)
+
+    @classmethod
+    def image_format(cls, name: str) -> ImageFormat:
+        """Return the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
+        images = _weights(name).transforms()
+        return ImageFormat(images.mean, images.std, (images.crop_size[0],) * 2, bool(_size_options(name, 1)))
+
+    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+        """Return the feature maps, (N, C, H', W') each, of images, (N, 3, H, W)."""
+        size = images.shape[-2:]
+        maps = self.model(images).values()
+        return tuple(channels_first(level, size) if level.dim() == 4 else as_map(level, size, '') for level in maps)
+
+    def _load(self, checkpoint: str, shapes: Dict[str, torch.Size]) -> None:
+        source = _weights(self.name).url if checkpoint == PRETRAINED else checkpoint
+        try:
+            state = read_checkpoint(source)['state_dict']
+        except ValueError as error:
+            if checkpoint != PRETRAINED or 'could not be downloaded' not in str(error):
+                raise
+            page, _, file = source.rpartition('/')
+            raise download_error(f'torchvision::{self.name}', error.__cause__ or error, page, file) from error
+        own = own_shapes(self.model)
+        unused = {key.split('.')[0] for key in shapes} - {key.split('.')[0] for key in own}  # such as the classifier
+        weights = {
+            key: value
+            for key, value in fit_weights(state, shapes, is_teacher=True).weights.items()
+            if key in own or (key not in shapes and key.split('.')[0] not in unused)
+        }
+        load_strict(self.model, weights, f'the teacher (torchvision::{self.name})', f"'{source}'")
+
+
+@cache
+def _weights(name: str):
+    """Return the default weights of a model."""
+    models = import_library('torchvision').models
+    known = models.list_models(module=models)
+    if name not in known:
+        if name in models.list_models():
+            raise FileNotFoundError(
+                f"'torchvision::{name}' is no image encoder: use a classifier, such as 'torchvision::resnet50'."
+            )
+        raise FileNotFoundError(f"torchvision has no model '{name}'; the nearest are {closest_names(name, known)}.")
+    return models.get_model_weights(name).DEFAULT
+
+
+def _size_options(name: str, img_size) -> Dict:
+    """Return the arguments for models that are built for one image size."""
+    if img_size is None or not name.startswith(('vit_', 'maxvit_')):
+        return {}
+    if not isinstance(img_size, int):
+        if len(set(img_size)) > 1:
+            raise ConfigError('img_size', f'={list(img_size)}: {name} takes square images only.')
+        img_size = img_size[0]
+    return dict(input_size=(img_size, img_size)) if name.startswith('maxvit') else dict(image_size=img_size)
+
+
+@cache
+def _stages(name: str, options: Tuple) -> List[Tuple[str, float]]:
+    """Return the graph node and the stride of the last map of each stride, or of each block of a ViT."""
+    models = import_library('torchvision').models
+    with torch.random.fork_rng(devices=[]), torch.device('meta'):
+        try:
+            model = models.get_model(name, weights=None, **dict(options)).eval()
+        except Exception:  # RegNet computes its widths with tensors
+            with torch.device('cpu'), QuickInit():
+                model = models.get_model(name, weights=None, **dict(options)).eval().to('meta')
+        size = TRIAL_SIZE
+        if _size_options(name, 1):
+            size = next((value for _, value in options), _weights(name).transforms().crop_size)
+            size = size if isinstance(size, int) else size[0]
+        found: Dict[str, float] = {}
+
+        def note(path):
+            def hook(module, inputs, output):
+                stride = _stride(output, size)
+                if stride is not None:
+                    found.pop(path, None)
+                    found[path] = stride
+
+            return hook
+
+        for path, module in model.named_modules():
+            is_stage = path and path.count('.') < 2 and not path.startswith(HEADS)
+            if is_stage or path.rpartition('.')[2].startswith(VIT_BLOCK):
+                module.register_forward_hook(note(path))
+        with torch.no_grad():
+            model(torch.zeros(2, 3, size, size))
+    blocks = {path: stride for path, stride in found.items() if path.rpartition('.')[2].startswith(VIT_BLOCK)}
+    if blocks:  # the last map is taken after the final norm
+        *others, (_, stride) = blocks.items()
+        return [*others, ('encoder.ln', stride)]
+    last = {}
+    for path, stride in found.items():
+        last[round(stride)] = path, stride
+    return sorted(last.values(), key=lambda entry: entry[1])
+
+
+def _stride(output, size: int) -> Optional[float]:
+    """Return the stride of a map or of tokens with a class token; None for anything else."""
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4):
+        return None
+    if output.dim() == 3:
+        side = (output.size(1) - 1) ** 0.5
+        return size / side if side > 1 and side == int(side) else None
+    side = channels_first(output, (size, size)).size(-1)
+    return size / side if side * MAX_STRIDE > size and side < size else None

@@ -1,0 +1,62 @@
+"""The part of a student that pre-training trains."""
+
+import inspect
+from typing import Dict, Optional
+
+from mmengine.dist import is_distributed
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from torch import Tensor
+
+from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import get_class
+
+FREEZING = dict(frozen_stages=-1, norm_eval=False)  # arguments of backbones that freeze weights, and their values here
+
+
+@MODELS.register_module()
+class ImageEncoder(BaseModel):
+    """Backbone and neck of a model, to be pre-trained by distillation without labels.
+
+    The weights have the names that they have in the whole model. All stages and normalization layers are trained, also
+    those that the model's config freezes for fine-tuning.
+
+    Args:
+        backbone (dict): Config of the backbone.
+        neck (dict or list[dict], optional): Config of the neck. Defaults to None.
+        data_preprocessor (dict, optional): Config of the preprocessor. Defaults to None.
+    """
+
+    def __init__(self, backbone: dict, neck: Optional[dict] = None, data_preprocessor: Optional[dict] = None):
+        super().__init__(data_preprocessor=data_preprocessor)
+        self.backbone = MODELS.build(unfreeze(backbone))
+        if neck is not None:
+            self.neck = MODELS.build(neck)
+        if not is_distributed():  # SyncBatchNorm does not run on CPUs
+            revert_sync_batchnorm(self)
+
+    def extract_feat(self, inputs: Tensor):
+        """Return the outputs of the neck, or of the backbone without a neck.
+
+        Args:
+            inputs (Tensor): Preprocessed images, (N, C, H, W).
+        """
+        features = self.backbone(inputs)
+        return self.neck(features) if hasattr(self, 'neck') else features
+
+    def loss(self, inputs: Tensor, data_samples: Optional[list] = None) -> Dict[str, Tensor]:
+        """Run the modules, and return no loss: there are no labels."""
+        self.extract_feat(inputs)
+        return {}
+
+    def forward(self, inputs: Tensor, data_samples: Optional[list] = None, mode: str = 'tensor'):
+        """Run :meth:`loss` in the mode ``'loss'``, otherwise :meth:`extract_feat`."""
+        return self.loss(inputs, data_samples) if mode == 'loss' else self.extract_feat(inputs)
+
+
+def unfreeze(backbone: dict) -> dict:
+    """Return the config of a backbone with settings that train all of its weights."""
+    with MODELS.switch_scope_and_registry(backbone.get('_scope_')) as registry:
+        kind = backbone['type']
+        cls = get_class(registry, kind) if isinstance(kind, str) else kind
+    accepted = {name for base in getattr(cls, '__mro__', ()) for name in inspect.signature(base.__init__).parameters}
+    return {**backbone, **{key: value for key, value in FREEZING.items() if key in accepted}}

@@ -1,0 +1,43 @@
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.validation import NonNegative, check_arguments
+
+from .utils import masked_mean
+
+
+@MODELS.register_module()
+class CosineLoss(nn.Module):
+    """One minus the cosine similarity of the channels at each position, averaged over positions.
+
+    The scale of a position has no effect. The loss equals half the squared error between features of length 1. AM-RADIO
+    (Ranzinger et al., CVPR 2024) and Theia (Shang et al., CoRL 2024) distill the maps of foundation models with it,
+    beside a smooth L1 term.
+
+    Args:
+        loss_weight (float): Weight of the loss. Defaults to 1.
+    """
+
+    takes_mask = True
+
+    @check_arguments
+    def __init__(self, loss_weight: NonNegative = 1.0):
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Compare features.
+
+        Args:
+            student (Tensor): (N, C, H, W).
+            teacher (Tensor): Same shape.
+            mask (Tensor, optional): Valid pixels, (N, H, W) of type bool. None uses all pixels.
+
+        Returns:
+            Tensor: A scalar; 0 if no pixel is valid.
+        """
+        distance = 1 - F.cosine_similarity(student, teacher, dim=1)
+        return self.loss_weight * masked_mean(distance.flatten(), mask)

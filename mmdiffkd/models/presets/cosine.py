@@ -1,0 +1,32 @@
+from typing import Dict
+
+from torch import nn
+
+from mmdiffkd.registry import PRESETS
+
+from .base import Preset
+
+
+@PRESETS.register_module(name='cosine')
+class CosinePreset(Preset):
+    """Cosine distance between the features of each position, so their scale has no effect; see :class:`.CosineLoss`.
+
+    A 1x1 convolution maps the student's channels. The preset is the default for teachers of timm, torchvision and
+    transformers, whose features have outliers that dominate a squared error.
+
+    Weights:
+        There is no published weight beside the loss of a task. With weight 1, the loss of a level is between 0 and 2.
+
+    Released code:
+        It was not compared. AM-RADIO adds a smooth L1 loss with a ninth of the weight, which is left out here.
+    """
+
+    summary = 'cosine: direction of the features at each position, for foundation models'
+    paper = 'Ranzinger et al., AM-RADIO: Agglomerative Vision Foundation Model, CVPR 2024, arXiv 2312.06709'
+    weights = dict(detection=1.0, segmentation=1.0, classification=1.0)
+    distance = dict(type='mmdiffkd.CosineLoss')
+    neck_defaults = dict(denoise=False)
+
+    def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
+        """Return the pair of features. Arguments: see :meth:`.Preset.default_pairs`."""
+        return self.feature_pair(student_cfg, teacher_cfg, denoise=False)
