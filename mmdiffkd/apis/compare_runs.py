@@ -196,7 +196,6 @@ class ComparisonRuns:
         self.not_applicable: Dict[str, str] = {}
         self.trainings: List[Training] = []
         self._waiting: Dict[str, Training] = {}  # the runs that this process has not finished, by name
-        self._started = self._finished = 0.0  # time of the start, and estimated seconds of the runs that ended since
 
     def add_methods(self, methods: Dict[str, Optional[dict]], seeds: Sequence[int], strict: Set[str]) -> None:
         """Write the configs of all runs, and preview each method.
@@ -389,7 +388,7 @@ class ComparisonRuns:
                 for training in missing
             ]
             self._waiting = {job.name: training for job, training in zip(jobs, missing)}
-            self._started, self._finished = time.monotonic(), 0.0
+            self._clock = _Clock(sum(map(self._seconds, missing)), min(workers, len(missing)))
             done = run_parallel(jobs, workers, self._save_result, gpus=gpus)
             missing = [training for training, result in zip(missing, done) if result.ok and not training.is_done]
             if not missing:
@@ -401,16 +400,41 @@ class ComparisonRuns:
         return cost['seconds'] * cost['iterations'] if cost else 0.0
 
     def _save_result(self, result: JobResult) -> None:
-        self._finished += self._seconds(self._waiting.pop(result.name))
-        left = sum(map(self._seconds, self._waiting.values()))
-        if left and self._finished:
-            left *= (time.monotonic() - self._started) / self._finished
+        training = self._waiting.pop(result.name)
+        self._clock.ended(result.seconds, self._seconds(training))
+        left = self._clock.left()
+        if self._waiting and left is not None:
             count = len(self._waiting)
             _say(f'{count} {"run" if count == 1 else "runs"} left: about {_duration(left)}.')
         try:
             self.write_records()
         except OSError as error:  # such as a full disk, which must not stop the other runs
             _say(f'The results cannot be written yet: {error.strerror}.')
+
+
+class _Clock:
+    """Estimates the time that is left.
+
+    Args:
+        estimated (float): Sum of the estimated seconds of all runs; 0 if it is not known.
+        workers (int): Number of parallel runs.
+    """
+
+    def __init__(self, estimated: float, workers: int):
+        self.estimated, self.workers = estimated, workers
+        self.start, self.ended_seconds, self.ended_estimates = time.monotonic(), 0.0, 0.0
+
+    def ended(self, seconds: float, estimate: float) -> None:
+        """Count a run that has ended."""
+        self.ended_seconds += seconds
+        self.ended_estimates += estimate
+
+    def left(self) -> Optional[float]:
+        """Return the seconds that are left, if the other runs take as much longer than estimated; None if unknown."""
+        if not self.ended_estimates:
+            return None
+        slowness = self.ended_seconds / self.ended_estimates
+        return max(0.0, slowness * self.estimated / self.workers - (time.monotonic() - self.start))
 
 
 def last_step(cfg: Config) -> str:

@@ -1,5 +1,5 @@
-# loss_weight='auto' against hand-tuned weights of the same methods. The hand-tuned weights: the default of the preset (a
-# name without a number) and three others.
+# loss_weight='auto' against hand-tuned weights of the same methods: the default of the preset (a name without a number)
+# and three others.
 heads = ('cls', 'reg')
 weights = {
     'fitnet': (0.6, 1.7, 15.0),
