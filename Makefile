@@ -5,7 +5,7 @@ VENV_OPENMMLAB ?= .venv-openmmlab
 READY := $(VENV)/.ready
 READY_OPENMMLAB := $(VENV_OPENMMLAB)/.ready
 
-.PHONY: help env demo test test-all lint docs env-openmmlab test-openmmlab test-all-openmmlab clean
+.PHONY: help env demo test test-all lint docs env-openmmlab test-openmmlab test-all-openmmlab test-gpu gpu clean
 
 help:
 	@echo "Get started:"
@@ -23,6 +23,10 @@ help:
 	@echo "  make env-openmmlab       create the environment in $(VENV_OPENMMLAB)"
 	@echo "  make test-openmmlab      run the quick tests"
 	@echo "  make test-all-openmmlab  run all tests"
+	@echo "On a machine with a GPU:"
+	@echo "  make test-gpu            run the tests that need a GPU"
+	@echo "  make gpu                 run these tests and the GPU benchmarks; up to 22 minutes, tables in work_dirs/gpu"
+	@echo "                           some stages only: make gpu ARGS='neck iteration'"
 	@echo "Each target creates its environment if it is missing."
 
 demo: $(READY)
@@ -34,16 +38,22 @@ demo: $(READY)
 PYTEST = $(<D)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(READY)
 	$(PYTEST) $(ARGS)
 
 test-openmmlab: $(READY_OPENMMLAB)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all-openmmlab: $(READY_OPENMMLAB)
 	$(PYTEST) $(ARGS)
+
+test-gpu: $(READY)
+	$(VENV)/bin/python -m pytest -m gpu tests/test_gpu.py $(ARGS)
+
+gpu: $(READY)
+	$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

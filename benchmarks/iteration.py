@@ -1,4 +1,4 @@
-"""Measure the time of a distilled training iteration and of its components.
+"""Measure time and peak memory of a distilled training iteration and of its components.
 
 Weights and images are random, which does not affect the time. The last row compares the whole iteration with the sum of
 the student's own step, the teacher's forward pass to its last tap, and the convolutions of the diffusion module. The
@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from benchmarks.measure import in_turn, machine, publish, ratios
+from benchmarks.measure import in_turn, machine, peak_mib, publish, ratios
 from benchmarks.neck import convolutions
 from mmdiffkd.apis.build import build_model
 from mmdiffkd.models import FeatureDiffusionNeck
@@ -137,19 +137,24 @@ def main():
     whole = times['distilled step']
     figures = {name: ratios(seconds, whole) for name, seconds in times.items()}
     baseline = [sum(seconds) for seconds in zip(*(times[name] for name in list(functions)[:3]))]
+    for name, function in functions.items():
+        optimizer.zero_grad(set_to_none=True)
+        figures[name]['peak_mib'] = peak_mib(function)
     figures['distilled step against the sum of the first three'] = ratios(whole, baseline)
     rows = [
         {
             'component': name,
             'ms': f'{entry["ms"]:.0f}',
             'share of the distilled step': f'{entry["ratio"]:.2f} ({entry["low"]:.2f} - {entry["high"]:.2f})',
+            'peak, MiB': f'{entry["peak_mib"]:.0f}' if 'peak_mib' in entry else '',
         }
         for name, entry in figures.items()
     ]
     text = (
         f'`{args.config}`, {height}x{width}, batch {args.batch}, {"bfloat16 autocast" if args.bf16 else "float32"}, '
         f'SGD. Medians of {args.rounds} rounds; in parentheses, quartiles of the ratios within a round. The last row '
-        'is the ratio of the distilled step to the sum of the first three rows.'
+        'is the ratio of the distilled step to the sum of the first three rows. Peak is the memory of a call beyond '
+        'weights, optimizer state and images, including gradients.'
     )
     command = ' '.join(['python -m benchmarks.iteration', *sys.argv[1:]])
     publish(args.page, 'Cost of an iteration', text, command, machine(device, args.threads), rows, figures)

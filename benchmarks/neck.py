@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import MIB, in_turn, machine, peak_mib, publish, ratios
 from mmdiffkd.models import FeatureDiffusionNeck
@@ -32,6 +33,9 @@ def parse_args():
     parser.add_argument('--channels', type=int, default=256, help='channels of student and teacher (default 256)')
     parser.add_argument('--bf16', action='store_true', help='run under bfloat16 autocast')
     parser.add_argument('--compile', action='store_true', help='also measure torch.compile')
+    parser.add_argument(
+        '--checkpoint', action='store_true', help='also measure torch.utils.checkpoint around each level as a whole'
+    )
     parser.add_argument('--rounds', type=int, default=15, help='timed steps per implementation (default 15)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default 2)')
     parser.add_argument('--page', type=Path, help='write the table to this .md file and the data next to it')
@@ -92,6 +96,15 @@ def main():
 
         return forward, lambda loss: loss.backward()
 
+    def forward_checkpointed(neck):
+        def forward():
+            with cast():
+                features = zip(neck.levels, student, teacher)
+                outputs = [checkpoint(level, s, t, use_reentrant=False) for level, s, t in features]
+                return sum(sum(output.losses.values()) for output in outputs)
+
+        return forward, lambda loss: loss.backward()
+
     necks = {'default': neck, 'memory_efficient=False': set_memory_efficient(copy.deepcopy(neck), False)}
     if args.compile:
         necks['compile=True'] = FeatureDiffusionNeck([channels] * len(sizes), [channels] * len(sizes), compile=True)
@@ -101,6 +114,8 @@ def main():
         'convolutions alone, channels_last': forward_convolutions(torch.channels_last),
         **{name: forward_neck(each) for name, each in necks.items()},
     }
+    if args.checkpoint:
+        passes['torch.utils.checkpoint per level'] = forward_checkpointed(necks['memory_efficient=False'])
     parameters = [p for each in (neck, *necks.values()) for p in each.parameters()]
 
     def clear_gradients():

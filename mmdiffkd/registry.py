@@ -22,7 +22,7 @@ def closest_own(kind: str, registry: str) -> List[str]:
     >>> closest_own('DiffKDDistiler', 'model')
     ['mmdiffkd.DiffKDDistiller']
     """
-    for own in (MODELS, HOOKS):
+    for own in (MODELS, HOOKS, DATASETS, TRANSFORMS):
         if own.name == registry:
             own.import_from_location()
             close = difflib.get_close_matches(kind.rpartition('.')[2], own.module_dict, cutoff=0.75)

@@ -29,11 +29,16 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption('--rotate', metavar='TEXT', help='rotate the order of the files by a hash of this text')
+    parser.addoption('--gpu-device', choices=['cuda', 'cpu'], default='cuda', help='device of the tests marked gpu')
     parser.addoption('--until', type=float, metavar='SECONDS', help='skip tests that would start after this Unix time')
 
 
 def pytest_collection_modifyitems(config, items):
-    """Rotate the order of the test files. A hash of the text of ``--rotate`` determines the first file."""
+    """Skip tests that need a GPU if there is none, and rotate the order of the files: ``--rotate`` sets the first."""
+    if config.getoption('--gpu-device') == 'cuda' and not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
     text = config.getoption('--rotate')
     if text:
         files = sorted({item.path for item in items})

@@ -147,24 +147,44 @@ def test_command(page, command):
             assert (ROOT / word).exists(), word
 
 
-@pytest.mark.slow
-def test_get_started_commands_run(tmp_path):
-    """Run the commands of "Get started" in order in an empty folder, on fewer images."""
+def run_commands(page, heading, folder, fewer):
+    """Run the commands below a heading in order in an empty folder, on fewer images.
+
+    Args:
+        page (str): Page in docs/get_started.
+        heading (str): The heading.
+        folder (Path): The folder.
+        fewer (dict[str, str]): Text to replace in the commands.
+    """
     for name in ('configs', 'tools'):
-        (tmp_path / name).symlink_to(ROOT / name)
-    text = (DOCS / 'get_started' / 'quick_start.md').read_text().split('## The first distillation')[1]
+        (folder / name).symlink_to(ROOT / name)
+    text = (DOCS / 'get_started' / page).read_text().split(heading)[1]
     commands = ''.join(re.findall(r'^```shell\n(.*?)^```', text, re.DOTALL | re.MULTILINE)).replace('\\\n', ' ')
-    fewer = {'--train 200 --val 50': '--train 16 --val 4'}
     for old, new in fewer.items():
         assert old in commands
         commands = commands.replace(old, new)
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
     for command in commands.splitlines():
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=dict(os.environ, PATH=path), capture_output=True)
+        done = subprocess.run(command, shell=True, cwd=folder, env=dict(os.environ, PATH=path), capture_output=True)
         assert done.returncode == 0, f'{command}\n{done.stderr.decode()[-3000:]}'
+
+
+@pytest.mark.slow
+def test_get_started_commands_run(tmp_path):
+    run_commands(
+        'quick_start.md', '## The first distillation', tmp_path, {'--train 200 --val 50': '--train 16 --val 4'}
+    )
     assert (tmp_path / 'student.pth').exists()
     pictures = (tmp_path / 'work_dirs').glob('diffkd*/*/vis_data/vis_image/diffkd.fpn.*.png')
     assert len(list(pictures)) > 1
+
+
+@pytest.mark.slow
+def test_pretraining_commands_run(tmp_path):
+    fewer = {'--train 500 --val 50': '--train 16 --val 4', '--epochs 10': '--epochs 1', '=100 ': '=8 ', '=30': '=1'}
+    run_commands('unlabeled_images.md', '## Try it', tmp_path, fewer)
+    for name in ('finetuned', 'scratch'):
+        assert (tmp_path / 'work_dirs' / name / 'last_checkpoint').exists()
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

@@ -35,8 +35,8 @@ class Bridge(FeatureDiffusion):
     The gradient of R(Z) passes straight through to Z. With the mean squared error of weight w over M elements, the
     three settings of ``pull`` differ in the gradient that Z gets:
 
-    - ``'through'``: loss_kd = distance(Z + sg(R(Z) - Z), T), gradient 2w/M (R(Z) - T). What R can predict is not asked
-      of the student; what is left is the part of T that its feature does not contain.
+    - ``'through'``: loss_kd = distance(Z + sg(R(Z) - Z), T), gradient 2w/M (R(Z) - T): the error that remains, that is
+      the part of T that R cannot predict from Z.
     - ``'refined'``: loss_kd = distance(Z, sg(R(Z))), gradient 2w/M (Z - R(Z)): the part that R can predict. The sum of
       this gradient and that of ``'through'`` is the gradient of the plain distance.
     - ``'teacher'``: loss_kd = distance(Z, T) sg(|R(Z) - T| / |Z - T|) with the Euclidean norm, gradient

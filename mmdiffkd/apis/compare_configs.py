@@ -76,13 +76,14 @@ def _add_imports(cfg: Config, other: Config) -> None:
     cfg.custom_imports = dict(imports=[*get_custom_imports(cfg), *names, 'mmdiffkd'], allow_failed_imports=False)
 
 
-def _set_loss_weight(cfg: Config, weight: Union[float, Dict[str, float]]) -> None:
+def _set_loss_weight(cfg: Config, weight: Union[float, str, Dict[str, Union[float, str]]]) -> None:
     """Set the loss weight of the only pair, or of pairs by name. All pairs are kept.
 
     Raises:
         ValueError: If there are several pairs for a number, or no pair has one of the names.
     """
-    pairs = list(build_distiller(cfg)[1].pairs)
+    necks = {name: pair.neck for name, pair in build_distiller(cfg)[1].pairs.items()}
+    pairs = list(necks)
     if not isinstance(weight, dict):
         if len(pairs) > 1:
             raise ValueError(
@@ -95,7 +96,9 @@ def _set_loss_weight(cfg: Config, weight: Union[float, Dict[str, float]]) -> Non
             raise ValueError(f"loss_weight: there is no pair '{name}'; the nearest are {closest_names(name, pairs)}.")
     distill = cfg.model.get('distill') or {}
     cfg.model.distill = {name: distill.get(name, {}) for name in pairs}
-    cfg.merge_from_dict({f'model.distill.{name}.neck.loss_kd.loss_weight': value for name, value in weight.items()})
+    for name, value in weight.items():
+        key = 'loss_kd.loss_weight' if 'loss_kd' in necks[name] else 'loss_weight'  # of a distance, or of the neck
+        cfg.merge_from_dict({f'model.distill.{name}.neck.{key}': value})
 
 
 def scale_schedule(cfg: Config, factor: float) -> Config:

@@ -19,6 +19,9 @@ from mmengine.config import Config
 import mmdiffkd
 from mmdiffkd.cli import quiet_packages, shorten_path
 from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
+from mmdiffkd.models.distillers.teacher import Teacher
+from mmdiffkd.models.encoders import PRETRAINED, is_encoder
+from mmdiffkd.utils import read_config
 from mmdiffkd.visualization.comparison import aligned_markdown, compare_teacher
 from mmdiffkd.visualization.differences import BASELINE
 from mmdiffkd.visualization.logs import NO_METRICS
@@ -185,7 +188,8 @@ class ComparisonRuns:
         self.state = (
             json.loads(self.state_file.read_text('utf-8')) if self.state_file.exists() else dict(previews={}, costs={})
         )
-        self.fingerprint = fingerprint(read_checkpoint(checkpoint)['state_dict'])
+        self.is_encoder = is_encoder(read_config(teacher).model)  # it has no predictions to test
+        self.fingerprint = _fingerprint(teacher, checkpoint)
         if self.state.setdefault('teacher', self.fingerprint) != self.fingerprint:
             raise ValueError(
                 f'{shorten_path(root)} was made with other weights of the teacher than {checkpoint}; choose another '
@@ -196,7 +200,6 @@ class ComparisonRuns:
         self.not_applicable: Dict[str, str] = {}
         self.trainings: List[Training] = []
         self._waiting: Dict[str, Training] = {}  # the runs that this process has not finished, by name
-        self._started = self._finished = 0.0  # time of the start, and estimated seconds of the runs that ended since
 
     def add_methods(self, methods: Dict[str, Optional[dict]], seeds: Sequence[int], strict: Set[str]) -> None:
         """Write the configs of all runs, and preview each method.
@@ -289,7 +292,7 @@ class ComparisonRuns:
 
     def _teacher_command(self) -> List[str]:
         """Return the command that tests the teacher on the student's validation split; empty if it was tested."""
-        if newest_test(self.root / TEACHER)[0] is not None:
+        if self.is_encoder or newest_test(self.root / TEACHER)[0] is not None:
             return []
         config = self.root / 'configs' / f'{TEACHER}.py'
         config.write_text(config_text(make_teacher_config(self.student, self.teacher)), 'utf-8')
@@ -302,6 +305,8 @@ class ComparisonRuns:
         Raises:
             ValueError: If the evaluation has no such metric.
         """
+        if self.is_encoder:
+            return
         command = self._teacher_command()
         if command:
             job = Job('test the teacher', command, self.root / 'logs' / f'{TEACHER}.log', metric=metric)
@@ -389,7 +394,7 @@ class ComparisonRuns:
                 for training in missing
             ]
             self._waiting = {job.name: training for job, training in zip(jobs, missing)}
-            self._started, self._finished = time.monotonic(), 0.0
+            self._clock = _Clock(sum(map(self._seconds, missing)), min(workers, len(missing)))
             done = run_parallel(jobs, workers, self._save_result, gpus=gpus)
             missing = [training for training, result in zip(missing, done) if result.ok and not training.is_done]
             if not missing:
@@ -401,16 +406,41 @@ class ComparisonRuns:
         return cost['seconds'] * cost['iterations'] if cost else 0.0
 
     def _save_result(self, result: JobResult) -> None:
-        self._finished += self._seconds(self._waiting.pop(result.name))
-        left = sum(map(self._seconds, self._waiting.values()))
-        if left and self._finished:
-            left *= (time.monotonic() - self._started) / self._finished
+        training = self._waiting.pop(result.name)
+        self._clock.ended(result.seconds, self._seconds(training))
+        left = self._clock.left()
+        if self._waiting and left is not None:
             count = len(self._waiting)
             _say(f'{count} {"run" if count == 1 else "runs"} left: about {_duration(left)}.')
         try:
             self.write_records()
         except OSError as error:  # such as a full disk, which must not stop the other runs
             _say(f'The results cannot be written yet: {error.strerror}.')
+
+
+class _Clock:
+    """Estimates the time that is left.
+
+    Args:
+        estimated (float): Sum of the estimated seconds of all runs; 0 if it is not known.
+        workers (int): Number of parallel runs.
+    """
+
+    def __init__(self, estimated: float, workers: int):
+        self.estimated, self.workers = estimated, workers
+        self.start, self.ended_seconds, self.ended_estimates = time.monotonic(), 0.0, 0.0
+
+    def ended(self, seconds: float, estimate: float) -> None:
+        """Count a run that has ended."""
+        self.ended_seconds += seconds
+        self.ended_estimates += estimate
+
+    def left(self) -> Optional[float]:
+        """Return the seconds that are left, if the other runs take as much longer than estimated; None if unknown."""
+        if not self.ended_estimates:
+            return None
+        slowness = self.ended_seconds / self.ended_estimates
+        return max(0.0, slowness * self.estimated / self.workers - (time.monotonic() - self.start))
 
 
 def last_step(cfg: Config) -> str:
@@ -469,6 +499,14 @@ def _write(file: Path, text: str) -> None:
     part = file.with_suffix('.part')
     part.write_text(text, 'utf-8')
     part.replace(file)
+
+
+def _fingerprint(teacher: Source, checkpoint: str) -> str:
+    """Return the hash of the teacher's weights."""
+    if checkpoint != PRETRAINED:
+        return fingerprint(read_checkpoint(checkpoint)['state_dict'])
+    loaded = Teacher(teacher.to_dict() if isinstance(teacher, Config) else teacher, checkpoint)
+    return fingerprint(loaded.model.state_dict())
 
 
 def _parsed(line: str) -> dict:

@@ -4,7 +4,7 @@ import os
 import time
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Dict, Optional, Sequence, Union
+from typing import Annotated, Dict, List, Optional, Sequence, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from mmdiffkd.engine.hooks.pretrained_weights_hook import PARTS, WEIGHTS
 from mmdiffkd.models.distillers.input_renormalizer import Preprocessor
 from mmdiffkd.models.distillers.pairs import Pair, read_pairs
+from mmdiffkd.models.encoders import is_encoder
 from mmdiffkd.models.presets.base import find_features, find_task
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
@@ -115,7 +116,8 @@ def pretrain_config(
         preset (str): Method, which must compare features of backbones or necks. Its pairs in the heads are left out.
             Defaults to ``'pkd'``.
         pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the pairs of
-            the preset. If student and teacher have different tasks: all levels that their backbones share.
+            the preset. If student and teacher have different tasks: all levels that their backbones share, or with a
+            teacher of timm, torchvision or transformers, those of the nearest strides.
         epochs (int): Number of epochs. Defaults to 100.
         batch_size (int): Images per GPU; at most all images. Defaults to 64.
         lr (float, optional): Largest learning rate. Defaults to 0.001 for 64 images, scaled with the square root of the
@@ -168,7 +170,6 @@ def pretrain_config(
         dict(type='mmengine.RandomFlip', prob=0.5),
         dict(type='mmdiffkd.PackImage'),
     ]
-    warmup = max(WARMUP * epochs, min(1.5 / steps, epochs / 2))  # in epochs; at least one iteration
     lr = lr or float(f'{LR * (batch_size / LR_BATCH_SIZE) ** 0.5:.2g}')
     workers = min(MAX_WORKERS, available_cores()) if available_cores() > 1 else 0
     run = Config(
@@ -191,16 +192,7 @@ def pretrain_config(
                 optimizer=dict(type='AdamW', lr=lr, weight_decay=0.05),
                 paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
             ),
-            param_scheduler=[
-                dict(type='LinearLR', start_factor=0.01, begin=0, end=warmup, convert_to_iter_based=True),
-                dict(
-                    type='CosineAnnealingLR',
-                    begin=warmup,
-                    end=epochs,
-                    T_max=epochs - warmup,
-                    convert_to_iter_based=True,
-                ),
-            ],
+            param_scheduler=_schedulers(epochs, steps),
             default_hooks=dict(checkpoint=dict(interval=ceil(epochs / CHECKPOINTS), max_keep_ckpts=1)),
             custom_hooks=[dict(type='mmdiffkd.PretrainedWeightsHook')],
             env_cfg=dict(cudnn_benchmark=True, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0)),
@@ -219,6 +211,23 @@ def pretrain_config(
     return run
 
 
+def _schedulers(epochs: int, steps: int) -> List[dict]:
+    """Return the schedulers of the learning rate.
+
+    Args:
+        epochs (int): Number of epochs.
+        steps (int): Iterations per epoch.
+
+    Returns:
+        list[dict]: Warm-up of at least one iteration, and cosine; empty for runs of one or two iterations.
+    """
+    if epochs * steps < 3:
+        return []
+    warmup = max(WARMUP * epochs, 1.5 / steps)  # in epochs; mmengine rounds down to iterations
+    cosine = dict(type='CosineAnnealingLR', begin=warmup, end=epochs, T_max=epochs - warmup, convert_to_iter_based=True)
+    return [dict(type='LinearLR', start_factor=0.01, begin=0, end=warmup, convert_to_iter_based=True), cosine]
+
+
 def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: Optional[dict]) -> Dict[str, dict]:
     """Return the pairs to distill, with all settings. Pairs with taps in the student's heads are left out."""
     if pairs is None and find_task(student) != find_task(teacher):
@@ -226,7 +235,8 @@ def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: 
             find_features({key: value for key, value in cfg.items() if key != 'neck'}) for cfg in (student, teacher)
         ]
         if None not in encoders:
-            pairs = dict(feat=dict(student=encoders[0], teacher=encoders[1]))
+            levels = 'nearest' if is_encoder(teacher) else None
+            pairs = dict(feat=dict(student=encoders[0], teacher=encoders[1], levels=levels))
     chosen = read_pairs(pairs, build_for_inspection(student), student, teacher, preset)
     fitting = {name: pair for name, pair in chosen.items() if all(map(_part_of, pair.student_taps))}
     others = {name: pair.student_taps[0] for name, pair in chosen.items() if name not in fitting}

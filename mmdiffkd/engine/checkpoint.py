@@ -32,6 +32,7 @@ from mmengine.runner.checkpoint import (
     get_external_models,
     get_mmcls_models,
     get_torchvision_models,
+    load_from_ceph,
 )
 
 from .dist import on_all_ranks
@@ -39,7 +40,7 @@ from .object_store import is_in_store, local_copy, missing_backend
 
 STATE = 'state_dict'
 PREFIX = 'diffkd.'  # prefix of the diffusion module's keys
-OTHER_SCHEME = re.compile(r'(?!https?:)[\w-]+://')
+OTHER_SCHEME = re.compile(r'(?!https?:)[\w:-]+://')
 # errors of a cache folder that cannot be written, in contrast to errors of the network
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 OTHER_CACHE = 'Set the environment variable TORCH_HOME to a folder that can be written.'
@@ -98,13 +99,21 @@ def check_is_data(source: str) -> str:
 def check_and_read(source: str) -> Tuple[str, Any]:
     """Like :func:`check_is_data`, but return path and content; the content is None if the source is not checked."""
     url = url_of(source)
-    is_of_loader = any(prefix and re.match(prefix, url) for prefix in CheckpointLoader._schemes)
-    if osp.isdir(source) or (OTHER_SCHEME.match(url) and not is_in_store(source) and is_of_loader):
+    if osp.isdir(source) or (OTHER_SCHEME.match(url) and not is_in_store(source) and _has_loader(url)):
         return source, None
     path, content = read_data(source)
     if isinstance(content, dict):
         register_reader(path)
     return path, content
+
+
+def _has_loader(url: str) -> bool:
+    """Return whether mmengine's ``CheckpointLoader`` can load a URL.
+
+    Its own loader for object stores needs the package of the file backend; a loader that a user registered may not.
+    """
+    loaders = [loader for prefix, loader in CheckpointLoader._schemes.items() if prefix and re.match(prefix, url)]
+    return bool(loaders) and loaders[0] is not load_from_ceph
 
 
 def register_reader(path: str, store: Optional[BaseStorageBackend] = None) -> None:
@@ -409,7 +418,7 @@ OTHER_FILES = {
     b'<html': WEB_PAGE,
     b'<?xml': WEB_PAGE,
     b'version https://git-lfs': "is a pointer of Git LFS; run 'git lfs pull' in its repository",
-    b'{': "is a JSON file; use the file of weights, such as 'model.safetensors'",
+    b'{': "is a JSON file; use the file of weights, such as 'model.safetensors', or join several into one",
     b'\x93numpy': ARRAYS,
     b'\x89hdf': 'is an HDF5 file, such as Keras writes',
     b'\x1f\x8b': ARCHIVE,
@@ -419,6 +428,9 @@ OTHER_FILES = {
 # methods that pickled history buffers and one-cycle schedulers refer to
 BUFFER_METHODS = ('min', 'max', 'mean', 'current')
 ANNEALING_METHODS = ('_annealing_cos', '_annealing_linear')
+
+
+EXPORTED = {'serialized_exported_program.json', 'archive_format'}  # members of a program of torch.export
 
 
 def executable_format(path: str) -> Optional[str]:
@@ -433,7 +445,10 @@ def executable_format(path: str) -> Optional[str]:
         return "in torch's tar format from before 2018"  # CVE-2025-32434
     if zipfile.is_zipfile(path):
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            if any(osp.basename(name) == 'constants.pkl' for name in archive.namelist()):
+            names = {osp.basename(name) for name in archive.namelist()}
+            if EXPORTED & names:
+                return 'a program of torch.export'
+            if 'constants.pkl' in names:
                 return 'a TorchScript archive'
     return None
 

@@ -29,7 +29,7 @@ def is_in_store(source: str) -> bool:
 
 def missing_backend(source: str) -> str:
     """Say in a clause why no file backend of mmengine reads a path with a scheme."""
-    scheme = source.partition('://')[0]
+    scheme = source.partition('://')[0].split(':')[-1]  # 'petrel:s3://' is a path of s3 in mmengine
     if scheme == 'file':
         return "use the path without 'file://'"
     if scheme in prefix_to_backends:
@@ -37,7 +37,7 @@ def missing_backend(source: str) -> str:
             get_file_backend(source)
         except ImportError as error:
             return f"the package of the file backend for '{scheme}://' is not installed ({str(error).rstrip('.')})"
-    known = ('http', 'https', *sorted(filter(None, prefix_to_backends)))
+    known = sorted({'http', 'https', *filter(None, prefix_to_backends)})
     return f"mmengine has no file backend for '{scheme}://'; the nearest are {closest_names(scheme, known)}"
 
 

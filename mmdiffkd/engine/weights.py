@@ -108,7 +108,7 @@ def _own_tensors(model: nn.Module, prefix: str = '') -> Dict[str, torch.Tensor]:
 
 
 def _check_values(weights: Dict[str, torch.Tensor], model: nn.Module, source: str) -> None:
-    """Refuse weights without values, quantized weights, and weights that are not finite."""
+    """Refuse weights without values, sparse, complex and quantized weights, and weights that are not finite."""
     own = _own_tensors(model)
     # other buffers may be masks with infinity, or integers in older versions of a model
     learned = {key for key, value in own.items() if isinstance(value, nn.Parameter) and value.is_floating_point()}
@@ -119,6 +119,11 @@ def _check_values(weights: Dict[str, torch.Tensor], model: nn.Module, source: st
             'when it was saved.'
         )
     for key, value in weights.items():
+        if value.layout is not torch.strided or value.is_complex():
+            kind = 'complex' if value.is_complex() else 'sparse'
+            raise ValueError(
+                f'{source} holds the weight {key} as a {kind} tensor; save all weights as dense, real tensors.'
+            )
         if key in learned and (not value.is_floating_point() or value.element_size() < 2):
             raise ValueError(
                 f'{source} holds the weight {key} as {str(value.dtype)[6:]}, so it is probably quantized: use the '

@@ -463,7 +463,8 @@ def _step_size(step: dict) -> Optional[Size]:
 def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Return the candidates closest to ``name``, quoted and joined for an error message."""
     candidates = list(candidates)
-    found = difflib.get_close_matches(name, candidates, n=count, cutoff=0.4) or candidates[:count]
+    same = [candidate for candidate in candidates if candidate.lower() == name.lower()]  # only the case differs
+    found = same or difflib.get_close_matches(name, candidates, n=count, cutoff=0.4) or candidates[:count]
     return ', '.join(f"'{candidate}'" for candidate in found)
 
 

@@ -125,6 +125,13 @@ def test_defaults(pretrain_tiny):
     assert cfg.model.student.data_preprocessor.bgr_to_rgb
 
 
+@pytest.mark.parametrize('batch_size', [4, 8])
+def test_shortest_runs(pretrain_tiny, batch_size):
+    """Runs of two iterations or one have no room for a schedule."""
+    pretrain_tiny(epochs=1, batch_size=batch_size)
+    assert Path('run/pretrained.pth').is_file()
+
+
 def test_heads_are_left_out(pretrain_tiny, capfd):
     cfg = pretrain_tiny(function=pretrain_config, preset='plus')
     assert list(cfg.model.distill) == ['fpn']

@@ -220,6 +220,7 @@ def test_every_arm_can_be_built(stem, arm, make):
         assert not level.denoising
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['deeppcb', 'camvid'])
 def test_the_same_name_has_the_same_settings(name, make, tmp_path):
     """All pages of a set share the folder of a comparison."""

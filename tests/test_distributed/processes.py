@@ -99,14 +99,14 @@ def _process(rank, worker, folder, args):
     os._exit(0)
 
 
-def dist_train(config, **env):
-    """Train with ``tools/dist_train.sh``."""
+def dist_train(config, count=WORLD, **env):
+    """Train with ``tools/dist_train.sh`` in ``count`` processes."""
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))
         port = sock.getsockname()[1]
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     env = dict(os.environ, PATH=path, PORT=str(port), **env)
-    command = ['bash', str(tiny.ROOT / 'tools' / 'dist_train.sh'), str(config), str(WORLD)]
+    command = ['bash', str(tiny.ROOT / 'tools' / 'dist_train.sh'), str(config), str(count)]
     return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

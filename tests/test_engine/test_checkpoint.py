@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdiffkd.engine.checkpoint import check_is_data, read_checkpoint
@@ -97,18 +98,24 @@ class TestRead:
     def test_schemes_that_cannot_be_read(self):
         for source, message in (
             ('s3://bucket/w.pth', "file backend for 's3://' is not installed .*petrel"),
+            ('petrel:s3://bucket/w.pth', "file backend for 's3://' is not installed .*petrel"),
+            ('petrel://bucket/w.pth', "file backend for 'petrel://' is not installed .*petrel"),
             ('file:///data/w.pth', "use the path without 'file://'"),
             ('htps://host/w.pth', "no file backend for 'htps://'; the nearest are 'https'"),
         ):
             with pytest.raises(ValueError, match=message):
                 read_checkpoint(source)
-            if not source.startswith('s3'):
-                with pytest.raises(ValueError, match=message):
-                    check_is_data(source)
+            with pytest.raises(ValueError, match=message):
+                check_is_data(source)
+
+    def test_scheme_of_a_registered_loader(self, monkeypatch):
+        monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+        for scheme in ('s3://', 'ours://'):
+            CheckpointLoader.register_scheme(scheme, lambda filename, map_location: {}, force=True)
+            assert check_is_data(f'{scheme}bucket/w.pth') == f'{scheme}bucket/w.pth'
 
     def test_check_accepts_any_plain_data(self, tmp_path):
         trace = str(tmp_path / 'trace')
-        assert check_is_data('s3://bucket/w.pth') == 's3://bucket/w.pth'
         check_is_data(save(tmp_path, dict(model=dict(w=torch.ones(2)))))
         check_is_data(str(tmp_path))  # a sharded checkpoint
         with pytest.raises(ValueError, match='was refused because it holds the object .*mkdir'):

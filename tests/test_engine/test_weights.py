@@ -356,6 +356,8 @@ class TestValues:
             (lambda value: (100 * value).to(torch.int8), 'holds the weight conv.weight as int8'),
             (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.quint8), 'conv.weight as quint8'),
             (lambda value: value.to(torch.float8_e4m3fn), 'conv.weight as float8_e4m3fn'),
+            (lambda value: value.to_sparse(), 'conv.weight as a sparse tensor'),
+            (lambda value: value.to(torch.complex64), 'conv.weight as a complex tensor'),
             (lambda value: value.to('meta'), 'holds names and shapes but no values for conv.weight'),
             (lambda value: value * torch.nan, r'not finite \(NaN or infinity\) in conv.weight'),
             (lambda value: value / 0, r'not finite \(NaN or infinity\) in conv.weight'),

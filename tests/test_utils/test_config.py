@@ -2,6 +2,7 @@ import pytest
 from mmengine.config import Config
 
 from mmdiffkd.utils import get_model_cfg, get_preprocessor_cfg, resolve_config, zoo_checkpoint
+from mmdiffkd.utils.config import closest_names
 
 RETINANET = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
 
@@ -69,3 +70,7 @@ def test_zoo_checkpoint():
 def test_zoo_checkpoint_is_missing(source, message):
     with pytest.raises(ValueError, match=message):
         zoo_checkpoint(source)
+
+
+def test_closest_name_that_differs_in_case():
+    assert closest_names('CWD', ['at', 'bckd', 'cwd']) == "'cwd'"

@@ -19,7 +19,7 @@ def mse(weight):
 
 def generation(max_timestep):
     """Return generation from noise of a fixed level."""
-    distance = dict(type='mmdiffkd.ChannelWiseDivergence', tau=4.0, loss_weight=3.0)
+    distance = dict(type='mmdiffkd.ChannelWiseDivergence', tau=4.0, loss_weight=9.0)
     return features(type='mmdiffkd.NoisyGenerationNeck', max_timestep=max_timestep, loss_kd=distance)
 
 

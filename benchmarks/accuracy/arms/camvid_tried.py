@@ -25,7 +25,7 @@ arms = {
     'plus': dict(preset='plus'),
     'plus_two_maps': of_features(denoised(), last_two),
     'plus_two_maps_pkd': of_features(denoised('PKDLoss', 6.0), last_two),
-    'plus_weight=15': of_features(denoised(weight=15.0)),
+    'plus_weight=15': dict(preset='plus', loss_weight=15.0),
     'plus_pkd': of_features(denoised('PKDLoss', 6.0)),
     'plus_four_maps': of_features(denoised(), (-4, -3, -2, -1)),
     'plus+direct_pkd': of_features(denoised(), direct=of_layer('backbone', direct('PKDLoss', loss_weight=6.0), [-1])),

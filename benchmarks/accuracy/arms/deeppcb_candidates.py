@@ -32,8 +32,8 @@ arms = {
     # The reference and the best baseline, with the heads of plus: CWD of the scores, L1 of the boxes.
     'plus': dict(preset='plus'),
     'cwd_head': dict(preset='cwd_head'),
-    # The heads of BCKD: a spatial softmax throws the absolute scores away, by which AP ranks detections. Falsified if
-    # plus_bckd is not above plus, and cwd_bckd not above cwd_head.
+    # The heads of BCKD. The spatial softmax of CWD removes the absolute scores, by which AP ranks detections. Falsified
+    # if plus_bckd is not above plus, and cwd_bckd not above cwd_head.
     'plus_bckd': dict(
         preset='plus',
         distill=dict(
@@ -59,8 +59,8 @@ arms = {
             )
         ),
     ),
-    # A noise level that cannot be switched off keeps paying for what the student knows about the teacher. Falsified if
-    # generate_T=0 is not below the better of the other two.
+    # The noise level is fixed, so the loss falls only if the student's feature contains more of the teacher's.
+    # Falsified if generate_T=0 is not below the better of the other two.
     'generate_T=0': generation(0),
     'generate_T=100': generation(100),
     'generate_T=300': generation(300),
@@ -70,7 +70,7 @@ arms = {
     'bridge': bridge('through'),
     'bridge_matched_mse': bridge('teacher'),
     'bridge_refined': bridge('refined'),
-    # A denoiser that can do nothing: it returns a clean feature unchanged, so that it only denoises if this helps.
+    # The denoiser returns a clean feature unchanged, and gamma can switch the denoising off if it does not help.
     # Falsified if skip_denoiser is not above skip_denoiser_gamma=1, which is the distance of PKD without denoising; or
     # if gamma ends above 0.99 on all levels, because then nothing is denoised.
     'skip_denoiser': features(type='mmdiffkd.SkipDiffusionNeck', loss_kd=mse(3.0)),

@@ -364,23 +364,33 @@ def try_loss(loss_kd: nn.Module, channels: int, cfg: dict) -> None:
         cfg (dict): Config of the loss, for the error message.
 
     Raises:
-        ValueError: If the loss fails, is not a scalar, is negative or not finite, or has no gradient.
+        ValueError: If the loss fails, is not a scalar, is negative or not finite, has no gradient, or uses only four
+            channels, as losses for boxes do.
     """
     settings = ', '.join(f'{key}={value!r}' for key, value in cfg.items() if key != 'type')
     name = f'{type(loss_kd).__name__}({settings})'
     with in_key('loss_kd'), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        # not 4 wide: losses for boxes, (..., 4), would run
-        student, teacher = torch.randn(2, 2, channels, 6, 5).unbind()
-        try:
-            labels = [torch.zeros(2, dtype=torch.long)] if getattr(loss_kd, 'takes_labels', False) else []
-            loss = copy.deepcopy(loss_kd)(student.requires_grad_(), teacher, *labels)  # a loss can have buffers: copy
-            torch.autograd.grad(loss, student)
-        except Exception as error:
-            raise ConfigError('', f': {name} does not run on random features: {one_line(error)}') from error
-        if not loss.is_meta and not (loss.isfinite() and loss >= -1e-6):
-            raise ConfigError(
-                '', f': {name} is {loss.item():g} for random features; it must be finite and not negative.'
-            )
+        # around 0, and around -5 as class scores of detectors are; not 4 wide: losses for boxes, (..., 4), would run
+        for center in (0, -5):
+            student, teacher = (torch.randn(2, 2, channels, 6, 5) + center).unbind()
+            _try_loss_on(loss_kd, student.requires_grad_(), teacher, name)
+
+
+def _try_loss_on(loss_kd: nn.Module, student: Tensor, teacher: Tensor, name: str) -> None:
+    channels = student.size(1)
+    try:
+        labels = [torch.zeros(2, dtype=torch.long)] if getattr(loss_kd, 'takes_labels', False) else []
+        loss = copy.deepcopy(loss_kd)(student, teacher, *labels)  # a loss can have buffers: copy
+        (gradient,) = torch.autograd.grad(loss, student)
+    except Exception as error:
+        raise ConfigError('', f': {name} does not run on random features: {one_line(error)}') from error
+    if loss.is_meta:
+        return
+    if not (loss.isfinite() and loss >= -1e-6):
+        raise ConfigError('', f': {name} is {loss.item():g} for random features; it must be finite and not negative.')
+    used = gradient.ne(0).sum((0, 2, 3)).count_nonzero().item()
+    if used == 4 < channels:
+        raise ConfigError('', f': {name} compares 4 of {channels} channels, as losses for boxes do.')
 
 
 def try_diffusion(scheduler: nn.Module, noise_adapter: nn.Module, denoiser: nn.Module, channels: int) -> None:

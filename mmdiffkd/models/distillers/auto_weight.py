@@ -70,7 +70,7 @@ def _takes_weight(kind) -> bool:
 class AutoWeight(nn.Module):
     """Weight of a pair with ``loss_weight='auto'``. It is a part of the pair's neck, so that checkpoints contain it.
 
-    The weight is ``ratio`` times the geometric mean, over ``NUM_MEASUREMENTS`` iterations, of |g_s| / |g_d|.
+    The weight is ``ratio`` times the geometric mean, over ``NUM_MEASUREMENTS`` iterations, of norm(g_s) / norm(g_d).
     g_s is the gradient of the student's own losses at the student's taps, and g_d is that of the pair's losses with
     weight 1. The norms are over all levels, images and ranks. If levels are computed from each other, as in a backbone,
     only the last one is measured. Losses of other pairs that reach the taps count as the student's own. Both gradients
@@ -84,7 +84,7 @@ class AutoWeight(nn.Module):
         ratio (float): Ratio of the gradients of the distillation and of the student's own losses.
 
     Attributes:
-        log_ratio (Tensor): Mean of log(\\|g_s\\| / \\|g_d\\|), a scalar.
+        log_ratio (Tensor): Mean of log(norm(g_s) / norm(g_d)), a scalar.
         count (Tensor): Number of measurements in the mean, a scalar. 0 if ``log_ratio`` is a measurement that does not
             count, and -1 before the first measurement.
     """

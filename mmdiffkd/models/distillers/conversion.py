@@ -29,7 +29,7 @@ class BaseDistiller(BaseModel):
     checkpoints of the student do not need.
 
     Attributes:
-        added_attributes (tuple[str]): Attributes that the subclass adds to the student, which :func:`export` removes.
+        added_attributes (tuple[str]): Attributes that the subclass adds to the student, which :func:`.export` removes.
         distill_state (DistillState): State that hooks read and write.
     """
 

@@ -33,6 +33,10 @@ USUAL = (128, 512)  # a model that runs at these sizes probably accepts any size
 IMAGES = 2
 
 
+# largest ratio of the strides of levels that are compared: a ViT with patches of 14 pixels teaches levels of stride 32
+MAX_RATIO = 2.5
+
+
 class FeatureInfo(NamedTuple):
     """Description of the features of a tap, similar to timm's ``FeatureInfo``.
 
@@ -313,7 +317,7 @@ def match_levels(
     Levels match if their strides are equal. Several levels of the same stride, as in dilated backbones, match in their
     order, and so do vectors. If student and teacher have a single level each, these levels always match. Frozen levels
     are left out. A level that is given in ``levels`` matches the teacher level of the nearest stride, up to a factor of
-    two, and is resized.
+    2.5, and is resized.
 
     Args:
         pair (str): Name of the pair, for error messages.
@@ -321,7 +325,7 @@ def match_levels(
         teacher (FeatureInfo): The teacher's levels.
         levels (list[int], optional): Student levels to distill. Negative numbers count from the end on both sides: -1
             matches the last levels, whatever their strides. None takes all common levels. ``'nearest'`` takes the
-            levels whose strides are within a factor of two of a teacher level: all of them for a teacher with a single
+            levels whose strides are within a factor of 2.5 of a teacher level: all of them for a teacher with a single
             level, such as a ViT, or else the nearest one of each teacher level. Defaults to None.
 
     Returns:
@@ -386,12 +390,12 @@ def match_levels(
         if levels is None and rank >= len(nearest):  # the student has more levels of this stride than the teacher
             continue
         best = nearest[min(rank, len(nearest) - 1)]
-        if ratios[best] == 1 or (levels is not None and ratios[best] <= 2):
+        if ratios[best] == 1 or (levels is not None and ratios[best] <= MAX_RATIO):
             matches.append((level, best))
         elif levels is not None:
             raise ValueError(
                 f"distill.{pair}: the student's level {level} has stride {stride:g}, but the teacher has no level of "
-                f"half to twice this stride: the teacher's strides are {_strides(teacher)}."
+                f"a stride within a factor of {MAX_RATIO}: the teacher's strides are {_strides(teacher)}."
             )
     if not matches:
         raise ValueError(
@@ -412,7 +416,7 @@ def _nearest_levels(student: FeatureInfo, teacher: FeatureInfo) -> Optional[List
     def ratio(level: int, stride: float) -> float:
         return max(student.strides[level], stride) / min(student.strides[level], stride)
 
-    near = [level for level in ours if min(ratio(level, stride) for stride in theirs) <= 2]
+    near = [level for level in ours if min(ratio(level, stride) for stride in theirs) <= MAX_RATIO]
     if len(set(theirs)) > 1:
         chosen = {min(near, key=partial(ratio, stride=stride)) for stride in theirs if near}
         near = [level for level in near if level in chosen]

@@ -19,7 +19,7 @@ class InputResizer:
     """Resize the student's images for the teacher, and the teacher's features to the levels of the student's images.
 
     Args:
-        resize (float or 'native', optional): Factor of height and width; ``'native'`` gives images with the area of
+        resize (float or str, optional): Factor of height and width; ``'native'`` gives images with the area of
             those on which the teacher was trained. None only rounds sizes that the teacher does not take.
         native (tuple[int, int]): Height and width of the images on which the teacher was trained.
         divisor (int, optional): Number by which sizes must be divisible; None if the teacher takes images of the native

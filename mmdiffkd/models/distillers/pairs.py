@@ -34,8 +34,8 @@ class Pair(NamedTuple):
     Attributes:
         student (str or list[str]): Path of the student's module, or several paths for a neck that takes several taps.
         teacher (str or list[str]): Path of the teacher's module, or the same number of paths.
-        levels (list[int] or 'nearest', optional): Student levels; None for all common levels. See
-            :func:`.match_levels`.
+        levels (list[int] or str, optional): Student levels; None for all common levels, ``'nearest'`` for those
+            within a factor of 2.5 of the teacher's strides.
         neck (dict): Config of the neck, without channels.
         classes (dict, optional): ``{student class: teacher class}`` for class scores; see :meth:`.ClassMatcher.match`.
     """

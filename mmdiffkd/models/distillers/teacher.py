@@ -55,7 +55,7 @@ class Teacher:
             Defaults to None.
         metainfo (dict, optional): ``dict(classes=[...])``, the names of the classes, if they are neither in the config
             nor in the checkpoint. Defaults to None.
-        resize (float or 'native', optional): Factor by which the student's images are resized for the teacher, or
+        resize (float or str, optional): Factor by which the student's images are resized for the teacher, or
             ``'native'`` for the area of the images on which it was trained. The features are resized to the levels of
             the student. Defaults to None.
 
@@ -159,10 +159,14 @@ class Teacher:
 
     def _build(self) -> nn.Module:
         if not self.checkpoint:
-            is_library = loads_weights(self.model_cfg)
+            if loads_weights(self.model_cfg):
+                raise ValueError(
+                    f'The teacher ({self.name}) has no weights: set teacher.checkpoint to a path, a URL, or '
+                    f"'{PRETRAINED}' for the weights that the library lists."
+                )
             raise ValueError(
-                f'The teacher ({self.name}) has no weights: set teacher.checkpoint to a path, a URL, or '
-                + (f"'{PRETRAINED}'." if is_library else "'zoo' for the weights in the model index of its package.")
+                f"The teacher ({self.name}) has no weights: set teacher.checkpoint to a path, a URL, or 'zoo' for the "
+                'weights in the model index of its package.'
             )
         self._check_checkpoint_word()
         if loads_weights(self.model_cfg):

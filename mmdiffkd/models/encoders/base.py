@@ -3,13 +3,14 @@
 from abc import abstractmethod
 from importlib import import_module
 from math import log
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config
 from mmengine.utils import digit_version
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.config import type_name
 from mmdiffkd.utils.validation import ConfigError, build_part, check_arguments, get_class, one_line
 
 PRETRAINED = 'pretrained'  # value of teacher.checkpoint: the weights that the library lists for the model
@@ -86,16 +87,15 @@ def is_library_source(source: Union[str, dict]) -> bool:
 
 def _library_encoder(cfg) -> Optional[type]:
     """Return the class of a backbone's config if it wraps a model of a library."""
-    if not isinstance(cfg, dict) or 'type' not in cfg:
-        return None
-    kind = cfg['type'] if isinstance(cfg['type'], type) else get_class(MODELS, cfg['type'])
+    kind = cfg.get('type') if isinstance(cfg, dict) else None
+    if isinstance(kind, str) and type_name(kind) in {library.encoder for library in LIBRARIES.values()}:
+        kind = get_class(MODELS, f'mmdiffkd.{type_name(kind)}')
     return kind if isinstance(kind, type) and issubclass(kind, LibraryEncoder) else None
 
 
 def is_encoder(model_cfg: dict) -> bool:
     """Return whether the config is one of an :class:`EncoderTeacher`, a teacher without a task."""
-    kind = model_cfg.get('type')
-    return (kind if isinstance(kind, str) else getattr(kind, '__name__', '')).rpartition('.')[2] == 'EncoderTeacher'
+    return type_name(model_cfg.get('type')) == 'EncoderTeacher'
 
 
 def loads_weights(model_cfg: dict) -> bool:
@@ -116,7 +116,8 @@ def encoder_config(source: Union[str, dict]) -> Config:
 
     Raises:
         ImportError: If the library is missing or too old.
-        ValueError: If the library has no such model; the message contains the nearest names.
+        FileNotFoundError: If the library has no such model; the message contains the nearest names. Also if the config
+            of a model of transformers is neither in the folder nor can be downloaded.
     """
     if not isinstance(source, dict):
         library, _, name = str(source).partition('::')
@@ -226,11 +227,6 @@ def channels_first(feature: Tensor, image_size: Sequence[int]) -> Tensor:
     return feature.permute(0, 3, 1, 2) if errors[0] < errors[1] else feature
 
 
-def without_entries(state_dict: Dict[str, Tensor], names: Sequence[str]) -> Dict[str, Tensor]:
-    """Return weights without those of some modules, such as a classifier."""
-    return {key: value for key, value in state_dict.items() if not any(key.startswith(f'{name}.') for name in names)}
-
-
 def download_error(name: str, error: Exception, page: str, file: str = 'model.safetensors') -> Exception:
     """Return the error for weights that a library cannot download, to be raised.
 
@@ -240,13 +236,14 @@ def download_error(name: str, error: Exception, page: str, file: str = 'model.sa
         page (str): Address at which the file can be found.
         file (str): Name of the file there. Defaults to ``'model.safetensors'``.
     """
-    put = f'download {file} from {page} and set teacher.checkpoint to its path'
     if is_gated(error):
         return ValueError(
-            f"The weights of '{name}' are gated: accept their license on {page} and run 'hf auth login', or {put}."
+            f"The weights of '{name}' are gated: accept their license on {page} and run 'hf auth login', or download "
+            f'{file} there and set teacher.checkpoint to its path.'
         )
     return ValueError(
-        f"The weights of '{name}' cannot be downloaded ({one_line(error)}). On a machine with access, {put}."
+        f"The weights of '{name}' cannot be downloaded ({one_line(error)}). On a machine with access, download {file} "
+        f'from {page} and set teacher.checkpoint to its path.'
     )
 
 

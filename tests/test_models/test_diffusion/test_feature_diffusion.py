@@ -358,6 +358,22 @@ def test_losses_for_boxes_are_refused(kind):
         FeatureDiffusion(8, 8, loss_kd=dict(type=f'mmdet.{kind}'))
 
 
+@pytest.mark.parametrize('channels', [5, 8, 64])
+def test_losses_of_the_first_channels_are_refused(channels):
+    import mmdet.models  # noqa: F401
+
+    with pytest.raises(ConfigError, match=rf'loss_kd: BoundedIoULoss\(\) compares 4 of {channels} channels'):
+        FeatureDiffusion(channels, channels, loss_kd=dict(type='mmdet.BoundedIoULoss'))
+
+
+@pytest.mark.parametrize('kind', ['FocalLoss', 'CrossEntropyLoss'])
+def test_losses_that_are_negative_for_class_scores_are_refused(kind):
+    import mmdet.models  # noqa: F401
+
+    with pytest.raises(ConfigError, match=rf'loss_kd: {kind}\(\) is -.* for random features'):
+        FeatureDiffusion(16, 16, denoise=False, loss_kd=dict(type=f'mmdet.{kind}'))
+
+
 def test_the_nearest_of_an_unknown_loss_is_of_mmdiffkd():
     with pytest.raises(ConfigError, match=r"loss_kd\.type='mmdiffkd\.MSELos' .*; the nearest are 'mmdiffkd\.MSELoss'"):
         FeatureDiffusion(8, 8, loss_kd=dict(type='mmdiffkd.MSELos'))

@@ -26,7 +26,7 @@ WITH_NONE = FeatureInfo([0, 16], [None, 32.0], 1)
         (tap(8.0), tap(16.0), None, [(0, 0)]),
         # a ViT has one stride; a model with stages teaches one level per stage, also with inexact strides
         (ONE_STAGE, tap(16.0), 'nearest', [(0, 0), (1, 0), (2, 0)]),
-        (ONE_STAGE, tap(14.0), 'nearest', [(0, 0), (1, 0)]),
+        (ONE_STAGE, tap(14.0), 'nearest', [(0, 0), (1, 0), (2, 0)]),
         (ONE_STAGE, tap(4.0, 8.0, 16.0, 32.0), 'nearest', [(0, 1), (1, 2), (2, 3)]),
         (ONE_STAGE, tap(4.2, 8.5, 17.6, 37.4), 'nearest', [(0, 1), (1, 2), (2, 3)]),
         (tap(8.0, 16.0, requires_grad=[False, True]), tap(16.0), 'nearest', [(1, 0)]),

@@ -150,6 +150,10 @@ def test_executable_files_are_refused(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / 'script.pt'))
     with pytest.raises(ValueError, match='refused because it is a TorchScript archive'):
         Teacher(SHUFFLENET, str(tmp_path / 'script.pt')).model  # noqa: B018
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, str(tmp_path / 'program.pt2'))
+    with pytest.raises(ValueError, match=r'refused because it is a program of torch\.export'):
+        Teacher(SHUFFLENET, str(tmp_path / 'program.pt2')).model  # noqa: B018
 
 
 def test_words_for_checkpoints(tmp_path):
@@ -194,6 +198,10 @@ def test_one_image_size_only():
     assert resizer.size((800, 1344)) == (224, 224) and 'takes images of 224x224 only' in resizer.notes[0]
     with pytest.raises(ConfigError, match=r'resize=2: vit takes images of 224x224 only; remove resize'):
         InputResizer(2.0, (224, 224), None, 'vit')
+
+
+def test_images_smaller_than_a_patch():
+    assert InputResizer(None, (224, 224), 16, 'vit').size((5, 30)) == (16, 32)
 
 
 def test_maps_that_do_not_exist():
