@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from mmdiffkd.engine.hooks.pretrained_weights_hook import PARTS, WEIGHTS
 from mmdiffkd.models.distillers.input_renormalizer import Preprocessor
 from mmdiffkd.models.distillers.pairs import Pair, read_pairs
-from mmdiffkd.models.presets.base import find_features, find_task
+from mmdiffkd.models.presets.base import ENCODER, find_features, find_task
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
     get_custom_imports,
@@ -228,7 +228,7 @@ def _schedulers(epochs: int, steps: int) -> List[dict]:
 
 def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: Optional[dict]) -> Dict[str, dict]:
     """Return the pairs to distill, with all settings. Pairs with taps in the student's heads are left out."""
-    if pairs is None and find_task(student) != find_task(teacher):
+    if pairs is None and find_task(teacher) not in (find_task(student), ENCODER):  # presets know encoders
         encoders = [
             find_features({key: value for key, value in cfg.items() if key != 'neck'}) for cfg in (student, teacher)
         ]
