@@ -14,8 +14,7 @@ from mmengine.runner import Runner
 from mmdiffkd.engine.hooks.pretrained_weights_hook import PARTS, WEIGHTS
 from mmdiffkd.models.distillers.input_renormalizer import Preprocessor
 from mmdiffkd.models.distillers.pairs import Pair, read_pairs
-from mmdiffkd.models.encoders import is_encoder
-from mmdiffkd.models.presets.base import find_features, find_task
+from mmdiffkd.models.presets.base import ENCODER, find_features, find_task
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
     get_custom_imports,
@@ -116,8 +115,7 @@ def pretrain_config(
         preset (str): Method, which must compare features of backbones or necks. Its pairs in the heads are left out.
             Defaults to ``'pkd'``.
         pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the pairs of
-            the preset. If student and teacher have different tasks: all levels that their backbones share, or with a
-            teacher of timm, torchvision or transformers, those of the nearest strides.
+            the preset. If student and teacher have different tasks: all levels that their backbones share.
         epochs (int): Number of epochs. Defaults to 100.
         batch_size (int): Images per GPU; at most all images. Defaults to 64.
         lr (float, optional): Largest learning rate. Defaults to 0.001 for 64 images, scaled with the square root of the
@@ -230,13 +228,12 @@ def _schedulers(epochs: int, steps: int) -> List[dict]:
 
 def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: Optional[dict]) -> Dict[str, dict]:
     """Return the pairs to distill, with all settings. Pairs with taps in the student's heads are left out."""
-    if pairs is None and find_task(student) != find_task(teacher):
+    if pairs is None and find_task(teacher) not in (find_task(student), ENCODER):  # presets know encoders
         encoders = [
             find_features({key: value for key, value in cfg.items() if key != 'neck'}) for cfg in (student, teacher)
         ]
         if None not in encoders:
-            levels = 'nearest' if is_encoder(teacher) else None
-            pairs = dict(feat=dict(student=encoders[0], teacher=encoders[1], levels=levels))
+            pairs = dict(feat=dict(student=encoders[0], teacher=encoders[1]))
     chosen = read_pairs(pairs, build_for_inspection(student), student, teacher, preset)
     fitting = {name: pair for name, pair in chosen.items() if all(map(_part_of, pair.student_taps))}
     others = {name: pair.student_taps[0] for name, pair in chosen.items() if name not in fitting}
