@@ -49,7 +49,7 @@ def _commit() -> str:
     """Return the abbreviated commit of the checkout; ``'unknown'`` in a copy without its history."""
     command = ['git', '-C', str(Path(__file__).parent), 'rev-parse', '--short=7', 'HEAD']
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding='utf-8', check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'
 

@@ -1,8 +1,10 @@
 """Image encoders of other libraries as teachers: configs, imports, levels, and errors about weights."""
 
 from abc import abstractmethod
+from contextlib import suppress
 from importlib import import_module
 from math import log
+from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config
@@ -14,6 +16,7 @@ from mmdiffkd.utils.config import type_name
 from mmdiffkd.utils.validation import ConfigError, build_part, check_arguments, get_class, one_line
 
 PRETRAINED = 'pretrained'  # value of teacher.checkpoint: the weights that the library lists for the model
+CGROUP = Path('/sys/fs/cgroup')  # limits of the container
 MIN_STRIDE = 4  # finer levels take much memory, and no student of OpenMMLab has them
 
 
@@ -259,13 +262,14 @@ def is_gated(error: Optional[BaseException]) -> bool:
 def available_memory() -> Optional[int]:
     """Return the bytes of main memory that are available, also within a container; None if unknown."""
     found = []
-    try:
-        with open('/proc/meminfo') as file:
-            found += [1024 * int(line.split()[1]) for line in file if line.startswith('MemAvailable')]
-        with open('/sys/fs/cgroup/memory.max') as limit, open('/sys/fs/cgroup/memory.current') as used:
-            found.append(int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # not Linux, or no limit
-        pass
+    with suppress(OSError, ValueError):  # not Linux
+        lines = Path('/proc/meminfo').read_text('utf-8').splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable')]
+    with suppress(OSError, ValueError):  # no container, or no limit
+        limit, used = (int((CGROUP / f'memory.{name}').read_text('utf-8')) for name in ('max', 'current'))
+        lines = (CGROUP / 'memory.stat').read_text('utf-8').splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith('inactive_file '))  # is freed on demand
+        found.append(limit - used + cached)
     return min(found, default=None)
 
 

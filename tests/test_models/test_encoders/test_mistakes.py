@@ -180,6 +180,14 @@ def test_available_memory():
     assert base.available_memory() is None or base.available_memory() > 2**20
 
 
+def test_memory_of_a_container(monkeypatch, tmp_path):
+    """The cache of files counts as used, but is freed if a process needs memory."""
+    for name, text in dict(max='1000\n', current='900\n', stat='anon 100\ninactive_file 700\n').items():
+        (tmp_path / f'memory.{name}').write_text(text, 'utf-8')
+    monkeypatch.setattr(base, 'CGROUP', tmp_path)
+    assert base.available_memory() == 800
+
+
 @pytest.mark.parametrize('resize', [0, -1.0, 'large', True])
 def test_invalid_resize(resize):
     with pytest.raises(ConfigError, match='resize'):
