@@ -244,6 +244,7 @@ def test_different_classes(small):
     assert not preview(cfg, {'model.distill': dict(x=head)}, (128, 128))['warnings']
 
 
+@pytest.mark.slow
 def test_different_classes_of_cascaded_heads():
     cfg = distillation(
         'mmseg::ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024.py',

@@ -135,6 +135,7 @@ class TestResume:
             pipeline[:] = [transform for transform in pipeline if transform.type != 'RandomFlip']
         self.check(cfg, tmp_path, 6, 'epoch_3.pth')
 
+    @pytest.mark.slow
     def test_weights_depend_on_the_seed(self, config, tmp_path):
         """Runs with different seeds differ, so the comparison in the other tests can fail."""
         train(config(EPOCHS), tmp_path / 'one')

@@ -105,6 +105,7 @@ def test_wandb_has_pictures_and_scalars_of_every_level(train, monkeypatch):
     assert wandb.Image.call_args_list[0].args[0].shape[1] > 1000
 
 
+@pytest.mark.slow
 def test_mlflow_accepts_the_names_of_pictures_and_scalars(train, tmp_path, monkeypatch):
     mlflow = MagicMock(MlflowException=ValueError)
     mlflow.log_image.side_effect = lambda picture, name: Image.fromarray(picture).save(tmp_path / name)
@@ -161,6 +162,7 @@ def test_custom_necks_are_drawn_if_they_return_features(train, tmp_path, has_fea
     assert names == ({f'diffkd.own.{level}_1.png' for level in range(5)} if has_features else set())
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_the_interval(train, tmp_path):
     train(iterations=2, folder='run')
     assert {name.rsplit('_', 1)[1] for name in pictures(tmp_path)} == {'1.png', '2.png'}
