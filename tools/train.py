@@ -17,7 +17,7 @@ def parse_args():
         '--resume',
         nargs='?',
         const='auto',
-        help='checkpoint to resume from; without a value, the latest one in the work dir',
+        help='checkpoint to resume from; without a value, the newest readable one of the run',
     )
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'

@@ -124,10 +124,12 @@ def _read_methods(presets: Optional[Sequence[str]], arms: Optional[dict]) -> Dic
     chosen = presets if presets is not None else () if arms else known
     methods = {BASELINE: None, **{name: dict(preset=name) for name in chosen if name != BASELINE}}
     for name, settings in (arms or {}).items():
-        if not ARM_NAME.fullmatch(str(name)) or name == TEACHER:
+        if name == TEACHER:
+            raise ValueError(f"'{TEACHER}' is the name of the teacher's folder; rename the arm.")
+        if not ARM_NAME.fullmatch(str(name)):
             raise ValueError(
-                f"The name of the arm '{name}' names a folder: use other letters, digits, or one of . _ = + -"
-                + (f", such as '{re.sub('[^A-Za-z0-9.=+-]+', '_', str(name))}'." if name != TEACHER else '.')
+                f"The name of the arm '{name}' is also the name of a folder: use only letters, digits and . _ = + -, "
+                f"such as '{re.sub('[^A-Za-z0-9.=+-]+', '_', str(name))}'."
             )
         if name in methods and settings != methods[name]:
             raise ValueError(f"The arm '{name}' has the name of a method that is compared as well; rename the arm.")

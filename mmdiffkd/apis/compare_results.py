@@ -22,7 +22,7 @@ from mmdiffkd.visualization.runs import choose_metric, newest_test, read_groups
 from .compare_configs import config_text
 from .compare_runs import INTERRUPTED, NO_RESULT, TEACHER, ComparisonRuns, last_step
 
-REASON = 60  # most characters of a reason in a cell; the notes have all of it
+REASON = 60  # maximum length of the reason for a failure in a cell; the notes have the whole reason
 
 
 def write_results(runs: ComparisonRuns, metric: Optional[str]) -> dict:

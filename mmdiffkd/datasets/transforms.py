@@ -11,7 +11,7 @@ from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmdiffkd.registry import TRANSFORMS
 
 ATTEMPTS = 10  # random crops to try before the whole image is taken
-LOG_LONGEST = math.log(4 / 3)  # of width by height of a crop, and the inverse
+LOG_LONGEST = math.log(4 / 3)  # logarithm of the largest width / height of a crop; the smallest is its inverse
 
 
 @TRANSFORMS.register_module()

@@ -60,7 +60,7 @@ class AtomicBackend(LocalBackend):
             ) from error
 
 
-# errors of calls that a mount does not support, such as FUSE mounts of object stores
+# errors of calls that some mounts do not support, such as FUSE mounts of object stores
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV)
 
 

@@ -39,7 +39,7 @@ from .dist import on_all_ranks
 from .object_store import is_in_store, local_copy, missing_backend
 
 STATE = 'state_dict'
-PREFIX = 'diffkd.'  # prefix of the diffusion module's keys
+PREFIX = 'diffkd.'  # of the keys of the diffusion module, and of the log keys of its losses
 OTHER_SCHEME = re.compile(r'(?!https?:)[\w:-]+://')
 # errors of a cache folder that cannot be written, in contrast to errors of the network
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)

@@ -16,7 +16,7 @@ from .charts import color, css_style
 from .curves import Section, digits, sections, unit
 from .differences import baseline_of, difference, stdtrit
 from .pictures import data_uri, panels_by_pair
-from .runs import NO_OBJECTS, Group, Run, best, last, main_metrics, metrics_of, read_groups
+from .runs import NO_OBJECTS, Group, Run, best_value, last, main_metrics, metrics_of, read_groups
 
 MIB_IN_GIB = 1024
 PAGE = 'report.html'
@@ -124,7 +124,7 @@ def _row(group: Group, metrics: Sequence[str], baseline: Optional[Group]) -> dic
 def _metric_cells(group: Group, metric: str, baseline: Optional[Group]) -> dict:
     values = dict(
         last=lambda run: last(run.metric(metric)),
-        best=lambda run: best(metric, run.metric(metric)),
+        best=lambda run: best_value(metric, run.metric(metric)),
         test=lambda run: run.test.get(metric),
     )
     cells = {name: _cell(group, value, digits(metric)) for name, value in values.items()}

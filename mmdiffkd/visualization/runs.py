@@ -152,7 +152,7 @@ def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
     short = [folder.name for (name, _), folder in zip(named, folders) if name is None]
     together: Dict[str, List[Run]] = {}
     for (name, given), folder in zip(named, folders):
-        if name is None:  # runs are grouped only by given names, so the name of the folder must be unique
+        if name is None:  # each is a group of its own: folders of the same name get their paths
             name = folder.name if short.count(folder.name) == 1 else str(given)
         together.setdefault(name, []).append(read_run(given))
     return [Group(name, runs, index) for index, (name, runs) in enumerate(together.items())]
@@ -220,7 +220,7 @@ def last(series: Series) -> Optional[float]:
     return series[max(series)] if series else None
 
 
-def best(name: str, series: Series) -> Optional[float]:
+def best_value(name: str, series: Series) -> Optional[float]:
     """Return the highest value, or the lowest if the metric is a loss. NaN is ignored."""
     values = [value for value in series.values() if not math.isnan(value)]
     return (min if 'loss' in name else max)(values, default=None)

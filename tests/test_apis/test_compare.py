@@ -298,7 +298,7 @@ def test_invalid_arguments(run, student):
         run(presets=['difkd'])
     with pytest.raises(ValueError, match="The arm 'a' has no key 'distil'; the nearest are 'distill'"):
         run(arms=dict(a=dict(distil={})))
-    with pytest.raises(ValueError, match="'plus, pkd' names a folder: use .* such as 'plus_pkd'"):
+    with pytest.raises(ValueError, match="'plus, pkd' is also the name of a folder: use only .* such as 'plus_pkd'"):
         run(arms={'plus, pkd': MSE})
     with pytest.raises(ValueError, match="The arm 'diffkd' has the name of a method"):
         run(arms=dict(diffkd=MSE))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdiffkd.visualization.runs import NO_OBJECTS, best, last, main_metrics, read_groups, read_run
+from mmdiffkd.visualization.runs import NO_OBJECTS, best_value, last, main_metrics, read_groups, read_run
 from tests.test_visualization import logs
 
 
@@ -41,8 +41,8 @@ def test_spread_of_nan_metrics(tmp_path):
 
 
 def test_best():
-    assert best('coco/bbox_mAP', {1: 0.3, 2: 0.2}) == 0.3 and best('val_loss', {1: 0.3, 2: 0.2}) == 0.2
-    assert best('coco/bbox_mAP', {1: math.nan, 2: 0.2}) == 0.2 and best('mIoU', {1: math.nan}) is None
+    assert best_value('coco/bbox_mAP', {1: 0.3, 2: 0.2}) == 0.3 and best_value('val_loss', {1: 0.3, 2: 0.2}) == 0.2
+    assert best_value('coco/bbox_mAP', {1: math.nan, 2: 0.2}) == 0.2 and best_value('mIoU', {1: math.nan}) is None
 
 
 def test_start_without_readable_records_is_left_out(tmp_path):

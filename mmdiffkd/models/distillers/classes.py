@@ -84,7 +84,7 @@ class ClassMatch:
         return features.index_select(1, self._indices[key])
 
     def class_numbers(self) -> Tensor:
-        """Return the number of each of the student's classes among the shared ones, (K, ); -1 if left out."""
+        """Return the index of each class of the student in the shared classes, (K, ); -1 if it is not shared."""
         numbers = torch.full((self.layers[0].num_classes,), -1)
         numbers[[ours for ours, _ in self.shared]] = torch.arange(len(self.shared))
         return numbers

@@ -149,7 +149,7 @@ class Preprocessor:
         return len(self._values('mean', 0))
 
     def pixel_map(self, channels: int) -> Optional[PixelMap]:
-        """Return the map of pixels with the given number of channels; None if the preprocessor refuses them."""
+        """Return the linear map of a pixel with this number of channels; None if such images are refused."""
         if channels not in self._maps:
             measured = self._module is not None
             self._maps[channels] = _measure(self._module, channels) if measured else self._map_of_keys(channels)
@@ -232,7 +232,7 @@ class InputRenormalizer:
         self.pad_divisor = self.teacher.pad_divisor
         self.notes: List[str] = []
         self._teacher_channels = channels and channels[1]
-        self._channels: Optional[int] = None  # of the student's images, for which the maps hold
+        self._channels: Optional[int] = None  # number of channels for which the maps were computed
         if channels:
             self._set_up(channels[0])
 

@@ -48,7 +48,7 @@ class Pair(NamedTuple):
 
     @property
     def student_taps(self) -> List[str]:
-        """All paths in the student."""
+        """Paths of all taps in the student."""
         return [self.student] if isinstance(self.student, str) else self.student
 
     @property

@@ -258,8 +258,8 @@ def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = Non
             )
         raise TapError(
             f"The tap '{path}' returns {tensor.size(1)} tokens on {images}, which do not form the grid of stride "
-            f'{tokens.stride:g} that the tap has in prediction. If the model masks its input in training, distill it '
-            'when it is fine-tuned.'
+            f'{tokens.stride:g} that the tap returns in evaluation mode. If the model drops tokens in training, as in '
+            'masked pre-training, distill in its fine-tuning instead.'
         )
     return tensor[:, tensor.size(1) - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 

@@ -19,8 +19,8 @@ class DKDLoss(nn.Module):
     The target term (TCKD) compares the probabilities of the true class and of all other classes together. The
     non-target term (NCKD) compares the distributions over the other classes. Both terms are multiplied by tau squared.
 
-    mmrazor's ``DKDLoss`` ignores ``reduction='mean'`` and sums over the batch, so its loss is larger by the batch size
-    than the loss of the authors. ``reduction='sum'`` reproduces mmrazor's ``'mean'``, ``'sum'`` and ``'none'``;
+    mmrazor's ``DKDLoss`` ignores ``reduction='mean'`` and sums over the batch, so its loss is the batch size times
+    that of the authors. ``reduction='sum'`` reproduces mmrazor's ``'mean'``, ``'sum'`` and ``'none'``;
     ``'mean'`` reproduces the authors' loss and mmrazor's ``'batchmean'``.
 
     The authors multiply the loss by ``min(epoch / warmup, 1)``. ``DistillScheduleHook(warmup=...)`` raises the weight

@@ -109,7 +109,8 @@ class Preset:
         """Return the modules of student and teacher whose features are distilled; see :func:`find_features`.
 
         Raises:
-            ValueError: If the tasks differ, or if a model has none of the modules in ``ENCODERS``.
+            ValueError: If a model has none of the modules in ``ENCODERS``, or the tasks differ and the teacher is not
+                only an encoder.
         """
         features = [find_features(cfg) for cfg in (student_cfg, teacher_cfg)]
         is_same = find_task(teacher_cfg) in (find_task(student_cfg), ENCODER)
@@ -118,7 +119,7 @@ class Preset:
             raise ValueError(
                 f'There is no default tap for the student {names[0]} and the teacher {names[1]}; set the taps: '
                 "distill=dict(feat=dict(student='backbone', teacher='...')). "
-                'tools/analysis_tools/preview.py CONFIG --list-taps teacher lists them.'
+                'To list them, run: python tools/analysis_tools/preview.py CONFIG --list-taps teacher'
             )
         return features
 
