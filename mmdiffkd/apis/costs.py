@@ -82,7 +82,10 @@ def measure_iterations(
     """
     baseline, *names = cfgs
     base, costs = training_step(cfgs[baseline], batches), {}
+    steps = {}
     for name in [baseline, *names]:
+        steps.clear()
+        gc.collect()  # frees the model of the previous method, whose hooks refer to it
         try:
             steps = {baseline: base, name: base if name == baseline else training_step(cfgs[name], batches)}
             seconds = sum(_seconds(step) for step in steps.values() for _ in range(2)) / 2

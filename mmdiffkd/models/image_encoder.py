@@ -58,5 +58,10 @@ def unfreeze(backbone: dict) -> dict:
     with MODELS.switch_scope_and_registry(backbone.get('_scope_')) as registry:
         kind = backbone['type']
         cls = get_class(registry, kind) if isinstance(kind, str) else kind
-    accepted = {name for base in getattr(cls, '__mro__', ()) for name in inspect.signature(base.__init__).parameters}
+    accepted = set()
+    for base in getattr(cls, '__mro__', ()):
+        parameters = inspect.signature(base.__init__).parameters.values()
+        accepted.update(parameter.name for parameter in parameters)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):  # passes nothing on
+            break
     return {**backbone, **{key: value for key, value in FREEZING.items() if key in accepted}}

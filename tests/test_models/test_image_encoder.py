@@ -2,6 +2,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+from mmdiffkd.models.image_encoder import unfreeze
 from tests import tiny
 
 
@@ -34,3 +35,9 @@ def test_sync_batch_norm_runs_without_a_process_group():
     part = encoder(norm_cfg=dict(type='SyncBN')).train()
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in part.modules())
     assert part.loss(torch.randn(2, 3, 64, 64)) == {}
+
+
+def test_backbones_that_take_no_setting_of_their_base_class():
+    """mmdet's VGG of SSD has no frozen_stages, but mmcv's VGG does."""
+    cfg = dict(type='SSDVGG', depth=16, with_last_pool=False, ceil_mode=True, out_indices=(3, 4), _scope_='mmdet')
+    assert unfreeze(cfg) == cfg

@@ -370,27 +370,33 @@ def try_loss(loss_kd: nn.Module, channels: int, cfg: dict) -> None:
     settings = ', '.join(f'{key}={value!r}' for key, value in cfg.items() if key != 'type')
     name = f'{type(loss_kd).__name__}({settings})'
     with in_key('loss_kd'), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        # around 0, and around -5 as class scores of detectors are; not 4 wide: losses for boxes, (..., 4), would run
-        for center in (0, -5):
-            student, teacher = (torch.randn(2, 2, channels, 6, 5) + center).unbind()
-            _try_loss_on(loss_kd, student.requires_grad_(), teacher, name)
+        # not 4 wide: losses for boxes, (..., 4), would run
+        student, teacher = torch.randn(2, 2, channels, 6, 5).unbind()
+        loss, gradient = _try_loss_on(loss_kd, student, teacher, name)
+        if loss.is_meta:
+            return
+        # class scores of detectors are around -5; features are not, so there the loss need not be finite
+        scores, _ = _try_loss_on(loss_kd, student - 5, teacher - 5, name)
+        lowest = min(loss, scores) if scores.isfinite() else loss
+        if not (loss.isfinite() and lowest >= -1e-6):
+            raise ConfigError(
+                '', f': {name} is {lowest.item():g} for random features; it must be finite and not negative.'
+            )
+        used = gradient.ne(0).sum((0, 2, 3)).count_nonzero().item()
+        if used == 4 < channels:
+            raise ConfigError('', f': {name} compares 4 of {channels} channels, as losses for boxes do.')
 
 
-def _try_loss_on(loss_kd: nn.Module, student: Tensor, teacher: Tensor, name: str) -> None:
-    channels = student.size(1)
+def _try_loss_on(loss_kd: nn.Module, student: Tensor, teacher: Tensor, name: str) -> Tuple[Tensor, Tensor]:
+    """Return the loss of two features and its gradient for the first."""
+    student = student.detach().requires_grad_()
     try:
         labels = [torch.zeros(2, dtype=torch.long)] if getattr(loss_kd, 'takes_labels', False) else []
         loss = copy.deepcopy(loss_kd)(student, teacher, *labels)  # a loss can have buffers: copy
         (gradient,) = torch.autograd.grad(loss, student)
     except Exception as error:
         raise ConfigError('', f': {name} does not run on random features: {one_line(error)}') from error
-    if loss.is_meta:
-        return
-    if not (loss.isfinite() and loss >= -1e-6):
-        raise ConfigError('', f': {name} is {loss.item():g} for random features; it must be finite and not negative.')
-    used = gradient.ne(0).sum((0, 2, 3)).count_nonzero().item()
-    if used == 4 < channels:
-        raise ConfigError('', f': {name} compares 4 of {channels} channels, as losses for boxes do.')
+    return loss.detach(), gradient
 
 
 def try_diffusion(scheduler: nn.Module, noise_adapter: nn.Module, denoiser: nn.Module, channels: int) -> None:

@@ -282,7 +282,7 @@ class TapGradients:
         There, the gradient that the student passes on contains the distillation of the later levels, so that a larger
         weight would be measured as a larger gradient of the student's own losses.
         """
-        edges = self._edges[pair]
+        edges = self._edges.pop(pair)  # hooks refer to this object, and would keep the nodes of the graph
         early = {edge for node, _ in edges for edge in walk_graph(list(node.next_functions)) if edge in edges}
         for edge in early:
             branches, branch = edges[edge]

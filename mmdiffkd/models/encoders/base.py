@@ -136,8 +136,9 @@ def encoder_config(source: Union[str, dict]) -> Config:
     if images.mean:
         preprocessor.update({key: [255 * value for value in getattr(images, key)] for key in ('mean', 'std')})
     height, width = images.size
-    if isinstance(backbone.get('img_size'), int):
-        height = width = backbone['img_size']
+    if backbone.get('img_size') is not None:
+        size = backbone['img_size']
+        height, width = (size, size) if isinstance(size, int) else size
     return Config(
         dict(
             model=dict(type='mmdiffkd.EncoderTeacher', backbone=backbone),

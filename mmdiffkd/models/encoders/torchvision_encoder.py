@@ -1,5 +1,5 @@
 from functools import cache
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .base import (
     import_library,
 )
 
-TRIAL_SIZE = 256  # of models for images of any size
+TRIAL_SIZE = (256, 384)  # of models for images of any size; not square, to tell the layouts of maps apart
 MAX_STRIDE = 64  # coarser outputs are pooled
 VIT_BLOCK = 'encoder_layer_'
 HEADS = ('avgpool', 'classifier', 'fc', 'head')  # modules after the encoder
@@ -52,8 +52,10 @@ class TorchvisionEncoder(LibraryEncoder):
 
         self.name = name
         options = _size_options(name, img_size)
-        nodes, strides = zip(*_stages(name, tuple(options.items())))
-        self.nodes = [nodes[index] for index in choose_levels(strides, out_indices)]
+        stages = _stages(name, tuple(options.items()))
+        chosen = [stages[index] for index in choose_levels([stage.stride for stage in stages], out_indices)]
+        self.nodes = [stage.node for stage in chosen]
+        self.channels_last = [stage.channels_last for stage in chosen]
         model = torchvision.models.get_model(name, weights=None, **options).eval()
         shapes = own_shapes(model)
         self.model = create_feature_extractor(
@@ -70,9 +72,10 @@ class TorchvisionEncoder(LibraryEncoder):
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
         """Return the feature maps, (N, C, H', W') each, of images, (N, 3, H, W)."""
-        size = images.shape[-2:]
-        maps = self.model(images).values()
-        return tuple(channels_first(level, size) if level.dim() == 4 else as_map(level, size, '') for level in maps)
+        maps = [
+            level if level.dim() == 4 else as_map(level, images.shape[-2:], '') for level in self.model(images).values()
+        ]
+        return tuple(level.permute(0, 3, 1, 2) if last else level for level, last in zip(maps, self.channels_last))
 
     def _load(self, checkpoint: str, shapes: Dict[str, torch.Size]) -> None:
         source = _weights(self.name).url if checkpoint == PRETRAINED else checkpoint
@@ -118,9 +121,23 @@ def _size_options(name: str, img_size) -> Dict:
     return dict(input_size=(img_size, img_size)) if name.startswith('maxvit') else dict(image_size=img_size)
 
 
+class Stage(NamedTuple):
+    """A feature map that a model can return.
+
+    Attributes:
+        node (str): Name of the graph node.
+        stride (float): Image pixels per position.
+        channels_last (bool): Whether the map is (N, H, W, C).
+    """
+
+    node: str
+    stride: float
+    channels_last: bool = False
+
+
 @cache
-def _stages(name: str, options: Tuple) -> List[Tuple[str, float]]:
-    """Return the graph node and the stride of the last map of each stride, or of each block of a ViT."""
+def _stages(name: str, options: Tuple) -> List[Stage]:
+    """Return the last map of each stride, or the map of each block of a ViT."""
     models = import_library('torchvision').models
     with torch.random.fork_rng(devices=[]), torch.device('meta'):
         try:
@@ -130,16 +147,17 @@ def _stages(name: str, options: Tuple) -> List[Tuple[str, float]]:
                 model = models.get_model(name, weights=None, **dict(options)).eval().to('meta')
         size = TRIAL_SIZE
         if _size_options(name, 1):
-            size = next((value for _, value in options), _weights(name).transforms().crop_size)
-            size = size if isinstance(size, int) else size[0]
-        found: Dict[str, float] = {}
+            height = next((value for _, value in options), _weights(name).transforms().crop_size)
+            height = height if isinstance(height, int) else height[0]
+            size = height, height
+        found: Dict[str, Stage] = {}
 
         def note(path):
             def hook(module, inputs, output):
-                stride = _stride(output, size)
-                if stride is not None:
+                stage = _as_stage(path, output, size)
+                if stage is not None:
                     found.pop(path, None)
-                    found[path] = stride
+                    found[path] = stage
 
             return hook
 
@@ -148,23 +166,23 @@ def _stages(name: str, options: Tuple) -> List[Tuple[str, float]]:
             if is_stage or path.rpartition('.')[2].startswith(VIT_BLOCK):
                 module.register_forward_hook(note(path))
         with torch.no_grad():
-            model(torch.zeros(2, 3, size, size))
-    blocks = {path: stride for path, stride in found.items() if path.rpartition('.')[2].startswith(VIT_BLOCK)}
+            model(torch.zeros(2, 3, *size))
+    blocks = [stage for path, stage in found.items() if path.rpartition('.')[2].startswith(VIT_BLOCK)]
     if blocks:  # the last map is taken after the final norm
-        *others, (_, stride) = blocks.items()
-        return [*others, ('encoder.ln', stride)]
-    last = {}
-    for path, stride in found.items():
-        last[round(stride)] = path, stride
-    return sorted(last.values(), key=lambda entry: entry[1])
+        return [*blocks[:-1], blocks[-1]._replace(node='encoder.ln')]
+    last = {round(stage.stride): stage for stage in found.values()}
+    return sorted(last.values(), key=lambda stage: stage.stride)
 
 
-def _stride(output, size: int) -> Optional[float]:
-    """Return the stride of a map or of tokens with a class token; None for anything else."""
+def _as_stage(node: str, output, size: Tuple[int, int]) -> Optional[Stage]:
+    """Return the stage of a map, or of tokens with a class token; None for anything else."""
     if not isinstance(output, Tensor) or output.dim() not in (3, 4):
         return None
     if output.dim() == 3:
         side = (output.size(1) - 1) ** 0.5
-        return size / side if side > 1 and side == int(side) else None
-    side = channels_first(output, (size, size)).size(-1)
-    return size / side if side * MAX_STRIDE > size and side < size else None
+        return Stage(node, size[0] / side) if side > 1 and side == int(side) else None
+    first = channels_first(output, size)
+    side = first.size(-2)
+    if not (side * MAX_STRIDE > size[0] and side < size[0]):
+        return None
+    return Stage(node, size[0] / side, channels_last=first is not output)

@@ -6,6 +6,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmdiffkd.models import FeatureDiffusion, NoiseInputs
+from mmdiffkd.models.diffusion.feature_diffusion import try_loss
 from mmdiffkd.utils import saved_activation_bytes
 from mmdiffkd.utils.validation import ConfigError
 
@@ -372,6 +373,17 @@ def test_losses_that_are_negative_for_class_scores_are_refused(kind):
 
     with pytest.raises(ConfigError, match=rf'loss_kd: {kind}\(\) is -.* for random features'):
         FeatureDiffusion(16, 16, denoise=False, loss_kd=dict(type=f'mmdet.{kind}'))
+
+
+def test_a_loss_of_rectified_features_is_accepted():
+    """It is not finite if all features are negative, as class scores are."""
+
+    class Rectified(nn.Module):
+        def forward(self, student, teacher):
+            student, teacher = (feature.relu() / feature.relu().norm() for feature in (student, teacher))
+            return (student - teacher).square().sum()
+
+    try_loss(Rectified(), 16, dict(type=Rectified))
 
 
 def test_the_nearest_of_an_unknown_loss_is_of_mmdiffkd():

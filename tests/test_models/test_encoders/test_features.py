@@ -78,6 +78,9 @@ def test_swin_of_torchvision_returns_channels_first():
     model = build_on_meta(get_teacher_cfg(resolve_config('torchvision::swin_t')))
     shapes = [tuple(level.shape[1:]) for level in model(torch.zeros(1, 3, 64, 96, device='meta'))]
     assert shapes == [(96, 16, 24), (192, 8, 12), (384, 4, 6), (768, 2, 3)]
+    # as many channels as columns
+    shapes = [tuple(level.stride()[1:]) for level in model(torch.zeros(1, 3, 384, 384, device='meta'))]
+    assert shapes[0] == (1, 96 * 96, 96)
 
 
 @torch.no_grad()
@@ -127,3 +130,11 @@ def test_a_module_of_the_user_has_default_taps(tmp_path):
     images = images_of(64, 64)
     with torch.no_grad():
         assert_equal(teacher.features(images)['backbone'], [conv(images.flip(1) - 1)])
+
+
+def test_size_of_images_that_a_config_sets():
+    from mmdiffkd.utils import resolve_config
+
+    for img_size, size in ((96, (96, 96)), ([64, 96], (96, 64))):
+        cfg = resolve_config(dict(type='mmdiffkd.TorchvisionEncoder', name='resnet18', img_size=img_size))
+        assert tuple(cfg.image_size) == size
