@@ -33,9 +33,9 @@ class ResultSet(NamedTuple):
 
 SETS = {
     'DeepPCB': ResultSet(
-        'RetinaNet of an eighth of the usual width, taught by half of the width', 'coco/bbox_mAP', 'AP', 100
+        'RetinaNet: the student has an eighth of the usual width, the teacher half', 'coco/bbox_mAP', 'AP', 100
     ),
-    'CamVid': ResultSet('DeepLabV3 of a quarter of the usual width, taught by half of the width', 'mIoU', 'mIoU', 1),
+    'CamVid': ResultSet('DeepLabV3: the student has a quarter of the usual width, the teacher half', 'mIoU', 'mIoU', 1),
 }
 
 
@@ -103,8 +103,9 @@ def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
         if costs:
             row['time'] = '1.00' if method == BASELINE else costs.get(method, '–')
         rows.append(row)
-    text = f'{settings.models}, in a short schedule from random weights. {conclusion(val, test, settings.column)}'
-    return '\n\n'.join([f'### {name}', textwrap.fill(text, 120), markdown(rows)])
+    text = f'{settings.models}. They train in a short schedule from random weights. {conclusion(val, test, settings.column)}'
+    note = 'A difference uses only the seeds that both runs have, so it is not the difference of the two means.'
+    return '\n\n'.join([f'### {name}', textwrap.fill(text, 120), markdown(rows), note])
 
 
 def conclusion(val: Scores, test: Scores, column: str) -> str:
@@ -122,7 +123,8 @@ def conclusion(val: Scores, test: Scores, column: str) -> str:
             similar.append(f'`{method}`')
     text = f'`{best}` has the highest {column} on the validation split. On the test split, '
     if not similar:
-        return f'{text}it differs significantly from all other presets.'
+        others = ' and '.join(f'`{method}`' for method in presets if method != best)
+        return f'{text}it differs significantly from {others}.'
     return f'{text}the difference between `{best}` and {", ".join(similar)} is not significant.'
 
 

@@ -19,8 +19,8 @@ class PlusPreset(DiffKDPreset):
       denoiser then learns mainly from the teacher, and little from the errors of the student.
     - Detectors also distill the outputs of the last layers of their dense head or RPN, without denoising: ``cls`` by
       CWD and ``reg`` by L1. The heads need the same anchors. ``cls`` compares the classes that both models have.
-      ``reg`` is left out if the box coders differ, or if a head has no anchor generator or scales its output after the
-      layer (FCOS, ATSS, GFL). Models that contain a detector, such as trackers, distill features only.
+      ``reg`` is left out in three cases: the box coders differ; a head has no anchor generator; or a head multiplies
+      the output of this layer by a learned scale (FCOS, ATSS, GFL). Models that contain a detector, such as trackers, distill features only.
     - Segmentors distill the last feature maps of the backbones instead of the logits, even if their strides differ.
 
     The changes were measured with RetinaNet on DeepPCB and DeepLabV3 on CamVid only. The change for classifiers, which
