@@ -117,7 +117,7 @@ def pretrain_config(
         pairs (dict, optional): Features to compare, in the format of ``distill`` in configs. Defaults to the pairs of
             the preset. If student and teacher have different tasks: all levels that their backbones share.
         epochs (int): Number of epochs. Defaults to 100.
-        batch_size (int): Images per GPU; at most all images. Defaults to 64.
+        batch_size (int): Images per GPU, reduced if there are fewer images. Defaults to 64.
         lr (float, optional): Largest learning rate. Defaults to 0.001 for 64 images, scaled with the square root of the
             batch size.
         size (int, optional): Height and width of the images in pixels. Defaults to the ``img_size`` of the backbone if
@@ -158,8 +158,11 @@ def pretrain_config(
     encoder = _encoder(cfg, model_cfg, pairs)
     dataset = dict(type='mmdiffkd.ImageFolders', folders=folders)
     count = len(DATASETS.build(dataset))  # a folder without images is refused before the teacher is loaded
-    batch_size = min(batch_size, count)
-    steps = max(1, count // (batch_size * int(os.environ.get('WORLD_SIZE', 1))))
+    share = count // int(os.environ.get('WORLD_SIZE', 1))  # images of a rank
+    if share < 2:
+        raise ValueError(f'images: {count} images are too few; each process needs at least 2.')
+    batch_size = min(batch_size, share)
+    steps = share // batch_size
     size = _image_size(cfg, encoder) if size is None else size
     divisor = encoder['data_preprocessor'].get('pad_size_divisor', 1)
     dataset['pipeline'] = [

@@ -190,3 +190,12 @@ def test_backbones_that_ignore_init_cfg_are_loaded_with_the_whole_model(pretrain
     runner.load_or_resume()
     weights = torch.load(result['weights'], weights_only=True)['state_dict']
     assert torch.equal(runner.model.backbone.conv1.weight, weights['backbone.conv1.weight'])
+
+
+def test_batches_of_several_processes(pretrain_tiny, monkeypatch):
+    """Eight images are four for each of two processes, and too few for eight."""
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert pretrain_tiny(function=pretrain_config, batch_size=64).train_dataloader.batch_size == 4
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    with pytest.raises(ValueError, match='8 images are too few; each process needs at least 2'):
+        pretrain_tiny(function=pretrain_config)
