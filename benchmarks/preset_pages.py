@@ -253,7 +253,8 @@ def preset_page(name: str) -> str:
         '## Default pairs',
         fill(
             f'The table shows the pairs of these models if a config has no `distill`: {", ".join(tried)} and {last}. '
-            'Of these seven models, the preset refuses those that the table does not list. Where no levels are named, all levels are compared.'
+            'Of these seven models, the preset refuses those that the table does not list. '
+            'Where no levels are named, all levels are compared.'
         ),
         markdown(pair_rows(name)).replace('---:', '---'),
         '## Weights',
