@@ -62,10 +62,10 @@ CANDIDATES = {
     'YOLOX from YOLOX: other dense heads': ('mmdet::yolox/yolox_s_8xb8-300e_coco.py',) * 2,
     'DINO from DINO: no dense head': ('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',) * 2,
     'segmentor, same classes': (DEEPLABV3, DEEPLABV3),
-    'segmentor, classes unknown and different in number': (DEEPLABV3, OTHER_CLASSES['mmseg']),
+    'segmentor, class names unknown, different number of classes': (DEEPLABV3, OTHER_CLASSES['mmseg']),
     'segmentor without `conv_seg`, such as Mask2Former': (MASK2FORMER, MASK2FORMER),
     'classifier, same classes': (RESNET, RESNET),
-    'classifier, classes unknown and different in number': (RESNET, OTHER_CLASSES['mmpretrain']),
+    'classifier, class names unknown, different number of classes': (RESNET, OTHER_CLASSES['mmpretrain']),
 }
 SECTIONS = ('Weights', 'Released code', 'Examples')
 WIDTHS = ('student_channels', 'teacher_channels')
@@ -253,7 +253,8 @@ def preset_page(name: str) -> str:
         '## Default pairs',
         fill(
             f'The table shows the pairs of these models if a config has no `distill`: {", ".join(tried)} and {last}. '
-            'Of these seven models, the preset refuses those that the table does not list. Where no levels are named, all levels are compared.'
+            'Of these seven models, the preset refuses those that the table does not list. '
+            'Where no levels are named, all levels are compared.'
         ),
         markdown(pair_rows(name)).replace('---:', '---'),
         '## Weights',

@@ -103,7 +103,8 @@ def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
         if costs:
             row['time'] = '1.00' if method == BASELINE else costs.get(method, '–')
         rows.append(row)
-    text = f'{settings.models}. They train in a short schedule from random weights. {conclusion(val, test, settings.column)}'
+    conditions = f'{settings.models}. They train in a short schedule from random weights.'
+    text = f'{conditions} {conclusion(val, test, settings.column)}'
     note = 'A difference uses only the seeds that both runs have, so it is not the difference of the two means.'
     return '\n\n'.join([f'### {name}', textwrap.fill(text, 120), markdown(rows), note])
 

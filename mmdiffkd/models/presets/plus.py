@@ -20,7 +20,8 @@ class PlusPreset(DiffKDPreset):
     - Detectors also distill the outputs of the last layers of their dense head or RPN, without denoising: ``cls`` by
       CWD and ``reg`` by L1. The heads need the same anchors. ``cls`` compares the classes that both models have.
       ``reg`` is left out in three cases: the box coders differ; a head has no anchor generator; or a head multiplies
-      the output of this layer by a learned scale (FCOS, ATSS, GFL). Models that contain a detector, such as trackers, distill features only.
+      the output of this layer by a learned scale (FCOS, ATSS, GFL). Models that contain a detector, such as
+      trackers, distill features only.
     - Segmentors distill the last feature maps of the backbones instead of the logits, even if their strides differ.
 
     The changes were measured with RetinaNet on DeepPCB and DeepLabV3 on CamVid only. The change for classifiers, which
