@@ -87,6 +87,11 @@ class Docstring(NamedTuple):
     sections: Dict[str, str]
 
 
+def own_presets() -> Dict[str, str]:
+    """Return the presets of this package with their summaries, without those that other modules register."""
+    return {name: text for name, text in list_presets().items() if PRESETS.get(name).__module__.startswith('mmdiffkd.')}
+
+
 def read_docstring(preset: type) -> Docstring:
     """Split the docstring of a preset.
 
@@ -305,7 +310,7 @@ def overview() -> str:
     """Return the table of all presets."""
     costs, rows = read_costs(), []
     pairs = list(dict.fromkeys(pair for times in costs.values() for pair in times))
-    for name, summary in list_presets().items():
+    for name, summary in own_presets().items():
         row = {
             'preset': f'[`{name}`](presets/{name}.md)',
             'method': summary,
@@ -326,7 +331,7 @@ def candidates() -> str:
     """Return the table of the presets that apply to kinds of models."""
     rows = []
     for kind, (student, teacher) in CANDIDATES.items():
-        names = [f'`{name}`' for name in list_presets() if applies(name, student, teacher)]
+        names = [f'`{name}`' for name in own_presets() if applies(name, student, teacher)]
         rows.append({'student from teacher': kind, 'presets that apply': ', '.join(names)})
     return markdown(rows).replace('---:', '---')
 
@@ -345,7 +350,7 @@ def pages() -> Dict[Path, str]:
     """Return the text of the presets' pages and of the page that lists them, by file."""
     methods = DOCS / 'configure' / 'methods.md'
     return {
-        **{FOLDER / f'{name}.md': preset_page(name) for name in list_presets()},
+        **{FOLDER / f'{name}.md': preset_page(name) for name in own_presets()},
         methods: insert(methods.read_text('utf-8'), 'presets', overview()),
     }
 
