@@ -43,7 +43,7 @@ def test_run_resume_and_report(tmp_path, arguments):
     assert (tmp_path / 'work' / 'epoch_2.pth').is_file()
     assert [record['step'] for record in logged(tmp_path / 'work')] == [3, 6]
     call('analysis_tools/report.py', 'work', '-o', 'report', cwd=tmp_path)
-    assert 'diffkd.fpn' in Page(tmp_path / 'report' / 'report.html').text
+    assert 'Distillation: fpn' in Page(tmp_path / 'report' / 'report.html').text
 
 
 @pytest.mark.parametrize(
