@@ -26,7 +26,7 @@ def zoo():
 @pytest.mark.parametrize(
     'families',
     [
-        pytest.param(dict(mmdet='yolox', mmseg='bisenetv2', mmpretrain='van'), id='quick'),
+        pytest.param(dict(mmseg='bisenetv2'), id='quick'),
         *[pytest.param({package: names}, id=package, marks=pytest.mark.slow) for package, names in SAMPLE.items()],
     ],
 )

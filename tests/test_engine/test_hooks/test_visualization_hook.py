@@ -59,6 +59,7 @@ def test_pictures_of_every_level_at_the_start_and_every_interval(train, tmp_path
     assert picture.shape[1] > 1000 and picture.std() > 10
 
 
+@pytest.mark.slow
 def test_training_does_not_change(train, tmp_path):
     with_pictures = train().model.state_dict()
     without = train(hooks=(), folder='without').model.state_dict()
