@@ -20,6 +20,7 @@ from mmdiffkd.apis import Job, available_cores, compare, run_parallel
 from mmdiffkd.cli import shorten_path
 from mmdiffkd.engine.resume import last_checkpoint
 from mmdiffkd.utils.meta_device import MultiplyAddCounter, build_for_inspection
+from mmdiffkd.visualization.comparison import aligned_markdown
 from mmdiffkd.visualization.runs import newest_test
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim
@@ -280,20 +281,21 @@ def complexity(config: Path) -> dict:
 
 
 def as_table(rows: List[dict]) -> str:
-    header = ['model', 'mAP', 'params (M)', 'multiply-adds (G)', 'training (min)']
-    cells = [
-        [
-            row['name'],
-            f'{row["mAP"]:.3f}',
-            f'{row["params"] / 1e6:.2f}',
-            f'{row["multiply_adds"] / 1e9:.3g}',
-            '' if row['seconds'] is None else f'{row["seconds"] / 60:.1f}',
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *cells)]
-    lines = [header, ['-' * width for width in widths], *cells]
-    return ''.join(f'| {" | ".join(cell.ljust(width) for cell, width in zip(line, widths))} |\n' for line in lines)
+    return (
+        aligned_markdown(
+            [
+                {
+                    'model': row['name'],
+                    'mAP': f'{row["mAP"]:.3f}',
+                    'params (M)': f'{row["params"] / 1e6:.2f}',
+                    'multiply-adds (G)': f'{row["multiply_adds"] / 1e9:.3g}',
+                    'training (min)': '' if row['seconds'] is None else f'{row["seconds"] / 60:.1f}',
+                }
+                for row in rows
+            ]
+        )
+        + '\n'
+    )
 
 
 if __name__ == '__main__':
