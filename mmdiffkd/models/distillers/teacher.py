@@ -27,7 +27,7 @@ from mmdiffkd.utils.config import (
 from mmdiffkd.utils.meta_device import QuickInit, build_for_inspection
 from mmdiffkd.utils.validation import ConfigError, Positive, check_arguments, in_key
 
-from ..encoders import PRETRAINED, check_memory, is_encoder, loads_weights
+from ..encoders import PRETRAINED, check_memory, loads_weights
 from .classes import Names, class_names, dataset_classes
 from .feature_info import FeatureInfo, forward_fns, infer_pad_divisor, run_box_branch
 from .input_renormalizer import PREPROCESSOR_KEYS, InputRenormalizer, Preprocessor, check_preprocessor
@@ -93,7 +93,7 @@ class Teacher:
                 'tools/model_converters/export_student.py writes the plain config of a distilled student.',
             )
         self.preprocessor_cfg = self._preprocessor_cfg(data_preprocessor)
-        if is_encoder(self.cfg.model) and loads_weights(self.cfg.model) and not self.preprocessor_cfg.get('mean'):
+        if loads_weights(self.cfg.model) and not self.preprocessor_cfg.get('mean'):
             raise ConfigError(
                 'data_preprocessor',
                 f' is missing: {self.name} comes without the mean and std of its images. Set '

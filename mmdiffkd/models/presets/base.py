@@ -139,10 +139,9 @@ class Preset:
         """
         self.check_task(student_cfg)
         pair = make_pair(self.feature_taps(student_cfg, teacher_cfg), **neck)
-        is_encoder = find_task(teacher_cfg) == ENCODER
         if find_task(student_cfg) == 'detection':
-            return dict(fpn=dict(pair, levels='nearest') if is_encoder else pair)
-        return dict(feat=dict(pair, levels=[-1] if is_encoder else list(levels)))
+            return dict(fpn=dict(pair, levels='nearest') if is_encoder(teacher_cfg) else pair)
+        return dict(feat=dict(pair, levels=[-1] if is_encoder(teacher_cfg) else list(levels)))
 
     def logit_pair(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict, **neck) -> Dict[str, dict]:
         """Return the pair ``logits`` of segmentors or classifiers.
