@@ -23,6 +23,7 @@ from pathlib import Path
 GIB = 2**30
 JOB_MEMORY = 2 * GIB  # for one compiler process: mmcv's largest file takes 1.8 GiB
 BUILD_DISK = 1 * GIB  # for object files without debug info, the library and the wheel
+CGROUP = Path('/sys/fs/cgroup')  # limits of the container
 INDEX_SECONDS = 5  # timeout for mim's index of wheels, which many networks block
 NINJA_STEP = re.compile(rb'^\[(\d+)/(\d+)\]', re.MULTILINE)
 
@@ -184,8 +185,9 @@ def available_memory():
     sizes = [1024 * int(kib['MemAvailable:'])]
     # outside of a container, these files do not exist; without a limit, memory.max contains 'max'
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path('/sys/fs/cgroup', name).read_text()) for name in ('memory.max', 'memory.current'))
-        sizes.append(limit - used)
+        limit, used = (int((CGROUP / name).read_text()) for name in ('memory.max', 'memory.current'))
+        statistics = dict(line.split() for line in (CGROUP / 'memory.stat').read_text().splitlines())
+        sizes.append(limit - used + int(statistics['inactive_file']))  # the cache of files is freed on demand
     return min(sizes)
 
 

@@ -20,7 +20,7 @@ class Variant(FeatureDiffusion):
         teacher_channels (int): Channels of the teacher's feature, C_t.
         denoising (bool): Whether to add noise and denoise. If False, the alignment of the student, the convolution with
             BatchNorm after the last step, and the distance remain. Defaults to True.
-        normalise (bool): Whether to normalize every channel of both features to zero mean and unit variance before
+        normalize (bool): Whether to normalize every channel of both features to zero mean and unit variance before
             diffusion. Defaults to False.
         group_norm (bool): Whether denoiser and noise adapter use GroupNorm instead of BatchNorm, so that student and
             teacher features do not share statistics. Defaults to False.
@@ -37,7 +37,7 @@ class Variant(FeatureDiffusion):
         student_channels: int,
         teacher_channels: int,
         denoising: bool = True,
-        normalise: bool = False,
+        normalize: bool = False,
         group_norm: bool = False,
         variance_preserving: bool = False,
         detach: bool = False,
@@ -51,10 +51,10 @@ class Variant(FeatureDiffusion):
         if group_norm:
             _to_group_norm(self.denoiser)
             _to_group_norm(self.noise_adapter)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in (channels, teacher_channels) if normalise)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in (channels, teacher_channels) if normalize)
 
     def forward(self, student: Tensor, teacher: Tensor, *args, **kwargs) -> DiffusionOutput:
-        """Run :meth:`FeatureDiffusion.forward`, with the teacher's feature normalized if ``normalise`` is True."""
+        """Run :meth:`FeatureDiffusion.forward`, with the teacher's feature normalized if ``normalize`` is True."""
         if self.norms:
             teacher = self.norms[1](teacher)
         return super().forward(student, teacher, *args, **kwargs)

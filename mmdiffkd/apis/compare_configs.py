@@ -137,7 +137,7 @@ def _scale(settings: dict, keys: Sequence[str], factor: float) -> None:
 def _scaled(value, factor: float):
     if isinstance(value, (list, tuple)):
         return [_scaled(member, factor) for member in value]
-    if value == 0 or value >= UNLIMITED:
+    if value <= 0 or value >= UNLIMITED:
         return value
     return max(1, round(value * factor)) if isinstance(value, int) else value * factor
 

@@ -1,6 +1,5 @@
 """Runs of a comparison: their configs, commands and folders, the lock, and what is left to train."""
 
-import fcntl
 import json
 import os
 import re
@@ -51,6 +50,8 @@ def lock_folder(root: Path) -> Iterator[None]:
     """Lock the folder. The lock of a process that has ended, even if killed, is free."""
     with (root / 'compare.lock').open('a+', encoding='utf-8') as file:
         try:
+            import fcntl  # missing on Windows
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
@@ -58,8 +59,8 @@ def lock_folder(root: Path) -> Iterator[None]:
                 f'Another comparison is running in {shorten_path(root)} ({file.read().strip() or "unknown process"}); '
                 'wait for its end, or choose another --work-dir.'
             ) from error
-        except OSError as error:  # some network file systems have no locks
-            print(f'{root} cannot be locked ({error.strerror}): do not start a second comparison in it.')
+        except (ImportError, OSError) as error:  # some network file systems have no locks
+            print(f'{root} cannot be locked ({error}): do not start a second comparison in it.')
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
         file.flush()

@@ -22,7 +22,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.profiler import ProfilerActivity, profile
 
-from mmdiffkd.utils.config import set_loader_defaults
+from mmdiffkd.utils.config import set_loader_defaults, type_name
 
 from .build import build_model
 
@@ -135,7 +135,7 @@ def training_step(cfg: Config, batches: Sequence) -> Callable:
 
 
 def _interval(cfg: Config) -> int:
-    hooks = [hook for hook in cfg.get('custom_hooks') or () if hook['type'] == 'mmdiffkd.DistillScheduleHook']
+    hooks = [hook for hook in cfg.get('custom_hooks') or () if type_name(hook['type']) == 'DistillScheduleHook']
     return hooks[0].get('interval', 1) if hooks else 1
 
 

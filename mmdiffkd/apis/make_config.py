@@ -10,7 +10,7 @@ from typing import Optional
 from mmengine.config import Config
 
 from mmdiffkd.models.distillers.pairs import default_preset
-from mmdiffkd.models.encoders import PRETRAINED, loads_weights
+from mmdiffkd.models.encoders import PRETRAINED, is_library_model
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import get_custom_imports, zoo_checkpoint
 
@@ -100,7 +100,7 @@ def make_config(
     for source, cfg in ((student, student_cfg), (teacher, teacher_cfg)):
         if 'student' in cfg.model:
             raise ValueError(f"'{source}' is already a distillation config; give the config of a plain model.")
-    word = PRETRAINED if loads_weights(teacher_cfg.model) else 'zoo'
+    word = PRETRAINED if is_library_model(teacher_cfg.model) else 'zoo'
     checkpoint, preset = checkpoint or word, preset or default_preset(teacher_cfg.model)
     if checkpoint == 'zoo':
         zoo_checkpoint(teacher)

@@ -29,15 +29,10 @@ from mmdiffkd.models.distillers.feature_info import (
     forward_fns,
 )
 from mmdiffkd.models.distillers.input_renormalizer import COLOR_FLAGS
-from mmdiffkd.models.distillers.recorders import (
-    ModuleInputsRecorder,
-    ModuleOutputsRecorder,
-    TapError,
-    flatten,
-    is_roi_tap,
-)
-from mmdiffkd.models.distillers.teacher import Teacher, checkpoint_word_problem
+from mmdiffkd.models.distillers.recorders import ModuleInputsRecorder, ModuleOutputsRecorder, is_roi_tap
+from mmdiffkd.models.distillers.teacher import Teacher
 from mmdiffkd.models.encoders import PRETRAINED, is_encoder
+from mmdiffkd.models.feature_maps import TapError, flatten
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
     CONFIG_SUFFIXES,
@@ -428,8 +423,6 @@ def checkpoint_problem(teacher: Teacher) -> Optional[str]:
     if not teacher.checkpoint:
         return 'teacher.checkpoint is missing'
     path = str(teacher.checkpoint)
-    if problem := checkpoint_word_problem(teacher):
-        return f'teacher.checkpoint{problem}'.rstrip('.')
     if path == PRETRAINED:
         return None
     if path == 'zoo':

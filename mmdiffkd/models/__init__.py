@@ -1,7 +1,6 @@
 from .diffusion import *  # noqa: F401,F403
 from .distillers import *  # noqa: F401,F403
 from .encoders import *  # noqa: F401,F403
-from .image_encoder import ImageEncoder  # noqa: F401
 from .losses import *  # noqa: F401,F403
 from .necks import *  # noqa: F401,F403
 from .presets import *  # noqa: F401,F403

@@ -337,15 +337,8 @@ def zoo_checkpoint(source: ConfigSource) -> str:
     Raises:
         ValueError: If ``source`` is not ``pkg::path``, or the model index lists no weights for the config.
     """
-    from mmdiffkd.models.encoders import is_library_source
-
-    if not isinstance(source, str) or '::' not in source:
-        raise ValueError(
-            f"checkpoint='zoo' needs a config of an installed package such as 'mmdet::retinanet/...', not "
-            f'{_name(source)}; give the path or URL of the weights instead.'
-        )
-    if is_library_source(source):
-        raise ValueError(f"checkpoint='zoo' is for configs of OpenMMLab's packages: for {source}, use 'pretrained'.")
+    if problem := zoo_problem(source):
+        raise ValueError(f'checkpoint{problem}')
     mim, path = _split(source)
     wanted = Path(path).with_suffix('').as_posix()
     listed = []
@@ -361,6 +354,20 @@ def zoo_checkpoint(source: ConfigSource) -> str:
         f'The model index lists no weights for {source}; the nearest configs with weights are '
         f'{closest_names(wanted, listed)}.'
     )
+
+
+def zoo_problem(source: ConfigSource) -> Optional[str]:
+    """Return why a teacher's checkpoint cannot be ``'zoo'``, as the end of a sentence; None if it can."""
+    from mmdiffkd.models.encoders import is_library_source
+
+    if is_library_source(source):
+        return f"='zoo' is for configs of OpenMMLab's packages: for {_name(source)}, use 'pretrained'."
+    if not isinstance(source, str) or '::' not in source:
+        return (
+            f"='zoo' needs a config of an installed package such as 'mmdet::retinanet/...', not {_name(source)}; give "
+            'the path or URL of the weights instead.'
+        )
+    return None
 
 
 def _config_file(source: str) -> str:

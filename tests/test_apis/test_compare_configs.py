@@ -63,6 +63,12 @@ def test_longer_schedule_and_the_same():
     assert scaled(1, **settings).to_dict() == dict(settings, default_hooks=CHECKPOINT)
 
 
+def test_negative_intervals_mean_never():
+    never = dict(checkpoint=dict(type='CheckpointHook', interval=-1))
+    cfg = scale_schedule(Config(dict(default_hooks=never, train_cfg=dict(max_epochs=12))), 0.5)
+    assert cfg.default_hooks.checkpoint.interval == -1
+
+
 @pytest.mark.parametrize(
     'name, length',
     [

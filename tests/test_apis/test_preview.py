@@ -17,8 +17,9 @@ from torch import nn
 from mmdiffkd.apis import build_distiller, list_taps, preview
 from mmdiffkd.apis.distill_to_text import distill_to_text
 from mmdiffkd.apis.preview import checkpoint_problem
-from mmdiffkd.models.distillers.recorders import ModuleOutputsRecorder, TapError
+from mmdiffkd.models.distillers.recorders import ModuleOutputsRecorder
 from mmdiffkd.models.distillers.teacher import Teacher
+from mmdiffkd.models.feature_maps import TapError
 from mmdiffkd.utils import resolve_config
 from mmdiffkd.visualization.feature_panels import draw_comparison
 from tests import tiny

@@ -4,7 +4,7 @@ import torch
 from benchmarks.accuracy.variants import Variant, VariantNeck
 from mmdiffkd.models import FeatureDiffusion, NoiseInputs
 
-VARIANTS = ('detach', 'normalise', 'group_norm', 'variance_preserving')
+VARIANTS = ('detach', 'normalize', 'group_norm', 'variance_preserving')
 
 
 def features():

@@ -51,6 +51,14 @@ def test_available_cores_and_memory():
     assert 2**20 < operators.available_memory() < 2**50
 
 
+def test_memory_of_a_container(monkeypatch, tmp_path):
+    """The cache of files counts as used, but is freed if a process needs memory."""
+    for name, text in dict(max='1000\n', current='900\n', stat='anon 100\ninactive_file 700\n').items():
+        (tmp_path / f'memory.{name}').write_text(text, 'utf-8')
+    monkeypatch.setattr(operators, 'CGROUP', tmp_path)
+    assert operators.available_memory() == 800
+
+
 def test_no_compiler(tmp_path, monkeypatch):
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.setenv('PATH', str(tmp_path))

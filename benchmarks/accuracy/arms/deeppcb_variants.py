@@ -16,7 +16,7 @@ arms = {
     'diffkd': dict(preset='diffkd'),
     'no_denoiser_gradient': variant(detach=True),
     'warm-up': dict(preset='diffkd', custom_hooks=[dict(type='mmdiffkd.DistillScheduleHook', warmup=1)]),
-    'normalized_features': variant(normalise=True),
+    'normalized_features': variant(normalize=True),
     'GroupNorm': variant(group_norm=True),
     'x0_prediction': diffkd(scheduler=dict(prediction_type='sample')),
     'v_prediction': diffkd(scheduler=dict(prediction_type='v_prediction')),

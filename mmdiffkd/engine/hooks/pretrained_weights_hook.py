@@ -8,10 +8,12 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import save_checkpoint
 
 from mmdiffkd.registry import HOOKS
 from mmdiffkd.utils.validation import one_line
 
+from ..atomic_backend import NAME as ATOMIC_BACKEND
 from ..checkpoint import read_checkpoint, without_diffusion_module
 
 PARTS = ('backbone', 'neck')
@@ -46,7 +48,7 @@ class PretrainedWeightsHook(Hook):
         checkpoint = runner.message_hub.get_info('last_ckpt')
         weights = without_diffusion_module(read_checkpoint(checkpoint)['state_dict'])
         file = Path(runner.work_dir, WEIGHTS)
-        torch.save(dict(state_dict=weights, meta={}), file)
+        save_checkpoint(dict(state_dict=weights, meta={}), str(file), backend_args=dict(backend=ATOMIC_BACKEND))
         print_log(f'\n{usage(file, runner.cfg.model.student)}', logger='current')
 
 

@@ -9,13 +9,14 @@ from torch import nn
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import ConfigError, build_part, in_key
 
+from ..feature_maps import TapError
 from ..necks import DistillContext, FeatureDiffusionNeck
 from ..necks.base import check_neck, try_neck
 from .auto_weight import AutoWeight, find_ratio, without_auto
 from .classes import ClassMatch, ClassMatcher, UnknownClassesError, find_class_layer
 from .feature_info import FeatureInfo, infer_feature_info
 from .pairs import Pair
-from .recorders import TapError, is_roi_tap
+from .recorders import is_roi_tap
 
 TRIAL_SIZE = 128  # size of the images whose features try a neck
 Levels = List[Tuple[int, int]]  # matched levels of student and teacher

@@ -21,6 +21,7 @@ from mmdiffkd.utils.validation import ConfigError, bind, check_value, in_key
 from mmdiffkd.version import __version__
 
 from ..diffusion.feature_diffusion import DiffusionOutput
+from ..feature_maps import TapError
 from ..losses.naming import name_losses, non_finite_names, sum_losses
 from ..necks import DistillContext
 from .auto_weight import AutoWeight, TapGradients, update_together
@@ -56,7 +57,7 @@ from .feature_info import (
 )
 from .input_renormalizer import check_preprocessor
 from .pairs import Pair, check_roi_taps, read_pairs
-from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, TapError, find_module, is_roi_tap, record_rois
+from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, find_module, is_roi_tap, record_rois
 from .teacher import Teacher
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from mmdiffkd.utils.config import ENCODERS, WRAPPED, image_channels, type_name
 from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
+from ..feature_maps import TapError, Tokens, flatten
 from .batches import blank_sample, weights_of
-from .recorders import ModuleOutputsRecorder, TapError, Tokens, find_module, flatten
+from .recorders import ModuleOutputsRecorder, find_module
 
 # Devices and image sizes to try in turn. Some operators do not support the meta device. Some models do not accept small
 # images, or accept only the image size of ImageNet (224) or MNIST (32). 128 and 512 are multiples of the largest FPN

@@ -23,11 +23,13 @@ from mmdiffkd.utils.config import (
     resolve_config,
     type_name,
     zoo_checkpoint,
+    zoo_problem,
 )
+from mmdiffkd.utils.memory import check_memory
 from mmdiffkd.utils.meta_device import QuickInit, build_for_inspection
 from mmdiffkd.utils.validation import ConfigError, Positive, check_arguments, in_key
 
-from ..encoders import PRETRAINED, check_memory, loads_weights
+from ..encoders import PRETRAINED, is_library_model
 from .classes import Names, class_names, dataset_classes
 from .feature_info import FeatureInfo, forward_fns, infer_pad_divisor, run_box_branch
 from .input_renormalizer import PREPROCESSOR_KEYS, InputRenormalizer, Preprocessor, check_preprocessor
@@ -92,8 +94,15 @@ class Teacher:
                 f': {self.name} is a distillation config. Use the config of the plain model; '
                 'tools/model_converters/export_student.py writes the plain config of a distilled student.',
             )
+        if checkpoint == 'zoo' and (problem := zoo_problem(config)):
+            raise ConfigError('checkpoint', problem)
+        if checkpoint == PRETRAINED and not is_library_model(self.cfg.model):
+            raise ConfigError(
+                'checkpoint',
+                f"='{PRETRAINED}' is for models of timm, torchvision and transformers: use 'zoo', a path or a URL.",
+            )
         self.preprocessor_cfg = self._preprocessor_cfg(data_preprocessor)
-        if loads_weights(self.cfg.model) and not self.preprocessor_cfg.get('mean'):
+        if is_library_model(self.cfg.model) and not self.preprocessor_cfg.get('mean'):
             raise ConfigError(
                 'data_preprocessor',
                 f' is missing: {self.name} comes without the mean and std of its images. Set '
@@ -159,7 +168,7 @@ class Teacher:
 
     def _build(self) -> nn.Module:
         if not self.checkpoint:
-            if loads_weights(self.model_cfg):
+            if is_library_model(self.model_cfg):
                 raise ValueError(
                     f'The teacher ({self.name}) has no weights: set teacher.checkpoint to a path, a URL, or '
                     f"'{PRETRAINED}' for the weights that the library lists."
@@ -168,8 +177,7 @@ class Teacher:
                 f"The teacher ({self.name}) has no weights: set teacher.checkpoint to a path, a URL, or 'zoo' for the "
                 'weights in the model index of its package.'
             )
-        self._check_checkpoint_word()
-        if loads_weights(self.model_cfg):
+        if is_library_model(self.model_cfg):
             return self._freeze(self._build_encoder())
         source = zoo_checkpoint(self.source) if self.checkpoint == 'zoo' else str(self.checkpoint)
         weights = read_checkpoint(source)['state_dict']
@@ -193,12 +201,6 @@ class Teacher:
                 return MODELS.build(cfg)
         except ConfigError as error:  # about the weights: the config has been built before
             raise ValueError(error.problem.lstrip(': ')) from error
-
-    def _check_checkpoint_word(self) -> None:
-        """Refuse ``'zoo'`` for a model of a library, and ``'pretrained'`` for any other."""
-        problem = checkpoint_word_problem(self)
-        if problem:
-            raise ConfigError('checkpoint', problem)
 
     def _preprocessor_cfg(self, changes: Optional[dict]) -> Optional[dict]:
         """Return the config of the preprocessor with the user's changes and the scope of the teacher's package."""
@@ -242,7 +244,7 @@ class Teacher:
             (channels, next(iter(taps.values())).image_channels),
             pipeline_normalization(self.cfg),
         )
-        if loads_weights(self.model_cfg) or self.resize is not None:  # images are resized instead of padded
+        if is_library_model(self.model_cfg) or self.resize is not None:  # images are resized instead of padded
             self.resizer = self._make_resizer(taps)
             self.renormalize.turn_off_padding()
             self.renormalize.notes += self.resizer.notes
@@ -257,7 +259,7 @@ class Teacher:
             raise ConfigError(
                 'resize', f"='native': the config of {self.name} does not tell the size of its images; give a factor."
             )
-        if not loads_weights(self.model_cfg):
+        if not is_library_model(self.model_cfg):
             divisor = infer_pad_divisor(self.model_cfg, taps, self.renormalize.pad_divisor)
         else:
             model = build_for_inspection(self.model_cfg).to('meta').eval()
@@ -409,13 +411,3 @@ def _with_batch_shape(
                 )
         copies.append(sample)
     return copies
-
-
-def checkpoint_word_problem(teacher: Teacher) -> Optional[str]:
-    """Return why ``'zoo'`` or ``'pretrained'`` does not fit a teacher, as the end of a sentence; None if it does."""
-    is_library = loads_weights(teacher.model_cfg)
-    if teacher.checkpoint == 'zoo' and is_library:
-        return f"='zoo' is for configs of OpenMMLab's packages: for {teacher.name}, use '{PRETRAINED}'."
-    if teacher.checkpoint == PRETRAINED and not is_library:
-        return f"='{PRETRAINED}' is for models of timm, torchvision and transformers: use 'zoo', a path or a URL."
-    return None

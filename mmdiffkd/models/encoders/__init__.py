@@ -1,15 +1,7 @@
-from .base import (
-    LIBRARIES,
-    PRETRAINED,
-    EncoderTeacher,
-    ImageFormat,
-    LibraryEncoder,
-    check_memory,
-    encoder_config,
-    is_encoder,
-    is_library_source,
-    loads_weights,
-)
+from .base import ImageFormat, LibraryEncoder
+from .encoder_teacher import EncoderTeacher, encoder_config, is_encoder, is_library_model, is_library_source
+from .image_encoder import ImageEncoder
+from .libraries import LIBRARIES, PRETRAINED
 from .timm_encoder import TimmEncoder
 from .torchvision_encoder import TorchvisionEncoder
 from .transformers_encoder import TransformersEncoder
@@ -18,14 +10,14 @@ __all__ = [
     'LIBRARIES',
     'PRETRAINED',
     'EncoderTeacher',
+    'ImageEncoder',
     'ImageFormat',
     'LibraryEncoder',
     'TimmEncoder',
     'TorchvisionEncoder',
     'TransformersEncoder',
-    'check_memory',
     'encoder_config',
     'is_encoder',
+    'is_library_model',
     'is_library_source',
-    'loads_weights',
 ]

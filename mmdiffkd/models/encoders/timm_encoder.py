@@ -11,7 +11,8 @@ from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.config import closest_names
 from mmdiffkd.utils.validation import check_arguments, one_line
 
-from .base import PRETRAINED, ImageFormat, LibraryEncoder, choose_levels, download_error, import_library
+from .base import ImageFormat, LibraryEncoder, choose_levels
+from .libraries import PRETRAINED, download_error, import_library
 
 # arguments that let models with position embeddings or windows take images of other sizes, to be tried in turn
 ANY_SIZE = (dict(dynamic_img_size=True), dict(strict_img_size=False), {})

@@ -11,16 +11,9 @@ from mmdiffkd.utils.config import closest_names
 from mmdiffkd.utils.meta_device import QuickInit
 from mmdiffkd.utils.validation import ConfigError, check_arguments
 
-from ..distillers.recorders import as_map
-from .base import (
-    PRETRAINED,
-    ImageFormat,
-    LibraryEncoder,
-    channels_first,
-    choose_levels,
-    download_error,
-    import_library,
-)
+from ..feature_maps import as_map
+from .base import ImageFormat, LibraryEncoder, channels_first, choose_levels
+from .libraries import PRETRAINED, download_error, import_library
 
 TRIAL_SIZE = (256, 384)  # of models for images of any size; not square, to tell the layouts of maps apart
 MAX_STRIDE = 64  # coarser outputs are pooled

@@ -12,8 +12,9 @@ from mmdiffkd.engine.checkpoint import read_checkpoint
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import check_arguments, one_line
 
-from ..distillers.recorders import Tokens, as_map
-from .base import PRETRAINED, ImageFormat, LibraryEncoder, channels_first, choose_levels, import_library, is_gated
+from ..feature_maps import Tokens, as_map
+from .base import ImageFormat, LibraryEncoder, channels_first, choose_levels
+from .libraries import PRETRAINED, import_library, is_gated
 
 USUAL_SIZE = 224  # of models whose files tell none
 FILES = 'config.json, preprocessor_config.json and model.safetensors'
@@ -43,7 +44,7 @@ class TransformersEncoder(LibraryEncoder):
         img_size: Union[int, Sequence[int], None] = None,
     ):
         super().__init__()
-        self.name = name
+        self.name = name = osp.expanduser(name)
         self.patch_size = _patch_size(_read_config(name))
         self.out_indices = choose_levels(_strides(name), out_indices)
         self.model = _build(name) if checkpoint is None else self._load(checkpoint)
@@ -51,6 +52,7 @@ class TransformersEncoder(LibraryEncoder):
     @classmethod
     def image_format(cls, name: str) -> ImageFormat:
         """Return the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
+        name = osp.expanduser(name)
         config, processor = _read_config(name), _read_processor(name)
         scale = 255 * (processor.get('rescale_factor', 1 / 255) if processor.get('do_rescale', True) else 1)
         mean, std = ([value / scale for value in processor.get(key, ())] for key in ('image_mean', 'image_std'))
@@ -93,15 +95,14 @@ class TransformersEncoder(LibraryEncoder):
 def _read_config(name: str):
     """Return the config of a model's image encoder."""
     transformers = import_library('transformers')
-    is_path = name.startswith(('.', '~', '/')) or osp.isdir(name)
-    folder = Path(name).expanduser()
-    if is_path and not (folder / 'config.json').is_file():
-        problem = 'has no config.json' if folder.is_dir() else 'does not exist'
+    is_path = name.startswith(('.', '/')) or osp.isdir(name)
+    if is_path and not osp.isfile(osp.join(name, 'config.json')):
+        problem = 'has no config.json' if osp.isdir(name) else 'does not exist'
         raise FileNotFoundError(
             f"The folder '{name}' of the teacher {problem}: give a folder with {FILES}, as save_pretrained writes it."
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder) if is_path else name)
+        config = transformers.AutoConfig.from_pretrained(name)
     except OSError as error:
         raise _missing(name, error) from error
     except ValueError as error:  # a kind of model that this version does not know

@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from mmdiffkd.models.distillers.recorders import TapError
+from mmdiffkd.models.feature_maps import TapError
 from tests import tiny
 
 

@@ -11,9 +11,9 @@ from mmengine.registry import MODELS
 from mmdiffkd.models.distillers.feature_info import infer_feature_info
 from mmdiffkd.models.distillers.input_resizer import InputResizer
 from mmdiffkd.models.distillers.teacher import Teacher
-from mmdiffkd.models.encoders import base, check_memory
-from mmdiffkd.models.encoders.base import choose_levels, download_error
-from mmdiffkd.utils import resolve_config
+from mmdiffkd.models.encoders.base import choose_levels
+from mmdiffkd.models.encoders.libraries import download_error
+from mmdiffkd.utils import memory, resolve_config
 from mmdiffkd.utils.validation import ConfigError
 from tests import tiny
 from tests.test_models.test_encoders.encoders import timm_teacher, torchvision_teacher, transformers_teacher
@@ -158,34 +158,36 @@ def test_executable_files_are_refused(tmp_path):
 
 def test_words_for_checkpoints(tmp_path):
     with pytest.raises(ConfigError, match="='zoo' is for configs of OpenMMLab's packages: .*use 'pretrained'"):
-        Teacher(SHUFFLENET, 'zoo').model  # noqa: B018
+        Teacher(SHUFFLENET, 'zoo')
     with pytest.raises(ConfigError, match="='pretrained' is for models of timm, torchvision and transformers"):
-        Teacher(tiny.detector(), 'pretrained').model  # noqa: B018
+        Teacher(tiny.detector(), 'pretrained')
+    with pytest.raises(ConfigError, match="checkpoint='zoo' needs a config of an installed package .*, not a dict"):
+        Teacher(tiny.detector(), 'zoo')
     with pytest.raises(ValueError, match="has no weights: .* or 'pretrained'"):
         Teacher(SHUFFLENET).model  # noqa: B018
 
 
 def test_larger_than_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(base, 'available_memory', lambda: 2**20)
+    monkeypatch.setattr(memory, 'available_memory', lambda: 2**20)
     cfg, _ = torchvision_teacher(tmp_path)
     with pytest.raises(
         ValueError, match=r'takes about 0\.0 GiB of memory, but 0\.0 GiB are free: choose a smaller model'
     ):
         Teacher(**cfg).model  # noqa: B018
-    monkeypatch.setattr(base, 'available_memory', lambda: None)
-    check_memory('unknown', 10**15)
+    monkeypatch.setattr(memory, 'available_memory', lambda: None)
+    memory.check_memory('unknown', 10**15)
 
 
 def test_available_memory():
-    assert base.available_memory() is None or base.available_memory() > 2**20
+    assert memory.available_memory() is None or memory.available_memory() > 2**20
 
 
 def test_memory_of_a_container(monkeypatch, tmp_path):
     """The cache of files counts as used, but is freed if a process needs memory."""
     for name, text in dict(max='1000\n', current='900\n', stat='anon 100\ninactive_file 700\n').items():
         (tmp_path / f'memory.{name}').write_text(text, 'utf-8')
-    monkeypatch.setattr(base, 'CGROUP', tmp_path)
-    assert base.available_memory() == 800
+    monkeypatch.setattr(memory, 'CGROUP', tmp_path)
+    assert memory.available_memory() == 800
 
 
 @pytest.mark.parametrize('resize', [0, -1.0, 'large', True])

@@ -2,7 +2,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdiffkd.models.image_encoder import unfreeze
+from mmdiffkd.models.encoders.image_encoder import unfreeze
 from tests import tiny
 
 

@@ -1,0 +1,102 @@
+"""Teachers that are only an image encoder, of a library or of the user's own module, and their configs."""
+
+from typing import Optional, Union
+
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.config import type_name
+from mmdiffkd.utils.validation import ConfigError, build_part, check_arguments, get_class
+
+from .base import LibraryEncoder
+from .libraries import LIBRARIES
+
+
+@MODELS.register_module()
+class EncoderTeacher(nn.Module):
+    """A teacher that is only an image encoder. Its tap ``backbone`` returns feature maps.
+
+    Args:
+        backbone (dict): Config of the encoder, any registered module that runs on images, (N, 3, H, W).
+    """
+
+    @check_arguments
+    def __init__(self, backbone: dict):
+        super().__init__()
+        self.backbone = build_part(MODELS, backbone, 'backbone')
+
+    def extract_feat(self, images: Tensor):
+        """Return the feature maps of images, (N, 3, H, W)."""
+        return self.backbone(images)
+
+    def forward(self, images: Tensor):
+        """Return the feature maps of images, (N, 3, H, W)."""
+        return self.extract_feat(images)
+
+
+def is_library_source(source: Union[str, dict]) -> bool:
+    """Return whether a teacher's config names a model of a library: ``'timm::NAME'``, or the dict of a backbone."""
+    if isinstance(source, dict):
+        return 'model' not in source and _library_encoder(source) is not None
+    return str(source).partition('::')[0] in LIBRARIES and '::' in str(source)
+
+
+def _library_encoder(cfg) -> Optional[type]:
+    """Return the class of a backbone's config if it wraps a model of a library."""
+    kind = cfg.get('type') if isinstance(cfg, dict) else None
+    if isinstance(kind, str) and type_name(kind) in {library.encoder for library in LIBRARIES.values()}:
+        kind = get_class(MODELS, f'mmdiffkd.{type_name(kind)}')
+    return kind if isinstance(kind, type) and issubclass(kind, LibraryEncoder) else None
+
+
+def is_encoder(model_cfg: dict) -> bool:
+    """Return whether the config is one of an :class:`EncoderTeacher`, a teacher without a task."""
+    return type_name(model_cfg.get('type')) == 'EncoderTeacher'
+
+
+def is_library_model(model_cfg: dict) -> bool:
+    """Return whether a teacher's backbone loads the weights itself, because a library names its models and weights."""
+    return is_encoder(model_cfg) and _library_encoder(model_cfg.get('backbone')) is not None
+
+
+def encoder_config(source: Union[str, dict]) -> Config:
+    """Write the config of a model of a library.
+
+    Args:
+        source (str or dict): ``'timm::NAME'``, ``'torchvision::NAME'``, ``'transformers::NAME or folder'``, or the
+            config of a backbone, such as ``dict(type='mmdiffkd.TimmEncoder', name=..., out_indices=[5, 11])``.
+
+    Returns:
+        Config: ``model``, ``data_preprocessor`` with mean and std of the library for values from 0 to 255, and
+        ``image_size``, the width and height on which the model was trained.
+
+    Raises:
+        ImportError: If the library is missing or too old.
+        FileNotFoundError: If the library has no such model; the message contains the nearest names. Also if the config
+            of a model of transformers is neither in the folder nor can be downloaded.
+    """
+    if not isinstance(source, dict):
+        library, _, name = str(source).partition('::')
+        source = dict(type=f'mmdiffkd.{LIBRARIES[library].encoder}', name=name)
+    cls, name = _library_encoder(source), source.get('name')
+    if not isinstance(name, str) or not name:
+        raise ConfigError('name', f" is missing: {cls.__name__} needs the name of a model, such as '{cls.example}'.")
+    images = cls.image_format(name)
+    backbone = dict(source)
+    if images.fits_size:
+        backbone.setdefault('img_size', images.size[0] if images.size[0] == images.size[1] else images.size)
+    preprocessor = dict(bgr_to_rgb=True)
+    if images.mean:
+        preprocessor.update({key: [255 * value for value in getattr(images, key)] for key in ('mean', 'std')})
+    height, width = images.size
+    if backbone.get('img_size') is not None:
+        size = backbone['img_size']
+        height, width = (size, size) if isinstance(size, int) else size
+    return Config(
+        dict(
+            model=dict(type='mmdiffkd.EncoderTeacher', backbone=backbone),
+            data_preprocessor=preprocessor,
+            image_size=(width, height),
+        )
+    )
