@@ -111,7 +111,7 @@ def _sentence(error: Exception, script: str) -> Optional[str]:
     if module is None:  # only code that mmengine executes, a config, has no module
         return f'The config cannot be read: {type(error).__name__} in line {line}: {text}'
     if isinstance(error, ValueError) and (module.split('.')[0] == 'mmdiffkd' or frame.f_code.co_filename == script):
-        # other lines raise a ValueError only by accident, for example if they unpack too few values
+        # without a raise statement, for example in the assignment to two names, a ValueError is a bug
         is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith('raise ')
         return text if is_raised else None
     is_about_config = module.startswith(CONFIG_CHECKS) and not isinstance(error, (AttributeError, AssertionError))

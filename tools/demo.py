@@ -17,10 +17,10 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 
 from mmdiffkd.apis import Job, available_cores, compare, run_parallel
+from mmdiffkd.apis.compare_table import aligned_markdown
 from mmdiffkd.cli import shorten_path
 from mmdiffkd.engine.resume import last_checkpoint
 from mmdiffkd.utils.meta_device import MultiplyAddCounter, build_for_inspection
-from mmdiffkd.visualization.comparison import aligned_markdown
 from mmdiffkd.visualization.runs import newest_test
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, or the package's folder .mim

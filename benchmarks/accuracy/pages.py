@@ -17,7 +17,8 @@ from benchmarks.accuracy.gamma import draw_gamma, read_gamma
 from benchmarks.measure import machine, markdown
 from mmdiffkd.apis import list_presets
 from mmdiffkd.apis.compare_results import read_values
-from mmdiffkd.visualization.comparison import DASH, comparison_rows, draw_comparison, mean_text
+from mmdiffkd.apis.compare_table import DASH, comparison_rows, mean_text
+from mmdiffkd.visualization.comparison import draw_comparison
 from mmdiffkd.visualization.differences import BASELINE
 from mmdiffkd.visualization.runs import newest_test
 

@@ -1,3 +1,5 @@
+"""Build models of configs."""
+
 import copy
 from typing import Optional, Tuple, Union
 

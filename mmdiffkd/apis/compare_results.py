@@ -1,4 +1,4 @@
-"""Results of a comparison: table, picture, report, and the config of the best method."""
+"""Write the results of a comparison: table, picture, report, and the config of the best method."""
 
 import statistics
 from pathlib import Path
@@ -6,21 +6,14 @@ from textwrap import shorten
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from mmdiffkd.cli import shorten_path
-from mmdiffkd.visualization.comparison import (
-    Values,
-    aligned_markdown,
-    best_method,
-    compare_teacher,
-    comparison_rows,
-    conclude,
-    draw_comparison,
-)
-from mmdiffkd.visualization.differences import BASELINE
+from mmdiffkd.visualization.comparison import draw_comparison
+from mmdiffkd.visualization.differences import BASELINE, Values
 from mmdiffkd.visualization.report import write_report
 from mmdiffkd.visualization.runs import choose_metric, newest_test, read_groups
 
 from .compare_configs import config_text
 from .compare_runs import INTERRUPTED, NO_RESULT, TEACHER, ComparisonRuns, last_step
+from .compare_table import aligned_markdown, best_method, compare_teacher, comparison_rows, conclude
 
 REASON = 60  # maximum length of the reason for a failure in a cell; the notes have the whole reason
 
@@ -100,7 +93,7 @@ def _absent(missing: Sequence[Tuple[str, int]]) -> List[str]:
 
 
 def _costs(runs: ComparisonRuns, found: Sequence[dict]) -> Dict[str, dict]:
-    """Return the costs of each method: measured iterations, or else those in the logs of the runs."""
+    """Return time, memory and multiply-adds of each method; time and memory of timed iterations or else logs."""
     costs = {}
     logged = {record['arm']: record for record in found}
     alone = logged.get(BASELINE) or {}

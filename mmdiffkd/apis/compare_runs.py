@@ -21,7 +21,6 @@ from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
 from mmdiffkd.models.distillers.teacher import Teacher
 from mmdiffkd.models.encoders import PRETRAINED, is_encoder
 from mmdiffkd.utils import read_config
-from mmdiffkd.visualization.comparison import aligned_markdown, compare_teacher
 from mmdiffkd.visualization.differences import BASELINE
 from mmdiffkd.visualization.logs import NO_METRICS
 from mmdiffkd.visualization.runs import NO_OBJECTS, choose_metric, newest_test, read_run
@@ -35,6 +34,7 @@ from .compare_configs import (
     scale_schedule,
     test_on_validation,
 )
+from .compare_table import aligned_markdown, compare_teacher
 from .distill import Source
 from .parallel import Job, JobResult, available_cores, available_gpus, run_parallel
 from .preview import preview

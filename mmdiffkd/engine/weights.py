@@ -32,7 +32,8 @@ class Fit(NamedTuple):
     """The weights of a checkpoint under a model's names.
 
     Attributes:
-        weights (OrderedDict): The weights. Names that the model does not have are kept, unless they are known.
+        weights (OrderedDict): The weights. Names that the model does not have are kept, except for known entries that
+            are no weights.
         notes (list[str]): What was assumed, one clause each.
     """
 

@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def in_key(key: str) -> Iterator[None]:
-    """Add a key to the path in the ConfigErrors of a block. Other ValueErrors become ConfigErrors of this key."""
+    """Prefix the path of ConfigErrors with a key; other ValueErrors become ConfigErrors at this key."""
     try:
         yield
     except ConfigError as error:

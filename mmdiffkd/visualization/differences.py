@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from typing import Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from .runs import Group, deviation
 
@@ -12,6 +12,7 @@ except ImportError:
     stdtrit = None
 
 BASELINE = 'alone'
+Values = Dict[str, Dict[int, float]]  # a metric by method and seed
 
 
 def baseline_of(groups: Sequence[Group]) -> Optional[Group]:
@@ -56,6 +57,11 @@ def confidence(differences: Sequence[float]) -> Tuple[float, Optional[float]]:
     if count < 2 or stdtrit is None:
         return mean, None
     return mean, float(stdtrit(count - 1, 0.975)) * deviation(differences) / math.sqrt(count)
+
+
+def paired(values: Dict[int, float], others: Dict[int, float]) -> List[float]:
+    """Return the differences for the seeds that both methods have."""
+    return [values[seed] - others[seed] for seed in sorted(values) if seed in others]
 
 
 def _paired(group: Group, baseline: Group, metric: str) -> Sequence[Tuple[float, float]]:

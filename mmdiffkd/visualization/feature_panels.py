@@ -20,7 +20,7 @@ TITLE, LABEL, TICK = 14, 12.5, 11
 TEACHER, STUDENT = COLORS[:2]
 
 
-def draw_comparison(name: str, image: Tensor, output: DiffusionOutput, iteration: int) -> np.ndarray:
+def draw_features(name: str, image: Tensor, output: DiffusionOutput, iteration: int) -> np.ndarray:
     """Draw the first image of a batch, its features, and their errors before and after denoising.
 
     Features are colored by the teacher's principal components (:class:`FeatureColors`). Errors share one scale.

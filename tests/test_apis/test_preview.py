@@ -21,7 +21,7 @@ from mmdiffkd.models.distillers.recorders import ModuleOutputsRecorder
 from mmdiffkd.models.distillers.teacher import Teacher
 from mmdiffkd.models.feature_maps import TapError
 from mmdiffkd.utils import resolve_config
-from mmdiffkd.visualization.feature_panels import draw_comparison
+from mmdiffkd.visualization.feature_panels import draw_features
 from tests import tiny
 from tests.conftest import ROOT, call_tool, load_tool
 from tests.test_upstream import models
@@ -363,7 +363,7 @@ def test_images_of_any_number_of_channels(small, tmp_path, channels):
     assert model.loss(data['inputs'], data['data_samples'])['diffkd.fpn.loss_kd'] > 0
     record = model.distill_state.last_record
     shown = model.diffkd_teacher.renormalize.displayed(record.images[:1])[0]
-    picture = draw_comparison('fpn', shown, record.outputs['fpn'][0], 1)
+    picture = draw_features('fpn', shown, record.outputs['fpn'][0], 1)
     assert shown.shape == (3, 64, 64) and picture.ndim == 3
 
 

@@ -56,7 +56,9 @@ class DistillScheduleHook(Hook):
         by_epoch: bool = True,
     ):
         if end is not None and not begin + max(warmup + decay, 1) <= end:
-            raise ConfigError('end', f'={end} is too early: begin={begin}, warmup={warmup} and decay={decay} must fit.')
+            raise ConfigError(
+                'end', f'={end} is too early: begin={begin}, warmup={warmup} and decay={decay} must end before it.'
+            )
         self.begin = begin
         self.end = end
         self.warmup = warmup

@@ -10,7 +10,7 @@ from torch import nn
 from mmdiffkd.models import DiffusionOutput, DistillRecord
 from mmdiffkd.registry import HOOKS
 from mmdiffkd.utils.validation import Limits, check_arguments
-from mmdiffkd.visualization.feature_panels import draw_comparison, draw_steps
+from mmdiffkd.visualization.feature_panels import draw_features, draw_steps
 
 from ..checkpoint import PREFIX
 from .utils import require_distiller
@@ -74,7 +74,7 @@ class DiffKDVisualizationHook(Hook):
         for pair, levels in record.outputs.items():
             for level, output in levels.items():
                 label, name = f'{pair}, level {level}', f'{PREFIX}{pair}.{level}'
-                _add_image(runner.visualizer, name, draw_comparison(label, image, output, step), step)
+                _add_image(runner.visualizer, name, draw_features(label, image, output, step), step)
                 strip = draw_steps(label, output, _timesteps(model.diffkd[pair], output), step)
                 if strip is not None:
                     _add_image(runner.visualizer, f'{name}.steps', strip, step)

@@ -1,3 +1,5 @@
+"""The diffusion of one level: alignment, autoencoder, denoising, distance and losses (Sec. 3 of the paper)."""
+
 import copy
 from contextlib import nullcontext
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import ConfigError, get_class, in_key
 
-from .batches import walk_graph
+from .autograd_graph import walk_graph
 
 AUTO = 'auto'
 KEY = 'loss_weight'
@@ -95,7 +95,7 @@ class AutoWeight(nn.Module):
         self.register_buffer('log_ratio', torch.zeros(()))
         self.register_buffer('count', torch.full((), -1))
         self._cache: Optional[tuple] = None  # versions and values of the buffers, to read them from a GPU only once
-        self._norms: Optional[Tensor] = None  # squared norms of this rank since the last update, (2, )
+        self._norms: Optional[Tensor] = None  # this rank's squared norms of g_s and g_d, (2, )
         self._counts: Optional[bool] = None  # whether the measurement of this iteration counts; None without one
         self.failures = 0
 
@@ -156,7 +156,7 @@ class AutoWeight(nn.Module):
             log_ratio += (measured - log_ratio) / count
         elif count < 1:
             log_ratio, count = measured, 0
-        else:  # the decay of a schedule has begun
+        else:  # neither in the warmup nor counted: the schedule decays
             return
         self.log_ratio.fill_(log_ratio)
         self.count.fill_(count)
@@ -211,7 +211,7 @@ def update_together(weights: Dict[str, AutoWeight]) -> None:
 def find_ratio(neck: nn.Module, taps: Sequence[str]) -> float:
     """Return the gradient ratio of a neck: that of its distance, or else of its own class, or else of its taps."""
     distance = next((module for name, module in neck.named_modules() if name.endswith('loss_kd')), neck)
-    default = HEAD_RATIO if any('head' in tap for tap in taps) else FEATURE_RATIO
+    default = HEAD_RATIO if any('head' in tap.split('.')[0] for tap in taps) else FEATURE_RATIO
     return getattr(distance, 'gradient_ratio', getattr(neck, 'gradient_ratio', default))
 
 
@@ -245,7 +245,7 @@ class TapGradients:
             weight.expect(in_warmup)
 
     def watch(self, output: Tensor, copy: Tensor) -> None:
-        """Register a hook on an output of a tapped module.
+        """Measure the gradients at an output of a tapped module in the backward pass, by a tensor hook.
 
         Args:
             output (Tensor): The output, which the student continues with.
@@ -282,7 +282,7 @@ class TapGradients:
         There, the gradient that the student passes on contains the distillation of the later levels, so that a larger
         weight would be measured as a larger gradient of the student's own losses.
         """
-        edges = self._edges.pop(pair)  # hooks refer to this object, and would keep the nodes of the graph
+        edges = self._edges.pop(pair)  # frees the nodes of the graph: the hooks keep this object
         early = {edge for node, _ in edges for edge in walk_graph(list(node.next_functions)) if edge in edges}
         for edge in early:
             branches, branch = edges[edge]

@@ -262,7 +262,7 @@ def dataset_classes(cfg: dict) -> Names:
     """Return the names of the classes of the data sets of a config; None if the config does not tell.
 
     Args:
-        cfg (dict): Config of a run. The training set comes first.
+        cfg (dict): Config of a run. The first data set that names classes counts, in the order train, val, test.
     """
     for loader in LOADERS:
         for dataset in nested_datasets((cfg.get(loader) or {}).get('dataset')):

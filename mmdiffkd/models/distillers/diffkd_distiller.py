@@ -1,3 +1,5 @@
+"""The distiller: it builds teacher, pairs and necks for a student, and adds the distillation to its loss."""
+
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +17,7 @@ from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.engine.dist import attach_unused_params, on_all_ranks
 from mmdiffkd.engine.weights import use_checked_files
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.config import ENCODERS
 from mmdiffkd.utils.meta_device import build_for_inspection
 from mmdiffkd.utils.student_config import write_student_config
 from mmdiffkd.utils.validation import ConfigError, bind, check_value, in_key
@@ -25,14 +28,14 @@ from ..feature_maps import TapError
 from ..losses.naming import name_losses, non_finite_names, sum_losses
 from ..necks import DistillContext
 from .auto_weight import AutoWeight, TapGradients, update_together
+from .autograd_graph import find_rows, trains
 from .batches import (
     as_data_elements,
     choose_images,
     find_data_samples,
     find_images,
-    find_rows,
     take_samples,
-    trains,
+    use_own_names,
     valid_pixel_mask,
 )
 from .build_necks import build_neck, infer_taps, match_classes, per_tap
@@ -47,15 +50,14 @@ from .conversion import (
 )
 from .distill_state import DistillRecord
 from .feature_info import (
-    ENCODERS,
     FeatureInfo,
     check_gradient,
     check_training_outputs,
     encoder_path,
     forward_fns,
-    match_levels,
 )
 from .input_renormalizer import check_preprocessor
+from .match_levels import match_levels
 from .pairs import Pair, check_roi_taps, read_pairs
 from .recorders import ModuleInputsRecorder, ModuleOutputsRecorder, find_module, is_roi_tap, record_rois
 from .teacher import Teacher
@@ -339,7 +341,8 @@ class DiffKDDistiller(BaseDistiller):
             *args: Arguments of the student's ``loss``, unchanged. The teacher sees the first image batch among the
                 arguments, (N, C, H, W). For models that take views or clips, it sees the input of the student's
                 encoder.
-            **kwargs: Keyword arguments of the student's ``loss``.
+            **kwargs: Keyword arguments of the student's ``loss``. The keys of a preprocessed batch, ``inputs`` and
+                ``data_samples``, also stand for mmdet's ``batch_inputs`` and ``batch_data_samples``.
 
         Returns:
             dict[str, Tensor]: The student's losses if ``task_loss`` is True, and for every pair the losses of its neck,
@@ -354,6 +357,7 @@ class DiffKDDistiller(BaseDistiller):
         """
         if self.deferred_error is not None:
             raise self.deferred_error
+        kwargs = use_own_names(super().loss, kwargs)
         state = self.distill_state
         state.tap_gradients.clear()
         state.has_run = True
@@ -701,7 +705,7 @@ def _check_same_weights(path: str, source: nn.Module, target: nn.Module) -> None
 
 
 def _is_drawable(output) -> bool:
-    """Return whether an output has features that can be drawn side by side: ATLoss compares different channels."""
+    """Return whether both features have one shape, to be drawn side by side; with ATLoss, the channels may differ."""
     return isinstance(output, DiffusionOutput) and output.student_latent.shape == output.teacher_latent.shape
 
 

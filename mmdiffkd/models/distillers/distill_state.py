@@ -1,3 +1,5 @@
+"""What hooks read and set in a distiller: whether and with what weight it distills, and what it records."""
+
 from dataclasses import dataclass, field
 from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 

@@ -8,7 +8,7 @@ from itertools import chain
 from logging import DEBUG, WARNING
 from math import lcm
 from traceback import walk_tb
-from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import print_log
@@ -20,7 +20,8 @@ from mmdiffkd.utils.config import ENCODERS, WRAPPED, image_channels, type_name
 from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
 from ..feature_maps import TapError, Tokens, flatten
-from .batches import blank_sample, weights_of
+from .autograd_graph import weights_of
+from .batches import blank_sample
 from .recorders import ModuleOutputsRecorder, find_module
 
 # Devices and image sizes to try in turn. Some operators do not support the meta device. Some models do not accept small
@@ -32,10 +33,6 @@ USUAL = (128, 512)  # a model that runs at these sizes probably accepts any size
 
 # two images, because some models drop the batch dimension of a single image
 IMAGES = 2
-
-
-# largest ratio of the strides of levels that are compared: a ViT with patches of 14 pixels teaches levels of stride 32
-MAX_RATIO = 2.5
 
 
 class FeatureInfo(NamedTuple):
@@ -308,146 +305,6 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
         len(calls[0]),
         weights=weights if names and None not in weights else None,
     )
-
-
-def match_levels(
-    pair: str, student: FeatureInfo, teacher: FeatureInfo, levels: Union[Sequence[int], str, None] = None
-) -> List[Tuple[int, int]]:
-    """Match the levels of a student tap with those of a teacher tap.
-
-    Levels match if their strides are equal. Several levels of the same stride, as in dilated backbones, match in their
-    order, and so do vectors. If student and teacher have a single level each, these levels always match. Frozen levels
-    are left out. A level that is given in ``levels`` matches the teacher level of the nearest stride, up to a factor of
-    2.5, and is resized.
-
-    Args:
-        pair (str): Name of the pair, for error messages.
-        student (FeatureInfo): The student's levels.
-        teacher (FeatureInfo): The teacher's levels.
-        levels (list[int], optional): Student levels to distill. Negative numbers count from the end on both sides: -1
-            matches the last levels, whatever their strides. None takes all common levels. ``'nearest'`` takes the
-            levels whose strides are within a factor of 2.5 of a teacher level: all of them for a teacher with a single
-            level, such as a ViT, or else the nearest one of each teacher level. Defaults to None.
-
-    Returns:
-        list[tuple[int, int]]: Indices of student and teacher levels.
-
-    Raises:
-        ValueError: If no level matches. The message contains the strides of student and teacher.
-    """
-    if levels == 'nearest':
-        levels = _nearest_levels(student, teacher)
-    ours, theirs = _present(student), _present(teacher)
-    requires_grad = [level for level in ours if student.requires_grad is None or student.requires_grad[level]]
-    if not requires_grad:
-        raise ValueError(
-            f'distill.{pair}: no gradient reaches the student through its tap. Either the tap is frozen: tap another '
-            'module. Or the tap is inside a part with reentrant activation checkpointing (with_cp=True): tap the '
-            'module around this part.'
-        )
-    if levels is not None and not levels:
-        raise ValueError(
-            f'distill.{pair}.levels is empty: give level numbers, or remove levels to distill all common levels.'
-        )
-    for level in levels or ():
-        known = level in ours if level >= 0 else -level <= min(len(ours), len(theirs))
-        if not known:
-            raise ValueError(
-                f"distill.{pair}.levels={list(levels)} names level {level}, but the student's tap has the levels "
-                f'{_numbers(ours)} with strides {_strides(student)}.'
-            )
-    wanted = requires_grad if levels is None else levels
-    if len(ours) == len(theirs) == 1:
-        return [(ours[0], theirs[0])]
-    ours, theirs, wanted = _of_one_kind(student, teacher, ours, theirs, wanted)
-    are_vectors = [None in [info.strides[i] for i in levels] for info, levels in ((student, ours), (teacher, theirs))]
-    if are_vectors[0] != are_vectors[1]:
-        kinds = [
-            'vectors' if pooled else f'maps of stride {_strides(info)}'
-            for pooled, info in zip(are_vectors, (student, teacher))
-        ]
-        raise ValueError(
-            f"distill.{pair}: the student's tap returns {kinds[0]}, but the teacher's tap returns {kinds[1]}. Tap the "
-            "features before they are pooled to vectors, such as dict(student='backbone', teacher='backbone')."
-        )
-    if are_vectors[0]:
-        if len(ours) != len(theirs):
-            raise ValueError(
-                f'distill.{pair}: the taps return {len(ours)} (student) and {len(theirs)} (teacher) vectors, '
-                'which cannot be matched one by one.'
-            )
-        partners = dict(zip(ours, theirs))
-        return [(ours[level], theirs[level]) if level < 0 else (level, partners[level]) for level in wanted]
-
-    matches = []
-    for level in wanted:
-        if level < 0:
-            matches.append((ours[level], theirs[level]))
-            continue
-        stride = student.strides[level]
-        ratios = {i: max(teacher.strides[i], stride) / min(teacher.strides[i], stride) for i in theirs}
-        nearest = [i for i in theirs if ratios[i] == min(ratios.values())]
-        rank = student.strides[:level].count(stride)
-        if levels is None and rank >= len(nearest):  # the student has more levels of this stride than the teacher
-            continue
-        best = nearest[min(rank, len(nearest) - 1)]
-        if ratios[best] == 1 or (levels is not None and ratios[best] <= MAX_RATIO):
-            matches.append((level, best))
-        elif levels is not None:
-            raise ValueError(
-                f"distill.{pair}: the student's level {level} has stride {stride:g}, but the teacher has no level of "
-                f"a stride within a factor of {MAX_RATIO}: the teacher's strides are {_strides(teacher)}."
-            )
-    if not matches:
-        raise ValueError(
-            f'distill.{pair}: student and teacher share no level: the strides are {_strides(student)} and '
-            f'{_strides(teacher)}. Set levels=[...] to choose levels to resize, or tap other modules.'
-        )
-    return matches
-
-
-def _nearest_levels(student: FeatureInfo, teacher: FeatureInfo) -> Optional[List[int]]:
-    """Return the student levels for ``'nearest'``; None if there are none, or no strides."""
-    trainable = student.requires_grad or [True] * len(student.channels)
-    ours = [level for level in _present(student) if student.strides[level] and trainable[level]]
-    theirs = [teacher.strides[level] for level in _present(teacher) if teacher.strides[level]]
-    if not theirs or len(ours) < 2:  # single levels always match
-        return None
-
-    def ratio(level: int, stride: float) -> float:
-        return max(student.strides[level], stride) / min(student.strides[level], stride)
-
-    near = [level for level in ours if min(ratio(level, stride) for stride in theirs) <= MAX_RATIO]
-    if len(set(theirs)) > 1:
-        chosen = {min(near, key=partial(ratio, stride=stride)) for stride in theirs if near}
-        near = [level for level in near if level in chosen]
-    return near or None
-
-
-def _of_one_kind(student: FeatureInfo, teacher: FeatureInfo, ours: List[int], theirs: List[int], wanted: Sequence[int]):
-    """Leave out vectors if both taps return maps, or maps if a tap that returns both is compared with vectors."""
-    kinds = [{info.strides[i] is None for i in levels} for info, levels in ((student, ours), (teacher, theirs))]
-    common = kinds[0] & kinds[1]
-    if not common or max(map(len, kinds)) == 1:
-        return ours, theirs, wanted
-    is_vector = False not in common
-    ours = [level for level in ours if (student.strides[level] is None) == is_vector]
-    theirs = [level for level in theirs if (teacher.strides[level] is None) == is_vector]
-    return ours, theirs, [level for level in wanted if level < 0 or level in ours]
-
-
-def _present(tap: FeatureInfo) -> List[int]:
-    """Return the indices of the levels that are not None in prediction."""
-    return [level for level, channels in enumerate(tap.channels) if channels]
-
-
-def _numbers(levels: Sequence[int]) -> str:
-    return ', '.join(map(str, levels))
-
-
-def _strides(tap: FeatureInfo) -> str:
-    strides = [tap.strides[level] for level in _present(tap)]
-    return ', '.join('none' if stride is None else f'{stride:g}' for stride in strides)
 
 
 def encoder_path(model: nn.Module) -> Optional[str]:

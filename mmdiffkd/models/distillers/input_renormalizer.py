@@ -1,3 +1,5 @@
+"""Preprocess the student's images as the teacher's images in its own training."""
+
 import copy
 from itertools import product
 from math import ceil, gcd, isfinite, lcm
@@ -156,7 +158,7 @@ class Preprocessor:
         return self._maps[channels]
 
     def is_raw(self, pixel_map: PixelMap) -> bool:
-        """Return whether a map keeps the values of the images, and the config does not say so (by ``mean``)."""
+        """Return whether images keep their values although the config has no ``mean`` that says so."""
         is_scaled = pixel_map.weight.abs().amax() != 1 or pixel_map.bias.any()
         return self.cfg.get('mean') is None and not is_scaled
 

@@ -1,3 +1,5 @@
+"""Resize images for teachers of a different image size, and their features back to the levels of the student."""
+
 from math import prod
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -115,7 +117,7 @@ def find_size_divisor(model: nn.Module, taps: Dict[str, FeatureInfo], native: Si
     strides = {round(stride) for info in taps.values() for stride in info.strides if stride}
     ran = None
     for divisor in dict.fromkeys([*sorted({1, *strides, 32, 64}), *native]):
-        count = -(-TRIAL_SIDE // divisor) | 1  # odd, so that no other candidate divides both sides
+        count = -(-TRIAL_SIDE // divisor) | 1  # odd, so that no larger number divides both sides
         size = (167, 181) if divisor == 1 else (divisor * count, divisor * (count + 2))
         covers = _covers(model, taps, size)
         if covers:

@@ -1,3 +1,5 @@
+"""Read pairs, which are the taps of student and teacher with the neck that compares them, from a config."""
+
 import inspect
 from typing import Dict, List, Literal, NamedTuple, Optional, Sequence, Union
 

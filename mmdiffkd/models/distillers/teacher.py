@@ -1,3 +1,5 @@
+"""The frozen teacher: its config, weights, images and features."""
+
 import copy
 from contextlib import nullcontext
 from functools import partial

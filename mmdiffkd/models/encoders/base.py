@@ -82,7 +82,7 @@ def choose_levels(strides: Sequence[float], out_indices: Optional[Sequence[int]]
 
 
 def channels_first(feature: Tensor, image_size: Sequence[int]) -> Tensor:
-    """Return a map as (N, C, H, W) that may be (N, H, W, C); the aspect ratio of the images tells."""
+    """Permute a map (N, H, W, C) to (N, C, H, W). The aspect ratio of the images tells the layout."""
     ratio = image_size[0] / image_size[1]
     errors = [abs(log(feature.size(i) / feature.size(i + 1) / ratio)) for i in (1, 2)]
     return feature.permute(0, 3, 1, 2) if errors[0] < errors[1] else feature

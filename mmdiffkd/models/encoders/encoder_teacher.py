@@ -51,7 +51,7 @@ def _library_encoder(cfg) -> Optional[type]:
 
 
 def is_encoder(model_cfg: dict) -> bool:
-    """Return whether the config is one of an :class:`EncoderTeacher`, a teacher without a task."""
+    """Return whether the config builds an :class:`EncoderTeacher`, which has no task."""
     return type_name(model_cfg.get('type')) == 'EncoderTeacher'
 
 

@@ -1,3 +1,5 @@
+"""Image encoders of timm."""
+
 from functools import cache
 from logging import ERROR, getLogger
 from typing import Dict, Optional, Sequence, Tuple, Union

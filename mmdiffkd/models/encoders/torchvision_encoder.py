@@ -1,3 +1,5 @@
+"""Image encoders of torchvision."""
+
 from functools import cache
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 

@@ -1,3 +1,5 @@
+"""Image encoders of transformers."""
+
 import inspect
 import json
 import os.path as osp

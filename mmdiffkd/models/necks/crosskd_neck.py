@@ -77,7 +77,7 @@ class CrossKDNeck(DistillNeck):
         check_two_taps(self, student_channels)
         widths = [channels[0] for channels in student_channels]
         self.adapters = [None if head_channels in (None, w) else f'{w} -> {head_channels}' for w in widths]
-        # the layers of a head are the same on all levels, and so is the alignment
+        # all levels share the layers of a head, and therefore the alignment
         self.align = nn.ModuleList(
             nn.Conv2d(width, head_channels, 1) if adapter else nn.Identity()
             for width, adapter in zip(widths, self.adapters)

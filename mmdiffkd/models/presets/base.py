@@ -5,11 +5,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from torch import nn
 
 from mmdiffkd.registry import PRESETS
-from mmdiffkd.utils.config import comparable, type_name
+from mmdiffkd.utils.config import ENCODERS, comparable, type_name
 from mmdiffkd.utils.meta_device import build_for_inspection
 
 from ..distillers.classes import ClassMatcher
-from ..distillers.feature_info import ENCODERS
 from ..encoders import is_encoder
 
 DETECTION_PARTS = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head', 'track_head')
@@ -81,7 +80,7 @@ class Preset:
         """Return the name under which the class is registered, or the name of the class."""
         return next((name for name, preset in PRESETS.module_dict.items() if preset is cls), cls.__name__)
 
-    def refuse(self, reason: str) -> ValueError:
+    def refusal(self, reason: str) -> ValueError:
         """Return the error of a preset that does not fit the models, to be raised.
 
         Args:
@@ -98,7 +97,7 @@ class Preset:
         task = find_task(cfg)
         key = 'classification' if task == 'other' else task
         if key not in self.weights:
-            raise self.refuse(
+            raise self.refusal(
                 f'is a method for {" and ".join(self.weights)}, but {short_type(cfg)} is a model for '
                 f"{'another task' if task == 'other' else task}; choose another preset, such as 'fitnet'."
             )
@@ -153,14 +152,14 @@ class Preset:
             **neck: Arguments of the neck.
 
         Raises:
-            ValueError: If a model has no logit layer, or the models share less than two classes.
+            ValueError: If a model has no logit layer, or the models share fewer than two classes.
         """
         self.check_task(student_cfg)
         self.feature_taps(student_cfg, teacher_cfg)  # refuses different tasks
         cfgs, models = (student_cfg, teacher_cfg), (student, build_for_inspection(teacher_cfg))
         taps = find_logits(find_task(student_cfg), models, cfgs, self.class_matcher)
         if taps is None:
-            raise self.refuse(f'compares logits, but {missing_logits(models, cfgs, self.class_matcher)}.')
+            raise self.refusal(f'compares logits, but {missing_logits(models, cfgs, self.class_matcher)}.')
         return dict(logits=make_pair(taps, **neck))
 
 
@@ -227,7 +226,7 @@ def find_logits(
 ) -> Optional[List[str]]:
     """Return the paths of the logit layers of student and teacher.
 
-    None if a model has no logit layer, or the models share less than two classes.
+    None if a model has no logit layer, or the models share fewer than two classes.
     """
     find = LOGIT_FINDERS.get(task)
     if find is None or find_task(cfgs[1]) == ENCODER:

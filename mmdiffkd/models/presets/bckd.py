@@ -2,7 +2,7 @@
 
 from mmdiffkd.registry import PRESETS
 
-from .dense_head import DenseHeadPreset
+from .dense_head_preset import DenseHeadPreset
 
 
 @PRESETS.register_module(name='bckd')

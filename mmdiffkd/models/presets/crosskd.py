@@ -9,7 +9,7 @@ from mmdiffkd.utils.meta_device import build_for_inspection
 
 from ..necks.dense_heads import find_output_layer
 from .base import short_type
-from .dense_head import BRANCHES, DenseHeadPreset
+from .dense_head_preset import BRANCHES, DenseHeadPreset
 
 
 @PRESETS.register_module(name='crosskd')
@@ -47,7 +47,7 @@ class CrossKDPreset(DenseHeadPreset):
         teacher_head = self.find_head('teacher', build_for_inspection(teacher_cfg), teacher_cfg)
         student_head = getattr(student, 'bbox_head', None)
         if not hasattr(student_head, 'prior_generator'):
-            raise self.refuse(
+            raise self.refusal(
                 f'needs a dense head in the student, but {short_type(student_cfg)} has '
                 f'{"no bbox_head" if student_head is None else type(student_head).__name__}.'
             )

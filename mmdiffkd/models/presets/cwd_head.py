@@ -43,7 +43,7 @@ class CWDHeadPreset(Preset):
         models, cfgs = (student, build_for_inspection(teacher_cfg)), (student_cfg, teacher_cfg)
         heads = dense_head_pairs(models, cfgs, self.class_matcher)
         if not heads:
-            raise self.refuse(
+            raise self.refusal(
                 'needs a bbox_head or rpn_head with the same anchors and output channels in both models, but the '
                 f'student {short_type(student_cfg)} and the teacher {short_type(teacher_cfg)} have none; choose '
                 "another preset, such as 'cwd'."

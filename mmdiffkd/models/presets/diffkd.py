@@ -13,8 +13,8 @@ from .base import ENCODER, Preset, find_logits, find_task, make_pair
 # latent channels of the paper's autoencoder for classifiers
 CLASSIFIER_LATENT_CHANNELS = 1024
 ENCODER_LATENT_CHANNELS = 256  # as many as an FPN has
-# Weights of the feature distance. The paper chooses the weight of a detector so that the loss is about as large as that
-# of Faster R-CNN.
+# Weights of the feature distance. The paper has 5 for Faster R-CNN, and chooses the weight of other detectors so that
+# the loss is about as large.
 FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
 DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
 
@@ -42,9 +42,9 @@ class DiffKDPreset(Preset):
     - A teacher of timm, torchvision or transformers teaches its feature maps, through an autoencoder.
 
     Weights:
-        5 for Faster R-CNN, RetinaNet and FCOS and 15 for RepPoints are the weights of the paper, which chooses them so
-        that the loss is about as large as that of Faster R-CNN. Logits and features of classifiers have weight 1, other
-        features 5.
+        5 for Faster R-CNN, RetinaNet and FCOS and 15 for RepPoints are the weights of the paper. It chooses the weight
+        of a detector so that the loss is about as large as for Faster R-CNN. Logits and features of classifiers have
+        weight 1, other features 5.
 
     Released code:
         The released code contains only the experiments with classifiers; docs/results/paper.md lists all differences.

@@ -19,8 +19,9 @@ class FBKDPreset(Preset):
         Those of the authors for the four terms, which mmrazor uses as well.
 
     Released code:
-        The terms are norms over the whole batch, so they are not divided by the number of images. The mask of channels
-        has no effect, and keys and values of the non-local blocks are pooled twice. This preset does the same.
+        The terms are norms over the whole batch, so they are not divided by the number of images. The authors'
+        attention over channels has no effect, and keys and values of the non-local blocks are pooled twice. This preset
+        does the same.
 
     Examples:
         To halve all four terms::

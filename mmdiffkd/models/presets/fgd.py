@@ -47,7 +47,7 @@ class FGDPreset(Preset):
         """Return the pair ``fpn``. Arguments: see :meth:`.Preset.default_pairs`."""
         self.check_task(student_cfg)
         if student_cfg.get('detector'):
-            raise self.refuse(
+            raise self.refusal(
                 f'needs images with boxes, but {short_type(student_cfg)} trains a detector on views or frames; choose '
                 "another preset, such as 'fitnet'."
             )

@@ -1,15 +1,13 @@
 import pytest
 import torch
 from mmengine.structures import BaseDataElement, PixelData
-from torch import nn
 
 from mmdiffkd.models.distillers.batches import (
     as_data_elements,
     choose_images,
     find_data_samples,
-    find_rows,
     take_samples,
-    trains,
+    use_own_names,
     valid_pixel_mask,
 )
 
@@ -104,36 +102,17 @@ def test_samples_without_labels_give_no_mask():
         assert valid_pixel_mask(samples, 255) is None
 
 
-MASK = torch.tensor([True, False, True, True, False, False])
+def test_names_of_the_arguments():
+    batch = dict(inputs=1, data_samples=2, weight=3)
 
+    def of_mmdet(batch_inputs, other_inputs, batch_data_samples, weight=1):
+        """Has names of its own."""
 
-@pytest.mark.parametrize(
-    'select, expected',
-    [
-        (lambda x: x[MASK], [0, 2, 3]),
-        (lambda x: x[torch.tensor([5, 2])], [5, 2]),
-        (lambda x: x.index_select(0, torch.tensor([1, 4])), [1, 4]),
-        (lambda x: x[:2], [0, 1]),
-        (lambda x: x[-2:], [4, 5]),
-        (lambda x: x[::3], [0, 3]),
-        (lambda x: torch.stack([x[0], x[-1]]), [0, 5]),
-        (lambda x: torch.stack([row for row, keep in zip(x, MASK) if keep]), [0, 2, 3]),
-        (lambda x: torch.cat([x[:1], x[3:]]), [0, 3, 4, 5]),
-        (lambda x: x.chunk(3)[2], [4, 5]),
-        (lambda x: x.split([1, 5])[1], [1, 2, 3, 4, 5]),
-        (lambda x: x[MASK][1:], [2, 3]),
-        (lambda x: x * 2, None),
-    ],
-)
-def test_rows_of_a_part(select, expected):
-    images = torch.randn(6, 5)
-    head = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-    part = head(select(nn.Linear(5, 5)(images)))
-    rows = find_rows(part, 6) if expected else find_rows(part, 7)
-    assert expected == (rows if rows is None else rows.tolist())
+    def of_mmpretrain(inputs, data_samples, batch_inputs=None):
+        """Has mmengine's names."""
 
-
-def test_trains():
-    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    losses = dict(loss=[a(torch.randn(1, 2)).sum()], accuracy=torch.tensor(1.0))
-    assert trains(losses, a) and not trains(losses, b)
+    assert use_own_names(of_mmdet, batch) == dict(batch_inputs=1, batch_data_samples=2, weight=3)
+    assert use_own_names(of_mmpretrain, batch) == batch
+    assert use_own_names(lambda **kwargs: None, batch) == batch
+    assert use_own_names(lambda images: None, batch) == batch  # upstream's error names the argument
+    assert use_own_names(of_mmdet, dict(batch_inputs=1)) == dict(batch_inputs=1)

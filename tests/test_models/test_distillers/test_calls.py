@@ -214,6 +214,8 @@ class TestArguments:
             (Flag, lambda x, s: ((), dict(mode_flag='x', data_samples=s, inputs=x))),
             (Renamed, lambda x, s: ((x,), dict(batch_data_samples=s, weight=2))),
             (Renamed, lambda x, s: ((), dict(batch_inputs=x, batch_data_samples=s))),
+            (Renamed, lambda x, s: ((), dict(inputs=x, data_samples=s, weight=2))),
+            (RetinaNet, lambda x, s: ((), dict(inputs=x, data_samples=s))),
             (OneDict, lambda x, s: ((dict(data_samples=s, inputs=x),), {})),
         ],
     )

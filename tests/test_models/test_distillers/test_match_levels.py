@@ -1,6 +1,7 @@
 import pytest
 
-from mmdiffkd.models.distillers.feature_info import FeatureInfo, match_levels
+from mmdiffkd.models.distillers.feature_info import FeatureInfo
+from mmdiffkd.models.distillers.match_levels import match_levels
 
 
 def tap(*strides, requires_grad=None):

@@ -56,7 +56,7 @@ class DenseHeadPreset(Preset):
         head = find_dense_head(model)
         if head is None:
             own = type(model.bbox_head).__name__ if hasattr(model, 'bbox_head') else 'no bbox_head'
-            raise self.refuse(
+            raise self.refusal(
                 f'needs a bbox_head of the type {", ".join(HEADS[:-1])} or {HEADS[-1]} with sigmoid scores, but the '
                 f"{owner} {short_type(cfg)} has {own}; choose another preset, such as 'fgd'."
             )
@@ -77,7 +77,7 @@ class DenseHeadPreset(Preset):
             ValueError: If it differs.
         """
         if values[0] != values[1]:
-            raise self.refuse(
+            raise self.refusal(
                 f'needs equal {name} in both heads, but the student has {values[0]} and the teacher {values[1]}.'
             )
 
@@ -89,7 +89,7 @@ class DenseHeadPreset(Preset):
         """
         for owner, head, cfg in zip(('student', 'teacher'), heads, cfgs):
             if not predicts_distributions(head):
-                raise self.refuse(
+                raise self.refusal(
                     f'needs heads that predict distributions of box sides (GFL), but the {owner} {short_type(cfg)} has '
                     f"a {type(head).__name__}; choose another preset, such as 'bckd'."
                 )
