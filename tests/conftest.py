@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: (files.index(item.path) - start) % len(files))
 
 
+def pytest_collection_finish(session):
+    """Exempt the imported packages from garbage collections: mmengine collects whenever it builds a data set."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     until = item.config.getoption('--until')

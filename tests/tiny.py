@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER_RCNN = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 FPN = dict(student='neck', teacher='neck')
+# two levels and two denoising steps, for tests that need a whole run but not the default pairs
+LIGHT = dict(fpn=dict(FPN, levels=[0, 1], neck=dict(scheduler=dict(num_inference_steps=2))))
 # Image height and width. P7 is a single pixel, so BatchNorm needs at least two images for its statistics.
 SIZE = 128
 

@@ -30,7 +30,7 @@ def run(tmp_path, shapes):
 
     def write_config(hooks=(), **changes):
         cfg = tiny.run_cfg(
-            tiny.distiller_cfg(tmp_path),
+            tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT),
             shapes,
             tmp_path / 'run',
             custom_imports=dict(imports=['mmdiffkd', 'tests.faults.injections'], allow_failed_imports=False),

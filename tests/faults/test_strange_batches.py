@@ -44,7 +44,7 @@ def test_training_continues(tmp_path, fault, behavior, images, boxes):
 
 def test_last_batch_of_an_epoch_is_one_image(tmp_path, shapes):
     cfg = tiny.run_cfg(
-        tiny.distiller_cfg(tmp_path),
+        tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT),
         shapes,
         tmp_path / 'run',
         train_cfg=dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=1, val_begin=99),

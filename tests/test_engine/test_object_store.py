@@ -67,7 +67,7 @@ def store():
 @pytest.fixture
 def train(tmp_path, shapes):
     """Train for some iterations with checkpoints in the store, and return the runner."""
-    student = tiny.distiller_cfg(tmp_path)
+    student = tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT)
 
     def start(iterations, resume=False, work_dir='run', **options):
         cfg = tiny.run_cfg(

@@ -19,14 +19,19 @@ from tests.test_tools.test_life_cycle import TTA, map_of_test
 @pytest.fixture
 def weights(tmp_path):
     init_default_scope('mmdet')
-    cfg = tiny.distiller_cfg(tmp_path)
+    cfg = tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT)
     torch.save(dict(state_dict=MODELS.build(cfg).state_dict(), meta=dict()), tmp_path / 'weights.pth')
     return tmp_path / 'weights.pth'
 
 
 def write_config(folder, shapes, wrap):
     """Write a config whose test set is wrapped, and a config with test-time augmentation."""
-    cfg = tiny.run_cfg(tiny.distiller_cfg(folder), shapes, folder / 'run', custom_imports=dict(imports=['mmdiffkd']))
+    cfg = tiny.run_cfg(
+        tiny.distiller_cfg(folder, distill=tiny.LIGHT),
+        shapes,
+        folder / 'run',
+        custom_imports=dict(imports=['mmdiffkd']),
+    )
     cfg.pop('experiment_name')
     cfg.test_dataloader.dataset = wrap(cfg.test_dataloader.dataset)
     cfg.dump(folder / 'config.py')

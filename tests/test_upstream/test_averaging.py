@@ -41,7 +41,7 @@ AVERAGES = dict(
 @pytest.fixture
 def distiller_cfg(tmp_path):
     """Config of a distiller. No weight of the teacher equals one of the student, as BatchNorm weights usually do."""
-    cfg = tiny.distiller_cfg(tmp_path)
+    cfg = tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT)
     content = torch.load(cfg.teacher.checkpoint, weights_only=False)
     for value in content['state_dict'].values():
         if value.is_floating_point():

@@ -68,7 +68,7 @@ def test_checkpoint_of_the_plain_student(runner, start, tmp_path):
     content = torch.load(file, weights_only=False)
     assert {'dataset_meta', 'cfg', 'mmengine_version'} <= set(content['meta'])
 
-    cfg = tiny.distiller_cfg(tmp_path)
+    cfg = tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT)
     fresh, _ = start(cfg, 'fresh')
     loaded, log = start(cfg, 'loaded', load_from=str(file))
     assert_equal(without_diffusion_module(loaded), content['state_dict'])
@@ -80,7 +80,7 @@ def test_checkpoint_of_the_plain_student(runner, start, tmp_path):
 
 
 def test_checkpoint_of_the_distilled_student(runner, start, tmp_path):
-    cfg = tiny.distiller_cfg(tmp_path)
+    cfg = tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT)
     runner(cfg, 'first', max_iters=1).train()
     file = tmp_path / 'first' / 'iter_1.pth'
     content = torch.load(file, weights_only=False)['state_dict']
@@ -212,7 +212,7 @@ def test_server_that_changes_its_answer_during_the_run(start, tmp_path, monkeypa
 
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    cfg = tiny.distiller_cfg(tmp_path)
+    cfg = tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT)
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -42,7 +42,7 @@ def config(tmp_path, shapes):
         by_epoch = train_cfg is EPOCHS
         unit = 1 if by_epoch else 3
         cfg = tiny.run_cfg(
-            tiny.distiller_cfg(tmp_path),
+            tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT),
             shapes,
             tmp_path / 'run',
             train_cfg=dict(train_cfg),

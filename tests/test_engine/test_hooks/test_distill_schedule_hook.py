@@ -23,7 +23,7 @@ def runner(tmp_path, shapes):
         )
         return Runner.from_cfg(
             tiny.run_cfg(
-                model_cfg or tiny.distiller_cfg(tmp_path),
+                model_cfg or tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT),
                 shapes,
                 tmp_path / 'run',
                 train_cfg=dict(_delete_=True, **loop),

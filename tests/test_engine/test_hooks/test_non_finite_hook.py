@@ -18,7 +18,7 @@ def runner(tmp_path, shapes):
     def build(model_cfg=None, iterations=3, optim_wrapper=None, **hook):
         return Runner.from_cfg(
             tiny.run_cfg(
-                model_cfg or tiny.distiller_cfg(tmp_path),
+                model_cfg or tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT),
                 shapes,
                 tmp_path / 'run',
                 train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=iterations, val_begin=99),

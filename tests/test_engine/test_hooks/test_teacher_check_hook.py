@@ -13,7 +13,7 @@ def runner(tmp_path, shapes):
     def build(model_cfg=None, resume=False, **hook):
         return Runner.from_cfg(
             tiny.run_cfg(
-                model_cfg or tiny.distiller_cfg(tmp_path),
+                model_cfg or tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT),
                 shapes,
                 tmp_path / 'run',
                 train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=2, val_begin=99),
