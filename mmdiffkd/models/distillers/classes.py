@@ -217,7 +217,7 @@ class ClassMatcher:
         return len(match.channels(0, widths[0])) if len(groups) == 1 else 0
 
     def problem(self, models: Sequence[nn.Module], paths: Sequence[str]) -> Optional[str]:
-        """Return the reason why the classes of two layers do not match, as the end of a sentence; None if they match."""
+        """Return why the classes of two layers do not match, as the end of a sentence; None if they match."""
         try:
             self.match(models, paths, self.mapping)
         except ValueError as error:
