@@ -20,7 +20,7 @@ CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # arguments of the distiller that check_run_config() looks for at the top level of a config
 DISTILLER_KEYS = ('distill', 'teacher', 'preset', 'init_from_teacher')
-# keys of earlier versions that have new names: {old name: new name}
+# keys that have been renamed: {old name: new name}
 RENAMED_KEYS = dict(
     backprop_steps='num_grad_steps',
     distance='loss_kd',
@@ -164,7 +164,7 @@ def get_model_cfg(cfg: Config) -> ConfigDict:
 def get_teacher_cfg(cfg: Config) -> ConfigDict:
     """Return the model of a teacher's config, as :func:`get_model_cfg` does.
 
-    The key ``data_preprocessor`` is removed if the model's class has no such argument, such as a module of timm.
+    The key ``data_preprocessor`` is removed if the model's class, for example a class of timm, has no such argument.
     """
     model = get_model_cfg(cfg)
     kind = model['type']
@@ -381,7 +381,7 @@ def zoo_checkpoint(source: ConfigSource) -> str:
 
 
 def zoo_problem(source: ConfigSource) -> Optional[str]:
-    """Return why a teacher's checkpoint cannot be ``'zoo'``, as the end of a sentence; None if ``'zoo'`` is possible."""
+    """Return why a teacher's checkpoint cannot be ``'zoo'``, as the end of a sentence; None if it can be."""
     from mmdiffkd.models.encoders import is_library_source
 
     if is_library_source(source):
