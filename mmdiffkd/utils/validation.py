@@ -208,7 +208,7 @@ def find_class(registry: Registry, kind):
         ValueError: If no class with this name is registered. The message lists the nearest names.
     """
     if kind is None:
-        raise ConfigError('type', ' is missing: name a registered class.')
+        raise ConfigError('type', ' is missing: set it to the name of a registered class.')
     cls = kind if callable(kind) else get_class(registry, kind)
     if cls is None:
         own = closest_own(str(kind), registry.name)  # prefer classes of mmdiffkd: other packages have similar names

@@ -219,11 +219,12 @@ def update_together(weights: Dict[str, AutoWeight]) -> None:
     for (name, weight), of_pair in zip(weights.items(), norms.tolist()):
         weight.update(of_pair)
         if weight.is_fixed:
-            print_log(f"distill.{name}: loss_weight='auto' is fixed at {weight.measured:.4g}.", logger='current')
+            print_log(f"distill.{name}: loss_weight='auto' is now fixed at {weight.measured:.4g}.", logger='current')
         if weight.failures >= MAX_FAILURES:
             raise ValueError(
-                f"distill.{name}: loss_weight='auto' needs gradients of the student's own losses and of the "
-                f"distillation at the student's tap, and found none in {weight.failures} iterations; set a number."
+                f"distill.{name}: loss_weight='auto' needs two gradients at the student's tap, that of the student's "
+                'own losses and that of the distillation, but at least one of them was missing or not finite in '
+                f'{weight.failures} iterations. Set loss_weight to a number.'
             )
 
 

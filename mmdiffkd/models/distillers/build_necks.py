@@ -147,8 +147,8 @@ def _check_positions(neck: FeatureDiffusionNeck, pair: Pair, infos: Sequence[Fea
             if any(info.strides[level[index]] is None for level in levels):
                 raise ConfigError(
                     'loss_kd',
-                    f": {type(loss).__name__} compares positions of feature maps, but '{tap}' of the {owner} gives "
-                    "vectors; use another loss or preset, such as 'fitnet'.",
+                    f": {type(loss).__name__} compares positions of feature maps, but '{tap}' of the {owner} returns "
+                    "vectors; use a different loss or preset, such as preset='fitnet'.",
                 )
 
 

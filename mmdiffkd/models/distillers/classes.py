@@ -177,8 +177,8 @@ class ClassMatcher:
         labels = [known or tuple(f'class {number}' for number in range(count)) for known, count in zip(names, counts)]
         if twice:
             raise ValueError(
-                f"classes gives the teacher's class '{labels[1][twice[0]]}' to two classes of the student; choose one, "
-                'and give the other None.'
+                f"classes maps two classes of the student to the teacher's class '{labels[1][twice[0]]}'; map one of "
+                'the two classes to None.'
             )
         if not shared:
             raise ValueError(
@@ -341,7 +341,7 @@ def _number(value: Union[str, int], owner: str, names: Names, count: int) -> int
         return value
     if isinstance(value, str) and names:
         nearest = closest_names(value, names)
-        raise ValueError(f'classes names {value!r}, which is no class of the {owner}; the nearest are {nearest}.')
+        raise ValueError(f'classes contains {value!r}, which is not a class of the {owner}; the nearest are {nearest}.')
     unknown = '' if names else f", because the names of the {owner}'s classes are unknown"
     raise ValueError(f'classes={value!r} must be the number of a class of the {owner}, from 0 to {count - 1}{unknown}.')
 

@@ -44,8 +44,8 @@ class BaseDistiller(BaseModel):
             return super().__new__(cls)
         if {'pretrained', 'train_cfg'} <= set(kwargs) and 'backbone' not in kwargs:
             raise ValueError(
-                "The init_model of mmseg opens only the config of the plain student: 'student.py' in the work dir of "
-                'the run, or as exported.'
+                "The init_model of mmseg opens only the config of the plain student: use 'student.py' in the work dir "
+                'of the run, or the exported config.'
             )
         _check_inherited(cls, kwargs)
         bind(cls.__init__, cls.__name__, (None, *args), kwargs)

@@ -223,8 +223,8 @@ class DiffKDDistiller(BaseDistiller):
             if self.auto_weights:
                 raise ConfigError(
                     'task_loss',
-                    "=False trains no losses of the student, with which loss_weight='auto' of distill."
-                    f'{", distill.".join(self.auto_weights)} compares the distillation; set a number.',
+                    "=False turns off the student's own losses, but loss_weight='auto' of distill."
+                    f'{", distill.".join(self.auto_weights)} needs their gradients; set loss_weight to a number.',
                 )
             self._freeze_untrained()
         self.diffkd_teacher = teacher
@@ -247,8 +247,8 @@ class DiffKDDistiller(BaseDistiller):
         self.untrained = frozen.modules
         if self.untrained:
             print_log(
-                f'Only the distillation is trained (task_loss=False): no compared feature depends on '
-                f'{", ".join(self.untrained)} of the student, so their weights keep their initial values.',
+                f'With task_loss=False, these modules of the student are not trained, because no compared feature '
+                f'depends on them: {", ".join(self.untrained)}. Their weights keep their initial values.',
                 logger='current',
             )
 
@@ -400,8 +400,9 @@ class DiffKDDistiller(BaseDistiller):
         received = list(find_images((args, kwargs)))
         if received and all(images is not other for other in received):
             self._log_once(
-                'The student encodes other images than loss() receives, for example flipped ones: the teacher gets the '
-                'images that the student encodes, and losses that need ground truth get none.'
+                "The student's encoder gets different images from those that loss() receives, for example flipped "
+                'images. The teacher gets the images of the encoder. Distillation losses that need ground truth get '
+                'no ground truth.'
             )
         samples = find_data_samples(args, kwargs, images)
         teacher_features = self.diffkd_teacher.features(images, as_data_elements(samples, images), rois[0])
@@ -534,7 +535,8 @@ class DiffKDDistiller(BaseDistiller):
             info = self.student_info[tap]
             if not recorder.outputs[tap] and not trains(losses, self._weighted_module(tap)):
                 self._log_once(
-                    f"distill.{name}: no image of a batch reaches the student's '{tap}'; its loss is 0 then."
+                    f"distill.{name}: in some batches, no image reaches the student's '{tap}'. The loss of this pair "
+                    'is then 0.'
                 )
                 return None
             calls = recorder.passes(tap, info.calls, all(info.requires_grad))
@@ -552,8 +554,8 @@ class DiffKDDistiller(BaseDistiller):
                 recorded = parts[0]
                 if len(parts) > 1:
                     self._log_once(
-                        f"distill.{name}: the student's '{tap}' runs {len(parts)} times with gradients in one loss(); "
-                        'the first of these passes is distilled.'
+                        f"distill.{name}: the student's '{tap}' runs in {len(parts)} forward passes with gradients in "
+                        'one loss(). Only the first pass is distilled.'
                     )
             if self.distill_state.record_tap_gradients and torch.is_grad_enabled():
                 self._record_gradients(name, dict(zip(levels, recorded)))

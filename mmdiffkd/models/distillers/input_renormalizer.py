@@ -120,10 +120,10 @@ class Preprocessor:
         try:
             self._module = MODELS.build(cfg).eval()
         except Exception as error:
-            self.obstacle = f'it cannot be built alone ({error})'
+            self.obstacle = f'its class cannot be built from this config ({error})'
             return
         if not any(self.pixel_map(channels) for channels in {*CHANNELS, self.num_values}):
-            self.obstacle = 'it does not run on plain images, or is not linear'
+            self.obstacle = 'its class fails on test images of a single color, or does not convert pixels linearly'
             self._module, self._maps = None, {}
 
     @property
@@ -258,7 +258,7 @@ class InputRenormalizer:
         ours = next((found for found in maps if found is not None and len(found.bias) == channels), None)
         identity = PixelMap(torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
         if ours is None:
-            self.student.obstacle = self.student.obstacle or f'it does not make images of {channels} channels'
+            self.student.obstacle = self.student.obstacle or f'its class does not return images of {channels} channels'
             ours = identity
         self._channels, self._student_map = channels, ours
         self._uses_pipeline, adaptation = False, None
@@ -325,7 +325,7 @@ class InputRenormalizer:
         for side, name in ((self.student, 'student'), (self.teacher, 'teacher')):
             if side.obstacle and self.student.outer_cfg != self.teacher.outer_cfg:
                 yield (
-                    f"The {name}'s data_preprocessor is read by its keys mean, std and color flags, because "
+                    f"Only the keys mean, std and color flags of the {name}'s data_preprocessor are used, because "
                     f'{side.obstacle}.'
                 )
         if adaptation or self._student_map.weight.size(1) > self.weight.size(0):
@@ -337,8 +337,8 @@ class InputRenormalizer:
             yield "The teacher's images are normalized as in the pipeline of its config."
         elif self._student_is_raw and self._pipeline:
             yield (
-                "The teacher's pipeline normalizes images, and the student's is assumed to do the same. If not, "
-                f'set {OVERRIDE.format("mean=..., std=...")}.'
+                "The teacher's pipeline normalizes images, and the student's pipeline is assumed to normalize them in "
+                f'the same way. If it does not, set {OVERRIDE.format("mean=..., std=...")}.'
             )
         elif self._student_is_raw and self._teacher_is_raw and not self._is_pipeline_known:
             yield (
@@ -348,8 +348,8 @@ class InputRenormalizer:
         elif self._student_is_raw != self._teacher_is_raw and (self._student_is_raw or not self._is_pipeline_known):
             yield (
                 f"The {'student' if self._student_is_raw else 'teacher'}'s data_preprocessor has no mean and std: it "
-                'is assumed to take values from 0 to 255. If a pipeline normalizes, describe the images of the teacher '
-                f'in {OVERRIDE.format("mean=..., std=...")}.'
+                'is assumed to take values from 0 to 255. If a pipeline normalizes images, set the mean and std of the '
+                f"teacher's images in {OVERRIDE.format('mean=..., std=...')}."
             )
         pads = self.teacher.fixed_pads
         if pads and pads != self.student.fixed_pads:

@@ -77,18 +77,20 @@ class InputResizer:
 
     def _describe(self) -> Iterator[str]:
         if self.divisor is None:
-            yield f"The teacher takes images of {_text(self.native)} only: the student's images are resized to it."
+            size = _text(self.native)
+            yield f"The teacher takes images of {size} only: the student's images are resized to {size}."
             return
         rounded = f', rounded to multiples of {self.divisor} pixels' if self.divisor > 1 else ''
         if self.resize == 'native':
             yield (
-                f"The teacher gets the student's images resized to the area of {_text(self.native)}, on which it was "
-                f'trained{rounded}; its features are resized to the levels of the student.'
+                f"The student's images are resized for the teacher to the area of {_text(self.native)} pixels, the "
+                f"size of the teacher's training images{rounded}. The teacher's features are resized to the size of "
+                "the student's levels."
             )
         elif self.resize is not None:
             yield (
-                f"The teacher gets the student's images resized by {self.resize:g}{rounded}; its features are resized "
-                'to the levels of the student.'
+                f"The student's images are resized for the teacher by a factor of {self.resize:g}{rounded}. The "
+                "teacher's features are resized to the size of the student's levels."
             )
 
 

@@ -44,7 +44,7 @@ def import_library(name: str):
         library = import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
-            raise ImportError(f'The package {name} does not import: {one_line(error)}') from error
+            raise ImportError(f'The package {name} cannot be imported: {one_line(error)}') from error
         raise ModuleNotFoundError(
             f"A teacher '{name}::...' needs the package {name}, which is not installed: {cure}.", name=name
         ) from error

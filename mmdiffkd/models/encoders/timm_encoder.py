@@ -84,7 +84,7 @@ class TimmEncoder(LibraryEncoder):
                 listed = timm.list_pretrained()
                 raise ValueError(
                     f"timm lists no weights for '{self.name}'; the nearest models with weights are "
-                    f'{closest_names(self.name, listed)}. Or set teacher.checkpoint to a file.'
+                    f'{closest_names(self.name, listed)}. Use one of these, or set teacher.checkpoint to a file.'
                 )
             try:
                 return timm.create_model(self.name, pretrained=True, **options)

@@ -102,7 +102,7 @@ def _weights(name: str):
     if name not in known:
         if name in models.list_models():
             raise FileNotFoundError(
-                f"'torchvision::{name}' is no image encoder: use a classifier, such as 'torchvision::resnet50'."
+                f"'torchvision::{name}' is not an image encoder: use a classifier, such as 'torchvision::resnet50'."
             )
         raise FileNotFoundError(f"torchvision has no model '{name}'; the nearest are {closest_names(name, known)}.")
     return models.get_model_weights(name).DEFAULT

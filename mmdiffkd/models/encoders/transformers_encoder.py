@@ -130,7 +130,9 @@ def _missing(name: str, error: Exception) -> Exception:
             f"'transformers::{name}' is gated: accept its license on {page}, run 'hf auth login', or {put}."
         )
     if 'not a valid model identifier' in text or 'RepositoryNotFound' in text:
-        return FileNotFoundError(f"'transformers::{name}' is neither a folder nor a model on the hub. Or {put}.")
+        return FileNotFoundError(
+            f"'transformers::{name}' is neither a folder nor a model on the hub. Check the name, or {put}."
+        )
     return FileNotFoundError(
         f"'transformers::{name}' cannot be downloaded ({text[:120]}). On a machine with access, {put}."
     )

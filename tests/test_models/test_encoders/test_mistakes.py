@@ -43,7 +43,7 @@ def test_old_library(monkeypatch):
     'name, message',
     [
         ('torchvision::resnet51', "no model 'resnet51'; the nearest are 'resnet50'"),
-        ('torchvision::fasterrcnn_resnet50_fpn', 'is no image encoder'),
+        ('torchvision::fasterrcnn_resnet50_fpn', 'is not an image encoder'),
         ('transformers::./nowhere', 'does not exist: give a folder with config.json'),
         ('timm::resnet_18', "timm has no model 'resnet_18'; the nearest are 'resnet18"),
         ('timm::resnet18.other', r"timm has no weights 'resnet18.other'; the nearest are 'resnet18\."),
