@@ -494,7 +494,7 @@ def _step_size(step: dict) -> Optional[Size]:
     if isinstance(size, int):
         size = (size, size)
     if not isinstance(size, (list, tuple)) or not all(isinstance(side, int) for side in size):
-        return None  # for example, relative crops have fractions
+        return None  # the size is not in pixels, as in crops that are relative to the image size
     # with keep_ratio, (width, height) and (height, width) mean the same: assume that images are wider than high
     return (max(size), min(size)) if step.get('keep_ratio') else tuple(size)
 
@@ -502,7 +502,8 @@ def _step_size(step: dict) -> Optional[Size]:
 def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Return the candidates closest to ``name``, quoted and joined for an error message."""
     candidates = list(candidates)
-    same = [candidate for candidate in candidates if candidate.lower() == name.lower()]  # only the case differs
+    # candidates that differ from the name only in upper and lower case
+    same = [candidate for candidate in candidates if candidate.lower() == name.lower()]
     found = same or difflib.get_close_matches(name, candidates, n=count, cutoff=0.4) or candidates[:count]
     return ', '.join(f"'{candidate}'" for candidate in found)
 

@@ -77,7 +77,7 @@ def _channels(cfg: Config) -> int:
 
 
 def num_classes_of(model_cfg: dict) -> int:
-    """Return the smallest ``num_classes`` in a model's config, because labels must be valid in all heads."""
+    """Return the smallest ``num_classes`` in a model's config. Labels below this number are valid in all heads."""
     return min(_values(model_cfg, 'num_classes'), default=1)
 
 

@@ -193,7 +193,7 @@ def saved_activation_bytes(forward: Callable, ignore: Iterable[Tensor] = ()) -> 
     Returns:
         int: Size in bytes. Tensors that share a storage are counted once.
     """
-    # identify storages by _cdata, because the data_ptr() of all meta tensors is 0
+    # identify storages by _cdata, because meta tensors have no data_ptr()
     ignored = {tensor.untyped_storage()._cdata for tensor in ignore}
     saved = {}
 

@@ -63,7 +63,7 @@ def choose_images(args: Sequence, kwargs: dict, encoded: Sequence[Tensor]) -> Op
     same = next((images for images in found if _is_same(seen, images)), None)
     if same is not None:
         return same
-    if len(encoded) > 1 and sum(map(len, encoded)) == len(first):  # the model splits the batch
+    if len(encoded) > 1 and sum(map(len, encoded)) == len(first):  # the model encodes the batch in several parts
         return first
     is_stacked = len(seen) == len(first) and seen.size(1) != first.size(1)
     is_sum = len(found) > 1 and seen.shape == first.shape
@@ -84,7 +84,7 @@ def _is_recolored(a: Tensor, b: Tensor) -> bool:
     a, b = (images[..., ::4, ::4].float().flatten(2) for images in (a, b))
     a, b = (values - values.mean(2, keepdim=True) for values in (a, b))
     products = (a * b).sum(2).abs()
-    return bool((products >= 0.99 * a.norm(dim=2) * b.norm(dim=2)).all())  # also true for constant images
+    return bool((products >= 0.99 * a.norm(dim=2) * b.norm(dim=2)).all())  # 0 >= 0 for images of a single color
 
 
 def find_data_samples(args: Sequence, kwargs: dict, images: Tensor):

@@ -239,7 +239,7 @@ def find_class_layer(model: nn.Module, path: str) -> Optional[ClassLayer]:
     if not channels or head is None or 'rpn_head' in parts:  # an RPN scores objects of any class
         return None
     is_detector = any(part in DETECTION_HEADS for part in parts)
-    if is_detector and (not CLASS_SCORES.search(path) or parts[-1] == 'conv'):  # a ConvModule returns features
+    if is_detector and (not CLASS_SCORES.search(path) or parts[-1] == 'conv'):  # 'conv' in a ConvModule returns features
         return None
     classes, width = head.num_classes, getattr(head, 'cls_out_channels', None)
     widths = [width] if isinstance(width, int) else [classes, classes + 1] if is_detector else [classes]
@@ -302,7 +302,7 @@ def running_config() -> Optional[Config]:
 
 
 def _width(layer: Optional[nn.Module]) -> int:
-    """Return the output channels of a convolution or linear layer; 0 for other modules."""
+    """Return the number of output channels of a convolution or linear layer; 0 for all other modules."""
     if isinstance(layer, nn.Conv2d):
         return layer.out_channels
     return layer.out_features if isinstance(layer, nn.Linear) else 0

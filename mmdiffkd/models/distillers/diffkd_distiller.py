@@ -134,7 +134,7 @@ class DiffKDDistiller(BaseDistiller):
         task_loss: bool = True,
     ):
         super().__init__()
-        self.diffkd_teacher: Optional[Teacher] = None  # not 'teacher': some models have this attribute
+        self.diffkd_teacher: Optional[Teacher] = None  # not named 'teacher', because some models have a 'teacher'
         self.deferred_error: Optional[Exception] = None  # raised when training starts, because the teacher is missing
         self.pairs: Dict[str, Pair] = {}
         self.matched_levels: Dict[str, List[List[Tuple[int, int]]]] = {}
@@ -322,7 +322,7 @@ class DiffKDDistiller(BaseDistiller):
             self._init_from_teacher(self.diffkd_teacher.model)
 
     def _load_teacher(self) -> None:
-        # two calls, because the ranks download the weights together: no rank may fail before the download starts
+        # first check that no rank has an error: the ranks download the weights together and wait for each other
         on_all_ranks(self._raise_deferred_error)
         if self.diffkd_teacher is not None:
             on_all_ranks(lambda: self.diffkd_teacher.model)
@@ -333,7 +333,7 @@ class DiffKDDistiller(BaseDistiller):
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode of the student and the diffusion module, as :meth:`torch.nn.Module.train` does."""
-        if mode and not self._wrote_student_config:  # FlexibleRunner publishes its config after init_weights
+        if mode and not self._wrote_student_config:  # FlexibleRunner publishes its config only after init_weights()
             self._wrote_student_config = _write_student_config()
         return super().train(mode)
 

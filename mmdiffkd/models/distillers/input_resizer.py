@@ -124,7 +124,7 @@ def find_size_divisor(model: nn.Module, taps: Dict[str, FeatureInfo], native: Si
     strides = {round(stride) for info in taps.values() for stride in info.strides if stride}
     ran = None
     for divisor in dict.fromkeys([*sorted({1, *strides, 32, 64}), *native]):
-        count = -(-TRIAL_SIDE // divisor) | 1  # odd: no number above divisor divides both (count and count + 2) sides
+        count = -(-TRIAL_SIDE // divisor) | 1  # odd, so that no number greater than divisor divides both sides
         size = (167, 181) if divisor == 1 else (divisor * count, divisor * (count + 2))
         covers = _covers(model, taps, size)
         if covers:
