@@ -239,7 +239,8 @@ def find_class_layer(model: nn.Module, path: str) -> Optional[ClassLayer]:
     if not channels or head is None or 'rpn_head' in parts:  # an RPN scores objects of any class
         return None
     is_detector = any(part in DETECTION_HEADS for part in parts)
-    if is_detector and (not CLASS_SCORES.search(path) or parts[-1] == 'conv'):  # 'conv' in a ConvModule returns features
+    # the layer 'conv' of a ConvModule returns features
+    if is_detector and (not CLASS_SCORES.search(path) or parts[-1] == 'conv'):
         return None
     classes, width = head.num_classes, getattr(head, 'cls_out_channels', None)
     widths = [width] if isinstance(width, int) else [classes, classes + 1] if is_detector else [classes]

@@ -80,12 +80,12 @@ class InputResizer:
             size = _text(self.native)
             yield f"The teacher takes images of {size} only: the student's images are resized to {size}."
             return
-        rounded = f', rounded to multiples of {self.divisor} pixels' if self.divisor > 1 else ''
+        rounded = f', with sides rounded to multiples of {self.divisor} pixels' if self.divisor > 1 else ''
         if self.resize == 'native':
             yield (
-                f"The student's images are resized for the teacher to the area of {_text(self.native)} pixels, the "
-                f"size of the teacher's training images{rounded}. The teacher's features are resized to the size of "
-                "the student's levels."
+                "The student's images are resized for the teacher to the same area as the teacher's training images "
+                f"({_text(self.native)}){rounded}. The teacher's features are resized to the size of the student's "
+                'levels.'
             )
         elif self.resize is not None:
             yield (

@@ -116,7 +116,7 @@ def _nearest_levels(student: FeatureInfo, teacher: FeatureInfo) -> Optional[List
     trainable = student.requires_grad or [True] * len(student.channels)
     ours = [level for level in _present(student) if student.strides[level] and trainable[level]]
     theirs = [teacher.strides[level] for level in _present(teacher) if teacher.strides[level]]
-    if not theirs or len(ours) < 2:  # single levels always match
+    if not theirs or len(ours) < 2:  # if the student has a single level, it always matches
         return None
 
     def ratio(level: int, stride: float) -> float:

@@ -199,9 +199,11 @@ def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str,
         (default,) = defaults.values()
         default = dict(default, neck={})
     neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
-    if 'type' in neck and neck['type'] != default_neck.get('type', neck['type']):  # drop the settings of another neck
+    # drop the default settings if they are for a neck of a different type
+    if 'type' in neck and neck['type'] != default_neck.get('type', neck['type']):
         default_neck = {}
-    if default_neck.get('denoise', True) and not neck.get('denoise', True):  # drop the denoising settings
+    # drop the default settings of the denoiser if the pair turns denoising off
+    if default_neck.get('denoise', True) and not neck.get('denoise', True):
         default_neck = {key: value for key, value in default_neck.items() if key == 'loss_kd'}
     return {**default, **cfg, 'neck': _with_defaults(neck, default_neck)}
 

@@ -107,7 +107,7 @@ class Teacher:
         if is_library_model(self.cfg.model) and not self.preprocessor_cfg.get('mean'):
             raise ConfigError(
                 'data_preprocessor',
-                f' is missing: {self.name} comes without the mean and std of its images. Set '
+                f' is missing: {self.name} comes without the mean and std of its images. Set data_preprocessor='
                 'dict(mean=[...], std=[...]) for RGB values from 0 to 255.',
             )
         self.taps: Dict[str, FeatureInfo] = {}
@@ -267,7 +267,7 @@ class Teacher:
         native = image_size(self.cfg)
         if self.resize == 'native' and not self._tells_size():
             raise ConfigError(
-                'resize', f"='native': the config of {self.name} does not tell the size of its images; give a factor."
+                'resize', f"='native': the config of {self.name} does not set the size of its images; give a factor."
             )
         if not is_library_model(self.model_cfg):
             divisor = infer_pad_divisor(self.model_cfg, taps, self.renormalize.pad_divisor)

@@ -78,7 +78,8 @@ def choose_levels(strides: Sequence[float], out_indices: Optional[Sequence[int]]
         return sorted(index for stride, index in last.items() if stride >= MIN_STRIDE) or [count - 1]
     for index in out_indices:
         if not -count <= index < count:
-            raise ConfigError('out_indices', f'={list(out_indices)} names map {index}, but the model has {count} maps.')
+            problem = f'={list(out_indices)} contains {index}, but the model has only the maps 0 to {count - 1}.'
+            raise ConfigError('out_indices', problem)
     return sorted({index % count for index in out_indices})
 
 
