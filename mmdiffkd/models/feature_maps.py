@@ -1,4 +1,4 @@
-"""Feature maps from the outputs of modules, such as nested outputs and tokens."""
+"""Convert the outputs of modules, such as nested lists of tensors or tokens, to feature maps."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -8,7 +8,7 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 from torch import Tensor
 
-# a class token and four register tokens
+# largest number of tokens before the grid: a class token and four register tokens
 MAX_EXTRA_TOKENS = 5
 
 
@@ -17,7 +17,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         stride (float): Image pixels per token.
-        extra (int): Number of tokens before the grid, such as class tokens.
+        extra (int): Number of tokens before the grid, such as class and register tokens.
     """
 
     stride: float
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
 
 
 class TapError(ValueError):
-    """A tap does not exist, is not called, or returns something that cannot be distilled."""
+    """A tap does not exist, is not called in a forward pass, or returns an output that cannot be distilled."""
 
 
 def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = None) -> Tensor:
@@ -36,13 +36,13 @@ def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = Non
             (N, C).
         input_size (tuple[int, int]): Height and width of the images.
         path (str): The tap, for the error message.
-        tokens (Tokens, optional): Token layout, if known.
+        tokens (Tokens, optional): Token layout. None finds the layout from the number of tokens. Defaults to None.
 
     Returns:
-        Tensor: (N, C, H, W); vectors become maps of 1x1.
+        Tensor: The feature map, (N, C, H, W). Vectors become maps of 1x1.
 
     Raises:
-        TapError: If the tensor has a different shape.
+        TapError: If the tensor has a different number of dimensions, or its tokens do not form a grid.
     """
     if tensor.dim() == 4:
         return tensor
@@ -70,17 +70,17 @@ def as_map(tensor: Tensor, input_size, path: str, tokens: Optional[Tokens] = Non
 
 
 def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[int, int]]:
-    """Return height and width of the token grid; None if there is no grid. The last tokens form the grid."""
-    if tokens is not None:  # patches at the border may be dropped (floor) or padded (ceil)
+    """Return height and width of the grid that the last tokens form; None if the tokens do not form a grid."""
+    if tokens is not None:  # models drop incomplete patches at the border (floor) or pad them (ceil)
         sides = [(floor(size / tokens.stride), ceil(size / tokens.stride)) for size in input_size]
         return next((grid for grid in product(*sides) if grid[0] * grid[1] == length - tokens.extra), None)
     ratio = input_size[1] / input_size[0]
     for extra in range(MAX_EXTRA_TOKENS + 1):
         count = length - extra
-        if count < 4 * extra:  # too few tokens for a grid and class tokens
+        if count < 4 * extra:  # too few tokens for a grid with this number of class and register tokens
             return None
         height = round((count / ratio) ** 0.5)
-        if not height or count % height or input_size[0] % height:  # not a grid, for example queries
+        if not height or count % height or input_size[0] % height:  # not a grid; the tokens may be queries
             continue
         if abs(count / height - height * ratio) < 1:
             return height, count // height
@@ -90,14 +90,14 @@ def _grid(length: int, input_size, tokens: Optional[Tokens]) -> Optional[Tuple[i
 def flatten(output, path: str) -> List[Optional[Tensor]]:
     """Return the feature tensors in nested tuples, lists, dicts and dataclasses, in order.
 
-    Inside of these, None keeps its place. Other members are left out: for example sizes, scalars and masks.
+    The list also contains the members that are None. All other members, such as sizes, scalars and masks, are left out.
 
     Args:
         output (Any): Output of a module.
         path (str): The tap, for the error message.
 
     Raises:
-        TapError: If there is no tensor in the output.
+        TapError: If the output contains no feature tensor.
     """
     found = [output] if isinstance(output, Tensor) else list(_members(output))
     if all(tensor is None for tensor in found):

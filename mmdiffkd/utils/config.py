@@ -1,4 +1,4 @@
-"""Find and read configs from installed packages, files and dicts."""
+"""Find and read configs from installed packages, files and dicts, and look up settings in configs."""
 
 import copy
 import difflib
@@ -18,9 +18,9 @@ from mmengine.registry import MODELS
 ConfigSource = Union[str, Path, dict]
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-# settings of the distiller
+# arguments of the distiller that check_run_config() looks for at the top level of a config
 DISTILLER_KEYS = ('distill', 'teacher', 'preset', 'init_from_teacher')
-# old key: new key
+# keys that have been renamed: {old name: new name}
 RENAMED_KEYS = dict(
     backprop_steps='num_grad_steps',
     distance='loss_kd',
@@ -31,13 +31,16 @@ RENAMED_KEYS = dict(
 
 
 def resolve_config(source: ConfigSource) -> Config:
-    """Read a config by name, from a file, or from a dict.
-
-    ``pkg`` is the name that Python imports, so the original OpenMMLab packages and their maintained forks work.
+    """Read a config of an installed package, from a local file, or from a dict.
 
     Args:
-        source (str, Path or dict): ``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``, a local file, a dict with
-            a whole config or only a model, or an image encoder of a library; see :func:`.encoder_config`.
+        source (str, Path or dict): One of the following:
+
+            * a config of a package, ``'pkg::path'``, such as ``'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'``.
+              ``pkg`` is the import name of the package, so maintained forks of the OpenMMLab packages work, too.
+            * the path of a local file
+            * a dict with a whole config, or only with the config of a model
+            * an image encoder of timm, torchvision or transformers; see :func:`.encoder_config`
 
     Returns:
         Config: A config with the key ``model``.
@@ -47,7 +50,8 @@ def resolve_config(source: ConfigSource) -> Config:
         ModuleNotFoundError: If the package is not installed.
         ValueError: If the config cannot be read or has no model, or ``source`` is not a str, Path or dict.
     """
-    from mmdiffkd.models.encoders import encoder_config, is_library_source  # models import this module
+    # import here, because mmdiffkd.models imports this module
+    from mmdiffkd.models.encoders import encoder_config, is_library_source
 
     if isinstance(source, (str, dict)) and is_library_source(source):
         cfg = encoder_config(source)
@@ -66,8 +70,8 @@ def read_config(config: Union[str, Path, Config], cfg_options: Optional[dict] = 
     """Read a config and apply overrides, as the tools do.
 
     Args:
-        config (str, Path or Config): Path of the config, ``pkg::path``, or a loaded config, which is not modified.
-        cfg_options (dict, optional): Overrides, as on the command line.
+        config (str, Path or Config): Path of the config, ``pkg::path``, or a loaded config. A loaded config is copied.
+        cfg_options (dict, optional): Overrides, as ``--cfg-options`` gives them on the command line.
 
     Returns:
         Config: A config with the key ``model``.
@@ -104,7 +108,8 @@ def load_config(file: Union[str, Path]) -> Config:
             f"The config '{file}', or a config that it inherits, is not saved as UTF-8 ({error}): save it as UTF-8."
         ) from error
     except ImportError as error:
-        if not str(error).startswith('Failed to import custom modules'):  # a list of all folders follows
+        # the message of this error lists all folders of sys.path, so replace it by a shorter one
+        if not str(error).startswith('Failed to import custom modules'):
             raise
         cause = error.__cause__ or error.__context__ or error
         cause = cause.__cause__ or cause.__context__ or cause
@@ -115,29 +120,30 @@ def load_config(file: Union[str, Path]) -> Config:
 
 
 def check_run_config(cfg: Config) -> None:
-    """Check settings of a config that are ignored, or fail without a reason, in the wrong place.
+    """Check settings that would be ignored, or would fail later with an unclear message.
 
     Raises:
-        ValueError: If a distiller's setting is only outside of ``model``, or ``custom_hooks`` is no list.
+        ValueError: If a setting of the distiller is at the top level of the config and not in ``model``, or if
+            ``custom_hooks`` is not a list.
     """
     model = cfg.get('model')
     for key in DISTILLER_KEYS if isinstance(model, dict) and 'student' in model else ():
         others = {name: value for name, value in cfg.items() if name != key}
         parts = cfg[key].values() if isinstance(cfg.get(key), dict) else [cfg.get(key)]
-        # a variable of the config file may have any name
+        # ignore a variable of the config file that is used elsewhere in the config: it may have any name
         if not cfg.get(key) or _is_part(cfg[key], others) or all(_is_part(part, others) for part in parts):
             continue
         text = f'{key} has no effect at the top level of the config: set it in the model, model=dict({key}=...).'
         if key not in model:
             raise ValueError(text)
-        print_log(text, 'current', WARNING)  # perhaps a variable from which a child config has changed the model
+        print_log(text, 'current', WARNING)  # no error: it may be a variable, and a child config has changed the model
     hooks = cfg.get('custom_hooks')
     if hooks is not None and not isinstance(hooks, (list, tuple)):
         raise ValueError('custom_hooks must be a list, such as custom_hooks=[dict(type=...)].')
 
 
 def _is_part(value, cfg) -> bool:
-    """Return whether a config contains a value."""
+    """Return whether a config equals a value or contains it at any depth."""
     if value == cfg:
         return True
     members = cfg.values() if isinstance(cfg, dict) else cfg if isinstance(cfg, (list, tuple)) else ()
@@ -145,7 +151,10 @@ def _is_part(value, cfg) -> bool:
 
 
 def get_model_cfg(cfg: Config) -> ConfigDict:
-    """Return the model of a config with its preprocessor and scope, so that it builds under any default scope."""
+    """Return the model of a config, together with its preprocessor and its registry scope.
+
+    The returned model can be built under any default scope.
+    """
     model = copy.deepcopy(ConfigDict(cfg.model))  # some models modify their config while they are built
     if model.get('_scope_') is None and cfg.get('default_scope') is not None:
         model['_scope_'] = cfg.default_scope
@@ -153,7 +162,10 @@ def get_model_cfg(cfg: Config) -> ConfigDict:
 
 
 def get_teacher_cfg(cfg: Config) -> ConfigDict:
-    """Return the model of a teacher's config. Unlike students, teachers of other packages have no preprocessor."""
+    """Return the model of a teacher's config, as :func:`get_model_cfg` does.
+
+    The key ``data_preprocessor`` is removed if the model's class, for example a class of timm, has no such argument.
+    """
     model = get_model_cfg(cfg)
     kind = model['type']
     if isinstance(kind, str):
@@ -167,14 +179,19 @@ def get_teacher_cfg(cfg: Config) -> ConfigDict:
 
 
 def with_preprocessor(model: ConfigDict, preprocessor: Optional[dict]) -> ConfigDict:
-    """Add the top-level preprocessor to a model without its own, as the Runner does. Modifies ``model``."""
+    """Add a config's top-level preprocessor to the model if the model has none, as the Runner does.
+
+    Args:
+        model (dict): Config of the model, changed in place.
+        preprocessor (dict, optional): Top-level ``data_preprocessor`` of the config.
+    """
     if model.get('data_preprocessor') is None and preprocessor is not None:
         model['data_preprocessor'] = copy.deepcopy(preprocessor)
     return model
 
 
 def type_name(kind) -> str:
-    """Return the class name of a ``type`` in a config: a name, a path, or in pure Python configs, a class.
+    """Return the class name for the ``type`` in a config, which may be a name, a path or a class.
 
     >>> type_name(RetinaNet), type_name('mmdet.RetinaNet'), type_name('mmdet.models.detectors.retinanet.RetinaNet')
     ('RetinaNet', 'RetinaNet', 'RetinaNet')
@@ -183,7 +200,7 @@ def type_name(kind) -> str:
 
 
 def comparable(value):
-    """Return settings in a form in which text, pure Python, dumped and YAML configs of the same module are equal."""
+    """Return settings in a form that is equal for text, pure Python, dumped and YAML configs of the same module."""
     if isinstance(value, dict):
         kept = {key: comparable(item) for key, item in value.items() if key != '_scope_'}
         return dict(kept, type=type_name(value['type'])) if 'type' in value else kept
@@ -203,7 +220,10 @@ def with_named_types(value):
 
 
 def package_of(cfg: Config) -> Optional[str]:
-    """Return the package of a config, such as ``'mmdet'``: its default scope, or the package of its model's class."""
+    """Return the name of the package that a config belongs to, such as ``'mmdet'``; None if unknown.
+
+    The name is the default scope of the config, or else the package of its model's class.
+    """
     if cfg.get('default_scope') is not None:
         return cfg.default_scope
     model = cfg.get('model') or {}
@@ -223,13 +243,13 @@ def set_loader_defaults(cfg: Config, names: Sequence[str] = LOADERS) -> None:
         return
     for loader in filter(None, map(cfg.get, names)):
         loader.setdefault('pin_memory', True)
-        # without workers, torch refuses persistent workers
+        # torch raises an error for persistent_workers without workers
         loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
         loader.setdefault('collate_fn', dict(type='default_collate'))
 
 
 def get_preprocessor_cfg(cfg: Config) -> Optional[dict]:
-    """Return the data preprocessor of a config: the model's own, or the top-level one, as in mmpretrain."""
+    """Return the data preprocessor in the model of a config, or else the one at the top level, as in mmpretrain."""
     return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
 
 
@@ -243,19 +263,19 @@ def get_custom_imports(cfg: Config) -> List[str]:
 ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
 # attributes of trackers and semi-supervised models that hold a whole detector
 WRAPPED = ('detector', 'student')
-# an encoder's keys for the number of image channels
+# arguments of image encoders that set the number of image channels
 CHANNEL_KEYS = ('in_channels', 'in_chans', 'img_channels')
 
 
 def image_channels(model_cfg: dict) -> Tuple[int, ...]:
-    """Return the numbers of image channels that a model may take, the most likely first.
+    """Return the numbers of channels that a model's images may have, the most likely first.
 
     Args:
         model_cfg (dict): Config of the model with its preprocessor.
 
     Returns:
-        tuple[int]: The encoder's ``in_channels`` if it is set, then the length of the preprocessor's mean. If these do
-        not tell, 3 and 1.
+        tuple[int]: The ``in_channels`` of the image encoder if it is set, then the length of the preprocessor's
+        ``mean``. If there is no ``mean``, 3 and 1 instead of its length.
     """
     found = []
     parts = [model_cfg]
@@ -267,20 +287,20 @@ def image_channels(model_cfg: dict) -> Tuple[int, ...]:
         preprocessor = preprocessor['data_preprocessor']
     mean = preprocessor.get('mean') or ()
     means = len(mean) if isinstance(mean, (list, tuple)) else 1
-    # a single mean may apply to three channels
+    # a mean with a single value may be for one channel or for all of three channels
     usual = {0: (3, 1), 1: (1, 3)}.get(means, (means,))
     return tuple(dict.fromkeys([*found, *usual]))
 
 
 def pipeline_normalization(cfg: Config) -> Optional[dict]:
-    """Return mean, std and color flag of the pipeline of a config, as in configs for OpenMMLab 1.x.
+    """Return how the pipeline of a config normalizes images, as pipelines for OpenMMLab 1.x do.
 
     Args:
         cfg (Config): Config with data sets.
 
     Returns:
-        dict: ``mean``, ``std`` and ``to_rgb`` of the last Normalize step; empty if no pipeline normalizes; None if the
-            config has no pipeline.
+        dict, optional: ``mean``, ``std`` and ``to_rgb`` of the last ``Normalize`` step. Empty if no pipeline
+            normalizes images, and None if the config has no pipeline.
     """
     found = None
     for key in ('train_dataloader', 'test_dataloader', 'val_dataloader', 'data', 'train_pipeline', 'test_pipeline'):
@@ -308,11 +328,15 @@ def _typed_dicts(cfg) -> Iterator[dict]:
             yield from _typed_dicts(value)
 
 
-RGB_DATASETS = ('CIFAR10', 'CIFAR100')  # mmpretrain's data sets that hold images in RGB, without a loading step
+RGB_DATASETS = ('CIFAR10', 'CIFAR100')  # data sets of mmpretrain that contain RGB images and need no loading step
 
 
 def loaded_order(cfg: Config) -> Optional[str]:
-    """Return the color order of the images that the training set of a config gives: ``'BGR'``, ``'RGB'`` or None."""
+    """Return the color order of the images that a config's training pipeline returns.
+
+    Returns:
+        str, optional: ``'BGR'`` or ``'RGB'``; None if the order is unknown.
+    """
     order = None
     for step in _typed_dicts((cfg.get('train_dataloader') or {}).get('dataset')):
         kind = type_name(step['type'])
@@ -357,7 +381,7 @@ def zoo_checkpoint(source: ConfigSource) -> str:
 
 
 def zoo_problem(source: ConfigSource) -> Optional[str]:
-    """Return why a teacher's checkpoint cannot be ``'zoo'``, as the end of a sentence; None if it can."""
+    """Return why a teacher's checkpoint cannot be ``'zoo'``, as the end of a sentence; None if it can be."""
     from mmdiffkd.models.encoders import is_library_source
 
     if is_library_source(source):
@@ -407,17 +431,21 @@ def _name(source: ConfigSource) -> str:
 
 Size = Tuple[int, int]
 USUAL_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
-SIZE_KEYS = ('crop_size', 'scale', 'scales', 'img_scale')  # arguments of transforms that give (width, height)
+SIZE_KEYS = ('crop_size', 'scale', 'scales', 'img_scale')  # arguments of transforms that set (width, height)
 
 
 def image_size(cfg: Config) -> Size:
-    """Return the height and width of the images that a config trains on.
+    """Return the height and width of the images in the training of a config.
 
-    The size is the first of these that is set: ``size`` of the student's preprocessor, ``image_size`` of the config
-    (width, height), the last resize or crop of the training pipeline, the usual size of the package.
+    The size is the first of these that exists:
+
+    * ``size`` of the student's preprocessor
+    * ``image_size`` of the config, (width, height)
+    * the size of the last resize or crop in the training pipeline
+    * the usual size of the package
 
     Args:
-        cfg (Config): Config of a distillation or of a plain model.
+        cfg (Config): Distillation config, or config of a plain model.
 
     Returns:
         tuple[int, int]: Height and width.
@@ -437,7 +465,11 @@ def image_size(cfg: Config) -> Size:
 
 
 def nested_datasets(dataset: Union[dict, Sequence[dict], None]) -> Iterator[dict]:
-    """Yield the config of a dataset, then of the datasets in it, such as those of a ``ConcatDataset``."""
+    """Yield the config of a dataset, and then the configs of the datasets that it contains, as ``ConcatDataset`` does.
+
+    Args:
+        dataset (dict or list[dict], optional): Config of a dataset, or of several. None yields nothing.
+    """
     if isinstance(dataset, (list, tuple)):
         for member in dataset:
             yield from nested_datasets(member)
@@ -462,15 +494,16 @@ def _step_size(step: dict) -> Optional[Size]:
     if isinstance(size, int):
         size = (size, size)
     if not isinstance(size, (list, tuple)) or not all(isinstance(side, int) for side in size):
-        return None  # for example, relative crops have fractions
-    # keep_ratio accepts both orders; assume landscape images
+        return None  # the size is not in pixels, as in crops that are relative to the image size
+    # with keep_ratio, (width, height) and (height, width) mean the same: assume that images are wider than high
     return (max(size), min(size)) if step.get('keep_ratio') else tuple(size)
 
 
 def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Return the candidates closest to ``name``, quoted and joined for an error message."""
     candidates = list(candidates)
-    same = [candidate for candidate in candidates if candidate.lower() == name.lower()]  # only the case differs
+    # candidates that differ from the name only in upper and lower case
+    same = [candidate for candidate in candidates if candidate.lower() == name.lower()]
     found = same or difflib.get_close_matches(name, candidates, n=count, cutoff=0.4) or candidates[:count]
     return ', '.join(f"'{candidate}'" for candidate in found)
 
@@ -480,7 +513,7 @@ def refuse_old_keys(keys: Iterable[str], where: str) -> None:
 
     Args:
         keys (iterable[str]): Keys of a config.
-        where (str): Object that the keys configure, for the error message.
+        where (str): Name or path of the part of the config that has the keys, for the error message.
 
     Raises:
         ValueError: If a key has been renamed; the message gives the new name.

@@ -1,4 +1,4 @@
-"""Random training batches for models of mmdet, mmseg and mmpretrain, in the format of their dataloaders."""
+"""Create random training batches for models of mmdet, mmseg and mmpretrain, in the format of their dataloaders."""
 
 import copy
 from functools import partial
@@ -20,25 +20,27 @@ from .config import (
     type_name,
 )
 
-BOXES = 3
-# pipeline for configs without a training set
+BOXES = 3  # number of ground truth boxes per image
+# pipeline for mmpretrain configs without a training set
 INFERENCE_ONLY = (dict(type='Resize', scale=224), dict(type='PackInputs'))
 
 
 def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0, channels: Optional[int] = None) -> List[dict]:
-    """Create random items in the format of a config's training set.
+    """Create random items, with images and labels, in the format of a config's training set.
 
     Args:
         cfg (Config): Config of mmdet, mmseg or mmpretrain.
-        size (int): Height and width of the images. For mmpretrain, the config's training pipeline processes the images
-            and sets their final size, views, masks and labels.
-        count (int): Number of images. Defaults to 2.
-        seed (int): Random seed; does not affect the pipeline's augmentation. Defaults to 0.
-        channels (int, optional): Channels of the images. None reads them from the config. Defaults to None.
+        size (int): Height and width of the images. With mmpretrain, the config's training pipeline then processes the
+            images, and may change their size.
+        count (int): Number of items. Re-identification and tracking models always get one item with several images.
+            Defaults to 2.
+        seed (int): Random seed of the images and labels. It does not affect the augmentations of mmpretrain's
+            pipeline. Defaults to 0.
+        channels (int, optional): Number of channels of the images. None reads the number from the config. Defaults to
+            None.
 
     Returns:
-        list[dict]: Items with ``inputs`` and ``data_samples``. There are fewer items than ``count`` if an item holds
-        several images, as in re-identification and tracking.
+        list[dict]: Items with ``inputs`` and ``data_samples``.
 
     Raises:
         ValueError: If the config is not for one of these packages.
@@ -53,7 +55,7 @@ def random_items(cfg: Config, size: int, count: int = 2, seed: int = 0, channels
 
 
 def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0, channels: Optional[int] = None) -> dict:
-    """Collate :func:`random_items` as the config's dataloader does, for ``train_step``."""
+    """Create a random batch for ``train_step``: :func:`random_items`, collated as the config's dataloader does."""
     items = random_items(cfg, size, count, seed, channels)
     cfg = copy.deepcopy(cfg)
     set_loader_defaults(cfg)
@@ -62,7 +64,10 @@ def random_batch(cfg: Config, size: int, count: int = 2, seed: int = 0, channels
 
 
 def random_image(rng: np.random.Generator, size: int, channels: int = 3) -> np.ndarray:
-    """Create a random uint8 image of large squares, (size, size, C). Pooling would average out noise per pixel."""
+    """Create a random uint8 image, (size, size, C), of 8x8 squares of a single color each.
+
+    Independent random pixels would not do, because pooling would average them to the same gray.
+    """
     coarse = rng.integers(0, 256, (8, 8, channels), dtype=np.uint8)
     return np.kron(coarse, np.ones((-(-size // 8), -(-size // 8), 1), dtype=np.uint8))[:size, :size]
 
@@ -113,7 +118,7 @@ def _detection_sample(cfg: Config, draw, rng, size: int, number: int):
     sample.gt_instances = _instances(cfg, rng, size)
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     sample.proposals = InstanceData(bboxes=_boxes(rng, size, 20), scores=torch.rand(20))
-    # HTC's semantic branch trains at 1/8 of the image size
+    # the labels for the semantic branch of HTC have 1/8 of the image size
     stride = 8 if (cfg.model.get('roi_head') or {}).get('semantic_head') else 1
     seg = rng.integers(0, _semantic_classes(cfg.model), (1, size // stride, size // stride))
     sample.gt_sem_seg = PixelData(sem_seg=torch.from_numpy(seg))
@@ -131,7 +136,7 @@ def _metainfo(size: int, number: int) -> dict:
         scale_factor=(1.0, 1.0),
         flip=False,
         flip_direction=None,
-        border=[0, size, 0, size],  # CenterNet needs the border
+        border=[0, size, 0, size],  # needed by CenterNet
         homography_matrix=np.eye(3, dtype=np.float32),
     )
 
@@ -149,7 +154,7 @@ def _instances(cfg: Config, rng, size: int) -> InstanceData:
     boxes = _boxes(rng, size, BOXES)
     things = next(_values(cfg.model, 'num_things_classes'), None) or num_classes_of(cfg.model)
     instances = InstanceData(bboxes=boxes, labels=torch.from_numpy(rng.integers(0, things, BOXES)))
-    # no masks for configs that do not load masks: some box detectors would misread them
+    # add masks only if the config loads masks, because some box detectors would use them wrongly
     pipelines = repr(cfg.get('train_dataloader'))
     if "'with_mask': True" not in pipelines and 'Panoptic' not in pipelines:
         return instances
@@ -166,7 +171,10 @@ def _semantic_classes(model_cfg: dict) -> int:
 
 
 def _semi_supervised(cfg: Config, draw, rng, size: int, count: int) -> List[dict]:
-    """Create items with SoftTeacher's views: labeled, unlabeled for the teacher, and unlabeled for the student."""
+    """Create items with the three views that SoftTeacher needs of each image.
+
+    The views are labeled images, unlabeled images for SoftTeacher's teacher, and unlabeled images for its student.
+    """
     items = []
     for number in range(count):
         names = ('sup', 'unsup_teacher', 'unsup_student')
@@ -177,7 +185,7 @@ def _semi_supervised(cfg: Config, draw, rng, size: int, count: int) -> List[dict
 
 
 def _tracking(cfg: Config, draw, rng, size: int) -> List[dict]:
-    """Create a clip with a key frame and a reference frame."""
+    """Create one item, which is a clip with a key frame and a reference frame."""
     from mmdet.structures import TrackDataSample
 
     frames = [_detection_sample(cfg, draw, rng, size, number) for number in range(2)]
@@ -190,7 +198,7 @@ def _tracking(cfg: Config, draw, rng, size: int) -> List[dict]:
 
 
 def _reid(draw, size: int = 256, identities: int = 2, images: int = 2) -> List[dict]:
-    """Create one item with images of several people. The triplet loss needs more than one image per person."""
+    """Create one item with two images each of two people, because the triplet loss needs several images per person."""
     from mmdet.structures import ReIDDataSample
 
     labels = torch.arange(identities).repeat_interleave(images)
@@ -199,7 +207,7 @@ def _reid(draw, size: int = 256, identities: int = 2, images: int = 2) -> List[d
 
 
 def _lanes(cfg: Config, draw, rng, count: int, height: int = 320, width: int = 800) -> List[dict]:
-    """Create images with straight lanes. The image size is fixed, because CLRNet's lane priors assume this size."""
+    """Create images with straight lanes. All images have the same size, because CLRNet's lane priors assume it."""
     from mmdet.registry import TRANSFORMS
 
     to_array = TRANSFORMS.build(dict(type='LinesToArray', img_height=height, img_width=width))
@@ -240,7 +248,7 @@ def _classification(cfg: Config, draw, rng, size: int, count: int) -> List[dict]
     batch = []
     for number in range(count):
         image, label = draw(size), int(rng.integers(num_classes_of(cfg.model)))
-        image = image.squeeze()  # the transforms expect grayscale images without a channel dimension
+        image = image.squeeze()  # mmpretrain's transforms expect grayscale images without a channel dimension
         if tasks:
             label = {task: int(rng.integers(num_classes_of(head))) for task, head in tasks.items()}
         results = dict(img=image, img_shape=(size, size), ori_shape=(size, size), img_path='', sample_idx=number)
@@ -257,7 +265,7 @@ PRETRAINED = ('pretrained', 'detector_checkpoint', 'teacher_ckpt')
 
 
 def without_pretrained(cfg) -> None:
-    """Remove pretrained weights from the config of a model, in place."""
+    """Remove all settings that load pretrained weights from the config of a model, in place."""
     if isinstance(cfg, dict):
         if 'checkpoint' in str(cfg.get('init_cfg')):
             cfg['init_cfg'] = None
@@ -270,7 +278,7 @@ def without_pretrained(cfg) -> None:
 
 
 def fit_to(model_cfg: ConfigDict, size: int) -> ConfigDict:
-    """Set the image size in a preprocessor that pads to a fixed size, in place. The model itself is not changed."""
+    """Set the image size of a model's preprocessor, in place, if the preprocessor pads images to a fixed size."""
     preprocessor = model_cfg.get('data_preprocessor') or {}
     if 'size' in preprocessor:
         preprocessor['size'] = (size, size)

@@ -1,22 +1,23 @@
-"""Main memory of the machine."""
+"""Check the available main memory before a large model is loaded."""
 
 from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
-CGROUP = Path('/sys/fs/cgroup')  # limits of the container
+CGROUP = Path('/sys/fs/cgroup')  # folder with the memory limit of a container
 
 
 def available_memory() -> Optional[int]:
-    """Return the bytes of main memory that are available, also within a container; None if unknown."""
+    """Return the available main memory in bytes, within the limit of a container; None if it is unknown."""
     found = []
-    with suppress(OSError, ValueError):  # not Linux
+    with suppress(OSError, ValueError):  # the file exists only on Linux
         lines = Path('/proc/meminfo').read_text('utf-8').splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable')]
-    with suppress(OSError, ValueError):  # no container, or no limit
+    with suppress(OSError, ValueError):  # there is no container, or it has no memory limit
         limit, used = (int((CGROUP / f'memory.{name}').read_text('utf-8')) for name in ('max', 'current'))
         lines = (CGROUP / 'memory.stat').read_text('utf-8').splitlines()
-        cached = sum(int(line.split()[1]) for line in lines if line.startswith('inactive_file '))  # is freed on demand
+        # the kernel frees this file cache when a process needs memory
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith('inactive_file '))
         found.append(limit - used + cached)
     return min(found, default=None)
 
@@ -26,11 +27,12 @@ def check_memory(name: str, parameters: int, copies: int = 2) -> None:
 
     Args:
         name (str): Name of the teacher for the message.
-        parameters (int): Number of parameters, of 4 bytes each.
-        copies (int): Copies of the weights during loading: those of the file and those of the model. Defaults to 2.
+        parameters (int): Number of parameters. Each takes 4 bytes.
+        copies (int): Number of copies of the weights in memory during loading. Defaults to 2: the weights read from
+            the file, and the weights of the model.
 
     Raises:
-        ValueError: If the estimate is larger than the available memory.
+        ValueError: If loading would need more memory than is available.
     """
     free, needed = available_memory(), 4 * copies * parameters
     if free is not None and needed > free:

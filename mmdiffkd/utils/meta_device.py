@@ -1,4 +1,4 @@
-"""Build and run models without their real weights, on the meta device or with cheap random weights."""
+"""Build and run models to inspect them, on the meta device or with random weights that are fast to create."""
 
 import copy
 from typing import Callable, Iterable, Optional
@@ -21,20 +21,22 @@ ELEMENTWISE = (
     aten.threshold_backward.default,
 )
 RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
-# number of values that QuickInit repeats; a prime number, so that no two filters of a layer get the same values
+# Number of random values in the block that QuickInit repeats. It is a prime number, so that no two filters of a layer
+# get the same values.
 BLOCK = 65521
 
 
 def build_for_inspection(model_cfg: dict) -> nn.Module:
-    """Build a model for inspection, without changing the random state.
+    """Build a model to inspect its structure, without changing the random state.
 
-    The model is on the meta device, where it takes no memory, or on the CPU if its constructor reads tensor values.
+    The model is built on the meta device, where it takes no memory. If its constructor reads tensor values, which fails
+    on the meta device, it is built on the CPU.
 
     Args:
         model_cfg (dict): Config of the model.
 
     Returns:
-        nn.Module: The model, with meaningless weights.
+        nn.Module: The model, without usable weights.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -44,7 +46,7 @@ def build_for_inspection(model_cfg: dict) -> nn.Module:
 
 
 def build_on_cpu(model_cfg: dict) -> nn.Module:
-    """Build a model on the CPU with meaningless weights, without changing the random state.
+    """Build a model on the CPU with the weights of :class:`QuickInit`, without changing the random state.
 
     Args:
         model_cfg (dict): Config of the model.
@@ -66,7 +68,8 @@ def build_on_meta(model_cfg: dict) -> nn.Module:
         nn.Module: The model.
 
     Raises:
-        Exception: If the constructor reads tensor values other than stochastic depth rates from ``torch.linspace``.
+        Exception: If the constructor reads tensor values, which meta tensors do not have. Values of ``torch.linspace``
+            are an exception and can be read.
     """
     with torch.device('meta'):
         try:
@@ -77,7 +80,7 @@ def build_on_meta(model_cfg: dict) -> nn.Module:
 
 
 class _LinspaceOnCPU(TorchFunctionMode):
-    """Run ``torch.linspace`` on the CPU: upstream's backbones read stochastic depth rates from it with ``item()``."""
+    """Run ``torch.linspace`` on the CPU, because many backbones read stochastic depth rates from its result."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -87,9 +90,9 @@ class _LinspaceOnCPU(TorchFunctionMode):
 
 
 class QuickInit(TorchDispatchMode):
-    """Initialize large CPU tensors by repeating one block of random numbers, which is five times as fast.
+    """Fill large CPU tensors by repeating one block of random numbers, which is five times as fast as usual.
 
-    Use it for models whose weights are loaded afterwards or that only run in a check.
+    Use this mode to build models whose weights are loaded afterwards, or models that only run in a check.
 
     >>> with QuickInit():
     ...     model = MODELS.build(cfg)
@@ -108,9 +111,10 @@ class QuickInit(TorchDispatchMode):
 
 
 class QuickMeta(TorchDispatchMode):
-    """Run batch normalization and elementwise arithmetic on meta tensors without torch's slow decompositions.
+    """Speed up batch normalization and elementwise arithmetic on meta tensors.
 
-    Output shapes stay the same. All other operators run as usual.
+    These operators return empty tensors of the right shape directly, without torch's slow decompositions. All other
+    operators run as usual.
 
     >>> with torch.device('meta'), QuickMeta():
     ...     model(images)
@@ -139,12 +143,17 @@ def _batch_norm_backward(gradient: Tensor, x: Tensor, *others) -> tuple:
 
 
 def _statistic(x: Tensor) -> Tensor:
-    """Return an empty tensor with one value per channel, in float32 or wider."""
+    """Return an empty tensor with one value per channel, in float32 or a wider dtype."""
     return x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _elementwise(args: tuple) -> Optional[Tensor]:
-    """Return an empty output for numbers and floating-point tensors of equal shape, dtype and strides, else None."""
+    """Return the empty output of an elementwise operator.
+
+    Returns:
+        Tensor, optional: None if the operator must run as usual. It may be skipped only if all arguments are numbers or
+        floating-point tensors of equal shape, dtype and strides.
+    """
     first, *others = args
     for other in others:
         if not isinstance(other, Tensor):
@@ -158,7 +167,7 @@ def _elementwise(args: tuple) -> Optional[Tensor]:
 
 
 class MultiplyAddCounter(FlopCounterMode):
-    """Count multiply-adds of convolutions and matrix products, which OpenMMLab's ``get_flops.py`` reports as FLOPs.
+    """Count the multiply-adds of convolutions and matrix products. OpenMMLab's ``get_flops.py`` calls them FLOPs.
 
     >>> with MultiplyAddCounter() as counter:
     ...     model(images)
@@ -170,21 +179,22 @@ class MultiplyAddCounter(FlopCounterMode):
 
     @property
     def total(self) -> int:
-        """Multiply-adds so far, of forward and backward passes."""
+        """Number of multiply-adds so far, in forward and backward passes."""
         return self.get_total_flops() // 2
 
 
 def saved_activation_bytes(forward: Callable, ignore: Iterable[Tensor] = ()) -> int:
-    """Return the bytes that a forward pass saves for the backward pass. Works with meta tensors.
+    """Return the size of the tensors that a forward pass saves for the backward pass. Works with meta tensors, too.
 
     Args:
-        forward (callable): The forward pass.
-        ignore (iterable[Tensor]): Tensors not to count, such as weights and inputs. Defaults to ``()``.
+        forward (callable): Function that runs the forward pass.
+        ignore (iterable[Tensor]): Tensors that are not counted, such as weights and inputs. Defaults to ``()``.
 
     Returns:
-        int: Bytes; each storage is counted once.
+        int: Size in bytes. Tensors that share a storage are counted once.
     """
-    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}  # not data_ptr(), which meta tensors lack
+    # identify storages by _cdata, because meta tensors have no data_ptr()
+    ignored = {tensor.untyped_storage()._cdata for tensor in ignore}
     saved = {}
 
     def pack(tensor):

@@ -1,4 +1,4 @@
-"""The config of the plain student of a distillation."""
+"""Convert a distillation config to the config of the plain student, and write it to the work dir of a run."""
 
 import os.path as osp
 from logging import WARNING
@@ -10,22 +10,22 @@ from mmengine.logging import print_log
 from .config import get_custom_imports, type_name
 
 PACKAGE = 'mmdiffkd'
-STUDENT_CONFIG = 'student.py'  # in the work dir of every run
+STUDENT_CONFIG = 'student.py'  # name of the plain student's config in the work dir of a run
 
 
 def student_config(cfg: Config) -> Config:
     """Convert a distillation config to the config of the plain student.
 
-    Settings that are not part of the distillation, such as data and schedule, are kept.
+    Settings that do not belong to the distillation, such as data and schedule, are kept.
 
     Args:
-        cfg (Config): A config with a ``DiffKDDistiller``.
+        cfg (Config): The distillation config.
 
     Returns:
         Config: A config that does not need mmdiffkd.
 
     Raises:
-        ValueError: If the config has no distiller.
+        ValueError: If the config is not a distillation config.
     """
     if 'student' not in cfg.model:
         raise ValueError(
@@ -35,9 +35,9 @@ def student_config(cfg: Config) -> Config:
     content = ConfigDict(cfg.to_dict())
     model = content.model.student
     if model.get('_scope_') == content.get('default_scope'):
-        model.pop('_scope_', None)  # redundant, since default_scope names the same package
+        model.pop('_scope_', None)  # not needed, because default_scope names the same package
     content.model = model
-    if content.get('resume'):  # set if the distillation was resumed; the plain student has no run to resume
+    if content.get('resume'):  # the distillation was resumed, but there is no run of the plain student to resume
         content.resume = False
     kept, imports = get_custom_imports(cfg), content.pop('custom_imports', None)
     if kept:
@@ -59,10 +59,11 @@ def _is_ours(hook: dict) -> bool:
 def write_student_config(run_config: str) -> None:
     """Write the config of the plain student to the work dir of a run.
 
+    Nothing is written if the config has no student, for example if the distiller is a part of a larger model. Nothing
+    is written in pre-training either, where the student is a class of mmdiffkd.
+
     Args:
-        run_config (str): Text of the run's config, as mmengine's ``RuntimeInfoHook`` publishes it. Configs without a
-            student are skipped, for example if the distiller is a part of another model, and so is a student of this
-            package, which is pre-trained.
+        run_config (str): Text of the run's config, as mmengine's ``RuntimeInfoHook`` publishes it.
     """
     cfg = Config.fromstring(run_config, '.py')
     work_dir = cfg.get('work_dir')
@@ -73,7 +74,8 @@ def write_student_config(run_config: str) -> None:
     file = Path(work_dir, STUDENT_CONFIG)
     try:
         if file.is_file() and file.read_text(encoding='utf-8') == run_config:
-            file = file.with_name(f'plain_{STUDENT_CONFIG}')  # the Runner saved a config of this name there
+            # the run's own config is also named student.py, and the Runner has saved it there: do not overwrite it
+            file = file.with_name(f'plain_{STUDENT_CONFIG}')
         student_config(cfg).dump(file)
     except OSError as error:
         print_log(f'The config of the plain student was not written: {error}', 'current', WARNING)

@@ -1,7 +1,8 @@
-"""Check configs against the signatures of the classes that they configure.
+"""Check the values in configs against the signatures of the classes that are built from the configs.
 
-The annotations of a signature are the schema: ``check_arguments`` is a decorator that compares the values with them,
-and ``build_part`` builds a nested config. Both raise :class:`ConfigError` with the path of the wrong key.
+The type annotations of a signature define which values are allowed. The decorator ``check_arguments`` compares the
+arguments of a class with the annotations, and ``build_part`` builds an object from a nested config. Both raise a
+:class:`ConfigError` with the path of the wrong key.
 """
 
 import functools
@@ -23,15 +24,16 @@ class ConfigError(ValueError):
     """A wrong value in a config.
 
     Args:
-        key (str): The key, such as ``'loss_weight'``; :func:`in_key` adds the keys around it.
-        problem (str): What is wrong, such as ``'=-1 must be a number of at least 0.'``.
+        key (str): The key, such as ``'loss_weight'``. :func:`in_key` adds the keys of the outer dicts.
+        problem (str): Rest of the message after the key, such as ``'=-1 must be a number of at least 0.'``.
     """
 
     def __init__(self, key: str, problem: str):
         super().__init__(key, problem)
         self.key = key
         self.problem = problem
-        self.owner: Optional[str] = None  # class with the argument, named in messages without a path
+        # class that has the argument; the message starts with the class if the path of the key is unknown
+        self.owner: Optional[str] = None
 
     def __str__(self):
         return f'{f"{self.owner}: " if self.owner else ""}{self.key}{self.problem}'
@@ -39,7 +41,10 @@ class ConfigError(ValueError):
 
 @contextmanager
 def in_key(key: str) -> Iterator[None]:
-    """Prefix the path of ConfigErrors with a key; other ValueErrors become ConfigErrors at this key."""
+    """Add an outer key to the path of each ConfigError that is raised in the ``with`` block.
+
+    All other ValueErrors are converted to ConfigErrors with this key.
+    """
     try:
         yield
     except ConfigError as error:
@@ -51,7 +56,7 @@ def in_key(key: str) -> Iterator[None]:
 
 
 class Limits(NamedTuple):
-    """Smallest and largest value of a number; ``above`` excludes ``low``."""
+    """Smallest and largest allowed value of a number. If ``above`` is True, ``low`` itself is not allowed."""
 
     low: float = -inf
     high: float = inf
@@ -62,19 +67,21 @@ NonNegative = Annotated[float, Limits(0)]
 Positive = Annotated[float, Limits(0, above=True)]
 Fraction = Annotated[float, Limits(0, 1)]
 Natural = Annotated[int, Limits(0)]
-# counts of blocks and channels have upper limits, because larger models would use up the memory
+# numbers of blocks and of channels have upper limits, because larger models would use up the memory
 Count = Annotated[int, Limits(1, 1000)]
 Channels = Annotated[int, Limits(1, 16384)]
 
 
 def check_arguments(init: Callable) -> Callable:
-    """Decorator of ``__init__``: check that the arguments exist and that their values fit the annotations.
+    """Decorate an ``__init__`` so that each call checks its arguments against the annotations.
 
-    Annotations may be ``bool``, ``int``, ``float``, ``str``, ``dict``, ``Literal``, ``Optional``, ``Union``,
-    ``Sequence``, any of these in ``Annotated`` with :class:`Limits`, and other classes. Numbers must be finite.
+    Annotations may be classes, such as ``bool``, ``int``, ``float``, ``str`` and ``dict``, and ``Literal``,
+    ``Optional``, ``Union`` or ``Sequence`` of these. ``Annotated`` adds :class:`Limits` to numbers. Numbers must be
+    finite, and strings and sequences must not be empty.
 
     Raises:
-        ValueError: If an argument is unknown or missing, or a value does not fit.
+        ValueError: If an argument is unknown or missing, or if a value does not fit its annotation. Raised by the
+            decorated ``__init__``.
     """
 
     @functools.wraps(init)
@@ -96,14 +103,23 @@ def check_value(key: str, value, hint) -> None:
     """Check that the value of a key fits an annotation; see :func:`check_arguments`.
 
     Raises:
-        ValueError: If the value does not fit.
+        ValueError: If the value does not fit the annotation.
     """
     if not _fits(value, hint):
         raise ConfigError(key, f'={value!r} must be {_expected(hint)}.')
 
 
 def bind(function: Callable, name: str, args: tuple, kwargs: dict) -> dict:
-    """Return the arguments of a call by name, without those for ``*args`` and ``**kwargs``.
+    """Bind the arguments of a call to the parameters of a function, and check that none is unknown or missing.
+
+    Args:
+        function (callable): The function or class.
+        name (str): Name of the function for the error message.
+        args (tuple): Positional arguments of the call.
+        kwargs (dict): Keyword arguments of the call.
+
+    Returns:
+        dict: The arguments by the name of their parameter.
 
     Raises:
         ValueError: If an argument is unknown or missing.
@@ -132,14 +148,14 @@ def bind(function: Callable, name: str, args: tuple, kwargs: dict) -> dict:
 
 
 def build_part(registry: Registry, cfg: dict, key: str, default_type: Optional[str] = None, **defaults):
-    """Build the object of a nested config.
+    """Build an object from a nested config.
 
     Args:
-        registry (Registry): Registry of the class.
-        cfg (dict): ``type`` and arguments.
-        key (str): Key of the config, for error messages.
-        default_type (str, optional): Class of a config without ``type``. Defaults to None.
-        **defaults: Arguments that the config may override.
+        registry (Registry): Registry that contains the class.
+        cfg (dict): Config with ``type`` and the arguments of the class.
+        key (str): Key of the config in the outer config, for error messages.
+        default_type (str, optional): Class to use if the config has no ``type``. Defaults to None.
+        **defaults: Default values of arguments. The config overrides them.
 
     Raises:
         ValueError: If the class is unknown, an argument is unknown or missing, or the class refuses a value.
@@ -156,18 +172,22 @@ def build_part(registry: Registry, cfg: dict, key: str, default_type: Optional[s
             return cls(**arguments)
         except ValueError:
             raise
-        except Exception as error:  # classes of other packages raise all kinds of errors for wrong values
+        except Exception as error:  # classes of OpenMMLab and of users raise various errors for wrong values
             raise ConfigError('', f': {name} cannot be built: {one_line(error)}') from error
 
 
 def one_line(error: Exception) -> str:
-    """Return the first line of an error's message as a sentence."""
+    """Return the first line of an error's message, with a period at the end."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip('.') + '.'
 
 
 def _check_numbers(cls: type, arguments: dict) -> None:
-    """Check arguments of any class that are annotated as numbers. Annotations of other packages may be inexact."""
+    """Check that arguments annotated as numbers are finite numbers, in a class that may not use ``check_arguments``.
+
+    An argument is checked only if its default value is a number, too, because annotations of other packages may be
+    wrong.
+    """
     hints = {}
     with suppress(Exception):
         hints = _hints(cls.__init__)
@@ -178,16 +198,20 @@ def _check_numbers(cls: type, arguments: dict) -> None:
 
 
 def find_class(registry: Registry, kind):
-    """Return the class of a config's ``type``.
+    """Return the class that the ``type`` of a config names.
+
+    Args:
+        registry (Registry): Registry that contains the class.
+        kind (str or type): Value of ``type``.
 
     Raises:
-        ValueError: If there is no such class; the message lists the nearest names.
+        ValueError: If no class with this name is registered. The message lists the nearest names.
     """
     if kind is None:
-        raise ConfigError('type', ' is missing: name a registered class.')
+        raise ConfigError('type', ' is missing: set it to the name of a registered class.')
     cls = kind if callable(kind) else get_class(registry, kind)
     if cls is None:
-        own = closest_own(str(kind), registry.name)  # first, because other packages have similar names
+        own = closest_own(str(kind), registry.name)  # prefer classes of mmdiffkd: other packages have similar names
         names = own or [f'{registry.scope}.{name}' for name in registry.module_dict]
         raise ConfigError(
             'type',
@@ -198,7 +222,7 @@ def find_class(registry: Registry, kind):
 
 
 def get_class(registry: Registry, kind) -> Optional[Callable]:
-    """Return the class of a registered name; None for anything else, such as the name of a module."""
+    """Return the class that is registered under a name; None if the name belongs to no class."""
     cls = registry.get(kind) if isinstance(kind, str) and kind else None
     return cls if callable(cls) else None
 
@@ -232,7 +256,7 @@ def _fits(value, hint) -> bool:
 
 
 def _expected(hint) -> str:
-    """Describe the values that fit an annotation."""
+    """Describe the values that fit an annotation, for the end of a sentence with 'must be'."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         base, limits = arguments

@@ -1,7 +1,7 @@
-"""``loss_weight='auto'``: choose the weight of a pair by the gradients at its taps.
+"""``loss_weight='auto'``: choose the loss weight of a pair from the gradients at the student's taps.
 
-While a pair is measured, tensor hooks record two gradients in the backward pass of each iteration: that of the
-student's own losses, and that of the distillation. There is no additional backward pass.
+In the first iterations, tensor hooks measure two gradients in the backward pass: the gradient of the student's own
+losses and the gradient of the distillation losses. No additional backward pass is needed.
 """
 
 import inspect
@@ -20,26 +20,28 @@ from .autograd_graph import walk_graph
 
 AUTO = 'auto'
 KEY = 'loss_weight'
-# Gradient of the distillation divided by the gradient of the student's own losses, at the student's taps: for features,
-# and for taps in heads, whose outputs the student's losses train directly. A distance or neck with a different
-# attribute ``gradient_ratio`` overrides both.
+# Target for the norm of the distillation gradient divided by the norm of the gradient of the student's own losses, at
+# the student's taps. Taps in heads have a smaller target, because the student's own losses train their outputs
+# directly. A distance or neck can set its own target in the attribute ``gradient_ratio``.
 FEATURE_RATIO = 1.5
 HEAD_RATIO = 0.3
-NUM_MEASUREMENTS = 100  # iterations whose mean is the final weight
-MAX_FAILURES = 20  # iterations without a gradient, from the start, after which the run stops
+NUM_MEASUREMENTS = 100  # the weight is final after this number of measured iterations
+MAX_FAILURES = 20  # the run stops if the first 20 measured iterations have no gradient
 
 
 def without_auto(cfg: dict) -> Tuple[dict, bool]:
-    """Replace each ``loss_weight='auto'`` of a neck by 1, or leave it out if the class has no such argument.
+    """Replace each ``loss_weight='auto'`` in the config of a neck by 1.
+
+    If the class of the neck or loss has no argument ``loss_weight``, the key is removed instead.
 
     Args:
         cfg (dict): Config of the neck.
 
     Returns:
-        tuple[dict, bool]: The config, and whether there was such a weight.
+        tuple[dict, bool]: The changed config, and whether the config contained ``loss_weight='auto'``.
 
     Raises:
-        ValueError: If a ``loss_weight`` is another string.
+        ValueError: If a ``loss_weight`` is a string other than ``'auto'``.
     """
     kept, is_auto = {}, False
     for key, value in cfg.items():
@@ -68,25 +70,29 @@ def _takes_weight(kind) -> bool:
 
 
 class AutoWeight(nn.Module):
-    """Weight of a pair with ``loss_weight='auto'``. It is a part of the pair's neck, so that checkpoints contain it.
+    """Loss weight of a pair with ``loss_weight='auto'``. A submodule of the pair's neck, so checkpoints contain it.
 
     The weight is ``ratio`` times the geometric mean, over ``NUM_MEASUREMENTS`` iterations, of norm(g_s) / norm(g_d).
-    g_s is the gradient of the student's own losses at the student's taps, and g_d is that of the pair's losses with
-    weight 1. The norms are over all levels, images and ranks. If levels are computed from each other, as in a backbone,
-    only the last one is measured. Losses of other pairs that reach the taps count as the student's own. Both gradients
-    have the same loss scale, so the weight does not depend on mixed precision.
+    g_s is the gradient of the student's own losses at the student's taps, and g_d is the gradient of the pair's losses
+    with weight 1. The norms are over all levels, images and ranks. If later levels are computed from earlier levels, as
+    in a backbone, only the last level is measured. Losses of other pairs that reach the taps count as the student's
+    own. Both gradients have the same loss scale, so the weight does not depend on mixed precision.
 
-    Measurements in the warmup of the learning rate or of ``DistillScheduleHook`` do not count: there, the latest one
-    applies. Then, until the last measurement, the mean of the previous ones applies. The first weight makes the pair's
-    losses as large as the student's own.
+    The weight changes in four phases:
+
+    * Before the first measurement, the weight makes the pair's losses as large as the student's own losses.
+    * During the warmup of the learning rate or of ``DistillScheduleHook``, the weight follows the latest measurement.
+      These measurements and the first one are not part of the mean.
+    * After the warmup, the weight follows the mean of the measurements since the warmup.
+    * After ``NUM_MEASUREMENTS`` measurements in the mean, the weight is final.
 
     Args:
-        ratio (float): Ratio of the gradients of the distillation and of the student's own losses.
+        ratio (float): Target for norm(distillation gradient) / norm(gradient of the student's own losses).
 
     Attributes:
         log_ratio (Tensor): Mean of log(norm(g_s) / norm(g_d)), a scalar.
-        count (Tensor): Number of measurements in the mean, a scalar. 0 if ``log_ratio`` is a measurement that does not
-            count, and -1 before the first measurement.
+        count (Tensor): Number of measurements in the mean, a scalar. It is -1 before the first measurement, and 0 while
+            ``log_ratio`` is a single measurement that is not part of the mean.
     """
 
     def __init__(self, ratio: float = FEATURE_RATIO):
@@ -94,19 +100,20 @@ class AutoWeight(nn.Module):
         self.ratio = ratio
         self.register_buffer('log_ratio', torch.zeros(()))
         self.register_buffer('count', torch.full((), -1))
-        self._cache: Optional[tuple] = None  # versions and values of the buffers, to read them from a GPU only once
+        self._cache: Optional[tuple] = None  # versions and values of the buffers, to copy them from the GPU only once
         self._norms: Optional[Tensor] = None  # this rank's squared norms of g_s and g_d, (2, )
-        self._counts: Optional[bool] = None  # whether the measurement of this iteration counts; None without one
+        # whether the mean includes the measurement of this iteration; None if nothing is measured in this iteration
+        self._counts: Optional[bool] = None
         self.failures = 0
 
     @property
     def measured(self) -> float:
-        """The weight according to the measurements."""
+        """The weight that follows from the measurements so far."""
         return self.ratio * exp(self._read()[0])
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the weight is final."""
+        """Whether the weight is final, so that no more measurements are needed."""
         return self._read()[1] >= NUM_MEASUREMENTS
 
     def value(self, own_loss: Tensor, pair_loss: Tensor) -> Union[float, Tensor]:
@@ -122,23 +129,32 @@ class AutoWeight(nn.Module):
         return torch.where(balanced.isfinite(), balanced, torch.ones_like(balanced))
 
     def expect(self, in_warmup: bool) -> None:
-        """Prepare the measurement of an iteration, which does not count in a warmup.
+        """Prepare the measurement of an iteration. The mean leaves out iterations in a warmup and the first one.
 
-        The first measurement does not count, either: if the first weight is far too large, the sum of both gradients
-        does not contain that of the student's losses with enough digits.
+        The first measurement may be inexact: the gradient of the student's losses is computed as a difference, which
+        loses its digits if the first weight is far too large.
+
+        Args:
+            in_warmup (bool): Whether the iteration is in the warmup of the learning rate or of the distillation.
         """
         self._norms, self._counts = None, self._read()[1] >= 0 and not in_warmup
 
     def add(self, own: Tensor, distillation: Tensor) -> None:
-        """Add the squared gradient norms of a level: of the student's own losses, and of the pair with weight 1."""
+        """Add the squared gradient norms of one level to the measurement of this iteration.
+
+        Args:
+            own (Tensor): Squared norm of the gradient of the student's own losses, a scalar.
+            distillation (Tensor): Squared norm of the gradient of the pair's losses with weight 1, a scalar.
+        """
         norms = torch.stack([own, distillation])
         self._norms = norms if self._norms is None else self._norms + norms
 
     def update(self, norms: Optional[Sequence[float]] = None) -> None:
-        """Add the measurement of the last iteration to the mean.
+        """Update the mean with the measurement of the last iteration.
 
         Args:
-            norms (list[float], optional): Sums over all ranks of both squared norms; None for those of this rank.
+            norms (list[float], optional): Squared norms of g_s and g_d, each summed over all ranks. None uses the norms
+                of this rank. Defaults to None.
         """
         if norms is None:
             norms = [0.0, 0.0] if self._norms is None else self._norms.tolist()
@@ -156,19 +172,19 @@ class AutoWeight(nn.Module):
             log_ratio += (measured - log_ratio) / count
         elif count < 1:
             log_ratio, count = measured, 0
-        else:  # neither in the warmup nor counted: the schedule decays
+        else:  # the schedule lowers the distillation weight again after the warmup: ignore the measurement
             return
         self.log_ratio.fill_(log_ratio)
         self.count.fill_(count)
 
     def _read(self) -> Tuple[float, int]:
-        versions = self.log_ratio._version, self.count._version  # hooks can change buffers
+        versions = self.log_ratio._version, self.count._version  # hooks may have changed the buffers
         if self._cache is None or self._cache[0] != versions:
             self._cache = versions, (self.log_ratio.item(), self.count.item())
         return self._cache[1]
 
     def _apply(self, *args, **kwargs) -> nn.Module:
-        self._cache = None  # the buffers are other tensors, perhaps of another type
+        self._cache = None  # super()._apply() replaces the buffers by new tensors, perhaps of a different dtype
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args) -> None:
@@ -185,10 +201,13 @@ class AutoWeight(nn.Module):
 
 
 def update_together(weights: Dict[str, AutoWeight]) -> None:
-    """Update weights, by pair, by the gradients of the last iteration on all ranks, which all call this function.
+    """Update the weights from the gradients of the last iteration on all ranks. All ranks must call this function.
+
+    Args:
+        weights (dict[str, AutoWeight]): Weights by pair. Final weights are skipped.
 
     Raises:
-        ValueError: If no gradient has reached a tap from the start.
+        ValueError: If no gradient has reached the taps of a pair since the start.
     """
     weights = {name: weight for name, weight in weights.items() if not weight.is_fixed}
     if not weights:
@@ -200,38 +219,44 @@ def update_together(weights: Dict[str, AutoWeight]) -> None:
     for (name, weight), of_pair in zip(weights.items(), norms.tolist()):
         weight.update(of_pair)
         if weight.is_fixed:
-            print_log(f"distill.{name}: loss_weight='auto' is fixed at {weight.measured:.4g}.", logger='current')
+            print_log(f"distill.{name}: loss_weight='auto' is now fixed at {weight.measured:.4g}.", logger='current')
         if weight.failures >= MAX_FAILURES:
             raise ValueError(
-                f"distill.{name}: loss_weight='auto' needs gradients of the student's own losses and of the "
-                f"distillation at the student's tap, and found none in {weight.failures} iterations; set a number."
+                f"distill.{name}: loss_weight='auto' needs two gradients at the student's tap, that of the student's "
+                'own losses and that of the distillation, but at least one of them was missing or not finite in '
+                f'{weight.failures} iterations. Set loss_weight to a number.'
             )
 
 
 def find_ratio(neck: nn.Module, taps: Sequence[str]) -> float:
-    """Return the gradient ratio of a neck: that of its distance, or else of its own class, or else of its taps."""
+    """Return the target ratio of the gradients for a neck.
+
+    The first of these that exists is used: ``gradient_ratio`` of the neck's distance, ``gradient_ratio`` of the neck,
+    the default for its taps.
+    """
     distance = next((module for name, module in neck.named_modules() if name.endswith('loss_kd')), neck)
     default = HEAD_RATIO if any('head' in tap.split('.')[0] for tap in taps) else FEATURE_RATIO
     return getattr(distance, 'gradient_ratio', getattr(neck, 'gradient_ratio', default))
 
 
 def learning_rate_rises() -> bool:
-    """Return whether the learning rate of the current iteration is higher than that of the previous one."""
+    """Return whether the learning rate has risen since the previous iteration, as in a warmup."""
     history = MessageHub.get_current_instance().log_scalars.get('train/lr')
     rates = history.data[0][-2:] if history is not None else ()
     return len(rates) == 2 and bool(rates[1] > rates[0])
 
 
 class TapGradients:
-    """Gradients at the outputs of tapped modules in one iteration.
+    """Measure the gradients at the outputs of tapped modules in one iteration.
 
     Args:
-        weights (dict[str, AutoWeight]): Weights by pair. Those that are not fixed are measured.
-        schedule_weight (float): Factor of the distillation losses; less than 1 in a warmup.
+        weights (dict[str, AutoWeight]): Weights by pair. Only weights that are not final are measured.
+        schedule_weight (float): Factor of the distillation losses from ``DistillScheduleHook``; less than 1 in a
+            warmup.
 
     Attributes:
-        weights (dict[str, AutoWeight]): The measured weights.
-        scales (dict[str, float or Tensor]): Factor of the losses of each pair.
+        weights (dict[str, AutoWeight]): The weights that are measured in this iteration, by pair.
+        scales (dict[str, float or Tensor]): Factor of the losses of each pair, set by the distiller.
     """
 
     def __init__(self, weights: Dict[str, AutoWeight], schedule_weight: float):
@@ -245,11 +270,11 @@ class TapGradients:
             weight.expect(in_warmup)
 
     def watch(self, output: Tensor, copy: Tensor) -> None:
-        """Measure the gradients at an output of a tapped module in the backward pass, by a tensor hook.
+        """Register a tensor hook that measures the gradients at an output of a tapped module.
 
         Args:
-            output (Tensor): The output, which the student continues with.
-            copy (Tensor): Copy of the output for the necks.
+            output (Tensor): The output, which the student's next layers use.
+            copy (Tensor): Copy of the output, which the necks use.
         """
         if not copy.requires_grad:
             return
@@ -257,7 +282,7 @@ class TapGradients:
 
         def measure(gradient: Tensor) -> None:
             for pair, received in branches:
-                if received:  # the gradient of the distillation, which is a part of the gradient of the output
+                if received:  # gradient of the pair's losses; ``gradient`` is the sum of this and all other gradients
                     distillation = received.pop()
                     scale = self.scales[pair]
                     own = _squared_norm(gradient - distillation)
@@ -266,7 +291,7 @@ class TapGradients:
         output.register_hook(measure)
 
     def branch(self, pair: str, copy: Optional[Tensor]) -> Optional[Tensor]:
-        """Return a view of a copy for the neck of a pair, to which only this pair sends gradients."""
+        """Return a view of the copied output for the neck of one pair. Only this pair's losses send gradients to it."""
         if copy is None or id(copy) not in self._branches:
             return copy
         view, received = copy.view_as(copy), []
@@ -277,12 +302,12 @@ class TapGradients:
         return view
 
     def leave_out_early_levels(self, pair: str) -> None:
-        """Do not measure levels that later levels of the pair are computed from, such as stages of a backbone.
+        """Stop measuring levels from which later levels of the pair are computed, such as early stages of a backbone.
 
-        There, the gradient that the student passes on contains the distillation of the later levels, so that a larger
-        weight would be measured as a larger gradient of the student's own losses.
+        At an early level, the gradient from the student's next layers includes the distillation gradient of the later
+        levels. A larger weight would therefore look like a larger gradient of the student's own losses.
         """
-        edges = self._edges.pop(pair)  # frees the nodes of the graph: the hooks keep this object
+        edges = self._edges.pop(pair)  # remove the edges: the hooks keep this object, and the edges keep the graph
         early = {edge for node, _ in edges for edge in walk_graph(list(node.next_functions)) if edge in edges}
         for edge in early:
             branches, branch = edges[edge]

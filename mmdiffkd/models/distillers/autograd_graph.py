@@ -1,4 +1,4 @@
-"""What the autograd graph tells: the weights that a tensor depends on, and the images that its rows belong to."""
+"""Search the autograd graph for the weights that a tensor depends on, and for the images that its rows belong to."""
 
 from collections.abc import Mapping
 from typing import Dict, FrozenSet, Iterable, Iterator, List, Optional, Tuple
@@ -12,10 +12,11 @@ def weights_of(tensor: Tensor, names: Dict[int, str]) -> Optional[FrozenSet[str]
 
     Args:
         tensor (Tensor): A tensor with an autograd graph.
-        names (dict[int, str]): Names of weights, by ``id``.
+        names (dict[int, str]): Names of the model's weights, by ``id`` of the weight.
 
     Returns:
-        frozenset[str], optional: None if reentrant activation checkpointing hides weights from the graph.
+        frozenset[str], optional: The names. None if they are unknown, because reentrant activation checkpointing hides
+        weights from the graph.
     """
     nodes = [node for node, _ in _graph([tensor])]
     if any('CheckpointFunction' in node.name() for node in nodes):
@@ -24,23 +25,23 @@ def weights_of(tensor: Tensor, names: Dict[int, str]) -> Optional[FrozenSet[str]
 
 
 def trains(losses, module: nn.Module) -> bool:
-    """Return whether the losses depend on weights of a module."""
+    """Return whether the losses depend on any weight of a module."""
     weights = {id(weight) for weight in module.parameters()}
     return any(id(getattr(node, 'variable', None)) in weights for node, _ in _graph(_tensors(losses)))
 
 
 def find_rows(feature: Tensor, batch_size: int) -> Optional[Tensor]:
-    """Find the images of the rows of a feature, for heads that run on a part of the batch.
+    """Find the image that each row of a feature belongs to, for heads that run on only some images of the batch.
 
-    The autograd graph has recorded how the part was selected: by a mask or indices, a slice, a split, or by stacking
-    single images.
+    The autograd graph has recorded how the model selected these images: by a mask, indices, a slice or a split, or by
+    stacking single images.
 
     Args:
-        feature (Tensor): A feature that requires a gradient, (M, ...).
-        batch_size (int): Number of images, N.
+        feature (Tensor): A feature that requires a gradient, (M, ...), with one row per selected image.
+        batch_size (int): Number of images in the batch, N.
 
     Returns:
-        Tensor, optional: Indices of M images on the CPU; None if the graph shows no such selection.
+        Tensor, optional: Indices of the M selected images, on the CPU. None if the graph contains no such selection.
     """
     return _find_rows((feature.grad_fn, 0), len(feature), batch_size)
 
@@ -56,14 +57,24 @@ def _find_rows(edge: Edge, count: int, batch_size: int) -> Optional[Tensor]:
         rows, size, source = selection
         if size == batch_size:
             return rows
-        before = _find_rows(source, size, batch_size) if size != count else None  # a part of a part
+        # the input is itself a selection from the batch: combine both selections
+        before = _find_rows(source, size, batch_size) if size != count else None
         if before is not None:
             return before[rows]
     return None
 
 
 def _selection(node, output: int) -> Optional[Tuple[Tensor, int, Edge]]:
-    """Return the rows that an operator takes from its input, the input's number of rows, and the input's edge."""
+    """Return which rows an operator selects from its input; None for operators that do not select rows.
+
+    Args:
+        node (Node): Node of the operator in the autograd graph.
+        output (int): Index of the operator's output.
+
+    Returns:
+        tuple[Tensor, int, Edge], optional: Indices of the selected rows, the input's number of rows, and the edge to
+        the input.
+    """
     kind, sources = node.name().rstrip('0123456789'), node.next_functions
     if kind in ('StackBackward', 'CatBackward') and node._saved_dim == 0:
         parts = [source[0] and _selection(*source) for source in sources]
@@ -94,7 +105,7 @@ def _selection(node, output: int) -> Optional[Tuple[Tensor, int, Edge]]:
 
 
 def _signed(value: int) -> int:
-    """Return an index of the autograd graph, which stores negative indices as unsigned integers of 64 bits."""
+    """Restore the sign of an index. The autograd graph stores negative indices as unsigned 64-bit integers."""
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -111,7 +122,7 @@ def _graph(tensors: Iterable[Tensor]) -> Iterator[Edge]:
 
 
 def walk_graph(edges: List[Edge]) -> Iterator[Edge]:
-    """Yield the edges of an autograd graph, the nearest first."""
+    """Yield all edges that can be reached from the given edges of an autograd graph, in breadth-first order."""
     seen = set()
     while edges:
         following = []

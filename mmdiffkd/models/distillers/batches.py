@@ -1,4 +1,4 @@
-"""Find images and data samples among the arguments of ``loss``."""
+"""Find the images and the data samples among the arguments of a student's ``loss``."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-BATCH_KEYS = ('inputs', 'data_samples')  # of the dicts that data preprocessors return
+BATCH_KEYS = ('inputs', 'data_samples')  # keys of the dict that a data preprocessor returns
 
 
 def find_images(arguments) -> Iterator[Tensor]:
-    """Yield the image batches, (N, C, H, W) of a floating-point type, in nested arguments, in order."""
+    """Yield the image batches in nested arguments, in order: all floating-point tensors with four dimensions."""
     if isinstance(arguments, Tensor):
         if arguments.dim() == 4 and arguments.is_floating_point():
             yield arguments
@@ -39,11 +39,14 @@ def use_own_names(loss: Callable, kwargs: dict) -> dict:
 
 
 def choose_images(args: Sequence, kwargs: dict, encoded: Sequence[Tensor]) -> Optional[Tensor]:
-    """Return the images for the teacher: the first image batch among the arguments of ``loss``.
+    """Choose the images for the teacher.
 
-    Exceptions are models that encode something else, such as the second of two views, all views in one batch, or
-    images that ``loss`` flips, crops, mixes or reorders: for these, the images are the input of the student's encoder.
-    Images that ``loss`` only recolors, for example normalizes, or combines with other inputs do not count.
+    Usually, these are the first image batch among the arguments of ``loss``. Some models encode different images, such
+    as the second of two views, all views in one batch, or images that ``loss`` flips, crops, mixes or reorders. For
+    these models, the teacher gets the input of the student's encoder.
+
+    If ``loss`` only changes the colors of the images, for example normalizes them, or combines them with other inputs,
+    the teacher still gets the first image batch.
 
     Args:
         args (Sequence): Positional arguments of ``loss``.
@@ -51,7 +54,7 @@ def choose_images(args: Sequence, kwargs: dict, encoded: Sequence[Tensor]) -> Op
         encoded (Sequence[Tensor]): Images that the student's encoder received, one batch per call.
 
     Returns:
-        Tensor, optional: (N, C, H, W); None if there are no images.
+        Tensor, optional: The images, (N, C, H, W). None if there are no images.
     """
     found = list(find_images((args, kwargs)))
     if not found or not encoded:
@@ -60,7 +63,7 @@ def choose_images(args: Sequence, kwargs: dict, encoded: Sequence[Tensor]) -> Op
     same = next((images for images in found if _is_same(seen, images)), None)
     if same is not None:
         return same
-    if len(encoded) > 1 and sum(map(len, encoded)) == len(first):  # the model splits the batch
+    if len(encoded) > 1 and sum(map(len, encoded)) == len(first):  # the model encodes the batch in several parts
         return first
     is_stacked = len(seen) == len(first) and seen.size(1) != first.size(1)
     is_sum = len(found) > 1 and seen.shape == first.shape
@@ -72,13 +75,16 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_recolored(a: Tensor, b: Tensor) -> bool:
-    """Return whether two batches show the same images with different values, such as normalized ones."""
+    """Return whether two batches show the same images with different colors, for example before and after normalizing.
+
+    Each channel of one batch must be correlated with the same channel of the other batch.
+    """
     if a.shape != b.shape:
         return False
     a, b = (images[..., ::4, ::4].float().flatten(2) for images in (a, b))
     a, b = (values - values.mean(2, keepdim=True) for values in (a, b))
     products = (a * b).sum(2).abs()
-    return bool((products >= 0.99 * a.norm(dim=2) * b.norm(dim=2)).all())  # also true for constant images
+    return bool((products >= 0.99 * a.norm(dim=2) * b.norm(dim=2)).all())  # 0 >= 0 for images of a single color
 
 
 def find_data_samples(args: Sequence, kwargs: dict, images: Tensor):
@@ -87,11 +93,12 @@ def find_data_samples(args: Sequence, kwargs: dict, images: Tensor):
     Args:
         args (Sequence): Positional arguments of ``loss``.
         kwargs (dict): Keyword arguments of ``loss``.
-        images (Tensor): Images of the teacher.
+        images (Tensor): The images that were chosen for the teacher.
 
     Returns:
-        Any: The argument named ``data_samples``, or the second one. None if there is none, or if the samples are not
-        those of the images: the images are a view, a frame of a clip, or made by the model.
+        Any: The argument whose name ends with ``data_samples``, or else the second argument. None if there is no such
+        argument. Also None if the data samples do not belong to the images: the images are one of several views, one
+        frame of a clip, or were changed by the model.
     """
     for argument in (*args, *kwargs.values()):
         if argument is images:
@@ -102,7 +109,7 @@ def find_data_samples(args: Sequence, kwargs: dict, images: Tensor):
                 samples = _named_samples(kwargs)
                 if samples is None:
                     samples = args[1] if len(args) > 1 else _named_samples(argument)
-                # labeled and unlabeled images, for example, have samples of the same names
+                # images in a dict have their samples in a dict with the same keys, such as 'sup' and 'unsup_student'
                 return samples.get(key, samples) if isinstance(samples, Mapping) else samples
     return None
 
@@ -112,7 +119,15 @@ def _named_samples(values: Mapping):
 
 
 def take_samples(data_samples, rows: Optional[Tensor]):
-    """Return the data samples of some images; all for None. Types that cannot be indexed by image give None."""
+    """Select the data samples of some images.
+
+    Args:
+        data_samples (Any): Data samples of the batch.
+        rows (Tensor, optional): Indices of the images. None selects all images.
+
+    Returns:
+        Any: The selected samples. None if samples of this type cannot be indexed by image.
+    """
     if rows is None:
         return data_samples
     if isinstance(data_samples, (list, tuple)):
@@ -123,11 +138,12 @@ def take_samples(data_samples, rows: Optional[Tensor]):
 def as_data_elements(data_samples, images: Tensor) -> List[BaseDataElement]:
     """Return one data sample per image for the teacher.
 
-    Samples of other types than mmengine's are replaced by blank ones, which keep only their ``img_shape``.
+    If the samples are not a list of mmengine's ``BaseDataElement``, blank samples replace them. A blank sample keeps
+    the ``img_shape`` of the sample that it replaces.
 
     Args:
         data_samples (Any): Data samples of the student.
-        images (Tensor): (N, C, H, W).
+        images (Tensor): The teacher's images, (N, C, H, W).
 
     Returns:
         list[BaseDataElement]: N samples.
@@ -141,7 +157,7 @@ def as_data_elements(data_samples, images: Tensor) -> List[BaseDataElement]:
 
 
 def _img_shape(sample) -> Optional[Tuple[int, int]]:
-    """Return height and width of an image without padding from a sample of any type; None if it has no such field."""
+    """Return ``img_shape``, the image's height and width without padding, from a sample of any type; None if unset."""
     for source in (sample, getattr(sample, 'metainfo', None)):
         shape = source.get('img_shape') if isinstance(source, Mapping) else getattr(source, 'img_shape', None)
         if isinstance(shape, (list, tuple)):
@@ -163,15 +179,16 @@ def blank_sample(*size: int, img_shape: Optional[Tuple[int, int]] = None) -> Bas
 
 
 def valid_pixel_mask(data_samples, ignore_index: Optional[int]) -> Optional[Tensor]:
-    """Return a mask of the pixels whose label is not ignored. Padded pixels have the ignored label.
+    """Return a mask of the pixels whose label is not ``ignore_index``. Padded pixels have this label, too.
 
     Args:
         data_samples (list or Tensor, optional): Samples with ``gt_sem_seg``, (1, H, W) each, or the labels of the
             batch, (N, H, W) or (N, 1, H, W).
-        ignore_index (int, optional): The label, from :func:`.find_ignore_index`.
+        ignore_index (int, optional): The ignored label, from :func:`.find_ignore_index`. None ignores no label.
 
     Returns:
-        Tensor: (N, 1, H, W) of type bool, True for valid pixels; None if no label is ignored or there are no labels.
+        Tensor, optional: (N, 1, H, W) of type bool, True for valid pixels. None if ``ignore_index`` is None, or if
+        there are no labels.
     """
     if ignore_index is None:
         return None

@@ -1,4 +1,4 @@
-"""Build the neck of each pair: infer the tapped features, match classes, and try the neck on random features."""
+"""Build the neck of each pair, with the steps before and after: infer features, match classes, and run the neck."""
 
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -18,12 +18,18 @@ from .feature_info import FeatureInfo, infer_feature_info
 from .pairs import Pair
 from .recorders import is_roi_tap
 
-TRIAL_SIZE = 128  # size of the images whose features try a neck
-Levels = List[Tuple[int, int]]  # matched levels of student and teacher
+TRIAL_SIZE = 128  # height and width of the images from which the shapes of the random features are computed
+Levels = List[Tuple[int, int]]  # (student level, teacher level) of each match
 
 
 def infer_taps(model_cfg: dict, pairs: Dict[str, Pair], owner: str) -> Dict[str, FeatureInfo]:
-    """Infer the features of all taps of a model. Errors about a tap name the key of its pair."""
+    """Infer the features of all taps of a model. If a tap is wrong, the error message names the key of its pair.
+
+    Args:
+        model_cfg (dict): Config of the model.
+        pairs (dict[str, Pair]): All pairs.
+        owner (str): ``'student'`` or ``'teacher'``.
+    """
     taps = {tap: name for name, pair in pairs.items() for tap in getattr(pair, f'{owner}_taps')}
     try:
         return infer_feature_info(model_cfg, set(taps), owner)
@@ -40,22 +46,25 @@ def match_classes(
     Args:
         student (Module): The student.
         pairs (dict[str, Pair]): All pairs.
-        matcher (ClassMatcher): Knows the names of the classes.
+        matcher (ClassMatcher): Matcher that knows the class names of student and teacher.
         build_teacher (callable): Returns the teacher, with or without weights.
 
     Returns:
-        tuple[dict[str, ClassMatch], dict[str, str]]: The matches of pairs whose classes differ. For pairs whose classes
-        differ and are unknown: what to set.
+        tuple[dict[str, ClassMatch], dict[str, str]]: Two dicts by pair. The first has the match of each pair whose
+        classes differ. The second has a message for each pair that has no match because class names are unknown; the
+        message says which names to set.
 
     Raises:
-        ValueError: If a pair maps classes but does not compare class scores, or no class is shared.
+        ValueError: If a pair maps classes but does not compare class scores, or student and teacher share no class.
     """
     matches, unknown = {}, {}
     for name, pair in pairs.items():
         taps = (*pair.student_taps, *pair.teacher_taps)
         if len(taps) > 2 or find_class_layer(student, taps[0]) is None:
             if pair.classes:
-                raise ConfigError(f'distill.{name}.classes', f": '{taps[0]}' does not return class scores.")
+                raise ConfigError(
+                    f'distill.{name}.classes', f": '{taps[0]}' does not return class scores; remove classes."
+                )
             continue
         try:
             with in_key(f'distill.{name}'):
@@ -79,20 +88,21 @@ def build_neck(
     classes: Optional[ClassMatch] = None,
     unknown: Optional[str] = None,
 ) -> nn.Module:
-    """Build the neck of a pair, and try it on random features.
+    """Build the neck of a pair, and run it once on random features to find errors.
 
     The random state does not change, so that the student starts with the same weights as without distillation.
 
     Args:
         student (Module): The student.
         pair (Pair): The pair.
-        infos (list[tuple[FeatureInfo, FeatureInfo]]): Features of student and teacher, by tap.
-        matches (list[list[tuple[int, int]]]): Matched levels of student and teacher, by tap.
-        classes (ClassMatch, optional): The shared classes if the classes differ. Defaults to None.
-        unknown (str, optional): What to set if the classes differ and are unknown. Defaults to None.
+        infos (list[tuple[FeatureInfo, FeatureInfo]]): Features of student and teacher, one tuple per tap.
+        matches (list[list[tuple[int, int]]]): Matched levels of student and teacher, one list per tap.
+        classes (ClassMatch, optional): The shared classes. None if student and teacher have the same classes, or if the
+            pair does not compare class scores. Defaults to None.
+        unknown (str, optional): Error message about unknown class names, from :func:`match_classes`. Defaults to None.
 
     Raises:
-        ValueError: If the config is wrong, the channels do not fit, or the neck does not run.
+        ValueError: If the config is wrong, the channels do not fit, or the neck fails on the random features.
     """
     ours, theirs = (
         [[sides[side].channels[level[side]] for level in levels] for sides, levels in zip(infos, matches)]
@@ -104,7 +114,7 @@ def build_neck(
             neck_cfg, is_auto = without_auto(pair.neck)
         try:
             neck = build_part(MODELS, neck_cfg, 'neck', **channels)
-        except ConfigError as error:  # if the classes are the reason, say so
+        except ConfigError as error:  # if different classes caused the error, name them as the cause
             if unknown is not None:
                 raise ConfigError('classes', f': {unknown}') from error
             if classes is not None and ours == [[1]]:
@@ -114,7 +124,7 @@ def build_neck(
             raise
         with in_key('neck'):
             check_neck(neck)
-            if isinstance(neck, FeatureDiffusionNeck):  # which tries its parts itself
+            if isinstance(neck, FeatureDiffusionNeck):  # its constructor has already run its parts on random features
                 _check_positions(neck, pair, infos[0], matches[0])
             else:
                 _try_neck(neck, student, pair, infos, matches)
@@ -124,25 +134,28 @@ def build_neck(
 
 
 def per_tap(pair: Pair, values: list):
-    """Return the list with one value per tap, or only the value if the pair has a single tap."""
+    """Return the values, one per tap, in the form that the neck expects.
+
+    A pair whose ``student`` is a single path gets its only value. All other pairs get the list.
+    """
     return values[0] if isinstance(pair.student, str) else values
 
 
 def _check_positions(neck: FeatureDiffusionNeck, pair: Pair, infos: Sequence[FeatureInfo], levels: list) -> None:
-    """Refuse vectors for a loss that compares positions, because the loss would always be 0."""
+    """Raise an error if the loss compares positions but a tap returns vectors: the loss would always be 0."""
     loss = neck.levels[0].loss_kd
     if getattr(loss, 'compares_positions', False):
         for owner, tap, info, index in zip(('student', 'teacher'), (pair.student, pair.teacher), infos, (0, 1)):
             if any(info.strides[level[index]] is None for level in levels):
                 raise ConfigError(
                     'loss_kd',
-                    f": {type(loss).__name__} compares positions of feature maps, but '{tap}' of the {owner} gives "
-                    "vectors; use another loss or preset, such as 'fitnet'.",
+                    f": {type(loss).__name__} compares positions of feature maps, but '{tap}' of the {owner} returns "
+                    "vectors; use a different loss or preset, such as preset='fitnet'.",
                 )
 
 
 def _try_neck(neck: nn.Module, student: nn.Module, pair: Pair, infos: Sequence, matches: Sequence[Levels]) -> None:
-    """Run a neck on random features with the shapes that images of ``TRIAL_SIZE`` pixels would give."""
+    """Run a neck on random features, which have the shapes for square images of ``TRIAL_SIZE`` pixels."""
     ours, theirs = (
         [
             [torch.randn(_shape_on(TRIAL_SIZE, sides[side], level[side])).requires_grad_(side == 0) for level in levels]
@@ -156,7 +169,7 @@ def _try_neck(neck: nn.Module, student: nn.Module, pair: Pair, infos: Sequence, 
 
 
 def _shape_on(size: int, info: FeatureInfo, level: int) -> Tuple[int, int, int, int]:
-    """Return the shape of a level for two square images; a vector has the stride None."""
+    """Return the shape of a level for two square images. A level with stride None is a vector, so its map is 1x1."""
     stride = info.strides[level]
     side = 1 if stride is None else max(1, round(size / stride))
     return 2, info.channels[level], side, side

@@ -1,4 +1,4 @@
-"""Match the classes of a student with those of its teacher, and select the channels of the classes that both have."""
+"""Match the classes of student and teacher, and select the channels of the shared classes."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ from mmdiffkd.utils.validation import get_class
 
 Names = Optional[Tuple[str, ...]]
 Mapping = Dict[Union[str, int], Union[str, int, None]]
-# parts of the names of the layers of detection heads that return class scores
+# layers of detection heads return class scores if their path contains one of these words
 CLASS_SCORES = re.compile(r'cls|logits|heatmap')
 DETECTION_HEADS = ('bbox_head', 'roi_head', 'mask_head')
 
@@ -29,7 +29,7 @@ class ClassLayer(NamedTuple):
 
     Attributes:
         num_classes (int): Number of classes.
-        width (int): Scores per anchor: ``num_classes``, or one more if the last score is that of the background.
+        width (int): Scores per anchor: ``num_classes``, or one more if the last score is the score of the background.
     """
 
     num_classes: int
@@ -41,10 +41,11 @@ class ClassMatch:
     """Classes that student and teacher share.
 
     Attributes:
-        layers (tuple[ClassLayer, ClassLayer]): Layer of the student and of the teacher.
-        shared (list[tuple[int, int]]): Numbers of the class in student and teacher.
-        names (list[str]): Names of the shared classes, ``'van = car'`` where the names differ.
-        left_out (tuple[list[str], list[str]]): Names of the other classes of student and teacher.
+        layers (tuple[ClassLayer, ClassLayer]): The student's layer and the teacher's layer.
+        shared (list[tuple[int, int]]): For each shared class, its number in the student and its number in the teacher.
+        names (list[str]): Names of the shared classes. If student and teacher use different names, both are given, as
+            in ``'van = car'``.
+        left_out (tuple[list[str], list[str]]): Names of the student's and of the teacher's classes that are not shared.
     """
 
     layers: Tuple[ClassLayer, ClassLayer]
@@ -54,12 +55,12 @@ class ClassMatch:
     _indices: Dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getstate__(self):
-        return {**vars(self), '_indices': {}}  # tensors of this device are not copied or pickled
+        return {**vars(self), '_indices': {}}  # do not copy or pickle the cached tensors, which may be on a GPU
 
     def channels(self, side: int, count: int) -> List[int]:
         """Return the channels of the shared classes in an output with ``count`` channels, anchor by anchor.
 
-        The background is kept if both layers have it.
+        The channel of the background is kept if both layers have a background score.
 
         Args:
             side (int): 0 for the student, 1 for the teacher.
@@ -76,15 +77,15 @@ class ClassMatch:
 
         Args:
             side (int): 0 for the student, 1 for the teacher.
-            features (Tensor): (N, C, H, W).
+            features (Tensor): Output of the layer, (N, C, H, W).
         """
         key = side, features.size(1), features.device
-        if key not in self._indices:  # the same in every iteration
+        if key not in self._indices:  # create the indices once: they are the same in every iteration
             self._indices[key] = torch.tensor(self.channels(side, features.size(1)), device=features.device)
         return features.index_select(1, self._indices[key])
 
     def class_numbers(self) -> Tensor:
-        """Return the index of each class of the student in the shared classes, (K, ); -1 if it is not shared."""
+        """Return the index in ``shared`` of each of the student's K classes, (K, ); -1 for classes not shared."""
         numbers = torch.full((self.layers[0].num_classes,), -1)
         numbers[[ours for ours, _ in self.shared]] = torch.arange(len(self.shared))
         return numbers
@@ -100,7 +101,7 @@ class ClassMatch:
 
 
 class UnknownClassesError(ValueError):
-    """The numbers of classes differ, and the names of the classes are unknown."""
+    """Student and teacher have different numbers of classes, and the class names of at least one are unknown."""
 
 
 def _unknown(count: int) -> Names:
@@ -111,9 +112,11 @@ class ClassMatcher:
     """Matches the classes of student and teacher by name.
 
     Args:
-        student (callable, optional): Returns the names of the student's classes for their number, or None.
-        teacher (callable, optional): Returns the names of the teacher's classes for their number, or None.
-        mapping (dict, optional): See :meth:`match`. Used by :meth:`count`. Defaults to None.
+        student (callable, optional): Takes the number of classes and returns the names of the student's classes, or
+            None if they are unknown. Defaults to unknown names.
+        teacher (callable, optional): Same as ``student``, for the teacher's classes.
+        mapping (dict, optional): Mapping of classes that :meth:`count` and :meth:`problem` use; see :meth:`match`.
+            Defaults to None.
     """
 
     def __init__(
@@ -130,21 +133,23 @@ class ClassMatcher:
     ) -> Optional[ClassMatch]:
         """Match the classes of two layers.
 
-        Classes match if their names are equal; case, ``_`` and ``-`` do not count.
+        Classes match if their names are equal. The comparison ignores case and treats ``_`` and ``-`` as spaces.
 
         Args:
             models (tuple[Module, Module]): Student and teacher.
-            paths (tuple[str, str]): Paths of the layers.
-            mapping (dict, optional): ``{student class: teacher class}`` for classes whose names differ, by name or
-                number. None leaves the student's class out. Defaults to None.
+            paths (tuple[str, str]): Path of the student's layer and of the teacher's layer.
+            mapping (dict, optional): ``{student class: teacher class}`` for classes whose names differ. Classes are
+                given by name or number. A teacher class of None leaves the student's class out. Defaults to None.
 
         Returns:
-            ClassMatch, optional: None if the layers do not return class scores, or have the same classes in the same
-                order. Layers with equal numbers of classes have the same classes if a name is unknown.
+            ClassMatch, optional: None if the layers do not return class scores, or if both layers have the same classes
+                in the same order. If names are unknown, layers with equal numbers of classes are assumed to have the
+                same classes.
 
         Raises:
-            UnknownClassesError: If the numbers of classes differ, and the names are unknown.
-            ValueError: If no class is shared, or the mapping names unknown classes.
+            UnknownClassesError: If the numbers of classes differ, and the names of the student's or the teacher's
+                classes are unknown.
+            ValueError: If no class is shared, or the mapping contains a class that does not exist.
         """
         layers = tuple(find_class_layer(model, path) for model, path in zip(models, paths))
         if None in layers:
@@ -172,8 +177,8 @@ class ClassMatcher:
         labels = [known or tuple(f'class {number}' for number in range(count)) for known, count in zip(names, counts)]
         if twice:
             raise ValueError(
-                f"classes gives the teacher's class '{labels[1][twice[0]]}' to two classes of the student; choose one, "
-                'and give the other None.'
+                f"classes maps two classes of the student to the teacher's class '{labels[1][twice[0]]}'; map one of "
+                'the two classes to None.'
             )
         if not shared:
             raise ValueError(
@@ -192,11 +197,11 @@ class ClassMatcher:
         return ClassMatch(layers, shared, titles, left_out)
 
     def count(self, models: Sequence[nn.Module], paths: Sequence[str]) -> int:
-        """Return the number of scores that two layers share; 0, with the reason in the log, if they share none.
+        """Return the number of output channels that two layers share. If it is 0, the reason is usually logged.
 
         Args:
             models (tuple[Module, Module]): Student and teacher.
-            paths (tuple[str, str]): Paths of the layers.
+            paths (tuple[str, str]): Path of the student's layer and of the teacher's layer.
         """
         widths = [_width(model.get_submodule(path)) for model, path in zip(models, paths)]
         try:
@@ -212,7 +217,7 @@ class ClassMatcher:
         return len(match.channels(0, widths[0])) if len(groups) == 1 else 0
 
     def problem(self, models: Sequence[nn.Module], paths: Sequence[str]) -> Optional[str]:
-        """Say why the classes of two layers do not match, as the end of a sentence; None if they do."""
+        """Return why the classes of two layers do not match, as the end of a sentence; None if they match."""
         try:
             self.match(models, paths, self.mapping)
         except ValueError as error:
@@ -221,7 +226,7 @@ class ClassMatcher:
 
 
 def find_class_layer(model: nn.Module, path: str) -> Optional[ClassLayer]:
-    """Describe the class scores that a layer returns; None if it does not return class scores of all classes.
+    """Describe the class scores that a layer returns; None if the layer does not return the scores of all classes.
 
     Args:
         model (Module): The model.
@@ -231,10 +236,11 @@ def find_class_layer(model: nn.Module, path: str) -> Optional[ClassLayer]:
     channels, parts = _width(modules.get(path)), path.split('.')
     heads = (modules.get('.'.join(parts[:end])) for end in range(len(parts) - 1, 0, -1))
     head = next((head for head in heads if isinstance(getattr(head, 'num_classes', None), int)), None)
-    if not channels or head is None or 'rpn_head' in parts:  # an RPN has no classes
+    if not channels or head is None or 'rpn_head' in parts:  # an RPN scores objects of any class
         return None
     is_detector = any(part in DETECTION_HEADS for part in parts)
-    if is_detector and (not CLASS_SCORES.search(path) or parts[-1] == 'conv'):  # a ConvModule returns features
+    # the layer 'conv' of a ConvModule returns features
+    if is_detector and (not CLASS_SCORES.search(path) or parts[-1] == 'conv'):
         return None
     classes, width = head.num_classes, getattr(head, 'cls_out_channels', None)
     widths = [width] if isinstance(width, int) else [classes, classes + 1] if is_detector else [classes]
@@ -246,10 +252,13 @@ def find_class_layer(model: nn.Module, path: str) -> Optional[ClassLayer]:
 
 
 def class_names(metainfo: Optional[dict]) -> Names:
-    """Return the names of classes in meta information of a data set or checkpoint, of any version of mmengine."""
+    """Return the class names in the meta information of a data set or checkpoint; None if there are none.
+
+    The key may be ``classes`` or ``CLASSES``, because the versions of OpenMMLab's packages differ.
+    """
     values = {key.lower(): value for key, value in (metainfo or {}).items() if isinstance(key, str)}
     classes = values.get('classes')
-    if isinstance(classes, str):  # data sets read names from a file
+    if isinstance(classes, str):  # path of a file with the names, which mmengine's data sets accept, too
         try:
             classes = list_from_file(classes)
         except OSError:
@@ -259,10 +268,11 @@ def class_names(metainfo: Optional[dict]) -> Names:
 
 
 def dataset_classes(cfg: dict) -> Names:
-    """Return the names of the classes of the data sets of a config; None if the config does not tell.
+    """Return the class names of a config's data sets; None if no data set has class names.
 
     Args:
-        cfg (dict): Config of a run. The first data set that names classes counts, in the order train, val, test.
+        cfg (dict): Config of a run. The names are taken from the first data set that has names, in the order training,
+            validation, test.
     """
     for loader in LOADERS:
         for dataset in nested_datasets((cfg.get(loader) or {}).get('dataset')):
@@ -278,10 +288,10 @@ def dataset_classes(cfg: dict) -> Names:
 
 
 def running_config() -> Optional[Config]:
-    """Return the config of the Runner that is building a model; None if there is none.
+    """Return the config of the Runner that is building a model; None if no Runner is building a model.
 
-    mmengine publishes the config in the MessageHub only when the optimizer has been built, and a model's layers must
-    exist before. So this function looks for the Runner among the callers.
+    While a model is built, the config is not in the MessageHub yet: mmengine publishes it after building the optimizer.
+    Therefore, this function looks for the Runner among its callers.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -293,7 +303,7 @@ def running_config() -> Optional[Config]:
 
 
 def _width(layer: Optional[nn.Module]) -> int:
-    """Return the output channels of a convolution or linear layer; 0 for other modules."""
+    """Return the number of output channels of a convolution or linear layer; 0 for all other modules."""
     if isinstance(layer, nn.Conv2d):
         return layer.out_channels
     return layer.out_features if isinstance(layer, nn.Linear) else 0
@@ -305,7 +315,10 @@ def _same_names(ours: Names, theirs: Names) -> List[Tuple[int, int]]:
 
 
 def _keys(names: Names) -> List[Tuple[str, int]]:
-    """Return what identifies each class: its name, and a count, because ImageNet has two classes named crane."""
+    """Return a unique key for each class: its name, and the number of previous classes with the same name.
+
+    ImageNet, for example, has two classes named crane.
+    """
     plain = [_plain(name) for name in names or ()]
     counts: Dict[str, int] = Counter()
     keys = []
@@ -320,7 +333,7 @@ def _plain(name: str) -> str:
 
 
 def _number(value: Union[str, int], owner: str, names: Names, count: int) -> int:
-    """Return the number of a class that a mapping names. A dumped config has numbers as text."""
+    """Return the number of a class that a mapping gives by name or number. Dumped configs contain numbers as text."""
     if value in (names or ()):
         return names.index(value)
     if isinstance(value, str) and value.isdecimal():
@@ -329,7 +342,7 @@ def _number(value: Union[str, int], owner: str, names: Names, count: int) -> int
         return value
     if isinstance(value, str) and names:
         nearest = closest_names(value, names)
-        raise ValueError(f'classes names {value!r}, which is no class of the {owner}; the nearest are {nearest}.')
+        raise ValueError(f'classes contains {value!r}, which is not a class of the {owner}; the nearest are {nearest}.')
     unknown = '' if names else f", because the names of the {owner}'s classes are unknown"
     raise ValueError(f'classes={value!r} must be the number of a class of the {owner}, from 0 to {count - 1}{unknown}.')
 

@@ -1,6 +1,7 @@
-"""Convert a student into a distiller by changing the class of the built model, and back.
+"""Convert a built student into a distiller by changing its class, and convert the distiller back.
 
-The class of a distiller is made at run time from two base classes: a distiller's class, and the student's class.
+The new class is created at run time. It inherits from two base classes: a subclass of :class:`BaseDistiller`, and the
+student's class.
 """
 
 import copy
@@ -23,13 +24,14 @@ from .distill_state import DistillState
 
 
 class BaseDistiller(BaseModel):
-    """A student whose class also inherits from a subclass of this class.
+    """Base class of distillers. A distiller is a student whose class also inherits from a subclass of this class.
 
-    Parameters and checkpoints keep the student's names. What is trained in addition is the submodule ``diffkd``, which
-    checkpoints of the student do not need.
+    Parameters and checkpoint keys keep the student's names. The distiller adds one trained submodule, ``diffkd``.
+    Checkpoints of the plain student, which lack this submodule, can be loaded as well.
 
     Attributes:
-        added_attributes (tuple[str]): Attributes that the subclass adds to the student, which :func:`.export` removes.
+        added_attributes (tuple[str]): Names of the attributes that the subclass adds to the student. :func:`.export`
+            removes these attributes.
         distill_state (DistillState): State that hooks read and write.
     """
 
@@ -38,12 +40,12 @@ class BaseDistiller(BaseModel):
     _student_type: Optional[type] = None  # class of the student; set by converted_class
 
     def __new__(cls, *args, **kwargs):
-        if cls._student_type is not None:  # copying or unpickling a converted model
+        if cls._student_type is not None:  # a converted model is being copied or unpickled
             return super().__new__(cls)
         if {'pretrained', 'train_cfg'} <= set(kwargs) and 'backbone' not in kwargs:
             raise ValueError(
-                "The init_model of mmseg opens only the config of the plain student: 'student.py' in the work dir of "
-                'the run, or as exported.'
+                "The init_model of mmseg opens only the config of the plain student: use 'student.py' in the work dir "
+                'of the run, or the exported config.'
             )
         _check_inherited(cls, kwargs)
         bind(cls.__init__, cls.__name__, (None, *args), kwargs)
@@ -62,21 +64,25 @@ class BaseDistiller(BaseModel):
         ]
 
     def _fit_weights(self, state_dict: dict, prefix: str, *args) -> None:
-        """Fit the weights of a checkpoint to the student. Wrappers of this model load with a prefix."""
+        """Adapt the weights of a checkpoint to the student, before they are loaded.
+
+        A prefix means that the student is part of a larger module; its weights are then loaded unchanged.
+        """
         if not prefix:
             fit_on_load(self, state_dict, self.distill_state.checkpoint, 'the student')
 
     def _drop_diffusion_keys(self, state_dict: dict, prefix: str, *args) -> None:
-        """Remove the weights of a diffusion module from a state dict if this model has no teacher.
+        """Remove the diffusion module's weights from a state dict if this model has no diffusion module.
 
-        Otherwise these weights would be reported as unexpected keys.
+        Otherwise, these weights would be reported as unexpected keys. A model without a teacher has no diffusion
+        module.
         """
         if 'diffkd' not in self._modules:
             for key in [key for key in state_dict if key.startswith(prefix + PREFIX)]:
                 del state_dict[key]
 
     def __reduce_ex__(self, protocol):
-        # the class of a converted model is created at run time: pickle creates it again from its two base classes
+        # pickle cannot import the class of a converted model, so it stores the two base classes
         return _new_converted, (type(self)._distiller_type, type(self)._student_type), self.__getstate__()
 
     def __getstate__(self):
@@ -84,14 +90,15 @@ class BaseDistiller(BaseModel):
 
 
 class FrozenWeights:
-    """Freeze the weights of a student except some, until :meth:`remove` is called.
+    """Freeze all weights of a student except the given ones, until :meth:`remove` is called.
 
     Args:
         student (Module): The student.
-        trained (set[str]): Names of the other weights.
+        trained (set[str]): Names of the weights that stay trainable.
 
     Attributes:
-        modules (list[str]): Paths of the largest modules whose weights are all frozen.
+        modules (list[str]): Paths of the modules whose weights this object has all frozen. Their submodules are not
+            listed.
     """
 
     def __init__(self, student: nn.Module, trained: Set[str]):
@@ -102,13 +109,19 @@ class FrozenWeights:
         self.modules = list(_largest_modules(student, {id(weight) for weight in self._weights}))
 
     def remove(self) -> None:
-        """Make the weights trainable again."""
+        """Make the frozen weights trainable again."""
         for weight in self._weights:
             weight.requires_grad_(True)
 
 
 def _largest_modules(module: nn.Module, weights: Set[int], path: str = '') -> Iterator[str]:
-    """Yield the paths of the largest modules that have no other weights than these."""
+    """Yield the paths of the modules whose weights are all in a set, without the submodules of these modules.
+
+    Args:
+        module (Module): Module to search.
+        weights (set[int]): The ``id`` of each weight in the set.
+        path (str): Path of ``module``, with a trailing dot. Defaults to ''.
+    """
     for name, child in module.named_children():
         are_in = [id(weight) in weights for weight in child.parameters()]
         if are_in and all(are_in):
@@ -124,7 +137,7 @@ def export(model: BaseDistiller) -> nn.Module:
         model (BaseDistiller): The distiller.
 
     Returns:
-        Module: The same model, without teacher and diffusion module.
+        Module: The same object, now a plain student without teacher and diffusion module.
 
     Raises:
         ValueError: If the model is not a distiller.
@@ -150,13 +163,16 @@ def converted_class(distiller_type: type, student_type: type) -> type:
 
 
 def _new_converted(distiller_type: type, student_type: type) -> BaseDistiller:
-    """Return an empty converted model, which pickle and copy fill."""
+    """Return a converted model without attributes. ``pickle`` and ``copy`` then set its attributes."""
     cls = converted_class(distiller_type, student_type)
     return cls.__new__(cls)
 
 
 def _check_inherited(cls: type, kwargs: dict) -> None:
-    """Check that the config does not inherit the keys of the plain student, which its base config sets."""
+    """Check that a distiller's config does not inherit keys from the plain student in its base config.
+
+    mmengine merges ``model`` with the ``model`` of the base config unless ``_delete_=True`` is set.
+    """
     own = inspect.signature(cls.__init__).parameters
     student = kwargs.get('student')
     inherited = [key for key in kwargs if key not in own and isinstance(student, dict) and key in student]
@@ -169,6 +185,7 @@ def _check_inherited(cls: type, kwargs: dict) -> None:
 
 
 def check_convertible(model: nn.Module) -> None:
+    """Check that a model can be converted: it must not be a distiller, and it must have a method ``loss``."""
     if isinstance(model, BaseDistiller):
         raise ValueError(f'{type(model).__name__} is a distiller already; export it first.')
     if not callable(getattr(type(model), 'loss', None)):
@@ -179,6 +196,17 @@ def check_convertible(model: nn.Module) -> None:
 
 
 def make_student_cfg(student: Optional[dict] = None, *args, data_preprocessor: Optional[dict] = None, **kwargs):
+    """Return the config of the student, from the arguments of a distiller.
+
+    Args:
+        student (dict): Config of the student, as given to the distiller.
+        *args: Not used.
+        data_preprocessor (dict, optional): Preprocessor for a student whose config has none. Defaults to None.
+        **kwargs: Not used.
+
+    Raises:
+        ValueError: If ``student`` is not the config of a plain model.
+    """
     if not isinstance(student, dict) or 'type' not in student:
         raise ValueError("student must be the config of a model, such as student=_base_.model: a dict with a 'type'.")
     if 'student' in student:
@@ -196,7 +224,7 @@ def make_student_cfg(student: Optional[dict] = None, *args, data_preprocessor: O
 
 
 def _allow_missing_diffusion_keys(model: nn.Module, incompatible_keys) -> None:
-    """Accept checkpoints of the plain student, which have no diffusion module."""
+    """Accept checkpoints of the plain student: do not report the weights of the diffusion module as missing."""
     missing = incompatible_keys.missing_keys
     diffusion_keys = [name for name, _ in model.named_parameters() if name.startswith(PREFIX)]
     if diffusion_keys and set(diffusion_keys) <= set(missing):

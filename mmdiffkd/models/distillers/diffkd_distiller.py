@@ -1,4 +1,4 @@
-"""The distiller: it builds teacher, pairs and necks for a student, and adds the distillation to its loss."""
+"""The distiller: builds the teacher, pairs and necks for a student, and adds distillation losses to its losses."""
 
 import sys
 from contextlib import ExitStack
@@ -65,40 +65,42 @@ from .teacher import Teacher
 
 @MODELS.register_module()
 class DiffKDDistiller(BaseDistiller):
-    """Train a student with the features of a teacher (paper, section 3).
+    """Train a student with the features of a teacher (section 3 of the DiffKD paper).
 
-    ``DiffKDDistiller(...)`` builds the student and converts it, see :func:`convert_to_distiller`: the returned model is
+    ``DiffKDDistiller(...)`` builds the student and converts it with :func:`convert_to_distiller`. The returned model is
     the student, and its class inherits from this class and from the student's class. Parameters, attributes, hooks and
-    checkpoints keep the student's names, and ``predict`` is the student's method. The diffusion module is the submodule
-    ``diffkd``. The teacher is not a submodule.
+    checkpoint keys keep the student's names, and ``predict`` is the student's method. The diffusion module is the
+    submodule ``diffkd``. The teacher is not a submodule.
 
     To change the training, subclass this class and override methods such as :meth:`loss` or :meth:`read_pairs`.
 
     Args:
-        student (dict): Config of the student, any model of mmengine with a method ``loss``, of whatever arguments.
-        teacher (dict, optional): ``config`` (``'pkg::path'``, file or dict) and ``checkpoint`` (path, URL or
-            ``'zoo'``) of the teacher, and other arguments of :class:`.Teacher`. None trains the student alone. Defaults
-            to None.
+        student (dict): Config of the student. Any mmengine model with a method ``loss`` can be a student, whatever the
+            arguments of ``loss`` are.
+        teacher (dict, optional): Arguments of :class:`.Teacher`, such as ``config`` (``'pkg::path'``, file or dict) and
+            ``checkpoint`` (path, URL or ``'zoo'``). None trains the student alone. Defaults to None.
         distill (dict, optional): Pairs, ``{name: dict(student=, teacher=, levels=, neck=, classes=)}``. None uses the
-            pairs of the preset. Defaults to None.
-        preset (str, optional): Method, which gives default pairs and settings: ``'diffkd'`` (the paper's), another of
-            :func:`mmdiffkd.apis.list_presets`, or a custom preset. Defaults to None: ``'cosine'`` for a teacher of
-            timm, torchvision or transformers, ``'diffkd'`` for any other.
+            default pairs of the preset. Defaults to None.
+        preset (str, optional): Distillation method. A preset defines default pairs and settings. ``'diffkd'`` is the
+            method of the paper, and :func:`mmdiffkd.apis.list_presets` lists all presets. None uses ``'cosine'`` for a
+            teacher that is only an image encoder, such as a model of timm, and ``'diffkd'`` for all others. Defaults to
+            None.
         init_from_teacher (list[str], optional): Modules of the student that start with the teacher's weights, such as
             ``['neck', 'bbox_head']``. Defaults to None.
-        data_preprocessor (dict, optional): ``data_preprocessor`` of the config, which the Runner passes to the model.
-            Used if the config of the student has no preprocessor. Defaults to None.
-        metainfo (dict, optional): ``dict(classes=[...])``, the names of the student's classes. They select the shared
-            classes of a teacher with other classes. None uses the training set of the Runner that builds the model.
-            Defaults to None.
-        task_loss (bool): Whether the student's own losses are trained. If False, only the distillation is trained:
-            weights that no compared feature depends on are frozen, and heads do not run unless a pair taps them.
+        data_preprocessor (dict, optional): ``data_preprocessor`` at the top level of the config, which the Runner
+            passes to the model. Used if the config of the student has no preprocessor. Defaults to None.
+        metainfo (dict, optional): ``dict(classes=[...])``, the names of the student's classes. The names are needed to
+            match classes if the teacher has different classes. None takes the names from the data sets of the Runner
+            that builds the model. Defaults to None.
+        task_loss (bool): Whether to train with the student's own losses. If False, only the distillation losses are
+            used: weights that no compared feature depends on are frozen, and heads do not run unless a pair taps them.
             Defaults to True.
 
     Raises:
         ValueError: If a value is invalid, or taps, levels or channels do not fit. The message contains the key.
-        FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. Raised
-            when training starts; building the model only logs a warning, because the model can still predict.
+        FileNotFoundError, ModuleNotFoundError, KeyError: If the teacher's config, package or class is missing. These
+            errors are raised when training starts. Building the model only logs a warning, because the model can still
+            predict.
     """
 
     added_attributes = (
@@ -132,8 +134,8 @@ class DiffKDDistiller(BaseDistiller):
         task_loss: bool = True,
     ):
         super().__init__()
-        self.diffkd_teacher: Optional[Teacher] = None  # not 'teacher': some models have this attribute
-        self.deferred_error: Optional[Exception] = None
+        self.diffkd_teacher: Optional[Teacher] = None  # not named 'teacher', because some models have a 'teacher'
+        self.deferred_error: Optional[Exception] = None  # raised when training starts, because the teacher is missing
         self.pairs: Dict[str, Pair] = {}
         self.matched_levels: Dict[str, List[List[Tuple[int, int]]]] = {}
         self.class_matches: Dict[str, ClassMatch] = {}
@@ -192,10 +194,10 @@ class DiffKDDistiller(BaseDistiller):
         self.student_info, teacher_info = (
             infer_taps(cfg, pairs, owner) for cfg, owner in ((student_cfg, 'student'), (teacher_cfg, 'teacher'))
         )
-        self.encoder_path = encoder_path(self)  # before wrappers change the paths of modules
+        self.encoder_path = encoder_path(self)  # find it now: wrappers such as FSDP change the paths of modules later
         channels = next(iter(self.student_info.values())).image_channels
         teacher.expect(_scoped_preprocessor(student_cfg), teacher_info, channels)
-        if distill is None:  # leave out default pairs with frozen features, unless no pair remains
+        if distill is None:  # leave out default pairs whose student features are frozen, unless all are frozen
             trainable = {
                 name: pair
                 for name, pair in pairs.items()
@@ -203,7 +205,7 @@ class DiffKDDistiller(BaseDistiller):
             }
             pairs = trainable or pairs
         self.pairs = pairs
-        build_teacher = cache(partial(build_for_inspection, teacher_cfg))  # once, and only if a check needs it
+        build_teacher = cache(partial(build_for_inspection, teacher_cfg))  # build once, and only if a check needs it
         self.class_matches, unknown = match_classes(self, pairs, self._class_matcher, build_teacher)
         necks = {}
         for name, pair in pairs.items():
@@ -212,7 +214,7 @@ class DiffKDDistiller(BaseDistiller):
             with in_key(f'distill.{name}'):
                 necks[name] = build_neck(self, pair, infos, matches, self.class_matches.get(name), unknown.get(name))
         self.diffkd = nn.ModuleDict(necks)
-        # read the attributes before FSDP wraps the necks
+        # read these attributes now, because FSDP wraps the necks later
         self._auxiliary_losses = {name: tuple(getattr(neck, 'auxiliary_losses', ())) for name, neck in necks.items()}
         self._ignored_labels = {name: find_ignore_index(self, pair.student_taps[0]) for name, pair in pairs.items()}
         if self._init_paths:
@@ -221,8 +223,8 @@ class DiffKDDistiller(BaseDistiller):
             if self.auto_weights:
                 raise ConfigError(
                     'task_loss',
-                    "=False trains no losses of the student, with which loss_weight='auto' of distill."
-                    f'{", distill.".join(self.auto_weights)} compares the distillation; set a number.',
+                    "=False turns off the student's own losses, but loss_weight='auto' of distill."
+                    f'{", distill.".join(self.auto_weights)} needs their gradients; set loss_weight to a number.',
                 )
             self._freeze_untrained()
         self.diffkd_teacher = teacher
@@ -230,7 +232,7 @@ class DiffKDDistiller(BaseDistiller):
     def _freeze_untrained(self) -> None:
         """Freeze the weights that no compared feature depends on.
 
-        Otherwise DDP would wait for their gradients, or the optimizer would shrink them.
+        Otherwise, DDP would wait for the gradients of these weights, and weight decay would shrink them.
         """
         sets = [
             None if (weights := self.student_info[tap].weights) is None else weights[level]
@@ -238,20 +240,20 @@ class DiffKDDistiller(BaseDistiller):
             for tap, matches in zip(pair.student_taps, self.matched_levels[name])
             for level, _ in matches
         ]
-        if None in sets:  # activation checkpointing hides them
+        if None in sets:  # unknown, because activation checkpointing hides weights from the autograd graph
             return
         frozen = FrozenWeights(self, set().union(*sets))
         self._distill_handles.append(frozen)
         self.untrained = frozen.modules
         if self.untrained:
             print_log(
-                f'Only the distillation is trained (task_loss=False): no compared feature depends on '
-                f'{", ".join(self.untrained)} of the student, so their weights keep their initial values.',
+                f'With task_loss=False, these modules of the student are not trained, because no compared feature '
+                f'depends on them: {", ".join(self.untrained)}. Their weights keep their initial values.',
                 logger='current',
             )
 
     def _class_names(self, count: int) -> Names:
-        """Return the names of the student's classes; None if they are unknown or their number is different."""
+        """Return the names of the student's classes; None if they are unknown or there are not ``count`` names."""
         names = class_names(self._metainfo)
         if names is None:
             names = dataset_classes(running_config() or {})
@@ -260,11 +262,18 @@ class DiffKDDistiller(BaseDistiller):
     def compared_info(
         self, name: str, teacher_info: Optional[Dict[str, FeatureInfo]] = None
     ) -> List[Tuple[FeatureInfo, FeatureInfo]]:
-        """Return what a pair compares: information about both features of every tap, with the selected channels.
+        """Return information about the features that a pair compares.
+
+        If only the channels of shared classes are compared, ``channels`` counts only these.
 
         Args:
             name (str): Name of the pair.
-            teacher_info (dict[str, FeatureInfo], optional): The teacher's taps. Defaults to those of the teacher.
+            teacher_info (dict[str, FeatureInfo], optional): Features of the teacher's taps. None uses the taps of
+                ``diffkd_teacher``. Defaults to None.
+
+        Returns:
+            list[tuple[FeatureInfo, FeatureInfo]]: Information about the student's and the teacher's features, one tuple
+            per tap.
         """
         pair, teacher_info = self.pairs[name], teacher_info or self.diffkd_teacher.taps
         infos = [(self.student_info[s], teacher_info[t]) for s, t in zip(pair.student_taps, pair.teacher_taps)]
@@ -280,7 +289,7 @@ class DiffKDDistiller(BaseDistiller):
         ]
 
     def _check_init_paths(self, build_teacher: Callable[[], nn.Module]) -> None:
-        """Check that the modules in ``init_from_teacher`` are the same in student and teacher."""
+        """Check that the modules in ``init_from_teacher`` have the same weight names and shapes in both models."""
         with in_key('init_from_teacher'):
             targets = {path: find_module(self, path, 'student') for path in self._init_paths}
         for path, target in targets.items():
@@ -291,15 +300,16 @@ class DiffKDDistiller(BaseDistiller):
     def init_weights(self) -> None:
         """Load the teacher, and initialize the student as without distillation. The Runner calls this before training.
 
-        The config of the plain student is written to the work dir of the run.
+        The modules in ``init_from_teacher`` then get the teacher's weights. The config of the plain student is written
+        to the work dir of the run.
 
         Raises:
-            FileNotFoundError, ValueError: On all ranks, if on any rank the checkpoint of the teacher or of an
-                ``init_cfg`` does not exist, does not fit, or contains other objects than data.
+            FileNotFoundError, ValueError: If a checkpoint of the teacher or of an ``init_cfg`` does not exist, does not
+                fit, or contains objects that could run code. If one rank fails, all ranks raise an error.
         """
         print_log(f'Versions: {", ".join(_versions())}', logger='current')
         self._wrote_student_config = _write_student_config()
-        # remove the diffusion module for now: the student's init_cfg would initialize it again
+        # remove the diffusion module for a moment: otherwise, the student's init_cfg would initialize it again
         diffkd = self._modules.pop('diffkd', None)
         try:
             self._load_teacher()
@@ -312,7 +322,7 @@ class DiffKDDistiller(BaseDistiller):
             self._init_from_teacher(self.diffkd_teacher.model)
 
     def _load_teacher(self) -> None:
-        # one call after the other: ranks download weights together, so no rank may stop before the others
+        # first check that no rank has an error: the ranks download the weights together and wait for each other
         on_all_ranks(self._raise_deferred_error)
         if self.diffkd_teacher is not None:
             on_all_ranks(lambda: self.diffkd_teacher.model)
@@ -322,13 +332,13 @@ class DiffKDDistiller(BaseDistiller):
             raise self.deferred_error
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Set the mode of the student and the diffusion module; see :meth:`torch.nn.Module.train`."""
-        if mode and not self._wrote_student_config:  # FlexibleRunner publishes its config after init_weights
+        """Set the mode of the student and the diffusion module, as :meth:`torch.nn.Module.train` does."""
+        if mode and not self._wrote_student_config:  # FlexibleRunner publishes its config only after init_weights()
             self._wrote_student_config = _write_student_config()
         return super().train(mode)
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
-        """Copy the teacher's weights to the modules in ``init_from_teacher``."""
+        """Copy the teacher's weights to the student's modules in ``init_from_teacher``."""
         for path in self._init_paths:
             source, target = find_module(teacher, path, 'teacher'), find_module(self, path, 'student')
             _check_same_weights(path, source, target)
@@ -338,21 +348,23 @@ class DiffKDDistiller(BaseDistiller):
         """Compute the student's losses and the distillation losses.
 
         Args:
-            *args: Arguments of the student's ``loss``, unchanged. The teacher sees the first image batch among the
-                arguments, (N, C, H, W). For models that take views or clips, it sees the input of the student's
-                encoder.
-            **kwargs: Keyword arguments of the student's ``loss``. The keys of a preprocessed batch, ``inputs`` and
-                ``data_samples``, also stand for mmdet's ``batch_inputs`` and ``batch_data_samples``.
+            *args: Positional arguments of the student's ``loss``. The teacher gets the first image batch among the
+                arguments, (N, C, H, W). For models that take views or clips, the teacher gets the input of the
+                student's encoder.
+            **kwargs: Keyword arguments of the student's ``loss``. A preprocessed batch can be passed as
+                ``loss(**batch)``: ``inputs`` and ``data_samples`` are renamed to mmdet's ``batch_inputs`` and
+                ``batch_data_samples`` if the student's ``loss`` has these arguments.
 
         Returns:
-            dict[str, Tensor]: The student's losses if ``task_loss`` is True, and for every pair the losses of its neck,
-            summed over levels: ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma``
-            (mean over levels). If a pair has several levels, ``.kd.<level>``, ``.diffusion.<level>``,
-            ``.reconstruction.<level>`` and ``.gamma.<level>`` are logged as well. If no image of the batch reaches the
-            student's tap, such as the head of a task without labels, only ``.loss_kd`` is returned, and is 0.
+            dict[str, Tensor]: The student's losses if ``task_loss`` is True, and the losses of each pair, summed over
+            levels: ``diffkd.<pair>.loss_kd``, ``.loss_diffusion``, ``.loss_reconstruction``, and ``.gamma`` (mean over
+            levels). If a pair has several levels, the dict also contains ``.kd.<level>``, ``.diffusion.<level>``,
+            ``.reconstruction.<level>`` and ``.gamma.<level>`` for the log. If no image of the batch reaches the
+            student's tap, the pair returns only ``.loss_kd``, which is 0. An example is the head of a task for which
+            the batch has no labels.
 
         Raises:
-            TapError: If there are no images, or a tap returns something that cannot be distilled.
+            TapError: If there are no images, or a tap returns an output that cannot be distilled.
             ValueError: If ``task_loss`` is False and a hook has turned the distillation off.
         """
         if self.deferred_error is not None:
@@ -388,8 +400,9 @@ class DiffKDDistiller(BaseDistiller):
         received = list(find_images((args, kwargs)))
         if received and all(images is not other for other in received):
             self._log_once(
-                'The student encodes other images than loss() receives, for example flipped ones: the teacher gets the '
-                'images that the student encodes, and losses that need ground truth get none.'
+                "The student's encoder gets different images from those that loss() receives, for example flipped "
+                'images. The teacher gets the images of the encoder. Distillation losses that need ground truth get '
+                'no ground truth.'
             )
         samples = find_data_samples(args, kwargs, images)
         teacher_features = self.diffkd_teacher.features(images, as_data_elements(samples, images), rois[0])
@@ -436,22 +449,24 @@ class DiffKDDistiller(BaseDistiller):
             losses.update(log)
             losses.update(name_losses(name, outputs, levels, weight, self._auxiliary_losses[name]))
             drawn = {level: output for level, output in zip(levels, outputs) if _is_drawable(output)}
-            if drawn and rows is None:  # otherwise, the first feature may not be of the first image
+            if drawn and rows is None:  # with rows, the first feature may not belong to the first image
                 captured[name] = drawn
         if state.capture:
             state.last_record = DistillRecord(images, captured)
         return losses
 
     def run_to_taps(self, student: nn.Module, args: Sequence, kwargs: dict) -> Dict[str, Tensor]:
-        """Run the part of a student that reaches all taps, as found in the dry run.
+        """Run only the part of a student that is needed to reach all taps, without its losses.
+
+        The dry run has found the forward function for this part.
 
         Args:
             student (Module): This model, or a plain student.
             args (Sequence): Positional arguments of the student's ``loss``.
-            kwargs (dict): Keyword arguments.
+            kwargs (dict): Keyword arguments of the student's ``loss``.
 
         Returns:
-            dict: No losses.
+            dict: Always empty, because no losses are computed.
         """
         images = self.find_images(args, kwargs, None)
         samples = as_data_elements(find_data_samples(args, kwargs, images), images)
@@ -460,22 +475,25 @@ class DiffKDDistiller(BaseDistiller):
 
     @property
     def auto_weights(self) -> Dict[str, AutoWeight]:
-        """The weights of the pairs with ``loss_weight='auto'``."""
+        """The :class:`.AutoWeight` of each pair with ``loss_weight='auto'``, by pair."""
         weights = {name: getattr(self.diffkd[name], 'auto_weight', None) for name in self.pairs}
         return {name: weight for name, weight in weights.items() if weight is not None}
 
     def update_auto_weights(self) -> None:
-        """Update the weights of ``loss_weight='auto'`` by the gradients of the last iteration. All ranks must call it.
+        """Update all automatic weights from the gradients of the last iteration. All ranks must call this method.
 
         Raises:
-            ValueError: If no gradient has reached a tap from the start.
+            ValueError: If no gradient has reached the taps of a pair since the start.
         """
         update_together(self.auto_weights)
 
     def _loss_weight(
         self, name: str, outputs: Sequence, own_loss: Tensor, gradients: TapGradients
     ) -> Tuple[Union[float, Tensor], Dict[str, Tensor]]:
-        """Return the factor of the losses of a pair that train the student, and what to log about it."""
+        """Return the factor of a pair's losses, and a dict with an automatic weight for the log.
+
+        The factor applies to the losses that train the student, but not to auxiliary losses of the neck.
+        """
         auto, factor = self.auto_weights.get(name), self.distill_state.weight
         if auto is None:
             return factor, {}
@@ -493,7 +511,7 @@ class DiffKDDistiller(BaseDistiller):
             outputs (list): Outputs of the neck.
 
         Returns:
-            list[int]: The numbers of the student's levels if there is one output per level, otherwise 0, 1, 2, ...
+            list[int]: The student's level numbers if the neck returns one output per level, otherwise 0, 1, 2, ...
         """
         levels = [s for s, _ in self.matched_levels[name][0]]
         return levels if len(outputs) == len(levels) else list(range(len(outputs)))
@@ -507,17 +525,18 @@ class DiffKDDistiller(BaseDistiller):
         losses: dict,
         gradients: TapGradients,
     ) -> Optional[List[List[Tensor]]]:
-        """Return the student's features by tap and level, after checking that they match the dry run.
+        """Return the student's features of a pair, after checking that they match the dry run.
 
         Returns:
-            list[list[Tensor]], optional: None if no image of the batch reaches one of the taps.
+            list[list[Tensor]], optional: The features by tap and level. None if a tap gets no image of the batch.
         """
         features = []
         for tap, matches in zip(pair.student_taps, self.matched_levels[name]):
             info = self.student_info[tap]
             if not recorder.outputs[tap] and not trains(losses, self._weighted_module(tap)):
                 self._log_once(
-                    f"distill.{name}: no image of a batch reaches the student's '{tap}'; its loss is 0 then."
+                    f"distill.{name}: in some batches, no image reaches the student's '{tap}'. The loss of this pair "
+                    'is then 0.'
                 )
                 return None
             calls = recorder.passes(tap, info.calls, all(info.requires_grad))
@@ -535,8 +554,8 @@ class DiffKDDistiller(BaseDistiller):
                 recorded = parts[0]
                 if len(parts) > 1:
                     self._log_once(
-                        f"distill.{name}: the student's '{tap}' runs {len(parts)} times with gradients in one loss(); "
-                        'the first of these passes is distilled.'
+                        f"distill.{name}: the student's '{tap}' runs in {len(parts)} forward passes with gradients in "
+                        'one loss(). Only the first pass is distilled.'
                     )
             if self.distill_state.record_tap_gradients and torch.is_grad_enabled():
                 self._record_gradients(name, dict(zip(levels, recorded)))
@@ -546,7 +565,7 @@ class DiffKDDistiller(BaseDistiller):
         return None if any(not len(level) for levels in features for level in levels) else features
 
     def _as_dtype_of_neck(self, name: str, features: List[List[Tensor]]) -> List[List[Tensor]]:
-        """Convert features to the type of the neck's weights. Under autocast, the neck's operators convert them."""
+        """Convert features to the dtype of the neck's weights. Not needed under autocast, which converts them."""
         device = features[0][0].device.type
         weight = next(self.diffkd[name].parameters(), None)
         if weight is None or _is_autocast_enabled(device):
@@ -554,7 +573,15 @@ class DiffKDDistiller(BaseDistiller):
         return [[level.to(weight.dtype) for level in levels] for levels in features]
 
     def _compares(self, name: str, pair: Pair, has_images: bool) -> bool:
-        """Return whether a pair is compared: with SyncBatchNorm, which waits for all ranks, only if all have images."""
+        """Return whether to compare the features of a pair in this iteration.
+
+        A neck with SyncBatchNorm waits for all ranks, so its pair is compared only if all ranks have images.
+
+        Args:
+            name (str): Name of the pair.
+            pair (Pair): The pair.
+            has_images (bool): Whether images of this rank's batch reach the student's taps.
+        """
         is_partial = any(tap.split('.')[0] not in ('backbone', 'neck') for tap in pair.student_taps)
         syncs = any(isinstance(module, nn.SyncBatchNorm) for module in self.diffkd[name].modules())
         if not (is_partial and syncs):
@@ -564,7 +591,7 @@ class DiffKDDistiller(BaseDistiller):
         return bool(everywhere)
 
     def _weighted_module(self, path: str) -> nn.Module:
-        """Return the module at a path, or the closest module around it that has weights."""
+        """Return the module at a path if it has weights, or else the innermost module around it that has weights."""
         module = find_module(self, path, 'student')
         while next(module.parameters(), None) is None and '.' in path:
             path = path.rpartition('.')[0]
@@ -574,10 +601,13 @@ class DiffKDDistiller(BaseDistiller):
     def _partial_rows(
         self, name: str, pair: Pair, student: List[List[Tensor]], teacher: List[List[Tensor]], batch_size: int
     ) -> Optional[Tensor]:
-        """Return the images that the student's features of a pair belong to; None for all.
+        """Return the indices of the images that the student's features of a pair belong to.
+
+        Returns:
+            Tensor, optional: Indices of the images, (M, ). None if the features belong to all images.
 
         Raises:
-            TapError: If the features belong to a part of the batch that is unknown.
+            TapError: If the features belong to only some images, and it is unknown to which.
         """
         counts = [(len(s), len(t)) for ours, theirs in zip(student, teacher) for s, t in zip(ours, theirs)]
         if all(ours == theirs for ours, theirs in counts) or any(theirs != batch_size for _, theirs in counts):
@@ -592,7 +622,7 @@ class DiffKDDistiller(BaseDistiller):
         return rows[0]
 
     def find_images(self, args: Sequence, kwargs: dict, encoder: Optional[ModuleInputsRecorder]) -> Tensor:
-        """Return the images for the teacher; see :func:`.choose_images`.
+        """Return the images for the teacher, which :func:`.choose_images` chooses.
 
         Raises:
             TapError: If there are no images.
@@ -611,7 +641,7 @@ class DiffKDDistiller(BaseDistiller):
             print_log(message, 'current', WARNING)
 
     def _record_gradients(self, pair: str, features: Dict[int, Tensor]) -> None:
-        """Record the sum of the gradient of each level, which is not finite if any value of the gradient is not."""
+        """Record the sum of the gradient at each level. The sum is not finite if any value of the gradient is not."""
 
         def record(level: int, gradient: Tensor) -> None:
             self.distill_state.tap_gradients[pair, level] = gradient.sum(dtype=torch.float32)
@@ -620,10 +650,10 @@ class DiffKDDistiller(BaseDistiller):
             feature.register_hook(partial(record, level))
 
     def parse_losses(self, losses: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """Sum the losses.
+        """Sum the losses, and check that the sum is finite.
 
         Raises:
-            ValueError: If the student computes its losses without its method ``loss``.
+            ValueError: If the student computes its losses without calling its method ``loss``.
             FloatingPointError: If the sum is not finite, unless ``skip_non_finite`` is set. The message names the
                 losses and the iteration.
         """
@@ -692,7 +722,7 @@ def convert_to_distiller(
 
 
 def _check_same_weights(path: str, source: nn.Module, target: nn.Module) -> None:
-    """Check that a module of the teacher has the weights of the student's module."""
+    """Check that a module has the same weight names and shapes in the teacher and in the student."""
     own, source = target.state_dict(), source.state_dict()
     unfit = [key for key in {**own, **source} if key not in own or key not in source]
     unfit += [key for key in own if key in source and own[key].shape != source[key].shape]
@@ -705,7 +735,10 @@ def _check_same_weights(path: str, source: nn.Module, target: nn.Module) -> None
 
 
 def _is_drawable(output) -> bool:
-    """Return whether both features have one shape, to be drawn side by side; with ATLoss, the channels may differ."""
+    """Return whether both features of an output have the same shape and can be drawn side by side.
+
+    The shapes may differ with ``ATLoss``, which compares features with different channels.
+    """
     return isinstance(output, DiffusionOutput) and output.student_latent.shape == output.teacher_latent.shape
 
 
@@ -723,7 +756,7 @@ def _progress() -> float:
 
 
 def _scoped_preprocessor(model_cfg: ConfigDict) -> Optional[dict]:
-    """Return the config of a model's preprocessor with the scope of the model."""
+    """Return the config of a model's preprocessor, with the model's registry scope."""
     preprocessor = model_cfg.get('data_preprocessor')
     if not preprocessor or not preprocessor.get('type') or not model_cfg.get('_scope_'):
         return preprocessor
@@ -731,7 +764,11 @@ def _scoped_preprocessor(model_cfg: ConfigDict) -> Optional[dict]:
 
 
 def _write_student_config() -> bool:
-    """Write the plain student's config of the current run. Return whether the run has published its config."""
+    """Write the config of the plain student to the work dir of the current run.
+
+    Returns:
+        bool: Whether the run has published its config. If False, nothing is written.
+    """
     run_config = MessageHub.get_current_instance().get_info('cfg')
     if run_config is not None and is_main_process():
         write_student_config(run_config)
@@ -739,17 +776,20 @@ def _write_student_config() -> bool:
 
 
 def _versions() -> List[str]:
-    """Versions of this package and of the imported OpenMMLab packages, for the log."""
+    """Return the versions of mmdiffkd and of the imported OpenMMLab packages, for the log."""
     upstream = [name for name in ('mmdet', 'mmseg', 'mmpretrain') if name in sys.modules]
     return [f'mmdiffkd {__version__}', *(f'{name} {sys.modules[name].__version__}' for name in upstream)]
 
 
 def find_ignore_index(model: nn.Module, path: str) -> Optional[int]:
-    """Find the ``ignore_index`` of the head that contains a tap; None for taps outside of heads with this attribute.
+    """Find the ``ignore_index`` of the head that contains a tap.
 
     Args:
         model (nn.Module): The student.
         path (str): The tap, for example ``'decode_head.conv_seg'``.
+
+    Returns:
+        int, optional: None if the tap is not inside a head with this attribute.
     """
     parts = path.split('.')
     for end in range(len(parts), 0, -1):

@@ -1,4 +1,4 @@
-"""What hooks read and set in a distiller: whether and with what weight it distills, and what it records."""
+"""State that a distiller shares with its hooks, such as the weight of the distillation and recorded features."""
 
 from dataclasses import dataclass, field
 from typing import Dict, List, NamedTuple, Optional, Set, Tuple
@@ -9,12 +9,12 @@ from ..diffusion.feature_diffusion import DiffusionOutput
 
 
 class DistillRecord(NamedTuple):
-    """Features compared in one iteration, kept for visualization.
+    """Features that were compared in one iteration, kept for visualization.
 
     Attributes:
         images (Tensor): Preprocessed images of the student, (N, C, H, W).
-        outputs (dict[str, dict[int, DiffusionOutput]]): Outputs by pair and level. Pairs whose neck does not return
-            features are left out.
+        outputs (dict[str, dict[int, DiffusionOutput]]): Outputs of the necks, by pair and level. Pairs whose neck does
+            not return features are left out.
     """
 
     images: Tensor
@@ -23,25 +23,26 @@ class DistillRecord(NamedTuple):
 
 @dataclass
 class DistillState:
-    """State that a distiller shares with its hooks: settings made by the hooks, and results for the hooks.
+    """State that a distiller shares with its hooks: hooks set the settings and read the results.
 
     Attributes:
-        enabled (bool): Whether iterations distill. If False, neither the teacher nor the diffusion module runs. Set by
-            ``DistillScheduleHook``.
+        enabled (bool): Whether to distill. If False, neither the teacher nor the diffusion module runs, and only the
+            student's own losses are computed. Set by ``DistillScheduleHook``.
         weight (float): Factor of the losses that compare student and teacher. Set by ``DistillScheduleHook``.
-        attach_unused_params (bool): Whether iterations that do not distill add the diffusion module to the graph of the
-            loss, because DDP waits for its gradients. Set by ``DistillScheduleHook``.
-        skip_non_finite (bool): Whether a loss that is not finite is listed in ``non_finite_losses`` instead of raising
-            an error. Set by ``NonFiniteHook``.
+        attach_unused_params (bool): Whether to add the diffusion module's parameters to the graph of the loss in
+            iterations without distillation, because DDP waits for their gradients. Set by ``DistillScheduleHook``.
+        skip_non_finite (bool): If a loss is not finite: True lists its name in ``non_finite_losses``, False raises an
+            error. Set by ``NonFiniteHook``.
         record_tap_gradients (bool): Whether to record ``tap_gradients``. Set by ``NonFiniteHook``.
-        capture (bool): Whether the next iteration is kept in ``last_record``. Set by ``DiffKDVisualizationHook``.
-        checkpoint (str): Name in messages of the checkpoint that is loaded. Set by ``CheckpointHook``.
-        last_record (DistillRecord, optional): The captured iteration.
-        non_finite_losses (list[str]): Names of losses that were not finite in the last iteration.
-        tap_gradients (dict[tuple[str, int], Tensor]): Sums of the gradients that the student received in the last
+        capture (bool): Whether to keep the features of the next iteration in ``last_record``. Set by
+            ``DiffKDVisualizationHook``.
+        checkpoint (str): Name for messages of the checkpoint that is being loaded. Set by ``CheckpointHook``.
+        last_record (DistillRecord, optional): Features of the last iteration with ``capture``.
+        non_finite_losses (list[str]): Names of the losses that were not finite in the last iteration.
+        tap_gradients (dict[tuple[str, int], Tensor]): Sum of the gradient at each of the student's taps in the last
             iteration, by pair and level.
-        has_run (bool): Whether ``loss`` has been called.
-        logged (set[str]): Messages that are logged only once.
+        has_run (bool): Whether the student's method ``loss`` has been called.
+        logged (set[str]): Messages that have been logged and are not logged again.
     """
 
     enabled: bool = True
@@ -58,5 +59,5 @@ class DistillState:
     logged: Set[str] = field(default_factory=set)
 
     def __getstate__(self):
-        # results of the last iteration are not copied or pickled with the model
+        # do not copy or pickle the results of the last iteration with the model
         return {**vars(self), 'last_record': None, 'non_finite_losses': [], 'tap_gradients': {}}

@@ -1,4 +1,4 @@
-"""Find channels, strides and gradients of tapped features in a dry run, and match student and teacher levels."""
+"""Dry run of a model: find the channels, strides and gradients of the tapped features."""
 
 import copy
 import inspect
@@ -24,14 +24,14 @@ from .autograd_graph import weights_of
 from .batches import blank_sample
 from .recorders import ModuleOutputsRecorder, find_module
 
-# Devices and image sizes to try in turn. Some operators do not support the meta device. Some models do not accept small
-# images, or accept only the image size of ImageNet (224) or MNIST (32). 128 and 512 are multiples of the largest FPN
-# stride, so that the strides are exact.
+# Devices and image sizes of the dry run, tried in this order until one works. The CPU is needed because some operators
+# do not support the meta device. Some models do not accept small images, or accept only the image size of ImageNet
+# (224) or MNIST (32). 128 and 512 are multiples of the largest FPN stride, so the strides are exact.
 ATTEMPTS = (('meta', 512), ('cpu', 128), ('cpu', 512), ('meta', 224), ('cpu', 224), ('cpu', 32))
 
-USUAL = (128, 512)  # a model that runs at these sizes probably accepts any size
+USUAL = (128, 512)  # a model that runs at one of these sizes probably accepts images of any size
 
-# two images, because some models drop the batch dimension of a single image
+# number of images of the dry run: two, because some models drop the batch dimension of a single image
 IMAGES = 2
 
 
@@ -39,16 +39,16 @@ class FeatureInfo(NamedTuple):
     """Description of the features of a tap, similar to timm's ``FeatureInfo``.
 
     Attributes:
-        channels (list[int]): Channels of each level; 0 if a level is None.
+        channels (list[int]): Channels of each level. 0 means that the module returns None for this level.
         strides (list[float or None]): Image pixels per feature pixel of each level; None for vectors.
-        calls (int): Number of calls of the module in a forward pass.
+        calls (int): Number of times that a forward pass calls the module.
         forward_fn (str): Name of the cheapest function of :func:`forward_fns` that calls the module.
-        requires_grad (list[bool], optional): Whether gradients reach the model through each level; None for teachers.
+        requires_grad (list[bool], optional): Whether each level requires a gradient. None for teachers.
         tokens (list[Tokens or None], optional): Token layout of each level; None for levels without tokens.
-        num_outputs (int): Number of tensors that one call of the module returns.
-        image_channels (int): Number of channels of the images.
-        weights (list[frozenset[str]], optional): Names of the weights that each level depends on; None for teachers,
-            and if activation checkpointing hides them.
+        num_outputs (int): Number of outputs of one call of the module, including outputs that are None.
+        image_channels (int): Number of channels of the model's input images.
+        weights (list[frozenset[str]], optional): Names of the weights that each level depends on. None for teachers, or
+            if the names are unknown, because activation checkpointing hides weights from the autograd graph.
     """
 
     channels: List[int]
@@ -63,22 +63,22 @@ class FeatureInfo(NamedTuple):
 
 
 def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dict[str, FeatureInfo]:
-    """Run a model to find channels, strides and gradients of its taps.
+    """Run a model on blank images to find the channels, strides and gradients of its taps.
 
-    The model is built and run on the meta device, which needs neither memory nor arithmetic. If an operator does not
-    support the meta device, the model runs on the CPU with small images.
+    The model is built and run on the meta device, which needs neither memory nor arithmetic. If this fails, the model
+    runs on the CPU with small images.
 
     Args:
         model_cfg (dict): Config of the model.
-        paths (iterable[str]): Modules to tap.
-        owner (str): ``'student'`` or ``'teacher'``, for error messages.
+        paths (iterable[str]): Paths of the modules to tap.
+        owner (str): ``'student'`` or ``'teacher'``. Gradients are only found for a student.
 
     Returns:
-        dict[str, FeatureInfo]: Features by path.
+        dict[str, FeatureInfo]: Description of the features, by path.
 
     Raises:
         TapError: If a module does not exist, or a forward pass does not call the module.
-        ValueError: If the model does not run on images of any size.
+        ValueError: If the model fails at all image sizes that are tried.
     """
     paths, failed = list(paths), {}
     name = type_name(model_cfg['type'])
@@ -89,7 +89,8 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
             infos = _run(model_cfg, paths, owner, device, (width, size, size))
         except _ForwardFailed as error:
             cause = error.__cause__
-            if width == widths[0] or width not in widths or size not in failed:  # other widths are guesses
+            # report errors for the most likely number of channels; the other numbers are guesses
+            if width == widths[0] or width not in widths or size not in failed:
                 failed[size] = cause
             print_log(f'The dry run of the {owner} fails on {device} at {size} pixels: {cause}', 'current', DEBUG)
             continue
@@ -113,13 +114,13 @@ def infer_feature_info(model_cfg: dict, paths: Iterable[str], owner: str) -> Dic
 
 
 def _is_inside(error: Exception) -> bool:
-    """Return whether a layer of torch refused its input, so that the model was called correctly."""
+    """Return whether a torch layer raised the error. If so, the model was called correctly."""
     frames = [frame.f_globals.get('__name__', '') for frame, _ in walk_tb(error.__traceback__)]
     return any(name.startswith('torch.nn.modules.') and name != 'torch.nn.modules.module' for name in frames)
 
 
 def _stem_channels(model_cfg: dict) -> Iterator[Tuple[str, int, int]]:
-    """Yield an attempt with the channels of the model's first convolution, for configs that do not tell them."""
+    """Yield attempts with the input channels of the model's first convolution, for configs without this number."""
     known = image_channels(model_cfg)
     with suppress(Exception):
         model = build_on_meta(model_cfg)
@@ -128,16 +129,16 @@ def _stem_channels(model_cfg: dict) -> Iterator[Tuple[str, int, int]]:
             yield from ((*attempt, width) for attempt in ATTEMPTS)
 
 
-# numbers by which image sizes may have to be divisible
+# divisors that infer_pad_divisor() tries
 PAD_DIVISORS = tuple(2**i for i in range(8))
 
 
 @torch.no_grad()
 def infer_pad_divisor(model_cfg: dict, taps: Dict[str, FeatureInfo], declared: int) -> int:
-    """Find the number by which image sizes must be divisible, in dry runs on the meta device.
+    """Find the number by which height and width of a teacher's images must be divisible, in dry runs.
 
-    Models such as YOLOX and RTMDet concatenate upsampled features, which needs multiples of their largest stride, but
-    not all configs say so.
+    Models such as YOLOX and RTMDet concatenate upsampled features, so image sizes must be multiples of their largest
+    stride. Some configs of these models do not set this divisor in the preprocessor.
 
     Args:
         model_cfg (dict): Config of the model.
@@ -145,7 +146,7 @@ def infer_pad_divisor(model_cfg: dict, taps: Dict[str, FeatureInfo], declared: i
         declared (int): Divisor in the config of the preprocessor.
 
     Returns:
-        int: A multiple of ``declared``; ``declared`` itself if the model does not run on the meta device.
+        int: The divisor, a multiple of ``declared``. If the model does not run on the meta device, ``declared`` itself.
     """
     calls = {path: info.calls for path, info in taps.items()}
     info = next(iter(taps.values()))
@@ -155,7 +156,7 @@ def infer_pad_divisor(model_cfg: dict, taps: Dict[str, FeatureInfo], declared: i
     except Exception:
         return declared
     for divisor in dict.fromkeys(lcm(declared, divisor) for divisor in PAD_DIVISORS):
-        size = divisor * (256 // divisor | 1)  # an odd multiple
+        size = divisor * (256 // divisor | 1)  # an odd multiple, which 2 * divisor does not divide
         images = torch.zeros(IMAGES, info.image_channels, size, size, device='meta')
         samples = [blank_sample(size, size) for _ in range(IMAGES)]
         try:
@@ -168,16 +169,16 @@ def infer_pad_divisor(model_cfg: dict, taps: Dict[str, FeatureInfo], declared: i
 
 
 def check_training_outputs(pair: str, path: str, outputs: List[list], tap: FeatureInfo) -> None:
-    """Check that a tap returns the same outputs in training as in the dry run.
+    """Check that a tap returns the same number of outputs and channels in training as in the dry run.
 
     Args:
         pair (str): Name of the pair, for the error message.
         path (str): The tap.
         outputs (list[list[Tensor or None]]): Outputs in training, one list per call.
-        tap (FeatureInfo): Features of the tap in the dry run.
+        tap (FeatureInfo): Description of the tap's features from the dry run.
 
     Raises:
-        TapError: If the tap was not called, or returned different outputs.
+        TapError: If the tap was called fewer times than in the dry run, or its outputs differ in number or channels.
     """
     if len(outputs) < tap.calls:
         raise TapError(
@@ -203,8 +204,8 @@ def check_gradient(pair: str, path: str, features: Sequence[Tensor], levels: Seq
     Args:
         pair (str): Name of the pair, for the error message.
         path (str): The tap.
-        features (list[Tensor]): Features, one per level.
-        levels (list[int]): Distilled levels.
+        features (list[Tensor]): Features of the tap, one per level.
+        levels (list[int]): Indices of the distilled levels.
 
     Raises:
         TapError: If a distilled level does not require a gradient.
@@ -226,7 +227,10 @@ def _widths(channels: Iterable[Optional[int]]) -> str:
 
 
 def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
-    """Return attempts with the square ``img_size`` of the backbone or model; none if it is not set."""
+    """Return attempts with the ``img_size`` in the config of the backbone or model.
+
+    The list is empty if ``img_size`` is not set or not square.
+    """
     backbone = model_cfg.get('backbone')
     size = next((cfg['img_size'] for cfg in (backbone, model_cfg) if isinstance(cfg, dict) and 'img_size' in cfg), None)
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
@@ -235,7 +239,7 @@ def _own_size(model_cfg: dict) -> List[Tuple[str, int]]:
 
 
 class _ForwardFailed(Exception):
-    """A forward pass of the dry run failed; ``__cause__`` is its error."""
+    """A forward pass of the dry run failed. ``__cause__`` is the error of the model."""
 
 
 def _run(
@@ -286,7 +290,7 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
         strides.append(None if feature is None or raw.dim() == 2 else size / feature.size(2))
         is_tokens = raw is not None and raw.dim() == 3
         tokens.append(Tokens(strides[-1], raw.size(1) - feature[0, 0].numel()) if is_tokens else None)
-        # RoI features and vectors are not checked: their first dimension may count regions instead of images
+        # do not check RoI features and vectors: their first dimension may be the number of regions
         if feature is not None and raw.dim() > 2 and feature.size(0) != IMAGES and not path.startswith('roi_head'):
             raise TapError(
                 f"The tap '{path}' returns a tensor of shape {tuple(raw.shape)} for {IMAGES} images, but the first "
@@ -308,17 +312,22 @@ def _describe(taps: ModuleOutputsRecorder, path: str, size: int, forward_fn: str
 
 
 def encoder_path(model: nn.Module) -> Optional[str]:
-    """Return the path of the module that encodes the images; None if no module has a name in ``ENCODERS``."""
+    """Return the path of the image encoder, which has a name in ``ENCODERS``; None if there is no such module."""
     modules = dict(model.named_modules())
     paths = [prefix + name for prefix in ('', *(f'{part}.' for part in WRAPPED)) for name in ENCODERS]
     return next((path for path in paths if path in modules), None)
 
 
 def forward_fns(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]], object]]:
-    """Return functions that run a model or parts of it, by name, starting with the cheapest function.
+    """Return functions that run a whole model or only parts of it, by name, starting with the cheapest function.
 
-    The functions take images, (N, 3, H, W), and data samples. Most taps are in the backbone or neck: running these
-    parts only needs neither proposals nor post-processing.
+    Most taps are in the backbone or neck. To reach these taps, the heads need not run.
+
+    Args:
+        model (nn.Module): The model.
+
+    Returns:
+        dict[str, callable]: Functions of images, (N, C, H, W), and a list of data samples or None.
     """
     functions = {}
     for name, part in [('features', model)] + [(f'{name} features', getattr(model, name, None)) for name in WRAPPED]:
@@ -334,7 +343,7 @@ def forward_fns(model: nn.Module) -> Dict[str, Callable[[Tensor, Optional[list]]
 
 
 def _run_whole(model: nn.Module, images: Tensor, samples: Optional[list]):
-    """Call a model of OpenMMLab's packages with images and data samples, any other module with images."""
+    """Call a whole model. Models of OpenMMLab's packages get images and data samples, other modules only images."""
     signature = inspect.signature(model.forward)
     if isinstance(model, BaseModel):
         for args in ((images, samples), (images,)):
@@ -350,7 +359,7 @@ def _run_whole(model: nn.Module, images: Tensor, samples: Optional[list]):
 
 
 def _run_segmentation_heads(model: nn.Module, images: Tensor) -> None:
-    """Run decode head and auxiliary heads. A segmentor runs auxiliary heads only in training."""
+    """Run the decode head and the auxiliary heads, because a segmentor runs its auxiliary heads only in training."""
     features = model.extract_feat(images)
     if isinstance(model.decode_head, nn.ModuleList):
         output = model.decode_head[0](features)
@@ -364,5 +373,5 @@ def _run_segmentation_heads(model: nn.Module, images: Tensor) -> None:
 
 
 def run_box_branch(model: nn.Module, inputs: Tensor, rois: Tensor) -> None:
-    """Run a detector's box branch on images, (N, 3, H, W), and on the given RoIs, (R, 5)."""
+    """Run a detector's box branch on the given RoIs, (R, 5), of images, (N, 3, H, W)."""
     model.roi_head._bbox_forward(model.extract_feat(inputs), rois)

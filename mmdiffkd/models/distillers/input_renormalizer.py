@@ -1,4 +1,4 @@
-"""Preprocess the student's images as the teacher's images in its own training."""
+"""Convert the student's preprocessed images to images that are preprocessed as in the teacher's own training."""
 
 import copy
 from itertools import product
@@ -16,15 +16,17 @@ from mmdiffkd.utils.validation import ConfigError, Limits, check_value, in_key
 
 from .batches import blank_sample
 
-# keys of upstream's preprocessors, by package, and their names here
+# Keys of the OpenMMLab packages' data preprocessors. The packages use different keys for the same setting.
 COLOR_FLAGS = ('bgr_to_rgb', 'rgb_to_bgr', 'to_rgb')
 PAD_VALUES = ('pad_value', 'pad_val')
 PAD_DIVISORS = ('pad_size_divisor', 'size_divisor')
-NOT_BUILT = ('batch_augments', 'test_cfg')  # not needed for the pixel map, and test_cfg needs data samples
+# Keys that are removed before a preprocessor is built. The pixel map does not depend on them, and test_cfg needs data
+# samples.
+NOT_BUILT = ('batch_augments', 'test_cfg')
 PREPROCESSOR_KEYS = ('mean', 'std', *COLOR_FLAGS, *PAD_VALUES, *PAD_DIVISORS, 'size')
-GRAY_WEIGHTS = (0.114, 0.587, 0.299)  # of blue, green and red, as in OpenCV
-CHANNELS = (3, 1, 4, 6)  # channels of loaded images to try
-USUAL_DIVISOR = 32  # all models accept images whose sizes are multiples of it
+GRAY_WEIGHTS = (0.114, 0.587, 0.299)  # weights of blue, green and red in a gray value, as in OpenCV
+CHANNELS = (3, 1, 4, 6)  # numbers of channels of loaded images to try, in this order
+USUAL_DIVISOR = 32  # all models accept images whose height and width are multiples of 32
 GRAY = 'the teacher gets the gray values of the colors'
 FIRST_THREE = 'the teacher gets the first three channels'
 OVERRIDE = 'teacher=dict(data_preprocessor=dict({}))'
@@ -37,7 +39,8 @@ def check_preprocessor(cfg: Optional[dict]) -> None:
         cfg (dict, optional): The config.
 
     Raises:
-        ConfigError: If a value makes no finite images, or images that no memory holds, or the class refuses it.
+        ConfigError: If a value would give images that are not finite or too large for the memory, or if the class of
+            the preprocessor refuses a value.
     """
     cfg = dict(cfg or {})
     if isinstance(cfg.get('data_preprocessor'), dict):
@@ -57,18 +60,18 @@ def check_preprocessor(cfg: Optional[dict]) -> None:
         return
     try:
         MODELS.build({key: copy.deepcopy(value) for key, value in cfg.items() if key not in NOT_BUILT})
-    except AssertionError as error:  # other errors: the class needs more than its config
+    except AssertionError as error:  # all other errors are ignored: the class may need more than its config
         raise ConfigError('', f' does not fit {type_name(cfg["type"])}: {error}.') from error
     except Exception:
         return
 
 
 class PixelMap(NamedTuple):
-    """What a preprocessor does to a pixel: ``weight @ pixel + bias``.
+    """Linear map by which a preprocessor converts a pixel: ``weight @ pixel + bias``.
 
     Attributes:
-        weight (Tensor): (C_out, C_in), float64.
-        bias (Tensor): (C_out, ), float64.
+        weight (Tensor): Matrix (C_out, C_in), float64.
+        bias (Tensor): Vector (C_out, ), float64.
     """
 
     weight: Tensor
@@ -78,20 +81,22 @@ class PixelMap(NamedTuple):
 class Preprocessor:
     """The pixel map and the padding of a data preprocessor.
 
-    The pixel map is measured with a few plain images, so preprocessors of any class are read correctly. Upstream's
-    classes differ: for example, some swap the colors only of images with three channels. Configs without ``type``, and
-    classes that do not run on plain images, are read by their keys.
+    The preprocessor is built and run on a few images of a single color, and the pixel map is computed from the results.
+    This works for preprocessors of any class. The classes of the OpenMMLab packages differ: for example, some swap the
+    colors only of images with three channels. If the config has no ``type``, or the class does not run on such images,
+    the pixel map is computed from the keys ``mean``, ``std`` and color flags instead.
 
     Args:
         cfg (dict, optional): Config of the preprocessor.
 
     Attributes:
-        outer_cfg (dict): The config.
-        cfg (dict): The config, or that of the preprocessor inside it.
+        outer_cfg (dict): The config as given.
+        cfg (dict): Config of the innermost preprocessor: some preprocessors contain another one in the key
+            ``data_preprocessor``. Otherwise the same as ``outer_cfg``.
         pad_value (float): Value of padded pixels, after normalization.
-        pad_divisor (int): Number by which padded sizes are divisible.
+        pad_divisor (int): Number by which height and width of padded images are divisible.
         pad_size (tuple[int, int], optional): Height and width to which all images are padded.
-        obstacle (str, optional): Why a preprocessor with a type is read by its keys.
+        obstacle (str, optional): Reason why the pixel map is computed from the keys although the config has a ``type``.
     """
 
     def __init__(self, cfg: Optional[dict]):
@@ -115,21 +120,24 @@ class Preprocessor:
         try:
             self._module = MODELS.build(cfg).eval()
         except Exception as error:
-            self.obstacle = f'it cannot be built alone ({error})'
+            self.obstacle = f'its class cannot be built from this config ({error})'
             return
         if not any(self.pixel_map(channels) for channels in {*CHANNELS, self.num_values}):
-            self.obstacle = 'it does not run on plain images, or is not linear'
+            self.obstacle = 'its class fails on test images of a single color, or does not convert pixels linearly'
             self._module, self._maps = None, {}
 
     @property
     def fixed_pads(self) -> List[str]:
-        """Names of the batch augmentations that pad images."""
+        """Names of the ``batch_augments`` that pad images."""
         augments = self.cfg.get('batch_augments')
         kinds = [cfg.get('type') for cfg in augments or () if isinstance(cfg, dict)]
         return [type_name(kind) for kind in kinds if kind is not None and 'Pad' in type_name(kind)]
 
     def _setting(self, names: Sequence[str]):
-        """Return a setting of the config, or else an attribute of the module or of a module inside it."""
+        """Return the value of a setting, under the first of the given names that exists; None if none exists.
+
+        The setting is a key of the config, or else an attribute of the built preprocessor or of its submodules.
+        """
         for name in names:
             if name in self.cfg:
                 return self.cfg[name]
@@ -140,25 +148,25 @@ class Preprocessor:
         return None
 
     def _values(self, key: str, default: float) -> Sequence[float]:
-        """Return the values of ``mean`` or ``std``, one per channel or for all channels."""
+        """Return the values of ``mean`` or ``std``: one value per channel, or a single value for all channels."""
         values = self.cfg.get(key)
         values = (default,) if values is None else values
         return values if isinstance(values, (list, tuple)) else (values,)
 
     @property
     def num_values(self) -> int:
-        """Number of values of the mean; 1 without a mean."""
+        """Number of values in ``mean``; 1 if the config has no ``mean``."""
         return len(self._values('mean', 0))
 
     def pixel_map(self, channels: int) -> Optional[PixelMap]:
-        """Return the linear map of a pixel with this number of channels; None if such images are refused."""
+        """Return the pixel map for images with a number of channels; None if the preprocessor refuses such images."""
         if channels not in self._maps:
             measured = self._module is not None
             self._maps[channels] = _measure(self._module, channels) if measured else self._map_of_keys(channels)
         return self._maps[channels]
 
     def is_raw(self, pixel_map: PixelMap) -> bool:
-        """Return whether images keep their values although the config has no ``mean`` that says so."""
+        """Return whether the config has no ``mean`` and the preprocessor does not scale or shift pixel values."""
         is_scaled = pixel_map.weight.abs().amax() != 1 or pixel_map.bias.any()
         return self.cfg.get('mean') is None and not is_scaled
 
@@ -171,19 +179,23 @@ class Preprocessor:
         if channels == 3 and any(self.cfg.get(flag) for flag in COLOR_FLAGS):
             order = [2, 1, 0]
         elif channels == len(mean) == 6 and (self.cfg.get('bgr_to_rgb') or self.cfg.get('rgb_to_bgr')):
-            order = [2, 1, 0, 5, 4, 3]  # two images, as in change detection
+            order = [2, 1, 0, 5, 4, 3]  # six channels are two concatenated images, as in change detection
         weight = torch.eye(channels, dtype=torch.float64)[order].expand(width, channels)
         mean, std = (torch.tensor(values, dtype=torch.float64).expand(width) for values in (mean, std))
         return PixelMap(weight / std[:, None], -mean / std)
 
 
 def _measure(module: nn.Module, channels: int) -> Optional[PixelMap]:
-    """Measure the pixel map of a preprocessor with plain images; None if it fails or is not linear."""
+    """Compute the pixel map of a preprocessor by running it on images of a single color.
+
+    Returns:
+        PixelMap, optional: None if the preprocessor refuses images with this number of channels or is not linear.
+    """
     unit = 255 * torch.eye(channels, dtype=torch.uint8)
     mixed = (torch.arange(channels) * 37 + 90).remainder(256).to(torch.uint8)
     colors = torch.stack([torch.zeros(channels, dtype=torch.uint8), *unit, mixed])
     images = colors[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
-    forms = images, list(images), [images.clone(), images.clone()]  # the last are views or clips
+    forms = images, list(images), [images.clone(), images.clone()]  # a batch, a list of images, a list of views
     for inputs, samples in product(forms, (None, [blank_sample(8, 8) for _ in images])):
         try:
             with torch.no_grad():
@@ -191,7 +203,7 @@ def _measure(module: nn.Module, channels: int) -> Optional[PixelMap]:
             output = output['images'] if 'images' in output else output['inputs']
             while isinstance(output, (list, tuple)) or output.dim() == 5:
                 output = output[0]
-        except Exception:  # another form of images, or another number of channels
+        except Exception:  # the preprocessor takes a different form of images, or a different number of channels
             continue
         if output.dim() != 4 or len(output) != len(colors) or min(output.shape[-2:]) < 8:
             continue
@@ -204,21 +216,23 @@ def _measure(module: nn.Module, channels: int) -> Optional[PixelMap]:
 
 
 class InputRenormalizer:
-    """Convert the student's preprocessed images to those that the teacher's own preprocessor makes of the same images.
+    """Convert images that the student's preprocessor has made to the images that the teacher's would have made.
 
     Args:
         student (dict, optional): Config of the student's data preprocessor.
         teacher (dict, optional): Config of the teacher's data preprocessor.
-        channels (tuple[int, int], optional): Channels of the images that the models take. None finds them with the
-            first batch. Defaults to None.
-        pipeline (dict, optional): ``mean``, ``std`` and ``to_rgb`` of the teacher's pipeline, empty if it does not
-            normalize, and None if it is not known. Defaults to None.
+        channels (tuple[int, int], optional): Number of channels of the student's and of the teacher's images. None
+            finds the numbers when the first batch arrives. Defaults to None.
+        pipeline (dict, optional): ``mean``, ``std`` and ``to_rgb`` of the teacher's training pipeline. An empty dict
+            means that the pipeline does not normalize images. None means that the pipeline is unknown. Defaults to
+            None.
 
     Attributes:
-        notes (list[str]): Sentences on conversions and assumptions, except for ``color_note``.
+        notes (list[str]): Sentences for the log that describe conversions and assumptions. The sentence about swapped
+            colors is ``color_note``.
 
     Raises:
-        ValueError: If the student's images lack what the teacher needs.
+        ValueError: If the teacher needs channels that the student's images do not have.
     """
 
     def __init__(
@@ -234,17 +248,17 @@ class InputRenormalizer:
         self.pad_divisor = self.teacher.pad_divisor
         self.notes: List[str] = []
         self._teacher_channels = channels and channels[1]
-        self._channels: Optional[int] = None  # number of channels for which the maps were computed
+        self._channels: Optional[int] = None  # channels of the student's images for which the maps were computed
         if channels:
             self._set_up(channels[0])
 
     def _set_up(self, channels: int) -> None:
-        """Find the map from the student's images to the teacher's."""
+        """Compute the map from the student's preprocessed images to the teacher's preprocessed images."""
         maps = [self.student.pixel_map(loaded) for loaded in (channels, *CHANNELS)]
         ours = next((found for found in maps if found is not None and len(found.bias) == channels), None)
         identity = PixelMap(torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
         if ours is None:
-            self.student.obstacle = self.student.obstacle or f'it does not make images of {channels} channels'
+            self.student.obstacle = self.student.obstacle or f'its class does not return images of {channels} channels'
             ours = identity
         self._channels, self._student_map = channels, ours
         self._uses_pipeline, adaptation = False, None
@@ -274,7 +288,15 @@ class InputRenormalizer:
         self.notes = list(self._describe(adaptation))
 
     def _teacher_map(self, ours: PixelMap) -> Tuple[Optional[str], PixelMap]:
-        """Return how the loaded images are adapted, if they are, and the map from loaded pixels to the teacher's."""
+        """Find the map from loaded pixels to the teacher's preprocessed pixels.
+
+        Args:
+            ours (PixelMap): Pixel map of the student's preprocessor.
+
+        Returns:
+            tuple[str or None, PixelMap]: Description of the change in the number of channels, or None if the number
+            does not change, and the map.
+        """
         loaded = ours.weight.size(1)
         wanted = self._teacher_channels or self.teacher.num_values
         for description, adapt in _adaptations(loaded, self._loads_rgb):
@@ -299,11 +321,11 @@ class InputRenormalizer:
         return bool(self.student.cfg.get('rgb_to_bgr'))
 
     def _describe(self, adaptation: Optional[str]) -> Iterator[str]:
-        """Yield sentences on conversions and assumptions."""
+        """Yield sentences for the log about conversions and assumptions."""
         for side, name in ((self.student, 'student'), (self.teacher, 'teacher')):
             if side.obstacle and self.student.outer_cfg != self.teacher.outer_cfg:
                 yield (
-                    f"The {name}'s data_preprocessor is read by its keys mean, std and color flags, because "
+                    f"Only the keys mean, std and color flags of the {name}'s data_preprocessor are used, because "
                     f'{side.obstacle}.'
                 )
         if adaptation or self._student_map.weight.size(1) > self.weight.size(0):
@@ -315,8 +337,8 @@ class InputRenormalizer:
             yield "The teacher's images are normalized as in the pipeline of its config."
         elif self._student_is_raw and self._pipeline:
             yield (
-                "The teacher's pipeline normalizes images, and the student's is assumed to do the same. If not, "
-                f'set {OVERRIDE.format("mean=..., std=...")}.'
+                "The teacher's pipeline normalizes images, and the student's pipeline is assumed to normalize them in "
+                f'the same way. If it does not, set {OVERRIDE.format("mean=..., std=...")}.'
             )
         elif self._student_is_raw and self._teacher_is_raw and not self._is_pipeline_known:
             yield (
@@ -326,8 +348,8 @@ class InputRenormalizer:
         elif self._student_is_raw != self._teacher_is_raw and (self._student_is_raw or not self._is_pipeline_known):
             yield (
                 f"The {'student' if self._student_is_raw else 'teacher'}'s data_preprocessor has no mean and std: it "
-                'is assumed to take values from 0 to 255. If a pipeline normalizes, describe the images of the teacher '
-                f'in {OVERRIDE.format("mean=..., std=...")}.'
+                'is assumed to take values from 0 to 255. If a pipeline normalizes images, set the mean and std of the '
+                f"teacher's images in {OVERRIDE.format('mean=..., std=...')}."
             )
         pads = self.teacher.fixed_pads
         if pads and pads != self.student.fixed_pads:
@@ -343,7 +365,7 @@ class InputRenormalizer:
 
     @property
     def color_note(self) -> Optional[str]:
-        """Sentence on the assumption that swapping colors makes; None if the teacher gets the student's order."""
+        """Sentence for the log about swapped colors; None if teacher and student get the same color order."""
         order = self.weight.abs().argmax(1).tolist()
         if not self._keeps_channels or order == list(range(len(order))):
             return None
@@ -355,7 +377,7 @@ class InputRenormalizer:
         )
 
     def color_override(self) -> str:
-        """Return the setting that makes the teacher's preprocessor swap the colors if it does not, or the reverse."""
+        """Return the setting that inverts the color flag of the teacher's preprocessor, for messages."""
         cfg = self.teacher.cfg
         active = [flag for flag in COLOR_FLAGS if cfg.get(flag)]
         spelled = [flag for flag in COLOR_FLAGS if flag in cfg]
@@ -363,11 +385,15 @@ class InputRenormalizer:
         return OVERRIDE.format(f'{(active or spelled or [usual])[0]}={not active}')
 
     def override_for(self, student_pipeline: dict, teacher_pipeline: Optional[dict]) -> Optional[str]:
-        """Return the setting for a student's pipeline that normalizes; None if none is needed or it is not known.
+        """Return the setting that the teacher needs if the student's pipeline normalizes images.
 
         Args:
             student_pipeline (dict): ``mean``, ``std`` and ``to_rgb`` of the student's pipeline.
-            teacher_pipeline (dict, optional): Those of the teacher's pipeline.
+            teacher_pipeline (dict, optional): ``mean``, ``std`` and ``to_rgb`` of the teacher's pipeline.
+
+        Returns:
+            str, optional: Value of ``teacher.data_preprocessor``, as text. None if no setting is needed, or if the
+            right setting is unknown.
         """
         if not self._student_is_raw or self._channels != 3:
             return None
@@ -394,10 +420,11 @@ class InputRenormalizer:
 
         Args:
             inputs (Tensor): The student's preprocessed images, (N, C, H, W).
-            data_samples (list, optional): Data samples of the images. ``img_shape`` is the size without padding.
+            data_samples (list, optional): Data samples of the images. Their ``img_shape`` is the image size without
+                padding.
 
         Returns:
-            Tensor: The teacher's images, (N, C', H', W'). Padding is at the bottom and on the right.
+            Tensor: The teacher's images, (N, C', H', W'). Padding is added at the bottom and on the right.
         """
         if self._channels != inputs.size(1):
             self._set_up(inputs.size(1))
@@ -411,10 +438,11 @@ class InputRenormalizer:
         return images
 
     def find_padding(self, infer_divisor: Callable[[int], int]) -> None:
-        """Find out by which number the sizes of the teacher's images must be divisible, and note it.
+        """Set ``pad_divisor``, the number by which height and width of the teacher's images must be divisible.
 
         Args:
-            infer_divisor (callable): Returns the divisor that a teacher needs, from the one in its config.
+            infer_divisor (callable): Takes the divisor in the teacher's config, and returns the divisor that the
+                teacher needs. Called only if the teacher may need more padding than its config says.
         """
         declared = self.teacher.pad_divisor
         if self.student.pad_size:
@@ -430,21 +458,25 @@ class InputRenormalizer:
             )
 
     def turn_off_padding(self) -> None:
-        """Keep the size of the images, because they are resized instead."""
+        """Do not pad the teacher's images. Used if the images are resized to a size that the teacher accepts."""
         self.pad_divisor, self.teacher.pad_size = 1, None
 
     def padded_size(self, size: Sequence[int]) -> Tuple[int, int]:
-        """Return height and width of the teacher's batch for a student's batch of the given height and width."""
+        """Return the height and width of the teacher's padded images.
+
+        Args:
+            size (tuple[int, int]): Height and width of the student's images.
+        """
         height, width = map(max, zip(size, self.teacher.pad_size or (0, 0)))
         return tuple(ceil(side / self.pad_divisor) * self.pad_divisor for side in (height, width))
 
     def _fill_padding(self, images: Tensor, inputs: Tensor, data_samples: Optional[Sequence]) -> Tensor:
-        """Fill the student's padding with the teacher's pad value."""
+        """Set the padded pixels of the student's images to the teacher's pad value."""
         shapes = [getattr(sample, 'metainfo', {}).get('img_shape') for sample in data_samples or ()]
         height, width = inputs.shape[-2:]
         if all(shape is None or (shape[0] >= height and shape[1] >= width) for shape in shapes):
             return images
-        # img_shape is out of date where a transform changes the size without it, so look at the pixels as well
+        # img_shape is wrong if a transform has changed the image size without updating it, so check the pixels as well
         is_padding = (inputs == self.student.pad_value).all(1, keepdim=True)
         is_padding[len(shapes) :] = False
         for mask, shape in zip(is_padding, shapes):
@@ -452,13 +484,17 @@ class InputRenormalizer:
         return images.masked_fill(is_padding, self.teacher.pad_value)
 
     def check_range(self, inputs: Tensor, data_samples: Optional[Sequence] = None) -> Optional[str]:
-        """Return a warning if a batch of the student's images was not loaded with values from 0 to 255.
+        """Check that the student's images were loaded with values from 0 to 255.
 
-        Padding does not count, nor do dark images, whose values are small integers.
+        The check ignores padding. It accepts dark images, whose values are small integers.
 
         Args:
             inputs (Tensor): The student's preprocessed images, (N, C, H, W).
-            data_samples (list, optional): Data samples of the images. ``img_shape`` is the size without padding.
+            data_samples (list, optional): Data samples of the images. Their ``img_shape`` is the image size without
+                padding.
+
+        Returns:
+            str, optional: A warning; None if the values are as expected.
         """
         if self.is_identity and not (self._student_is_raw and self._is_pipeline_known and not self._pipeline):
             return None
@@ -481,7 +517,7 @@ class InputRenormalizer:
         )
 
     def _loaded(self, inputs: Tensor) -> Tensor:
-        """Return the images before the student's preprocessor."""
+        """Return the images as they were loaded, by inverting the student's preprocessor."""
         if self._channels != inputs.size(1):
             self._set_up(inputs.size(1))
         inverse = torch.linalg.pinv(self._student_map.weight)
@@ -490,7 +526,8 @@ class InputRenormalizer:
     def displayed(self, inputs: Tensor) -> Tensor:
         """Convert the student's preprocessed images to RGB for display.
 
-        Of more than three channels, the first three are displayed. Values outside of 0 to 255 are rescaled.
+        If the images have more than three channels, the first three are displayed. Images whose values do not fit the
+        range from 0 to 255 are rescaled.
 
         Args:
             inputs (Tensor): Preprocessed images, (N, C, H, W).
@@ -508,12 +545,21 @@ class InputRenormalizer:
 
 
 def _has_usual_range(low: float, high: float) -> bool:
-    """Return whether values are those of bytes, also after augmentations of their brightness."""
+    """Return whether a range fits values from 0 to 255, which augmentations of the brightness may have changed."""
     return low > -128 and 16 < high < 512
 
 
 def _adaptations(channels: int, is_rgb: bool) -> List[Tuple[Optional[str], Tensor]]:
-    """Return linear maps of loaded pixels to other numbers of channels, with a description; the identity first."""
+    """Return the ways to adapt the number of channels of loaded images to the teacher.
+
+    Args:
+        channels (int): Number of channels of the loaded images.
+        is_rgb (bool): Whether the images are RGB instead of BGR.
+
+    Returns:
+        list[tuple[str or None, Tensor]]: A description and a matrix (C_out, C_in) for each way. The first is the
+        identity, with the description None.
+    """
     eye = torch.eye(channels, dtype=torch.float64)
     found = [(None, eye)]
     if channels == 1:
@@ -529,7 +575,7 @@ def _adaptations(channels: int, is_rgb: bool) -> List[Tuple[Optional[str], Tenso
 
 
 def _apply(weight: Tensor, bias: Tensor, images: Tensor) -> Tensor:
-    """Apply a pixel map without a matrix product, which would run in low precision under autocast."""
+    """Apply a pixel map. Avoids a matrix product, because autocast would compute it in low precision."""
     outputs = []
     for row, offset in zip(weight.tolist(), bias.tolist()):
         parts = [images[:, i] * value for i, value in enumerate(row) if abs(value) > 1e-9]

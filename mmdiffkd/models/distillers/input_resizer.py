@@ -1,4 +1,4 @@
-"""Resize images for teachers of a different image size, and their features back to the levels of the student."""
+"""Resize the student's images to the size that the teacher needs, and resize the teacher's features back."""
 
 from math import prod
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -14,22 +14,23 @@ from .feature_info import FeatureInfo, forward_fns
 from .recorders import ModuleOutputsRecorder
 
 Size = Tuple[int, int]
-TRIAL_SIDE = 160  # smallest side of the images on which sizes are tried
+TRIAL_SIDE = 160  # smallest height and width of the images in the dry runs of find_size_divisor()
 
 
 class InputResizer:
-    """Resize the student's images for the teacher, and the teacher's features to the levels of the student's images.
+    """Resize the student's images for the teacher, and resize the teacher's features to the student's image size.
 
     Args:
-        resize (float or str, optional): Factor of height and width; ``'native'`` gives images with the area of
-            those on which the teacher was trained. None only rounds sizes that the teacher does not take.
+        resize (float or str, optional): Factor by which height and width are multiplied. ``'native'`` resizes images to
+            the area of the images on which the teacher was trained. None keeps the size, and only rounds it if the
+            teacher does not accept it.
         native (tuple[int, int]): Height and width of the images on which the teacher was trained.
-        divisor (int, optional): Number by which sizes must be divisible; None if the teacher takes images of the native
-            size only.
+        divisor (int, optional): Number by which height and width of the teacher's images must be divisible. None means
+            that the teacher accepts only images of the native size.
         name (str): Name of the teacher for messages.
 
     Raises:
-        ConfigError: If a factor is set for a teacher that takes images of one size only.
+        ConfigError: If a factor is set for a teacher that accepts images of only one size.
     """
 
     def __init__(self, resize: Union[float, str, None], native: Size, divisor: Optional[int], name: str):
@@ -41,7 +42,11 @@ class InputResizer:
             )
 
     def size(self, size: Sequence[int]) -> Size:
-        """Return height and width of the teacher's images for those of the student's batch."""
+        """Return the height and width of the teacher's images.
+
+        Args:
+            size (tuple[int, int]): Height and width of the student's images.
+        """
         if self.divisor is None:
             return self.native
         factor = self.resize or 1
@@ -50,15 +55,15 @@ class InputResizer:
         return tuple(max(1, round(side * factor / self.divisor)) * self.divisor for side in size)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Resize images, (N, C, H, W); images of the right size are returned unchanged."""
+        """Resize images, (N, C, H, W), for the teacher. Images of the right size are returned unchanged."""
         return _interpolate(images, self.size(images.shape[-2:]))
 
     def restore(self, feature: Optional[Tensor], stride: Optional[float], size: Sequence[int]) -> Optional[Tensor]:
-        """Resize a feature map to the size that images of the student's size would give.
+        """Resize a feature map of the teacher to the size that it would have for images of the student's size.
 
         Args:
-            feature (Tensor, optional): (N, C, H', W'). None and vectors are returned unchanged.
-            stride (float, optional): Image pixels per position; None for vectors.
+            feature (Tensor, optional): Feature map, (N, C, H', W'). None and vectors are returned unchanged.
+            stride (float, optional): Image pixels per feature pixel; None for vectors.
             size (tuple[int, int]): Height and width of the student's images.
         """
         if feature is None or stride is None:
@@ -67,23 +72,25 @@ class InputResizer:
 
     @property
     def notes(self) -> List[str]:
-        """Sentences on what is done to the sizes."""
+        """Sentences for the log that describe how images and features are resized."""
         return list(self._describe())
 
     def _describe(self) -> Iterator[str]:
         if self.divisor is None:
-            yield f"The teacher takes images of {_text(self.native)} only: the student's images are resized to it."
+            size = _text(self.native)
+            yield f"The teacher takes images of {size} only: the student's images are resized to {size}."
             return
-        rounded = f', rounded to multiples of {self.divisor} pixels' if self.divisor > 1 else ''
+        rounded = f', with sides rounded to multiples of {self.divisor} pixels' if self.divisor > 1 else ''
         if self.resize == 'native':
             yield (
-                f"The teacher gets the student's images resized to the area of {_text(self.native)}, on which it was "
-                f'trained{rounded}; its features are resized to the levels of the student.'
+                "The student's images are resized for the teacher to the same area as the teacher's training images "
+                f"({_text(self.native)}){rounded}. The teacher's features are resized to the size of the student's "
+                'levels.'
             )
         elif self.resize is not None:
             yield (
-                f"The teacher gets the student's images resized by {self.resize:g}{rounded}; its features are resized "
-                'to the levels of the student.'
+                f"The student's images are resized for the teacher by a factor of {self.resize:g}{rounded}. The "
+                "teacher's features are resized to the size of the student's levels."
             )
 
 
@@ -92,7 +99,7 @@ def _text(size: Sequence[int]) -> str:
 
 
 def _interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps, (N, C, H, W); larger ones are averaged, so that no position is lost."""
+    """Resize maps, (N, C, H, W). Downsampling averages over all positions."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     is_smaller = any(new < old for new, old in zip(size, maps.shape[-2:]))
@@ -101,35 +108,35 @@ def _interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def find_size_divisor(model: nn.Module, taps: Dict[str, FeatureInfo], native: Size) -> Optional[int]:
-    """Find the number by which sizes of an encoder's images must be divisible, on the meta device.
+    """Find the number by which height and width of an encoder's images must be divisible, in dry runs.
 
-    A size fits if the model runs and returns a position for every ``stride`` pixels: some models drop the pixels of an
-    incomplete patch.
+    A divisor is accepted if the model runs on such images and its feature maps cover the whole images. Some models drop
+    the pixels of incomplete patches at the border.
 
     Args:
         model (nn.Module): An encoder on the meta device, in eval mode.
-        taps (dict[str, FeatureInfo]): Its taps.
-        native (tuple[int, int]): Height and width on which the model was trained.
+        taps (dict[str, FeatureInfo]): Taps of the encoder.
+        native (tuple[int, int]): Height and width of the images on which the encoder was trained.
 
     Returns:
-        int, optional: The divisor; None if the model runs on images of the native size only.
+        int, optional: The divisor. None if the encoder runs only on images of the native size.
     """
     strides = {round(stride) for info in taps.values() for stride in info.strides if stride}
     ran = None
     for divisor in dict.fromkeys([*sorted({1, *strides, 32, 64}), *native]):
-        count = -(-TRIAL_SIDE // divisor) | 1  # odd, so that no larger number divides both sides
+        count = -(-TRIAL_SIDE // divisor) | 1  # odd, so that no number greater than divisor divides both sides
         size = (167, 181) if divisor == 1 else (divisor * count, divisor * (count + 2))
         covers = _covers(model, taps, size)
         if covers:
             return divisor
         ran = divisor if covers is False and ran is None else ran
-    if ran is None and _covers(model, taps, native) is None:  # does not run on the meta device
+    if ran is None and _covers(model, taps, native) is None:  # the model does not run on the meta device at all
         return max(strides, default=1) if len(strides) == 1 else 1
     return ran
 
 
 def _covers(model: nn.Module, taps: Dict[str, FeatureInfo], size: Size) -> Optional[bool]:
-    """Return whether the maps of images cover the whole images; None if the model does not run."""
+    """Return whether the feature maps cover the whole images; None if the model does not run on images of this size."""
     info = next(iter(taps.values()))
     images = torch.zeros(2, info.image_channels, *size, device='meta')
     calls = {path: tap.calls for path, tap in taps.items()}

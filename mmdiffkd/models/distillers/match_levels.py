@@ -5,7 +5,8 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 from .feature_info import FeatureInfo
 
-# largest ratio of the strides of levels that are compared: a ViT with patches of 14 pixels teaches levels of stride 32
+# Levels with different strides can be compared up to this ratio of the strides. For example, a ViT with patches of 14
+# pixels can teach a student's level of stride 32.
 MAX_RATIO = 2.5
 
 
@@ -14,22 +15,27 @@ def match_levels(
 ) -> List[Tuple[int, int]]:
     """Match the levels of a student tap with those of a teacher tap.
 
-    Levels match if their strides are equal. Several levels of the same stride, as in dilated backbones, match in their
-    order, and so do vectors. If student and teacher have a single level each, these levels always match. Frozen levels
-    are left out. A level that is given in ``levels`` matches the teacher level of the nearest stride, up to a factor of
-    2.5, and is resized.
+    The rules are:
+
+    * Levels match if their strides are equal. If there are several levels of the same stride, as in dilated backbones,
+      they match in order. Vectors match in order, too.
+    * If student and teacher have a single level each, these two levels always match.
+    * A student level that is listed in ``levels`` matches the teacher level of the nearest stride. The strides may
+      differ by up to a factor of 2.5, and the feature is then resized.
+    * Frozen levels are left out unless they are listed in ``levels``.
 
     Args:
         pair (str): Name of the pair, for error messages.
         student (FeatureInfo): The student's levels.
         teacher (FeatureInfo): The teacher's levels.
-        levels (list[int], optional): Student levels to distill. Negative numbers count from the end on both sides: -1
-            matches the last levels, whatever their strides. None takes all common levels. ``'nearest'`` takes the
-            levels whose strides are within a factor of 2.5 of a teacher level: all of them for a teacher with a single
-            level, such as a ViT, or else the nearest one of each teacher level. Defaults to None.
+        levels (list[int] or str, optional): Student levels to distill. Negative numbers count from the last level of
+            both models: -1 matches the last levels, whatever their strides. None matches all levels with equal strides.
+            ``'nearest'`` matches student levels whose stride is within a factor of 2.5 of a teacher level. If the
+            teacher has a single level, as a ViT has, all such student levels match it; otherwise, each teacher level
+            matches only its nearest student level. Defaults to None.
 
     Returns:
-        list[tuple[int, int]]: Indices of student and teacher levels.
+        list[tuple[int, int]]: Index of the student level and index of the teacher level, for each match.
 
     Raises:
         ValueError: If no level matches. The message contains the strides of student and teacher.
@@ -106,11 +112,11 @@ def match_levels(
 
 
 def _nearest_levels(student: FeatureInfo, teacher: FeatureInfo) -> Optional[List[int]]:
-    """Return the student levels for ``'nearest'``; None if there are none, or no strides."""
+    """Return the student levels that ``'nearest'`` selects; None if no level is near enough or has a stride."""
     trainable = student.requires_grad or [True] * len(student.channels)
     ours = [level for level in _present(student) if student.strides[level] and trainable[level]]
     theirs = [teacher.strides[level] for level in _present(teacher) if teacher.strides[level]]
-    if not theirs or len(ours) < 2:  # single levels always match
+    if not theirs or len(ours) < 2:  # if the student has a single level, it always matches
         return None
 
     def ratio(level: int, stride: float) -> float:
@@ -124,7 +130,13 @@ def _nearest_levels(student: FeatureInfo, teacher: FeatureInfo) -> Optional[List
 
 
 def _of_one_kind(student: FeatureInfo, teacher: FeatureInfo, ours: List[int], theirs: List[int], wanted: Sequence[int]):
-    """Leave out vectors if both taps return maps, or maps if a tap that returns both is compared with vectors."""
+    """Select levels of one kind, maps or vectors, if a tap returns both.
+
+    If both taps return maps, vectors are left out. If the taps have only vectors in common, maps are left out.
+
+    Returns:
+        tuple[list[int], list[int], list[int]]: The remaining student levels, teacher levels and wanted student levels.
+    """
     kinds = [{info.strides[i] is None for i in levels} for info, levels in ((student, ours), (teacher, theirs))]
     common = kinds[0] & kinds[1]
     if not common or max(map(len, kinds)) == 1:
@@ -136,7 +148,7 @@ def _of_one_kind(student: FeatureInfo, teacher: FeatureInfo, ours: List[int], th
 
 
 def _present(tap: FeatureInfo) -> List[int]:
-    """Return the indices of the levels that are not None in prediction."""
+    """Return the indices of the levels that the tap returned in the dry run. The other levels were None."""
     return [level for level, channels in enumerate(tap.channels) if channels]
 
 

@@ -11,21 +11,23 @@ from mmcv.cnn import fuse_conv_bn
 from torch import Tensor, nn
 
 Features = Dict[str, List[Optional[Tensor]]]
-# Largest mean difference that counts as a rounding error, relative to the mean absolute value of a level. Rounding
+# Two features agree if their mean absolute difference is at most this fraction of their mean absolute value. Rounding
 # errors are about 1e-6 in float32, and larger with TF32.
 TOLERANCE = 1e-2
 
 
 def optimize_for_inference(model: nn.Module, channels_last: bool) -> nn.Module:
-    """Copy a model in eval mode and fuse BatchNorm into the convolutions of the copy. Other weights are shared.
+    """Copy a model in eval mode, and fuse the BatchNorm layers of the copy into its convolutions.
+
+    The copy shares all weights that fusion does not change with the model.
 
     Args:
-        model (nn.Module): The model. Only the memory format of its convolution weights is changed.
+        model (nn.Module): The model. Only the memory format of its convolution weights changes.
         channels_last (bool): Whether convolutions use the channels-last memory format.
 
     Returns:
-        nn.Module: The copy. Check its features with :func:`find_mismatch`: they are wrong if a BatchNorm is registered
-        after a convolution but does not follow the convolution in the forward pass.
+        nn.Module: The copy. Its features must be checked with :func:`find_mismatch`. They are wrong if a BatchNorm is
+        registered after a convolution but does not follow the convolution in the forward pass.
 
     Raises:
         Exception: If copying or fusing fails, for example for custom layers.
@@ -44,17 +46,20 @@ def set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> N
 
 
 def find_mismatch(expected: Features, found: Features) -> Optional[str]:
-    """Find the first tap whose features differ by more than rounding errors; None if all taps agree.
+    """Find the first tap whose features differ by more than rounding errors.
 
     Args:
-        expected (dict[str, list[Tensor or None]]): Features by tap and level.
-        found (dict[str, list[Tensor or None]]): Features of the model to check.
+        expected (dict[str, list[Tensor or None]]): Features of the original model, by tap and level.
+        found (dict[str, list[Tensor or None]]): Features of the optimized model, by tap and level.
+
+    Returns:
+        str, optional: Path of the tap; None if the features of all taps agree.
     """
     for path, levels in expected.items():
         if [_shape(level) for level in levels] != [_shape(level) for level in found[path]]:
             return path
         for ours, theirs in zip(levels, found[path]):
-            if ours is None or not ours.numel():  # nothing to compare, for example because there are no RoIs
+            if ours is None or not ours.numel():  # there is nothing to compare, for example if there are no RoIs
                 continue
             if not (ours - theirs).abs().mean() <= TOLERANCE * ours.abs().mean():
                 return path
@@ -62,14 +67,15 @@ def find_mismatch(expected: Features, found: Features) -> Optional[str]:
 
 
 def compile_parts(model: nn.Module, taps: Iterable[str], compiler: Callable = torch.compile, prefix: str = '') -> None:
-    """Compile, in place, the largest submodules without a tap inside.
+    """Compile the submodules of a model in place. A submodule that contains a tap is not compiled as a whole.
 
-    The hooks of taps therefore run outside the compiled code.
+    Instead, the submodules of this submodule are compiled. The forward hooks of taps therefore run outside of compiled
+    code.
 
     Args:
         model (nn.Module): The model.
         taps (iterable[str]): Paths of the tapped modules.
-        compiler (callable): Compiles a function. Defaults to ``torch.compile``.
+        compiler (callable): Function that compiles a function. Defaults to ``torch.compile``.
         prefix (str): Path of ``model`` inside the teacher, with a trailing dot. Defaults to ''.
     """
     for name, child in model.named_children():

@@ -1,4 +1,4 @@
-"""Read pairs, which are the taps of student and teacher with the neck that compares them, from a config."""
+"""Read the pairs of a config. A pair consists of a student tap, a teacher tap and the neck that compares them."""
 
 import inspect
 from typing import Dict, List, Literal, NamedTuple, Optional, Sequence, Union
@@ -15,9 +15,10 @@ from ..necks.feature_diffusion_neck import FeatureDiffusionNeck
 from .classes import ClassMatcher
 from .recorders import is_roi_tap
 
-# settings that two box heads must share to be comparable
+# keys that must have the same values in both box heads, because otherwise their outputs have different meanings
 COMPARABLE = ('bbox_coder', 'reg_class_agnostic', 'num_classes')
-# not allowed in pair names: typical keys of custom_keys, which match anywhere in a parameter's name
+# Words that pair names must not contain: optimizer settings often use them as keys of custom_keys, which match anywhere
+# in a parameter's name.
 PARTS = ('backbone', 'neck', 'head')
 FIELDS = dict(
     student=Union[str, Sequence[str], None],
@@ -36,9 +37,9 @@ class Pair(NamedTuple):
     Attributes:
         student (str or list[str]): Path of the student's module, or several paths for a neck that takes several taps.
         teacher (str or list[str]): Path of the teacher's module, or the same number of paths.
-        levels (list[int] or str, optional): Student levels; None for all common levels, ``'nearest'`` for those
-            within a factor of 2.5 of the teacher's strides.
-        neck (dict): Config of the neck, without channels.
+        levels (list[int] or str, optional): Student levels to distill, ``'nearest'``, or None; see
+            :func:`.match_levels`.
+        neck (dict): Config of the neck, without the numbers of channels.
         classes (dict, optional): ``{student class: teacher class}`` for class scores; see :meth:`.ClassMatcher.match`.
     """
 
@@ -50,12 +51,12 @@ class Pair(NamedTuple):
 
     @property
     def student_taps(self) -> List[str]:
-        """Paths of all taps in the student."""
+        """Paths of the pair's taps in the student."""
         return [self.student] if isinstance(self.student, str) else self.student
 
     @property
     def teacher_taps(self) -> List[str]:
-        """All paths in the teacher, in the same order."""
+        """Paths of the pair's taps in the teacher, in the same order as ``student_taps``."""
         return [self.teacher] if isinstance(self.teacher, str) else self.teacher
 
 
@@ -69,10 +70,10 @@ def read_pairs(
 ) -> Dict[str, Pair]:
     """Return the pairs of a config, with defaults for all settings that the config leaves out.
 
-    If ``distill`` is None, the pairs are the default pairs of the preset. A pair that is named like a default pair gets
-    the default taps and neck settings that the config does not set, for example
-    ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``. If the preset has exactly one default pair, pairs
-    with other names get its taps as well.
+    If ``distill`` is None, the pairs are the default pairs of the preset. If a pair has the name of a default pair, all
+    taps and neck settings that its config leaves out are those of the default pair. An example is
+    ``dict(feat=dict(neck=dict(latent_channels=768)), logits={})``. If the preset has exactly one default pair, a pair
+    with a different name may leave out one of its two taps, which is then the tap of the default pair.
 
     Args:
         distill (dict, optional): ``{name: dict(student=, teacher=, levels=, neck=, classes=)}``.
@@ -80,15 +81,16 @@ def read_pairs(
         student_cfg (dict): Config of the student.
         teacher_cfg (dict): Config of the teacher.
         preset (str, optional): Name of a registered preset, such as ``'diffkd'`` or ``'cwd'``. Defaults to None:
-            ``'cosine'`` for a teacher of timm, torchvision or transformers, ``'diffkd'`` for any other.
-        class_matcher (ClassMatcher, optional): Knows the names of the classes. Defaults to None: no names are known.
+            ``'cosine'`` for a teacher that is only an image encoder, ``'diffkd'`` for all others.
+        class_matcher (ClassMatcher, optional): Matcher that knows the class names of student and teacher. None means
+            that no class names are known. Defaults to None.
 
     Returns:
         dict[str, Pair]: The pairs by name.
 
     Raises:
-        ValueError: If ``distill`` is empty, a pair has unknown keys or no taps, or the preset is unknown or
-            incomplete, or does not fit the models.
+        ValueError: If ``distill`` is empty, if a pair has unknown keys or no taps, or if the preset is unknown, is
+            incomplete or does not fit the models.
     """
     check_value('preset', preset, Optional[str])
     PRESETS.import_from_location()
@@ -106,7 +108,7 @@ def read_pairs(
     chosen.class_matcher = ClassMatcher(*(class_matcher or ClassMatcher()).names, mapping)
     if distill is None:
         distill = chosen.default_pairs(*models)
-    # a field that is None counts as not set
+    # treat fields that are None as not set
     distill = {name: {key: value for key, value in cfg.items() if value is not None} for name, cfg in distill.items()}
     if any(not (cfg.get('student') and cfg.get('teacher')) for cfg in distill.values()):
         defaults, known = chosen.default_pairs(*models), chosen.known_pairs(*models)
@@ -131,7 +133,7 @@ def _get_preset(name: str):
 
 
 def default_preset(teacher_cfg: dict) -> str:
-    """Return the name of the preset for a config that names none."""
+    """Return the name of the preset for a config that does not set ``preset``."""
     return 'cosine' if is_encoder(teacher_cfg) else 'diffkd'
 
 
@@ -157,7 +159,7 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
                     'which runs on the same regions in both models.'
                 )
         heads = [_box_head(name, owner, cfg) for owner, cfg in (('student', student_cfg), ('teacher', teacher_cfg))]
-        # the channels of shared classes can be selected
+        # class scores may have different numbers of classes, because the channels of shared classes can be selected
         are_scores = all(path.endswith('.fc_cls') for path in pair.student_taps + pair.teacher_taps)
         for key in COMPARABLE:
             if key == 'num_classes' and are_scores:
@@ -179,9 +181,11 @@ def check_roi_taps(pairs: Dict[str, Pair], student_cfg: dict, teacher_cfg: dict)
 
 
 def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str, dict]) -> dict:
-    """Fill in what a pair's config leaves out: taps and neck of a default pair, or one of the two taps of a new pair.
+    """Fill in the taps and neck settings that a pair's config leaves out.
 
-    A new pair without any tap is refused: its name is misspelled, or these models do not have that default pair.
+    A pair with the name of a default pair gets the taps and neck settings of this default pair. A pair with a new name
+    gets only the missing one of its two taps. If both are missing, an error is raised, because the name is probably
+    misspelled.
     """
     if cfg.get('student') and cfg.get('teacher'):
         return cfg
@@ -195,15 +199,17 @@ def _completed(name: str, cfg: dict, defaults: Dict[str, dict], known: Dict[str,
         (default,) = defaults.values()
         default = dict(default, neck={})
     neck, default_neck = cfg.get('neck') or {}, default.get('neck') or {}
-    if 'type' in neck and neck['type'] != default_neck.get('type', neck['type']):  # drop the settings of another neck
+    # drop the default settings if they are for a neck of a different type
+    if 'type' in neck and neck['type'] != default_neck.get('type', neck['type']):
         default_neck = {}
-    if default_neck.get('denoise', True) and not neck.get('denoise', True):  # drop the denoising settings
+    # drop the default settings of the denoiser if the pair turns denoising off
+    if default_neck.get('denoise', True) and not neck.get('denoise', True):
         default_neck = {key: value for key, value in default_neck.items() if key == 'loss_kd'}
     return {**default, **cfg, 'neck': _with_defaults(neck, default_neck)}
 
 
 def _with_defaults(neck: dict, defaults: dict) -> dict:
-    """Fill in the settings that a neck leaves out, also in a ``loss_kd`` that names no type."""
+    """Fill in the settings that a neck's config leaves out, including those of a ``loss_kd`` without ``type``."""
     loss, default_loss = neck.get('loss_kd'), defaults.get('loss_kd')
     if isinstance(loss, dict) and 'type' not in loss and default_loss:
         neck = dict(neck, loss_kd={**default_loss, **loss})

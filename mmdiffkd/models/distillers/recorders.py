@@ -13,28 +13,27 @@ from mmdiffkd.utils.config import closest_names
 from ..feature_maps import TapError, Tokens, as_map, flatten
 from .batches import find_images
 
-# names that FSDP, activation checkpointing and torch.compile insert into the paths of modules
+# Parts of module paths that FSDP, activation checkpointing and torch.compile insert.
 WRAPPERS = re.compile(r'(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.|$)')
 
 
 def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
-    """Find the module at a path of ``named_modules()``.
+    """Find the module at a path, also if FSDP, activation checkpointing or torch.compile has wrapped it.
 
     Args:
         model (nn.Module): The model.
-        path (str): For example ``'neck'`` or ``'bbox_head.retina_reg'``. Wrappers of FSDP, activation checkpointing and
-            torch.compile are not part of the path.
+        path (str): Path of the module without wrappers, for example ``'neck'`` or ``'bbox_head.retina_reg'``.
         owner (str): ``'student'`` or ``'teacher'``, for the error message.
 
     Raises:
-        TapError: If there is no such module; the message lists similar paths.
+        TapError: If there is no module at this path. The message lists similar paths.
     """
-    with suppress(AttributeError):  # fast path: called in every iteration
+    with suppress(AttributeError):  # fast path for models without wrappers, because every iteration calls this function
         if path:
             return model.get_submodule(path)
     modules: Dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        # a wrapper is listed before its module, and hooks must be registered on the wrapper
+        # setdefault() keeps the wrapper, which is listed before its module: hooks must be registered on the wrapper
         modules.setdefault(WRAPPERS.sub('', name).lstrip('.'), module)
     modules.pop('', None)
     if path not in modules:
@@ -46,7 +45,7 @@ def find_module(model: nn.Module, path: str, owner: str) -> nn.Module:
 
 
 class _LastTapReached(BaseException):
-    """Raised in a hook to end a forward pass. Not an ``Exception``, so that models do not catch it."""
+    """Raised in a hook to end a forward pass. It is not an ``Exception``, so ``except Exception`` does not catch it."""
 
 
 class ModuleOutputsRecorder(AbstractContextManager):
@@ -56,14 +55,14 @@ class ModuleOutputsRecorder(AbstractContextManager):
 
     Args:
         model (nn.Module): The model to run.
-        paths (iterable[str]): Modules to tap.
+        paths (iterable[str]): Paths of the modules to tap.
         owner (str): ``'student'`` or ``'teacher'``, for error messages.
-        stop_after (dict[str, int], optional): Number of calls of each path after which the forward pass ends. None runs
-            the whole forward pass. Defaults to None.
-        on_copy (callable, optional): Called with each output tensor and its copy. Defaults to None.
+        stop_after (dict[str, int], optional): Number of calls by path. The forward pass ends when each module has been
+            called this number of times. None runs the whole forward pass. Defaults to None.
+        on_copy (callable, optional): Function that is called with each output tensor and its copy. Defaults to None.
 
     Attributes:
-        outputs (dict[str, list[list[Tensor or None]]]): Output tensors by path, one list per call.
+        outputs (dict[str, list[list[Tensor or None]]]): Copies of the output tensors by path, one list per call.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class ModuleOutputsRecorder(AbstractContextManager):
 
     def _hook(self, path: str):
         def record(module, inputs, output):
-            # copy the tensors, because later modules, such as an in-place ReLU, may change them
+            # copy the tensors, because later in-place operators, such as a ReLU, may change them
             tensors = flatten(output, path)
             copies = [tensor if tensor is None else tensor.clone() for tensor in tensors]
             self.outputs[path].append(copies)
@@ -106,15 +105,20 @@ class ModuleOutputsRecorder(AbstractContextManager):
         return record
 
     def passes(self, path: str, calls: int, skip_frozen: bool) -> List[List[List[Optional[Tensor]]]]:
-        """Return the outputs of a tap by forward pass: of the passes that learn if there are any, or else of all.
+        """Return the outputs of a tap, grouped by forward pass of the model.
+
+        A student may run several forward passes in one ``loss()``. Passes without gradients, such as those of an EMA
+        model, are left out if at least one pass has gradients.
 
         Args:
-            path (str): A tapped path.
-            calls (int): Number of calls of the module in a forward pass.
-            skip_frozen (bool): Whether to leave out single calls without gradients, because a pass has none.
+            path (str): Path of the tapped module.
+            calls (int): Number of times that one forward pass calls the module.
+            skip_frozen (bool): Whether to leave out each single call without gradients before grouping. Set if all
+                calls of a pass with gradients have gradients.
 
         Returns:
-            list[list[list[Tensor or None]]]: At least one pass, which may be incomplete.
+            list[list[list[Tensor or None]]]: Outputs by pass, call and output. There is at least one pass. If the
+            module was called fewer than ``calls`` times, the only pass is incomplete.
         """
         outputs = self.outputs[path]
         if skip_frozen:
@@ -123,18 +127,18 @@ class ModuleOutputsRecorder(AbstractContextManager):
         return [calls for calls in passes if any(map(_learns, calls))] or passes or [outputs]
 
     def features(self, path: str, input_size, tokens: Optional[Sequence[Optional[Tokens]]] = None):
-        """Return the levels of a tap as feature maps: one per call and per returned tensor.
+        """Return the levels of a tap as feature maps. Each output tensor of each call is a level.
 
         Outputs that are None, such as auxiliary outputs in prediction, stay None.
 
         Args:
-            path (str): A tapped path.
+            path (str): Path of the tapped module.
             input_size (tuple[int, int]): Height and width of the images, which determine the token grid.
-            tokens (list[Tokens or None], optional): Token layout of each level in the dry run. Outputs of additional
-                calls, which the dry run did not make, are dropped.
+            tokens (list[Tokens or None], optional): Token layout of each level in the dry run. If the module was called
+                more often than in the dry run, the outputs of the additional calls are dropped.
 
         Returns:
-            list[Tensor or None]: The levels.
+            list[Tensor or None]: The levels, (N, C, H, W) each.
 
         Raises:
             TapError: If an output is not a feature map.
@@ -142,7 +146,7 @@ class ModuleOutputsRecorder(AbstractContextManager):
         return self.as_maps(path, self.outputs[path], input_size, tokens)
 
     def as_maps(self, path: str, calls: Sequence[Sequence[Optional[Tensor]]], input_size, tokens=None):
-        """Return the outputs of some calls as feature maps; see :meth:`features`."""
+        """Return the outputs of the given calls as feature maps; see :meth:`features`."""
         tensors = [tensor for call in calls for tensor in call]
         tokens = [None] * len(tensors) if tokens is None else tokens
         return [
@@ -156,12 +160,16 @@ def _learns(call: Sequence[Optional[Tensor]]) -> bool:
 
 
 class ModuleInputsRecorder(AbstractContextManager):
-    """Record the images that a model's encoder receives in a ``with`` block, one batch per call.
+    """Record the images that a model's encoder receives inside the ``with`` block.
 
-    If gradients are enabled in the block, calls under ``torch.no_grad()`` are left out.
+    If gradients are enabled when the block starts, calls under ``torch.no_grad()`` are left out.
+
+    Args:
+        model (nn.Module): The model.
+        path (str): Path of the encoder.
 
     Attributes:
-        images (list[Tensor]): The images, (N, C, H, W) per call.
+        images (list[Tensor]): One batch of images, (N, C, H, W), per call of the encoder.
     """
 
     def __init__(self, model: nn.Module, path: str):
@@ -188,7 +196,7 @@ def is_roi_tap(path: str) -> bool:
 
 @contextmanager
 def record_rois(model: nn.Module) -> Iterator[List[Tensor]]:
-    """Record the RoIs, (R, 5), of each call of a detector's box branch."""
+    """Record the RoIs of a detector's box branch inside the ``with`` block: one tensor (R, 5) per call."""
     rois: List[Tensor] = []
     extractor = model.roi_head.bbox_roi_extractor
     handle = extractor.register_forward_pre_hook(lambda module, args: rois.append(args[1]))

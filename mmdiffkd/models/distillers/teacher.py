@@ -1,4 +1,4 @@
-"""The frozen teacher: its config, weights, images and features."""
+"""The frozen teacher: reads its config, loads its weights, converts the student's images, and computes features."""
 
 import copy
 from contextlib import nullcontext
@@ -46,22 +46,22 @@ class Teacher:
     Any module that is registered in mmengine's ``MODELS`` and runs on images, (N, C, H, W), can be a teacher.
 
     Args:
-        config (str, Path or dict): See :func:`mmdiffkd.utils.resolve_config`.
-        checkpoint (str): Path or URL of its weights, ``'zoo'`` for a config of an OpenMMLab package, or
-            ``'pretrained'`` for a model of timm, torchvision or transformers.
-        dtype (str, optional): ``'bfloat16'`` or ``'float16'`` runs the teacher under autocast; its features are
-            converted to float32. Defaults to None, the student's precision.
+        config (str, Path or dict): Config of the teacher, in a form that :func:`mmdiffkd.utils.resolve_config` accepts.
+        checkpoint (str): Path or URL of the teacher's weights, ``'zoo'`` for the published weights of an OpenMMLab
+            package's config, or ``'pretrained'`` for the weights of a model of timm, torchvision or transformers.
+        dtype (str, optional): ``'bfloat16'`` or ``'float16'`` runs the teacher under autocast, and its features are
+            then converted to float32. None runs the teacher in the student's precision. Defaults to None.
         channels_last (bool): Whether convolutions use the channels-last memory format, which is faster on CPUs and
             tensor cores. Defaults to True.
         compile (bool): Whether to apply ``torch.compile`` to the modules between taps. Defaults to False.
-        data_preprocessor (dict, optional): Keys that replace those of the teacher's data preprocessor, for teachers
-            whose config does not tell how their images are made. With ``type``, it replaces the whole preprocessor.
-            Defaults to None.
-        metainfo (dict, optional): ``dict(classes=[...])``, the names of the classes, if they are neither in the config
-            nor in the checkpoint. Defaults to None.
-        resize (float or str, optional): Factor by which the student's images are resized for the teacher, or
-            ``'native'`` for the area of the images on which it was trained. The features are resized to the levels of
-            the student. Defaults to None.
+        data_preprocessor (dict, optional): Keys that replace keys of the teacher's data preprocessor. Needed if the
+            teacher's config does not describe how its images are preprocessed. If the dict has a ``type``, it replaces
+            the whole preprocessor. Defaults to None.
+        metainfo (dict, optional): ``dict(classes=[...])``, the names of the teacher's classes. Needed if neither the
+            config nor the checkpoint contains the names. Defaults to None.
+        resize (float or str, optional): Factor by which the student's images are resized for the teacher. ``'native'``
+            resizes them to the area of the images on which the teacher was trained. The teacher's features are then
+            resized to the size of the student's levels. Defaults to None.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: If the config cannot be found.
@@ -107,27 +107,27 @@ class Teacher:
         if is_library_model(self.cfg.model) and not self.preprocessor_cfg.get('mean'):
             raise ConfigError(
                 'data_preprocessor',
-                f' is missing: {self.name} comes without the mean and std of its images. Set '
+                f' is missing: {self.name} comes without the mean and std of its images. Set data_preprocessor='
                 'dict(mean=[...], std=[...]) for RGB values from 0 to 255.',
             )
         self.taps: Dict[str, FeatureInfo] = {}
         self._model: Optional[nn.Module] = None
         self.renormalize: Optional[InputRenormalizer] = None
         self.resizer: Optional[InputResizer] = None
-        self._num_parameters: Optional[int] = None  # of a model of a library
-        self._optimized: Optional[nn.Module] = None  # optimized copy, made with the first batch
-        self._forward_fn: Optional[Callable] = None  # runs the model up to the last tap
+        self._num_parameters: Optional[int] = None  # set for models of timm, torchvision and transformers
+        self._optimized: Optional[nn.Module] = None  # optimized copy of the model, made when the first batch arrives
+        self._forward_fn: Optional[Callable] = None  # function that runs the model up to the last tap
 
     def __deepcopy__(self, memo):
-        return self  # copies of the student, such as EMA, share the teacher
+        return self  # copies of the student, such as its EMA model, share the teacher
 
     def __getstate__(self):
-        # pickle the config and the checkpoint's path; the weights are loaded again on first use
+        # pickle only the config and the checkpoint's path: the weights are loaded again when they are needed
         return {**vars(self), '_model': None, '_optimized': None, '_forward_fn': None}
 
     @property
     def running_model(self) -> nn.Module:
-        """The model that computes the features: after the first batch, an optimized copy."""
+        """The model that computes the features: the original model, or its optimized copy after the first batch."""
         return self.model if self._optimized is None else self._optimized
 
     @property
@@ -137,24 +137,28 @@ class Teacher:
 
     @property
     def model_cfg(self):
-        """Config of the model, including its registry scope."""
+        """Config of the teacher's model, including its registry scope."""
         return get_teacher_cfg(self.cfg)
 
     @property
     def model(self) -> nn.Module:
-        """The model with its weights, built on first use and released when an optimized copy replaces it."""
+        """The model with its weights. It is built on first access, and released when an optimized copy replaces it."""
         if self._model is None:
             self._model = self._build()
         return self._model
 
     def class_names(self, count: int) -> Names:
-        """Return the names of the classes: of ``metainfo``, the config's data set, or a checkpoint on the disk.
+        """Return the names of the teacher's classes.
+
+        The names are taken from ``metainfo``, from the data sets of the config, or from a local checkpoint file, in
+        this order.
 
         Args:
-            count (int): Number of classes. Lists of other lengths belong to other data sets and are left out.
+            count (int): Number of classes. A list with a different number of names is ignored, because it belongs to a
+                different data set.
 
         Returns:
-            tuple[str], optional: None if the names are unknown.
+            tuple[str], optional: The names; None if they are unknown.
         """
         for find in (lambda: class_names(self.metainfo), lambda: dataset_classes(self.cfg), self._checkpoint_classes):
             names = find()
@@ -163,7 +167,7 @@ class Teacher:
         return None
 
     def _checkpoint_classes(self) -> Names:
-        if not self.checkpoint or not Path(self.checkpoint).is_file():  # do not download weights only for the names
+        if not self.checkpoint or not Path(self.checkpoint).is_file():  # do not download weights only to read the names
             return None
         meta = read_checkpoint(str(self.checkpoint)).get('meta') or {}
         return class_names(meta.get('dataset_meta')) or class_names(meta)
@@ -183,7 +187,7 @@ class Teacher:
             return self._freeze(self._build_encoder())
         source = zoo_checkpoint(self.source) if self.checkpoint == 'zoo' else str(self.checkpoint)
         weights = read_checkpoint(source)['state_dict']
-        # fork_rng, so that building the teacher does not change the random numbers of the run
+        # fork the random state, so that building the teacher does not change the random numbers of the run
         with torch.random.fork_rng(devices=[]), QuickInit():
             model = MODELS.build(self.model_cfg)
         load_strict(model, weights, f'the teacher ({self.name})', f"'{source}'")
@@ -194,18 +198,22 @@ class Teacher:
         return model.eval().requires_grad_(False)
 
     def _build_encoder(self) -> nn.Module:
-        """Return a model of a library, which loads its weights itself."""
+        """Build a model of timm, torchvision or transformers. The wrapper of the library loads the weights."""
         check_memory(self.name, self._num_parameters or count_parameters(build_for_inspection(self.model_cfg)))
         cfg = copy.deepcopy(self.model_cfg)
         cfg.backbone.checkpoint = str(self.checkpoint)
         try:
             with torch.random.fork_rng(devices=[]), QuickInit():
                 return MODELS.build(cfg)
-        except ConfigError as error:  # about the weights: the config has been built before
+        except ConfigError as error:  # an error about the weights: the config has already been built without weights
             raise ValueError(error.problem.lstrip(': ')) from error
 
     def _preprocessor_cfg(self, changes: Optional[dict]) -> Optional[dict]:
-        """Return the config of the preprocessor with the user's changes and the scope of the teacher's package."""
+        """Return the config of the teacher's preprocessor, after applying the user's changes.
+
+        Args:
+            changes (dict, optional): Argument ``data_preprocessor`` of the teacher.
+        """
         self.preprocessor_changes = changes = dict(changes or {})
         cfg = {} if 'type' in changes else dict(get_preprocessor_cfg(self.cfg) or {})
         cfg.update(changes)
@@ -229,12 +237,12 @@ class Teacher:
         return cfg
 
     def expect(self, student_preprocessor: Optional[dict], taps: Dict[str, FeatureInfo], channels: int = 3) -> None:
-        """Set the taps, and how the student's images are preprocessed.
+        """Set the taps, and prepare the conversion of the student's images for the teacher.
 
         Args:
             student_preprocessor (dict, optional): Config of the student's data preprocessor.
-            taps (dict[str, FeatureInfo]): The teacher's taps, from the dry run.
-            channels (int): Channels of the student's images. Defaults to 3.
+            taps (dict[str, FeatureInfo]): Features of the teacher's taps, from the dry run.
+            channels (int): Number of channels of the student's images. Defaults to 3.
 
         Raises:
             ValueError: If the student's images cannot be converted for the teacher.
@@ -246,7 +254,7 @@ class Teacher:
             (channels, next(iter(taps.values())).image_channels),
             pipeline_normalization(self.cfg),
         )
-        if is_library_model(self.model_cfg) or self.resize is not None:  # images are resized instead of padded
+        if is_library_model(self.model_cfg) or self.resize is not None:  # resize images instead of padding them
             self.resizer = self._make_resizer(taps)
             self.renormalize.turn_off_padding()
             self.renormalize.notes += self.resizer.notes
@@ -259,7 +267,7 @@ class Teacher:
         native = image_size(self.cfg)
         if self.resize == 'native' and not self._tells_size():
             raise ConfigError(
-                'resize', f"='native': the config of {self.name} does not tell the size of its images; give a factor."
+                'resize', f"='native': the config of {self.name} does not set the size of its images; give a factor."
             )
         if not is_library_model(self.model_cfg):
             divisor = infer_pad_divisor(self.model_cfg, taps, self.renormalize.pad_divisor)
@@ -273,24 +281,27 @@ class Teacher:
         return bool(self.cfg.get('image_size') or self.cfg.get('train_dataloader'))
 
     def input_size(self, size: Sequence[int]) -> Tuple[int, int]:
-        """Return height and width of the teacher's batch for a student's batch of the given height and width."""
+        """Return the height and width of the teacher's images.
+
+        Args:
+            size (tuple[int, int]): Height and width of the student's images.
+        """
         return self.renormalize.padded_size(size) if self.resizer is None else self.resizer.size(size)
 
     @torch.no_grad()
     def features(
         self, inputs: Tensor, data_samples: Optional[Sequence] = None, rois: Optional[Tensor] = None
     ) -> Dict[str, List[Tensor]]:
-        """Compute the features of all taps; the forward pass ends at the last tap.
+        """Compute the features of all taps. The forward pass ends at the last tap.
 
         Args:
             inputs (Tensor): The student's preprocessed images, (N, C, H, W).
             data_samples (list, optional): Data samples of the images.
-            rois (Tensor, optional): The student's sampled RoIs, (R, 5), for taps in a RoI head.
+            rois (Tensor, optional): RoIs that the student has sampled, (R, 5). Needed for taps in a RoI head.
 
         Returns:
-            dict[str, list[Tensor]]: The levels of every tap, each (N, C, H, W). If the teacher's images are padded,
-                its features are cropped to the size of the student's images; if they are resized, its features are
-                resized.
+            dict[str, list[Tensor]]: The levels of every tap, each (N, C, H, W). If the student's images were padded or
+                resized for the teacher, the features are cropped or resized to fit the student's images.
         """
         images = self.renormalize(inputs, data_samples)
         is_resized = self.resizer is not None and self.input_size(inputs.shape[-2:]) != tuple(inputs.shape[-2:])
@@ -339,7 +350,7 @@ class Teacher:
         return features
 
     def _optimize(self, images: Tensor, data_samples: Optional[Sequence], rois: Optional[Tensor]) -> nn.Module:
-        """Return an optimized copy of the model, or the model itself if the copy computes different features."""
+        """Return an optimized copy of the model, or the model itself if optimization fails or changes the features."""
         model = self.model.to(images.device)
         images = images.float()
         devices = [images.device] if images.is_cuda else []
@@ -350,15 +361,16 @@ class Teacher:
                 found = self._run(optimized, self._forward_fn_of(optimized), images, data_samples, rois)
                 tap = find_mismatch(expected, found)
                 obstacle = tap and f"the optimized model computes different features at '{tap}'"
-            except Exception as error:  # optimization is optional: use the original model
+            except Exception as error:  # optimization is optional: use the original model if it fails
                 obstacle = f'the optimized model fails ({error})'
         if obstacle is None:
             model, self._model = optimized, None  # release the original weights
         else:
-            set_memory_format(model, torch.contiguous_format)  # the optimized copy shares the weights: restore them
+            # the copy shares the model's weights and has changed their memory format: restore the format
+            set_memory_format(model, torch.contiguous_format)
             print_log(f'Teacher optimization is off: {obstacle}. Using the original, slower model.', logger='current')
         if self.compile:
-            if model is self._model:  # compile a copy that shares the weights
+            if model is self._model:  # keep the original uncompiled: compile a copy that shares its weights
                 model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
             compile_parts(model, self.taps)
         return model
@@ -384,7 +396,13 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _crop(feature: Optional[Tensor], padded: Sequence[int], size: Sequence[int]) -> Optional[Tensor]:
-    """Crop features of padded images to the part that belongs to images of ``size``, if they have positions."""
+    """Crop the feature map of padded images to the part without padding.
+
+    Args:
+        feature (Tensor, optional): Feature map, (N, C, H', W'). None and maps of 1x1 are returned unchanged.
+        padded (tuple[int, int]): Height and width of the padded images.
+        size (tuple[int, int]): Height and width of the images without this padding.
+    """
     if feature is None or feature.shape[-2:] == (1, 1):
         return feature
     height, width = (ceil(side * cells / whole) for side, cells, whole in zip(size, feature.shape[-2:], padded))
@@ -394,9 +412,13 @@ def _crop(feature: Optional[Tensor], padded: Sequence[int], size: Sequence[int])
 def _with_batch_shape(
     data_samples: Optional[Sequence], shape: Tuple[int, int], factors: Optional[Sequence[float]] = None
 ) -> Optional[Sequence]:
-    """Return copies of data samples with another ``batch_input_shape``, from which DETR makes its masks.
+    """Return copies of data samples with the image sizes of the teacher's batch. DETR computes masks from these sizes.
 
-    With the factors by which height and width were resized, ``img_shape`` is changed as well.
+    Args:
+        data_samples (list, optional): Data samples of the student.
+        shape (tuple[int, int]): Height and width of the teacher's images, for ``batch_input_shape``.
+        factors (list[float], optional): Factors by which height and width were resized, for ``img_shape``. None keeps
+            ``img_shape``. Defaults to None.
     """
     if not isinstance(data_samples, (list, tuple)):
         return data_samples

@@ -1,4 +1,4 @@
-"""Teachers that are only an image encoder, of a library or of the user's own module, and their configs."""
+"""Teachers that consist only of an image encoder, and configs for encoders of timm, torchvision and transformers."""
 
 from typing import Optional, Union
 
@@ -15,10 +15,10 @@ from .libraries import LIBRARIES
 
 @MODELS.register_module()
 class EncoderTeacher(nn.Module):
-    """A teacher that is only an image encoder. Its tap ``backbone`` returns feature maps.
+    """A teacher that consists only of an image encoder. Tap its module ``backbone`` for the feature maps.
 
     Args:
-        backbone (dict): Config of the encoder, any registered module that runs on images, (N, 3, H, W).
+        backbone (dict): Config of the encoder. Any registered module that runs on images, (N, 3, H, W), can be used.
     """
 
     @check_arguments
@@ -36,14 +36,19 @@ class EncoderTeacher(nn.Module):
 
 
 def is_library_source(source: Union[str, dict]) -> bool:
-    """Return whether a teacher's config names a model of a library: ``'timm::NAME'``, or the dict of a backbone."""
+    """Return whether the config of a teacher is a model of timm, torchvision or transformers.
+
+    Args:
+        source (str or dict): A name, such as ``'timm::resnet50'``, or the config of one of the wrappers, such as
+            ``dict(type='mmdiffkd.TimmEncoder', name='resnet50')``.
+    """
     if isinstance(source, dict):
         return 'model' not in source and _library_encoder(source) is not None
     return str(source).partition('::')[0] in LIBRARIES and '::' in str(source)
 
 
 def _library_encoder(cfg) -> Optional[type]:
-    """Return the class of a backbone's config if it wraps a model of a library."""
+    """Return the class in the config of a backbone if it is a :class:`LibraryEncoder`; None otherwise."""
     kind = cfg.get('type') if isinstance(cfg, dict) else None
     if isinstance(kind, str) and type_name(kind) in {library.encoder for library in LIBRARIES.values()}:
         kind = get_class(MODELS, f'mmdiffkd.{type_name(kind)}')
@@ -51,30 +56,35 @@ def _library_encoder(cfg) -> Optional[type]:
 
 
 def is_encoder(model_cfg: dict) -> bool:
-    """Return whether the config builds an :class:`EncoderTeacher`, which has no task."""
+    """Return whether the config of a model builds an :class:`EncoderTeacher`."""
     return type_name(model_cfg.get('type')) == 'EncoderTeacher'
 
 
 def is_library_model(model_cfg: dict) -> bool:
-    """Return whether a teacher's backbone loads the weights itself, because a library names its models and weights."""
+    """Return whether a teacher is an :class:`EncoderTeacher` whose backbone is a model of a library.
+
+    Such a backbone loads its weights itself.
+    """
     return is_encoder(model_cfg) and _library_encoder(model_cfg.get('backbone')) is not None
 
 
 def encoder_config(source: Union[str, dict]) -> Config:
-    """Write the config of a model of a library.
+    """Create the config of a teacher from a model of timm, torchvision or transformers.
 
     Args:
-        source (str or dict): ``'timm::NAME'``, ``'torchvision::NAME'``, ``'transformers::NAME or folder'``, or the
-            config of a backbone, such as ``dict(type='mmdiffkd.TimmEncoder', name=..., out_indices=[5, 11])``.
+        source (str or dict): ``'timm::NAME'``, ``'torchvision::NAME'``, ``'transformers::NAME'``,
+            ``'transformers::FOLDER'``, or the config of a backbone, such as
+            ``dict(type='mmdiffkd.TimmEncoder', name=..., out_indices=[5, 11])``.
 
     Returns:
-        Config: ``model``, ``data_preprocessor`` with mean and std of the library for values from 0 to 255, and
-        ``image_size``, the width and height on which the model was trained.
+        Config: A config with three keys. ``model`` is the model. ``data_preprocessor`` has the library's mean and std,
+        scaled to values from 0 to 255. ``image_size`` is the width and height of the images on which the model was
+        trained, or of the ``img_size`` that ``source`` sets.
 
     Raises:
         ImportError: If the library is missing or too old.
-        FileNotFoundError: If the library has no such model; the message contains the nearest names. Also if the config
-            of a model of transformers is neither in the folder nor can be downloaded.
+        FileNotFoundError: If the library has no model with this name; the message lists the nearest names. Also if the
+            config of a transformers model is not in the folder or cannot be downloaded.
     """
     if not isinstance(source, dict):
         library, _, name = str(source).partition('::')

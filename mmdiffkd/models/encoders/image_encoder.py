@@ -1,4 +1,4 @@
-"""The part of a student that pre-training trains."""
+"""Backbone and neck of a student as a model of their own, for pre-training by distillation."""
 
 import inspect
 from typing import Dict, Optional
@@ -10,14 +10,14 @@ from torch import Tensor
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.validation import get_class
 
-FREEZING = dict(frozen_stages=-1, norm_eval=False)  # arguments of backbones that freeze weights, and their values here
+FREEZING = dict(frozen_stages=-1, norm_eval=False)  # arguments of backbones, with the values that freeze nothing
 
 
 @MODELS.register_module()
 class ImageEncoder(BaseModel):
-    """Backbone and neck of a model, to be pre-trained by distillation without labels.
+    """Backbone and neck of a model, which are pre-trained by distillation without labels.
 
-    The weights have the names that they have in the whole model. All stages and normalization layers are trained, also
+    The weights have the same names as in the whole model. All stages and normalization layers are trained, including
     those that the model's config freezes for fine-tuning.
 
     Args:
@@ -35,7 +35,7 @@ class ImageEncoder(BaseModel):
             revert_sync_batchnorm(self)
 
     def extract_feat(self, inputs: Tensor):
-        """Return the outputs of the neck, or of the backbone without a neck.
+        """Return the outputs of the neck, or the outputs of the backbone if there is no neck.
 
         Args:
             inputs (Tensor): Preprocessed images, (N, C, H, W).
@@ -44,17 +44,17 @@ class ImageEncoder(BaseModel):
         return self.neck(features) if hasattr(self, 'neck') else features
 
     def loss(self, inputs: Tensor, data_samples: Optional[list] = None) -> Dict[str, Tensor]:
-        """Run the modules, and return no loss: there are no labels."""
+        """Run backbone and neck, and return an empty dict, because there are no labels."""
         self.extract_feat(inputs)
         return {}
 
     def forward(self, inputs: Tensor, data_samples: Optional[list] = None, mode: str = 'tensor'):
-        """Run :meth:`loss` in the mode ``'loss'``, otherwise :meth:`extract_feat`."""
+        """Run :meth:`loss` if the mode is ``'loss'``, or else :meth:`extract_feat`."""
         return self.loss(inputs, data_samples) if mode == 'loss' else self.extract_feat(inputs)
 
 
 def unfreeze(backbone: dict) -> dict:
-    """Return the config of a backbone with settings that train all of its weights."""
+    """Return a copy of a backbone's config whose arguments freeze no stages and no normalization layers."""
     with MODELS.switch_scope_and_registry(backbone.get('_scope_')) as registry:
         kind = backbone['type']
         cls = get_class(registry, kind) if isinstance(kind, str) else kind
@@ -62,6 +62,7 @@ def unfreeze(backbone: dict) -> dict:
     for base in getattr(cls, '__mro__', ()):
         parameters = inspect.signature(base.__init__).parameters.values()
         accepted.update(parameter.name for parameter in parameters)
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):  # passes nothing on
+        # without **kwargs, the constructor passes no unknown arguments to its base class
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
             break
     return {**backbone, **{key: value for key, value in FREEZING.items() if key in accepted}}

@@ -1,4 +1,4 @@
-"""Libraries of image encoders: their imports, and errors about weights that they cannot download."""
+"""Import the libraries of image encoders, and report weights that these libraries cannot download."""
 
 from importlib import import_module
 from typing import NamedTuple, Optional
@@ -7,15 +7,15 @@ from mmengine.utils import digit_version
 
 from mmdiffkd.utils.validation import one_line
 
-PRETRAINED = 'pretrained'  # value of teacher.checkpoint: the weights that the library lists for the model
+PRETRAINED = 'pretrained'  # value of teacher.checkpoint that selects the weights that the library lists for the model
 
 
 class Library(NamedTuple):
     """A library of image encoders.
 
     Attributes:
-        encoder (str): Class that wraps its models.
-        oldest (str): Oldest version with the needed functions.
+        encoder (str): Name of the class that wraps the library's models.
+        oldest (str): Oldest supported version.
     """
 
     encoder: str
@@ -30,20 +30,21 @@ LIBRARIES = dict(
 
 
 def import_library(name: str):
-    """Import a library.
+    """Import a library of image encoders, and check its version.
 
     Args:
-        name (str): Key of ``LIBRARIES``.
+        name (str): Name of the library, a key of ``LIBRARIES``.
 
     Raises:
-        ModuleNotFoundError, ImportError: If it is not installed, too old, or does not import.
+        ModuleNotFoundError: If the library is not installed.
+        ImportError: If the library is too old, or importing it fails.
     """
     cure = f"pip install '{name}>={LIBRARIES[name].oldest}'"
     try:
         library = import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
-            raise ImportError(f'The package {name} does not import: {one_line(error)}') from error
+            raise ImportError(f'The package {name} cannot be imported: {one_line(error)}') from error
         raise ModuleNotFoundError(
             f"A teacher '{name}::...' needs the package {name}, which is not installed: {cure}.", name=name
         ) from error
@@ -56,13 +57,13 @@ def import_library(name: str):
 
 
 def download_error(name: str, error: Exception, page: str, file: str = 'model.safetensors') -> Exception:
-    """Return the error for weights that a library cannot download, to be raised.
+    """Return an exception that explains why a library cannot download weights, and what to do.
 
     Args:
-        name (str): The model in messages, such as ``'timm::resnet18'``.
+        name (str): Name of the model for the message, such as ``'timm::resnet18'``.
         error (Exception): The library's error.
-        page (str): Address at which the file can be found.
-        file (str): Name of the file there. Defaults to ``'model.safetensors'``.
+        page (str): URL of the page with the file.
+        file (str): Name of the file on this page. Defaults to ``'model.safetensors'``.
     """
     if is_gated(error):
         return ValueError(
@@ -76,7 +77,7 @@ def download_error(name: str, error: Exception, page: str, file: str = 'model.sa
 
 
 def is_gated(error: Optional[BaseException]) -> bool:
-    """Return whether an error, or one of its causes, says that weights need an accepted license."""
+    """Return whether an error or one of its causes says that the user must accept a license to get the weights."""
     while error is not None:
         if type(error).__name__ == 'GatedRepoError' or 'gated repo' in str(error):
             return True

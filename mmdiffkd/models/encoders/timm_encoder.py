@@ -1,4 +1,4 @@
-"""Image encoders of timm."""
+"""Wrapper for image encoders of timm."""
 
 from functools import cache
 from logging import ERROR, getLogger
@@ -16,16 +16,18 @@ from mmdiffkd.utils.validation import check_arguments, one_line
 from .base import ImageFormat, LibraryEncoder, choose_levels
 from .libraries import PRETRAINED, download_error, import_library
 
-# arguments that let models with position embeddings or windows take images of other sizes, to be tried in turn
+# Arguments with which models with position embeddings or windows accept images of any size. Models differ in which of
+# these arguments they have, so they are tried in this order.
 ANY_SIZE = (dict(dynamic_img_size=True), dict(strict_img_size=False), {})
 
 
 @MODELS.register_module()
 class TimmEncoder(LibraryEncoder):
-    """Image encoder of timm. The feature maps come from its ``forward_intermediates``.
+    """Image encoder of timm. Its method ``forward_intermediates`` returns the feature maps.
 
-    Args: see :class:`.LibraryEncoder`. ``out_indices`` counts the entries of the model's ``feature_info``: the stages
-    of a hierarchical model, the blocks of a ViT. The final norm is applied to the maps of a ViT.
+    The arguments are those of :class:`.LibraryEncoder`. ``out_indices`` are indices in the model's ``feature_info``,
+    which lists the stages of a model with stages, or the blocks of a ViT. The final norm of a ViT is applied to all of
+    its maps.
     """
 
     example = 'convnextv2_tiny'
@@ -52,7 +54,7 @@ class TimmEncoder(LibraryEncoder):
 
     @classmethod
     def image_format(cls, name: str) -> ImageFormat:
-        """Return the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
+        """Return the format of the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
         cfg = _pretrained_cfg(name)
         from timm.data import resolve_data_config
 
@@ -82,11 +84,11 @@ class TimmEncoder(LibraryEncoder):
                 listed = timm.list_pretrained()
                 raise ValueError(
                     f"timm lists no weights for '{self.name}'; the nearest models with weights are "
-                    f'{closest_names(self.name, listed)}. Or set teacher.checkpoint to a file.'
+                    f'{closest_names(self.name, listed)}. Use one of these, or set teacher.checkpoint to a file.'
                 )
             try:
                 return timm.create_model(self.name, pretrained=True, **options)
-            except RuntimeError as error:  # weights that do not fit
+            except RuntimeError as error:  # the weights do not fit the model
                 raise ValueError(f"The weights of 'timm::{self.name}' cannot be loaded: {one_line(error)}") from error
             except Exception as error:
                 page = f'https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else cfg.url
@@ -102,14 +104,17 @@ class TimmEncoder(LibraryEncoder):
                 self.name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, source=''), **options
             )
         except (RuntimeError, KeyError, AttributeError) as error:
-            problem = ' '.join(str(error).split())  # torch lists one kind of key per line
+            problem = ' '.join(str(error).split())  # one line: torch puts missing and unexpected keys on separate lines
             raise ValueError(
                 f"The weights of '{checkpoint}' do not fit the teacher (timm::{self.name}): {problem[:400]}"
             ) from error
 
 
 def _classifier(model, cfg) -> Dict[str, Tensor]:
-    """Return weights of 0 for the classifier, which the teacher does not use, so that files may lack it."""
+    """Return zeros for the weights of the classifier, so that checkpoints without a classifier can be loaded.
+
+    The teacher does not use the classifier.
+    """
     names = cfg.classifier or ()
     names = (names,) if isinstance(names, str) else names
     return {
@@ -126,7 +131,7 @@ def _feature_entries(model) -> Sequence[Dict]:
 
 @cache
 def _pretrained_cfg(name: str):
-    """Return timm's description of a model and its weights."""
+    """Return timm's ``PretrainedCfg`` of a model, which describes its weights and images."""
     timm = import_library('timm')
     architecture, _, tag = name.partition('.')
     known = timm.list_models()
@@ -140,7 +145,7 @@ def _pretrained_cfg(name: str):
 
 @cache
 def _size_options(name: str) -> Tuple[Tuple[str, bool], ...]:
-    """Return the arguments with which a model takes images of other sizes than that of its weights."""
+    """Return the arguments with which a model accepts images of any size; empty if it needs no such arguments."""
     timm = import_library('timm')
     if not _pretrained_cfg(name).fixed_input_size:
         return ()

@@ -1,4 +1,4 @@
-"""Image encoders of torchvision."""
+"""Wrapper for image encoders of torchvision."""
 
 from functools import cache
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -17,18 +17,20 @@ from ..feature_maps import as_map
 from .base import ImageFormat, LibraryEncoder, channels_first, choose_levels
 from .libraries import PRETRAINED, download_error, import_library
 
-TRIAL_SIZE = (256, 384)  # of models for images of any size; not square, to tell the layouts of maps apart
-MAX_STRIDE = 64  # coarser outputs are pooled
-VIT_BLOCK = 'encoder_layer_'
-HEADS = ('avgpool', 'classifier', 'fc', 'head')  # modules after the encoder
+# Height and width of the images that show which maps a model has, for models that accept any size. The images are not
+# square, so that the shape of a map shows whether it is (N, C, H, W) or (N, H, W, C).
+TRIAL_SIZE = (256, 384)
+MAX_STRIDE = 64  # outputs with this stride or a larger one are regarded as pooled and not used
+VIT_BLOCK = 'encoder_layer_'  # start of the names of a ViT's blocks
+HEADS = ('avgpool', 'classifier', 'fc', 'head')  # start of the names of modules that follow the encoder
 
 
 @MODELS.register_module()
 class TorchvisionEncoder(LibraryEncoder):
-    """Classifier of torchvision without its head. The feature maps come from ``create_feature_extractor``.
+    """Classifier of torchvision without its head. ``create_feature_extractor`` extracts the feature maps.
 
-    Args: see :class:`.LibraryEncoder`. ``out_indices`` counts the last maps of each stride of the model from 2, or the
-    blocks of a ViT.
+    The arguments are those of :class:`.LibraryEncoder`. ``out_indices`` are indices in a list of maps: the last map of
+    each stride, starting with stride 2, or the blocks of a ViT.
     """
 
     example = 'resnet50'
@@ -61,7 +63,7 @@ class TorchvisionEncoder(LibraryEncoder):
 
     @classmethod
     def image_format(cls, name: str) -> ImageFormat:
-        """Return the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
+        """Return the format of the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
         images = _weights(name).transforms()
         return ImageFormat(images.mean, images.std, (images.crop_size[0],) * 2, bool(_size_options(name, 1)))
 
@@ -82,7 +84,8 @@ class TorchvisionEncoder(LibraryEncoder):
             page, _, file = source.rpartition('/')
             raise download_error(f'torchvision::{self.name}', error.__cause__ or error, page, file) from error
         own = own_shapes(self.model)
-        unused = {key.split('.')[0] for key in shapes} - {key.split('.')[0] for key in own}  # such as the classifier
+        # modules that the feature extractor has dropped, such as the classifier
+        unused = {key.split('.')[0] for key in shapes} - {key.split('.')[0] for key in own}
         weights = {
             key: value
             for key, value in fit_weights(state, shapes, is_teacher=True).weights.items()
@@ -93,20 +96,20 @@ class TorchvisionEncoder(LibraryEncoder):
 
 @cache
 def _weights(name: str):
-    """Return the default weights of a model."""
+    """Return torchvision's default weights of a model."""
     models = import_library('torchvision').models
     known = models.list_models(module=models)
     if name not in known:
         if name in models.list_models():
             raise FileNotFoundError(
-                f"'torchvision::{name}' is no image encoder: use a classifier, such as 'torchvision::resnet50'."
+                f"'torchvision::{name}' is not an image encoder: use a classifier, such as 'torchvision::resnet50'."
             )
         raise FileNotFoundError(f"torchvision has no model '{name}'; the nearest are {closest_names(name, known)}.")
     return models.get_model_weights(name).DEFAULT
 
 
 def _size_options(name: str, img_size) -> Dict:
-    """Return the arguments for models that are built for one image size."""
+    """Return the arguments that set the image size of a model; empty for models that accept images of any size."""
     if img_size is None or not name.startswith(('vit_', 'maxvit_')):
         return {}
     if not isinstance(img_size, int):
@@ -120,9 +123,9 @@ class Stage(NamedTuple):
     """A feature map that a model can return.
 
     Attributes:
-        node (str): Name of the graph node.
-        stride (float): Image pixels per position.
-        channels_last (bool): Whether the map is (N, H, W, C).
+        node (str): Name of the map's node in the graph of ``create_feature_extractor``.
+        stride (float): Image pixels per feature pixel.
+        channels_last (bool): Whether the map is (N, H, W, C) instead of (N, C, H, W).
     """
 
     node: str
@@ -132,12 +135,17 @@ class Stage(NamedTuple):
 
 @cache
 def _stages(name: str, options: Tuple) -> List[Stage]:
-    """Return the last map of each stride, or the map of each block of a ViT."""
+    """Return the last map of each stride of a model, or the map of each block of a ViT.
+
+    Args:
+        name (str): Name of the model.
+        options (tuple): Items of :func:`_size_options`.
+    """
     models = import_library('torchvision').models
     with torch.random.fork_rng(devices=[]), torch.device('meta'):
         try:
             model = models.get_model(name, weights=None, **dict(options)).eval()
-        except Exception:  # RegNet computes its widths with tensors
+        except Exception:  # some models, such as RegNet, read tensor values in their constructor: build them on the CPU
             with torch.device('cpu'), QuickInit():
                 model = models.get_model(name, weights=None, **dict(options)).eval().to('meta')
         size = TRIAL_SIZE
@@ -163,14 +171,23 @@ def _stages(name: str, options: Tuple) -> List[Stage]:
         with torch.no_grad():
             model(torch.zeros(2, 3, *size))
     blocks = [stage for path, stage in found.items() if path.rpartition('.')[2].startswith(VIT_BLOCK)]
-    if blocks:  # the last map is taken after the final norm
+    if blocks:  # the map of the last block is taken after the final norm
         return [*blocks[:-1], blocks[-1]._replace(node='encoder.ln')]
     last = {round(stage.stride): stage for stage in found.values()}
     return sorted(last.values(), key=lambda stage: stage.stride)
 
 
 def _as_stage(node: str, output, size: Tuple[int, int]) -> Optional[Stage]:
-    """Return the stage of a map, or of tokens with a class token; None for anything else."""
+    """Describe an output that is a feature map, or tokens after a class token.
+
+    Args:
+        node (str): Path of the module.
+        output (Any): Output of the module.
+        size (tuple[int, int]): Height and width of the images.
+
+    Returns:
+        Stage, optional: None if the output is neither a map nor tokens, or if it is a pooled map.
+    """
     if not isinstance(output, Tensor) or output.dim() not in (3, 4):
         return None
     if output.dim() == 3:

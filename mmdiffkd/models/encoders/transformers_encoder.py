@@ -1,4 +1,4 @@
-"""Image encoders of transformers."""
+"""Wrapper for image encoders of transformers."""
 
 import inspect
 import json
@@ -18,9 +18,10 @@ from ..feature_maps import Tokens, as_map
 from .base import ImageFormat, LibraryEncoder, channels_first, choose_levels
 from .libraries import PRETRAINED, import_library, is_gated
 
-USUAL_SIZE = 224  # of models whose files tell none
+USUAL_SIZE = 224  # height and width of the images of models whose files do not contain the image size
 FILES = 'config.json, preprocessor_config.json and model.safetensors'
-# weights that a file may lack: norms of AutoBackbone that start as the identity, and parts that no feature depends on
+# Parts of the names of weights that may be missing in a file: norms that AutoBackbone adds, which start as the
+# identity, and modules that no feature depends on.
 OPTIONAL = ('hidden_states_norms', 'pooler', 'mask_token')
 
 
@@ -28,11 +29,12 @@ OPTIONAL = ('hidden_states_norms', 'pooler', 'mask_token')
 class TransformersEncoder(LibraryEncoder):
     """Image encoder of transformers.
 
-    The feature maps come from ``AutoBackbone`` if the model has one, or else from the hidden states of ``AutoModel``.
-    Of models for images and text, such as CLIP, the image encoder is used.
+    If ``AutoBackbone`` supports the model, it returns the feature maps. Otherwise, the feature maps are the hidden
+    states of ``AutoModel``. If a model is for images and text, such as CLIP, only its image encoder is used.
 
-    Args: see :class:`.LibraryEncoder`. ``name`` is a model on the hub, or a folder that ``save_pretrained`` wrote.
-    ``out_indices`` counts the stages of a backbone, or the hidden states, which start with the patch embedding.
+    The arguments are those of :class:`.LibraryEncoder`. ``name`` is a model on the Hugging Face hub, or a folder that
+    ``save_pretrained`` wrote. ``out_indices`` are indices of the stages of ``AutoBackbone``, or of the hidden states of
+    ``AutoModel``. The first hidden state is the patch embedding.
     """
 
     example = 'facebook/dinov2-small'
@@ -53,7 +55,7 @@ class TransformersEncoder(LibraryEncoder):
 
     @classmethod
     def image_format(cls, name: str) -> ImageFormat:
-        """Return the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
+        """Return the format of the images on which a model was trained; see :meth:`.LibraryEncoder.image_format`."""
         name = osp.expanduser(name)
         config, processor = _read_config(name), _read_processor(name)
         scale = 255 * (processor.get('rescale_factor', 1 / 255) if processor.get('do_rescale', True) else 1)
@@ -77,7 +79,7 @@ class TransformersEncoder(LibraryEncoder):
                 model, info = kind.from_pretrained(None, state_dict=state, **options)
             else:
                 model, info = kind.from_pretrained(self.name, **options)
-        except RuntimeError as error:  # misshapen weights
+        except RuntimeError as error:  # weights have wrong shapes
             raise ValueError(f'The weights do not fit the teacher ({name}): {one_line(error)[:400]}') from error
         except OSError as error:
             if is_file:
@@ -107,13 +109,18 @@ def _read_config(name: str):
         config = transformers.AutoConfig.from_pretrained(name)
     except OSError as error:
         raise _missing(name, error) from error
-    except ValueError as error:  # a kind of model that this version does not know
+    except ValueError as error:  # the installed version of transformers does not know this kind of model
         raise ValueError(f"'transformers::{name}' cannot be read: {one_line(error)[:300]}") from error
     return getattr(config, 'vision_config', config)
 
 
 def _missing(name: str, error: Exception) -> Exception:
-    """Return the error for files that cannot be read from the hub or a folder, to be raised."""
+    """Return an exception that explains why a model's files cannot be read, and what to do.
+
+    Args:
+        name (str): Name of the model on the hub, or path of the folder.
+        error (Exception): Error of transformers.
+    """
     page, text = f'https://huggingface.co/{name}', one_line(error)
     if osp.isdir(name):
         return FileNotFoundError(f"The folder '{name}' of the teacher has no weights: {text[:200]}")
@@ -123,7 +130,9 @@ def _missing(name: str, error: Exception) -> Exception:
             f"'transformers::{name}' is gated: accept its license on {page}, run 'hf auth login', or {put}."
         )
     if 'not a valid model identifier' in text or 'RepositoryNotFound' in text:
-        return FileNotFoundError(f"'transformers::{name}' is neither a folder nor a model on the hub. Or {put}.")
+        return FileNotFoundError(
+            f"'transformers::{name}' is neither a folder nor a model on the hub. Check the name, or {put}."
+        )
     return FileNotFoundError(
         f"'transformers::{name}' cannot be downloaded ({text[:120]}). On a machine with access, {put}."
     )
@@ -131,7 +140,7 @@ def _missing(name: str, error: Exception) -> Exception:
 
 @cache
 def _read_processor(name: str) -> Dict:
-    """Return the settings of a model's image processor; empty if the model comes without them."""
+    """Return the settings of a model's image processor; empty if the model has no ``preprocessor_config.json``."""
     from transformers.utils import cached_file
 
     path = cached_file(name, 'preprocessor_config.json', _raise_exceptions_for_missing_entries=False)
@@ -149,14 +158,14 @@ def _image_size(name: str) -> Tuple[int, int]:
 
 
 def _patch_size(config) -> Optional[int]:
-    """Return the stride of a model whose tokens all have the same; None for models with stages."""
+    """Return the patch size of a model without stages, which is the stride of all its maps; None for other models."""
     size = getattr(config, 'patch_size', None)
     size = size[0] if isinstance(size, (list, tuple)) else size
     return size if isinstance(size, int) and not hasattr(config, 'depths') else None
 
 
 def _backbone_config(name: str):
-    """Return a config whose backbone returns all stages, or the config itself for a model without a backbone."""
+    """Return the config of a model. If ``AutoBackbone`` supports the model, the config makes it return all stages."""
     config = _read_config(name)
     if not _has_backbone(config):
         return config
@@ -179,7 +188,7 @@ def _build(name: str) -> nn.Module:
 
 
 def _run(model: nn.Module, images: Tensor) -> List[Tensor]:
-    """Return all feature maps or tokens of images."""
+    """Return all feature maps, or the tokens of all hidden states, that a model computes for images."""
     options = {}
     if 'interpolate_pos_encoding' in inspect.signature(model.forward).parameters:
         options = dict(interpolate_pos_encoding=True)
@@ -187,7 +196,7 @@ def _run(model: nn.Module, images: Tensor) -> List[Tensor]:
         return list(model(images, **options).feature_maps)
     output = model(images, output_hidden_states=True, **options)
     maps = list(output.hidden_states)
-    if output.last_hidden_state.shape == maps[-1].shape:  # after the final norm
+    if output.last_hidden_state.shape == maps[-1].shape:  # last_hidden_state is the last map after the final norm
         maps[-1] = output.last_hidden_state
     return maps
 
@@ -203,7 +212,7 @@ def _as_map(feature: Tensor, size: Sequence[int], patch_size: Optional[int]) -> 
 
 @cache
 def _strides(name: str) -> Tuple[float, ...]:
-    """Return the strides of all maps that a model returns."""
+    """Return the strides of all maps that :func:`_run` returns for a model."""
     config, size = _read_config(name), _image_size(name)
     patch_size = _patch_size(config)
     if patch_size is not None:

@@ -75,9 +75,9 @@ def test_match(student, teacher, mapping, shared):
     'fields, message',
     [
         (dict(), r"no class in common \(student: car, bus; teacher: cat, dog, ox\): .*classes=\{'car': 'cat'\}"),
-        (dict(classes={'cra': 'cat'}), "classes names 'cra', which is no class of the student; the nearest are 'car'"),
-        (dict(classes={'car': 'cta'}), "'cta', which is no class of the teacher; the nearest are 'cat'"),
-        (dict(classes={'car': 'ox', 'bus': 'ox'}), "the teacher's class 'ox' to two classes of the student"),
+        (dict(classes={'cra': 'cat'}), "contains 'cra', which is not a class of the student; the nearest are 'car'"),
+        (dict(classes={'car': 'cta'}), "'cta', which is not a class of the teacher; the nearest are 'cat'"),
+        (dict(classes={'car': 'ox', 'bus': 'ox'}), "two classes of the student to the teacher's class 'ox'"),
         (dict(classes={'car': 7}), 'classes=7 must be the number of a class of the teacher, from 0 to 2'),
         (dict(classes={'car': 'cat'}), "classes: student and teacher share only the class 'car = cat'"),
         (dict(classes=['car']), 'must be a dict'),

@@ -172,7 +172,7 @@ def test_preprocessors_of_other_classes():
 def test_preprocessor_that_cannot_be_measured_is_read_by_its_keys():
     odd = dict(type='EachImageByItself', mean=[100.0] * 3, std=[50.0] * 3)
     renormalizer = InputRenormalizer(PYTORCH, odd, (3, 3))
-    assert "The teacher's data_preprocessor is read by its keys" in renormalizer.notes[0]
+    assert "Only the keys mean, std and color flags of the teacher's data_preprocessor" in renormalizer.notes[0]
     zero = renormalizer(-torch.tensor(PYTORCH['mean']).view(1, 3, 1, 1) / torch.tensor(PYTORCH['std']).view(1, 3, 1, 1))
     torch.testing.assert_close(zero, torch.full((1, 3, 1, 1), -2.0))
 
@@ -181,7 +181,7 @@ def test_equal_preprocessors_need_not_be_measured():
     odd = dict(type='EachImageByItself')
     images = torch.rand(1, 5, 4, 4)
     renormalizer = InputRenormalizer(odd, dict(odd), (5, 5))
-    assert renormalizer(images) is images and not any('is read by' in note for note in renormalizer.notes)
+    assert renormalizer(images) is images and not any('Only the keys' in note for note in renormalizer.notes)
 
 
 def test_std_of_zero_is_refused():

@@ -93,7 +93,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="task_loss='no' must be True or False"):
         tiny.build(tiny.distiller_cfg(tmp_path, task_loss='no'))
     auto = dict(fpn=dict(neck=dict(loss_kd=dict(loss_weight='auto'))))
-    with pytest.raises(ValueError, match="task_loss=False trains no losses .* loss_weight='auto' of distill.fpn"):
+    with pytest.raises(ValueError, match="task_loss=False turns off .* loss_weight='auto' of distill.fpn"):
         distill_only(tmp_path, distill=auto)
     model = distill_only(tmp_path)
     model.distill_state.enabled = False

@@ -43,7 +43,7 @@ def test_old_library(monkeypatch):
     'name, message',
     [
         ('torchvision::resnet51', "no model 'resnet51'; the nearest are 'resnet50'"),
-        ('torchvision::fasterrcnn_resnet50_fpn', 'is no image encoder'),
+        ('torchvision::fasterrcnn_resnet50_fpn', 'is not an image encoder'),
         ('transformers::./nowhere', 'does not exist: give a folder with config.json'),
         ('timm::resnet_18', "timm has no model 'resnet_18'; the nearest are 'resnet18"),
         ('timm::resnet18.other', r"timm has no weights 'resnet18.other'; the nearest are 'resnet18\."),
@@ -199,7 +199,7 @@ def test_invalid_resize(resize):
 def test_native_size_that_is_not_known(tmp_path):
     cfg = tiny.detector()
     teacher = Teacher(cfg, tiny.write_checkpoint(cfg, tmp_path / 'teacher.pth'), resize='native')
-    with pytest.raises(ConfigError, match='does not tell the size of its images; give a factor'):
+    with pytest.raises(ConfigError, match='does not set the size of its images; give a factor'):
         teacher.expect(cfg.data_preprocessor, infer_feature_info(cfg, ['neck'], 'teacher'))
 
 
@@ -218,5 +218,5 @@ def test_maps_that_do_not_exist():
     assert choose_levels([2, 4, 8, 8, 16]) == [1, 3, 4]
     assert choose_levels([16] * 12) == [11]
     assert choose_levels([16] * 12, [-1, 5]) == [5, 11]
-    with pytest.raises(ConfigError, match=r'out_indices=\[12\] names map 12, but the model has 12 maps'):
+    with pytest.raises(ConfigError, match=r'out_indices=\[12\] contains 12, but the model has only the maps 0 to 11'):
         choose_levels([16] * 12, [12])

@@ -145,7 +145,7 @@ def test_missing_logits_are_refused():
 def test_vectors_are_refused_by_methods_that_compare_positions():
     vit = models.vit_classifier()
     assert list(pairs_of('at', vit)) == ['feat']
-    with pytest.raises(ValueError, match='distill.feat.neck.loss_kd: ATLoss compares positions .* gives vectors'):
+    with pytest.raises(ValueError, match='distill.feat.neck.loss_kd: ATLoss compares positions .* returns vectors'):
         MODELS.build(models.distiller(vit, vit, preset='at'))
 
 
