@@ -44,8 +44,8 @@ class Job:
         command (list[str] or Callable): The command, or a function without arguments that returns it. The function is
             called when the job starts, so it can use the results of earlier jobs.
         log (Path): File for the output of the command; overwritten.
-        work_dir (Path, optional): Work dir of a training, to read the number of epochs from its config. Defaults to
-            None.
+        work_dir (Path, optional): Work dir of a training. The progress display reads the number of epochs from the
+            config in it. Defaults to None.
         metric (str, optional): Key of the metric to show, as in the log (``'coco/bbox_mAP'``). Defaults to None.
         after (list[str]): Names of jobs that must succeed before this job starts. Defaults to ``()``.
     """
@@ -133,7 +133,7 @@ def run_parallel(
         if job.name in names[:index]:
             raise ValueError(f"Two jobs are named '{job.name}'.")
         for name in set(job.after).difference(names[:index]):
-            raise ValueError(f"The job '{job.name}' comes after '{name}', which is not listed before it.")
+            raise ValueError(f"The job '{job.name}' waits for the job '{name}', which must be listed before it.")
     workers = available_cores() if workers is None else workers
     waiting, running, results = list(jobs), [], {}
     with _exit_on_signals(), _display(jobs, file or sys.stdout, interval) as display:
