@@ -34,7 +34,7 @@ class LoadImage(LoadImageFromFile):
 class RandomResizedCrop(BaseTransform):
     """Crop a random part of an image with a random aspect ratio, 3/4 to 4/3, and resize it.
 
-    mmpretrain has the same transform. This class does not need mmpretrain.
+    mmpretrain has the same transform. This class works without mmpretrain.
 
     Args:
         scale (int or tuple[int, int]): Width and height of the result.

@@ -41,7 +41,7 @@ def main():
     constructor = cfg.optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
     base_lr = cfg.optim_wrapper.optimizer.get('lr', '(default of the optimizer)')
     print(f'Student: {type(alone).__name__}. Optimizer constructor: {constructor}. Base learning rate: {base_lr}.')
-    print('Parameters are tensors, elements are their values. Part diffkd is the diffusion module.\n')
+    print('Parameters are counted as tensors, elements as numbers in them. The part diffkd is the diffusion module.\n')
     print_table(alone, before, distilled, after)
     sys.exit(verdict(before, {name: value for name, value in after.items() if not name.startswith(PREFIX)}))
 
@@ -60,7 +60,7 @@ def param_settings(model: nn.Module, optim_wrapper_cfg: dict) -> Dict[str, Optio
     Raises:
         ValueError: If a parameter is in the optimizer twice or does not belong to the model.
     """
-    # other keys do not change the groups, and AmpOptimWrapper cannot be built without a GPU
+    # no other key changes the parameter groups; without `type`, this also works for AmpOptimWrapper without a GPU
     keys = ('optimizer', 'constructor', 'paramwise_cfg')
     cfg = ConfigDict({key: optim_wrapper_cfg[key] for key in keys if key in optim_wrapper_cfg})
     with contextlib.redirect_stdout(io.StringIO()):  # mmseg's constructors print
