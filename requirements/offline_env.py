@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.pages import machine, write_page  # noqa: E402
 
 MMCV = 'onedl-mmcv'
-GLIBC = (34, 31, 28, 27, 24, 17)  # versions of glibc 2; pip does not infer that a platform runs wheels for older ones
+GLIBC = (34, 31, 28, 27, 24, 17)  # minor versions of glibc 2; pip does not infer that older ones run, too
 IMPORTS = 'import mmcv.ops, mmdet, mmseg, mmpretrain, mmdiffkd.models'
 STEPS = ('packages', "mmcv's operators", 'imports')
 

@@ -61,7 +61,7 @@ from mim.commands.install import get_mmcv_full_find_link
 from mim.utils import DEFAULT_MMCV_BASE_URL
 print(get_mmcv_full_find_link(os.environ.get('MMCV_BASE_URL', DEFAULT_MMCV_BASE_URL)))
 """
-# Script that fails if a URL cannot be opened within some seconds.
+# Script that fails if a URL cannot be opened within a number of seconds.
 REACH = 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=float(sys.argv[2]))'
 
 
@@ -326,7 +326,7 @@ class Build:
         self.began = time.monotonic()
         # without debug info, compiling takes half as long
         flags = {name: f'{os.environ.get(name, "")} -g0'.strip() for name in ('CFLAGS', 'CXXFLAGS')}
-        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is in the environment
+        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is in this folder
         env = dict(os.environ, MMCV_WITH_OPS='1', PATH=path, PYTHONUNBUFFERED='1', MAX_JOBS=str(self.jobs), **flags)
         shutil.rmtree(self.source / 'dist', ignore_errors=True)
         with open(self.log, 'wb') as log:

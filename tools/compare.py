@@ -121,11 +121,11 @@ def main():
                 args.cfg_options,
             )
         except KeyboardInterrupt:
-            print('\nInterrupted; all runs were stopped. The same command continues.', flush=True)
+            print('\nInterrupted; all runs were stopped. Run the same command to continue.', flush=True)
             sys.exit(130)
     if result['missing'] and not args.list:
         sys.exit(
-            f'\nFailed: {", ".join(result["missing"])}. The same command skips finished runs and tries these again.'
+            f'\nFailed: {", ".join(result["missing"])}. Run the same command to repeat them; it skips finished runs.'
         )
 
 

@@ -48,7 +48,8 @@ def build_runner(args):
     cfg = load_run_config(args)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        if package_of(cfg) == 'mmdet':  # mmdet's train.py replaces a loss scale; the others keep it
+        # like mmdet's train.py, replace the loss scale of the config; the scripts of the other packages keep it
+        if package_of(cfg) == 'mmdet':
             cfg.optim_wrapper.loss_scale = 'dynamic'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:

@@ -79,7 +79,7 @@ def compare(
             different settings.
         BlockingIOError: If another comparison is running in the folder.
     """
-    student = Config(read_config(student_config, cfg_options).to_dict())  # writes types as strings
+    student = Config(read_config(student_config, cfg_options).to_dict())  # to_dict() writes types as strings
     _check_student(student, schedule, seeds)
     if 'student' in read_config(teacher_config).model:
         raise ValueError('The config of the teacher is a distillation config; give the config of a plain model.')
@@ -104,7 +104,7 @@ def _check_student(student: Config, schedule: float, seeds: Sequence[int]) -> No
             'The config of the student is already a distillation config; give the config of a plain model.'
         )
     needed = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'val_dataloader', 'val_evaluator', 'val_cfg')
-    missing = [key for key in needed if student.get(key) is None]  # val_cfg may be empty
+    missing = [key for key in needed if student.get(key) is None]  # val_cfg may be {}
     if missing:
         raise ValueError(
             f"The student's config has no {missing[0]}: a comparison trains with its settings and chooses the best "

@@ -60,7 +60,7 @@ def make_method_config(student: Config, settings: Optional[dict], teacher: Sourc
     # logs validations with their epoch or iteration as the step
     hooks.logger = {'type': 'LoggerHook', **(hooks.get('logger') or {}), 'log_metric_by_epoch': is_by_epoch}
     visualizer = cfg.get('visualizer')
-    if visualizer is not None:  # the results are read from the files of the local backend
+    if visualizer is not None:  # the results are read from the files of LocalVisBackend
         backends = visualizer.get('vis_backends') or []
         if not any(backend['type'].endswith('LocalVisBackend') for backend in backends):
             visualizer.vis_backends = [*backends, dict(type='LocalVisBackend')]

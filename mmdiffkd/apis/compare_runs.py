@@ -154,7 +154,7 @@ class Training:
             val=self.val(),
             test=self.test() if self.is_tested else None,
             iterations=run.iterations,
-            seconds=run.seconds and run.seconds * run.iterations,  # without validation
+            seconds=run.seconds and run.seconds * run.iterations,  # time of the iterations, without validation
             memory_mib=run.memory,
             versions=dict(run.versions, mmdiffkd=mmdiffkd.__version__),
             teacher=None if self.method == BASELINE else fingerprint,
@@ -189,7 +189,7 @@ class ComparisonRuns:
         self.state = (
             json.loads(self.state_file.read_text('utf-8')) if self.state_file.exists() else dict(previews={}, costs={})
         )
-        self.is_encoder = is_encoder(read_config(teacher).model)  # it has no predictions to test
+        self.is_encoder = is_encoder(read_config(teacher).model)  # an encoder has no predictions to test
         self.fingerprint = _fingerprint(teacher, checkpoint)
         if self.state.setdefault('teacher', self.fingerprint) != self.fingerprint:
             raise ValueError(
@@ -392,7 +392,7 @@ class ComparisonRuns:
     def _run(self, missing: Sequence[Training], workers: int, gpus: Sequence[str], metric: Optional[str]) -> None:
         if metric is None:
             metric = choose_metric([self.teacher_metrics()])
-        _say('Press Ctrl-C to stop; the same command continues.')
+        _say('Press Ctrl-C to stop; run the same command to continue.')
         # start the longest run of each seed first, so that the workers finish at about the same time
         missing = sorted(missing, key=lambda training: (training.seed, -self._seconds(training)))
         for _ in range(2):  # the second round only repeats missing validations

@@ -93,7 +93,7 @@ def measure_iterations(
             times = in_turn(steps, rounds=count, warmup=0)
             ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline]))
             peak = peak_mib(steps[name])
-        except Exception as error:  # such as a teacher whose weights do not fit, or too little memory for this method
+        except Exception as error:  # for example, the teacher's weights do not fit, or the memory is too small
             if name == baseline:
                 raise
             costs[name] = dict(error=f'{type(error).__name__}: {error}')

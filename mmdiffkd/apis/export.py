@@ -36,7 +36,7 @@ def student_weights(checkpoint: str, config: Optional[Config] = None) -> dict:
     content = read_checkpoint(checkpoint)
     meta = content.get('meta', {})
     kept = {key: meta[key] for key in ('dataset_meta', 'epoch', 'iter', 'mmengine_version') if key in meta}
-    if config is not None:  # the checkpoint has a config, too, but mmengine would execute it
+    if config is not None:  # the config in the checkpoint is not used, because mmengine would execute it
         plain = student_config(config)
         kept['cfg'] = plain.pretty_text
         _check_fit(plain, content['state_dict'], checkpoint)
@@ -50,10 +50,10 @@ def _check_fit(plain: Config, state_dict: dict, checkpoint: str) -> None:
     try:
         model = build_for_inspection(get_model_cfg(plain))
     except Exception as error:
-        print_log(f'The weights are not compared with the student, which cannot be built: {error}', 'current', WARNING)
+        print_log(f'The weights cannot be checked, because the student cannot be built: {error}', 'current', WARNING)
         return
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch warns that loading into a model on the meta device copies nothing
         load_strict(model, state_dict, 'the student of the config', f"'{checkpoint}'")
     if not any(key.startswith(PREFIX) for key in state_dict):
-        print_log(f"'{checkpoint}' has no diffusion module, so a distillation run did not write it.", 'current')
+        print_log(f"'{checkpoint}' has no diffusion module, so it is not from a distillation run.", 'current')

@@ -189,5 +189,5 @@ def _file(source: str, folder: Optional[Path], here: str = '') -> str:
 def _relative(path: Path, folder: Path) -> str:
     try:
         return os.path.relpath(path, folder)
-    except ValueError:  # another drive of Windows
+    except ValueError:  # the paths are on different drives of Windows
         return str(path)

@@ -25,7 +25,7 @@ from mmdiffkd.cli import shorten_path
 # One thread per job: if jobs share cores, OpenMP threads wait for each other ten times longer than they compute.
 ONE_THREAD = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), '1')
 TAIL = 25  # lines to show from the log of a failed job
-POLL, REFRESH = 0.1, 0.5  # seconds
+POLL, REFRESH = 0.1, 0.5  # seconds between checks of the jobs, and between updates of the progress bars
 GRACE = 5.0  # seconds to wait for jobs to end after each signal
 # STEP and ETA match lines of mmengine's log, such as 'Epoch(train)  [3][25/75] ... eta: 0:01:20',
 # 'Iter(train) [  50/1500] ...' and 'Epoch(val) [3][13/13]'
@@ -275,7 +275,7 @@ class _Bars:
 
     def __init__(self, jobs: Sequence[Job], live: Live):
         self._live = live
-        self._rows = {job.name: ('waiting', 0.0) for job in jobs}  # text and fraction
+        self._rows = {job.name: ('waiting', 0.0) for job in jobs}  # text and finished fraction of each job
         self._drawn = 0.0
 
     def started(self, process: _Process) -> None:
@@ -364,7 +364,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
             end = time.monotonic() + GRACE
             while time.monotonic() < end and any(process.poll() is None for process in processes):
                 time.sleep(POLL)
-    finally:  # a second Ctrl-C ends the jobs at once
+    finally:  # a second Ctrl-C ends the waiting, so kill the jobs at once
         for process in processes:
             _signal_group(process, signal.SIGKILL)
             process.wait()

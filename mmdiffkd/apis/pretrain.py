@@ -161,7 +161,7 @@ def pretrain_config(
     count = len(DATASETS.build(dataset))  # a folder without images is refused before the teacher is loaded
     share = count // int(os.environ.get('WORLD_SIZE', 1))  # images of a rank
     if share < 2:
-        raise ValueError(f'images: {count} images are too few; each process needs at least 2.')
+        raise ValueError(f'The folders contain {count} images, which are too few: each process needs at least 2.')
     batch_size = min(batch_size, share)
     steps = share // batch_size
     size = _image_size(cfg, encoder) if size is None else size
@@ -207,7 +207,8 @@ def pretrain_config(
     )
     run = distillation_config(run, teacher_config, teacher_checkpoint, pairs, preset, None)
     run.model.task_loss = False
-    if (get_preprocessor_cfg(teacher_cfg) or {}).get('size'):  # segmentors pad images to the size of their own training
+    # a segmentor as teacher would pad all images to the size of its own training
+    if (get_preprocessor_cfg(teacher_cfg) or {}).get('size'):
         run.model.teacher.data_preprocessor = dict(size=None)
     run.merge_from_dict(cfg_options or {})
     return run

@@ -202,7 +202,7 @@ def list_taps(
         scope, cfg = package_of(cfg), resolve_config(cfg.model.teacher.config)
         init_default_scope(package_of(cfg) or scope or 'mmengine')
         model_cfg = get_teacher_cfg(cfg)
-        if is_encoder(model_cfg):  # it may not run on images of the student's size
+        if is_encoder(model_cfg):  # the teacher may not run on images of the student's size
             size = given or image_size(cfg)
     else:
         init_default_scope(package_of(cfg) or 'mmengine')
@@ -214,7 +214,7 @@ def list_taps(
     except ValueError:
         if next(net.parameters()).device.type == 'cpu':
             raise
-    # slower, but some operators do not support the meta device
+    # try again on the CPU: this is slower, but some operators do not support the meta device
     return _output_shapes(build_on_cpu(model_cfg), size, image_channels(model_cfg))
 
 
@@ -432,7 +432,7 @@ def checkpoint_problem(teacher: Teacher) -> Optional[str]:
         except ValueError as error:
             return str(error).rstrip('.')
         return None
-    if '://' in path or re.match(r'\w\w+:', path):  # not a local file; one letter is a drive of Windows
+    if '://' in path or re.match(r'\w\w+:', path):  # a URL or a scheme; a single letter is a drive of Windows
         return None
     name = f"teacher.checkpoint='{path}'"
     if osp.isdir(path):

@@ -377,7 +377,7 @@ def _download(url: str) -> str:
             if folder.startswith('~'):
                 raise OSError(errno.ENOENT, 'there is no home folder')
             os.makedirs(folder, exist_ok=True)
-            # writes to a temporary file, verifies the hash, then renames
+            # this function writes to a temporary file, verifies the hash, then renames the file
             torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
         except (OSError, RuntimeError) as error:
             cure = f' {OTHER_CACHE}' if getattr(error, 'errno', None) in CACHE_ERRORS else ''
@@ -409,10 +409,10 @@ def _not_a_checkpoint(source: str, path: str) -> str:
     return f"'{source}' is not a PyTorch checkpoint: it {what}."
 
 
-LEGACY_MAGIC = b'l\xfc\x9cf\xf9 j\xa8p\x19.'  # at the beginning of files of torch before 1.6, in lower case
+LEGACY_MAGIC = b'l\xfc\x9cf\xf9 j\xa8p\x19.'  # marks files that torch before 1.6 saved; in lower case
 ARCHIVE = 'is an archive; unpack it and use the checkpoint in it'
 ARRAYS = 'holds NumPy arrays; convert them with torch.from_numpy and save the dict with torch.save'
-TEXT = {*b'\t\n\r\f', *range(32, 127), *range(128, 256)} - {0x80}  # pickle files begin with 0x80
+TEXT = {*b'\t\n\r\f', *range(32, 127), *range(128, 256)} - {0x80}  # without 0x80, which begins pickle files
 WEB_PAGE = 'is a web page saved under that name; download it again'
 # first bytes, in lower case, of files that are not checkpoints but often given as one
 OTHER_FILES = {

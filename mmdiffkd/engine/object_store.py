@@ -23,7 +23,7 @@ def is_in_store(source: str) -> bool:
     try:
         get_file_backend(source)
     except ImportError:
-        return False  # mmengine may have a loader for the scheme
+        return False  # mmengine may still have a checkpoint loader for the scheme
     return True
 
 

@@ -93,7 +93,7 @@ def newest_checkpoint(
     files = saved_checkpoints(work_dir, folder, filename_tmpl, backend_args)
     for file in files:
         try:
-            if not osp.isdir(file):  # sharded checkpoints are folders
+            if not osp.isdir(file):  # a folder is a sharded checkpoint, which is not checked
                 _check_can_be_resumed(file, _store_of(file, folder, backend_args))
             return file
         except (OSError, DamagedFileError) as error:

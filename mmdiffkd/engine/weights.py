@@ -87,7 +87,7 @@ def fit_weights(state_dict: dict, shapes: Dict[str, torch.Size], is_teacher: boo
         if known:
             notes.append(f'{len(known)} entries that are not weights ({_some(known, 2)}) are left out')
     for key in [key for key in state if key in shapes and NO_WEIGHT.search(key) and state[key].shape != shapes[key]]:
-        del state[key]  # a mask or index for images of a different size
+        del state[key]  # remove a mask or index for images of a different size
     state._metadata = metadata
     return Fit(state, notes)
 
@@ -135,8 +135,8 @@ def _check_values(weights: Dict[str, torch.Tensor], model: nn.Module, source: st
     broken = [key for key, value in floating.items() if (~value.isfinite() if key in learned else value.isnan()).any()]
     if broken:
         raise ValueError(
-            f'{source} holds values that are not finite (NaN or infinity) in {_some(broken, 2)}: its training diverged '
-            'or the file is damaged. Use an earlier checkpoint.'
+            f'{source} holds values that are not finite (NaN or infinity) in {_some(broken, 2)}: the training '
+            'diverged, or the file is damaged. Use an earlier checkpoint.'
         )
 
 
@@ -409,8 +409,8 @@ def _reason(state: dict, shapes: Dict[str, torch.Size]) -> str:
         return f'the names fit, but not the shapes: {_some(misshapen, 2)}'
     prefix = _missing_prefix(state, shapes)
     if prefix:
-        return f"its keys fit the model's {prefix[:-1]} alone"
-    return f"its keys are named differently ('{next(iter(state), '')}', the model has '{next(iter(shapes))}')"
+        return f"its keys are those of the model's {prefix[:-1]} only"
+    return f"its keys have different names ('{next(iter(state), '')}' in the file, '{next(iter(shapes))}' in the model)"
 
 
 def _log(source: str, notes: List[str]) -> None:

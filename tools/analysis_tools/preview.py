@@ -151,7 +151,7 @@ def weights(row: dict) -> str:
 
 def show_cost(result: dict) -> None:
     """Print parameters, multiply-adds and memory."""
-    print('Cost of training. Multiply-adds are those of convolutions and matrix products for one image, not times.')
+    print('Cost of training. Multiply-adds count convolutions and matrix products for one image.')
     counted = dict(student='forward', teacher='forward up to its last tap', diffusion_module='forward and backward')
     rows = []
     for part, passes in counted.items():

@@ -14,7 +14,7 @@ from mmdiffkd.cli import exit_on_mistake
 
 SPLITS = ('train', 'val', 'test')
 NUM_CLASSES = 11
-UNLABELED, IGNORED = 11, 255  # unlabeled pixels in the download and in mmseg
+UNLABELED, IGNORED = 11, 255  # values of unlabeled pixels in the download and in mmseg
 
 
 def parse_args():

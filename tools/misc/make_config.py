@@ -14,7 +14,8 @@ def parse_args():
     parser.add_argument(
         '--checkpoint',
         help="teacher checkpoint: a path, a URL, 'zoo' for the weights in the model index of mmdet, mmseg or "
-        "mmpretrain, or 'pretrained' for the weights of timm, torchvision or transformers (default: 'zoo' or 'pretrained')",
+        "mmpretrain, or 'pretrained' for the weights of timm, torchvision or transformers (default: zoo or "
+        'pretrained, whichever fits the teacher)',
     )
     parser.add_argument('-o', '--output', help='file to write (default: print the config)')
     parser.add_argument(

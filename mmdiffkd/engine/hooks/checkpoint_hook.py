@@ -143,7 +143,8 @@ class CheckpointHook(BaseCheckpointHook):
             return
         _update_auto_weights(runner)
         before = self._best_paths()
-        self._set_best_paths(dict.fromkeys(before))  # mmengine would delete old files before it saves new ones
+        # hide the old files from mmengine, which would delete them before it saves new ones
+        self._set_best_paths(dict.fromkeys(before))
         try:
             super()._save_best_checkpoint(runner, metrics)
         finally:

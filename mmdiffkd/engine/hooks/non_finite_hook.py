@@ -44,7 +44,8 @@ class NonFiniteHook(Hook):
         self._handle = None
         self._consecutive = 0
         self._causes: List[str] = []  # names of non-finite values since the last optimizer step
-        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # buffers and copies from before the iteration
+        # each buffer and its copy from before the iteration
+        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []
 
     def before_train(self, runner: Runner) -> None:
         """Enable the checks of the distiller, and register a hook on the optimizer.
@@ -144,7 +145,8 @@ def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[s
     if not found:
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         found = [names.get(p, 'a parameter outside the model') for p in parameters if not p.grad.isfinite().all()]
-        if found and len(found) == len(parameters):  # gradient clipping by a non-finite norm affects all
+        # gradient clipping with a norm that is not finite makes all gradients non-finite
+        if found and len(found) == len(parameters):
             found = ['all parameters']
         elif len(found) > 4:
             found = [*found[:4], f'{len(found) - 4} more parameters']

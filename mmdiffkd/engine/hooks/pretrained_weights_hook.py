@@ -30,7 +30,7 @@ class PretrainedWeightsHook(Hook):
     its configs.
     """
 
-    priority = 'LOWEST'  # after the last checkpoint is written
+    priority = 'LOWEST'  # run after the hook that writes the last checkpoint
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Log how many image files could not be decoded, if there are more than after the previous epoch."""
