@@ -24,7 +24,7 @@ _is_own_process = False
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Import packages and build models without garbage collection, which takes seconds and frees almost nothing.
+    """Turn off garbage collection during imports and model building: it takes seconds and frees almost nothing.
 
     >>> with without_gc():
     ...     from mmdiffkd.apis import preview
@@ -43,7 +43,7 @@ def without_gc() -> Iterator[None]:
 def own_process() -> None:
     """Set up the process of a tool.
 
-    Has no effect if a different program, such as a test, calls the tool in its process.
+    The function has no effect if a different program, such as a test, calls the tool in its process.
 
     - Characters that the terminal or a code page of Windows lacks are printed as escapes instead of raising an error.
     - Objects created at startup are excluded from later garbage collections, including the one at exit.

@@ -38,10 +38,10 @@ def compare(
     """Train a student alone and with several methods, and compare the results, paired by seed.
 
     A run trains one method with one seed, by ``tools/train.py`` in the folder ``WORK_DIR/METHOD/seedN``. Runs that have
-    a result are skipped, and interrupted runs continue: to go on after an interruption, to repeat failed runs, or to
-    add methods and seeds, call the function again. With the same seed, all methods start from the same student and see
-    the same images in the same order. The best method is chosen on the validation split. Results are reported on the
-    test split, if the student's config has a different data set for it.
+    a result are skipped, and interrupted runs continue. So call the function again to continue after an interruption,
+    to repeat failed runs, or to add methods and seeds. With the same seed, all methods start from the same student and
+    see the same images in the same order. The best method is chosen on the validation split. Results are reported on
+    the test split, if the student's config has a different data set for it.
 
     Args:
         student_config (str, Path or Config): Config of the student: ``pkg::path``, a file, or a loaded config. Data,

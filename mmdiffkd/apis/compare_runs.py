@@ -125,7 +125,7 @@ class Training:
         return self.val() is not None and (not self.is_tested or self.test() is not None)
 
     def command(self) -> str:
-        """Return the shell command of the steps that are missing."""
+        """Return the shell command that trains, validates or tests the run, without the steps that are done."""
         steps, is_trained = [], self.checkpoint.exists()
         if not is_trained:
             steps.append([sys.executable, _tool('train.py'), self.config, '--work-dir', self.folder, '--resume'])

@@ -24,7 +24,7 @@ def best_method(values: Values, without: Sequence[str] = ()) -> Optional[str]:
 
 
 def mean_text(numbers: Sequence[float], places: int) -> str:
-    """Format mean and standard deviation (n - 1) with this number of decimals."""
+    """Format mean and standard deviation (n - 1) with ``places`` decimals."""
     if not numbers:
         return DASH
     mean = f'{statistics.fmean(numbers):.{places}f}'
@@ -32,7 +32,7 @@ def mean_text(numbers: Sequence[float], places: int) -> str:
 
 
 def difference_text(differences: Sequence[float], places: int) -> str:
-    """Format mean and 95% interval of paired differences with this number of decimals."""
+    """Format mean and 95% confidence interval of paired differences with ``places`` decimals."""
     if not differences:
         return DASH
     mean, half = confidence(differences)

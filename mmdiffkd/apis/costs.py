@@ -190,7 +190,7 @@ def peak_mib(step: Callable) -> float:
 
 
 def main() -> None:
-    """Measure the configs in the command line, and write the costs to a JSON file, by file name without suffix."""
+    """Measure the configs named in the command line, and write a JSON file with the costs by config name."""
     out, *files = sys.argv[1:]
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # the runs of a comparison use one thread as well

@@ -70,8 +70,8 @@ def make_config(
 ) -> str:
     """Write the config that distills a teacher into a student, and check that it can be built.
 
-    The config has the format of the student's config, text or pure Python, because a config of
-    one format cannot inherit from a config of the other format.
+    The config has the format of the student's config, text or pure Python, because a config of one format cannot
+    inherit from a config of the other format.
 
     Args:
         student (str): Config of the student, ``pkg::path`` or a file.

@@ -256,7 +256,7 @@ def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: 
 
 
 def _part_of(tap: str) -> Optional[str]:
-    """Return the trained part of the student that has a tap; None for a tap in its heads."""
+    """Return the part that contains a tap, ``'backbone'`` or ``'neck'``; None for a tap in the heads."""
     first = tap.split('.')[0]
     return first if first in PARTS else None
 

@@ -547,7 +547,7 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
 
 
 def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int, channels: int):
-    """Return the recorder of the student's taps and the input images of its encoder."""
+    """Run a training pass. Return the recorder of the student's taps, and the input images of its encoder."""
     torch.default_generator.manual_seed(0)
     with QuickInit(), _silent_log():  # init_weights() logs every parameter
         student = revert_sync_batchnorm(MODELS.build(fit_to(get_model_cfg(plain), size)))

@@ -66,8 +66,8 @@ def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Te
 def destroy_nccl_group() -> None:
     """Destroy the process group of a finished run, if its backend is NCCL, which warns about groups that remain.
 
-    The group of gloo ends with the process: torch 2.5 can hang when it destroys this group, because it holds the GIL
-    while it waits for a thread that needs the GIL.
+    A gloo group is left alone, because it ends with the process. In torch 2.5, destroying it can hang: the call holds
+    the GIL while it waits for a thread that needs the GIL.
     """
     if (
         torch.distributed.is_available()

@@ -119,8 +119,8 @@ def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str, backend_ar
     """List the checkpoints of a run, newest first.
 
     The file named in ``last_checkpoint`` comes first. The rest are sorted by modification time instead of number, since
-    an older run may have left checkpoints with higher numbers. Files in object stores
-    are sorted by number, because the stores do not report this time.
+    an older run may have left checkpoints with higher numbers. Files in object stores are sorted by number, because the
+    stores do not report this time.
     """
     before, after = re.split(r'\{.*?\}', filename_tmpl, maxsplit=1)
     pattern = re.compile(re.escape(before) + r'(\d+)' + re.escape(after))
@@ -161,8 +161,8 @@ def _scheme(path: str) -> str:
 def last_checkpoint(work_dir: Union[str, Path]) -> Optional[str]:
     """Return the path in the file ``last_checkpoint`` of a run; None if there is no such file.
 
-    mmengine writes the file in the encoding of the locale, and :class:`.CheckpointHook` in UTF-8 if this
-    encoding lacks a character.
+    mmengine writes the file in the encoding of the locale, and :class:`.CheckpointHook` in UTF-8 if this encoding
+    lacks a character.
     """
     file = Path(work_dir, 'last_checkpoint')
     if not file.is_file():

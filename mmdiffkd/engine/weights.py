@@ -224,7 +224,7 @@ def use_checked_files(model: nn.Module) -> Iterator[None]:
 
 
 def fit_loaded_weights(model: nn.Module, source: str) -> None:
-    """Make a Runner's model match the names in a checkpoint to its own when the Runner loads the checkpoint.
+    """Make a Runner's model rename the weights of a checkpoint to its own names when the Runner loads them.
 
     Args:
         model (nn.Module): The model, perhaps in a wrapper.
@@ -233,7 +233,7 @@ def fit_loaded_weights(model: nn.Module, source: str) -> None:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     source = f"The checkpoint '{source}'"
-    if hasattr(model, 'distill_state'):  # a distiller always matches the names; here it gets the source for messages
+    if hasattr(model, 'distill_state'):  # a distiller always renames weights; here it gets the source for messages
         model.distill_state.checkpoint = source
     else:
         model._register_load_state_dict_pre_hook(partial(_fit_module, model, source, 'the model'))

@@ -65,7 +65,7 @@ def read_image(path: str, scale: int) -> np.ndarray:
 
 
 def detect(model, path: str, classes: tuple, score_thr: float) -> list:
-    """Return boxes (x1, y1, x2, y2) and labels, sorted so that the label of the highest score is drawn on top."""
+    """Return boxes (x1, y1, x2, y2) and labels, sorted by score, so that the highest score is drawn on top."""
     found = inference_detector(model, path).pred_instances
     found = found[found.scores > score_thr]
     found = found[found.scores.argsort()].numpy()

@@ -180,7 +180,7 @@ def _is_best_of(folder: str, path) -> bool:
 
 
 def _update_auto_weights(runner: Runner) -> None:
-    """Complete the measurement of the last iteration, of which each rank knows its own part."""
+    """Update the weights of ``loss_weight='auto'`` before a checkpoint is saved, on all ranks together."""
     model = get_distiller(runner)
     if model is not None and model.diffkd_teacher is not None:
         model.update_auto_weights()

@@ -139,7 +139,10 @@ def _all_finite(gradients: List[torch.Tensor]) -> torch.Tensor:
 
 
 def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:
-    """Return names of the non-finite gradients on all ranks: pairs and levels, or parameters if all taps are finite."""
+    """Return the names of the non-finite gradients on all ranks.
+
+    The names are pairs and levels, or parameters if the gradients of all taps are finite.
+    """
     sums = model.distill_state.tap_gradients.items()
     found = [f'diffkd.{pair}, level {level}' for (pair, level), total in sums if not total.isfinite()]
     if not found:
