@@ -447,7 +447,7 @@ def test_command():
         'BottleneckDenoiser, 5 steps',
         "student='neck'",
         'A tap is a module whose outputs are compared, one',
-        'Multiply-adds are those of convolutions and matrix products',
+        'Multiply-adds count convolutions and matrix products',
         'The config is ready for tools/train.py.',
     ):
         assert part in text, part
