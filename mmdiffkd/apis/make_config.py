@@ -44,7 +44,7 @@ BODY = """\
         config={config},
         checkpoint={checkpoint!r},  # a path, a URL, or {word!r}
     ),
-    preset={preset!r},  # the method (docs/configure/methods.md); leave out distill if you change it
+    preset={preset!r},  # the method (docs/configure/methods.md); the pairs below are only for this method
     # Default pairs. Uncomment to change taps, levels or settings; tune neck.loss_kd.loss_weight first.
 {hint}{distill}
 )
