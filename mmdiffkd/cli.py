@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Iterator, Optional
 
-# errors that missing or invalid files and modules cause, wherever they are raised
+# errors of missing or invalid files and modules; they count as user errors, whichever module raises them
 FILE_ERRORS = (OSError, ImportError, SyntaxError)
 # modules of mmengine that check configs and the arguments of the classes in configs
 CONFIG_CHECKS = ('mmengine.config', 'mmengine.registry', 'mmengine.runner')
@@ -24,7 +24,7 @@ _is_own_process = False
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Import packages and build models without garbage collection, which takes seconds and frees almost nothing.
+    """Turn off garbage collection during imports and model building: it takes seconds and frees almost nothing.
 
     >>> with without_gc():
     ...     from mmdiffkd.apis import preview
@@ -43,7 +43,7 @@ def without_gc() -> Iterator[None]:
 def own_process() -> None:
     """Set up the process of a tool.
 
-    Has no effect if a different program, such as a test, calls the tool in its process.
+    The function has no effect if a different program, such as a test, calls the tool in its process.
 
     - Characters that the terminal or a code page of Windows lacks are printed as escapes instead of raising an error.
     - Objects created at startup are excluded from later garbage collections, including the one at exit.
@@ -83,7 +83,7 @@ def exit_on_mistake() -> Iterator[None]:
     >>> with exit_on_mistake():
     ...     config = student_config(read_config('my_config.py'))
     """
-    script = sys._getframe(2).f_code.co_filename  # below this frame and the one of contextlib
+    script = sys._getframe(2).f_code.co_filename  # the calling script; frame 1 is that of contextlib
     try:
         yield
     except Exception as error:
@@ -108,11 +108,11 @@ def _sentence(error: Exception, script: str) -> Optional[str]:
         return text
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     module = frame.f_globals.get('__name__')
-    if module is None:  # only code that mmengine executes, a config, has no module
+    if module is None:  # the error is in a config: mmengine executes its code without a module name
         return f'The config cannot be read: {type(error).__name__} in line {line}: {text}'
     if isinstance(error, ValueError) and (module.split('.')[0] == 'mmdiffkd' or frame.f_code.co_filename == script):
-        # without a raise statement, for example in the assignment to two names, a ValueError is a bug
+        # a ValueError that no raise statement raises is a bug, such as unpacking too few values
         is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith('raise ')
         return text if is_raised else None
     is_about_config = module.startswith(CONFIG_CHECKS) and not isinstance(error, (AttributeError, AssertionError))
-    return text if is_about_config and ' ' in text else None  # a bare key is no message
+    return text if is_about_config and ' ' in text else None  # text without a space is only a key

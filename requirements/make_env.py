@@ -119,7 +119,7 @@ class Environment:
             )
 
     def version(self, package):
-        """Return the version of a package that the constraints file demands."""
+        """Return the version of a package in the constraints file."""
         match = re.search(rf'^{re.escape(package)}==(\S+)', self.constraints.read_text(), re.MULTILINE)
         if not match:
             raise SetupError(f'{self.constraints} has no version of {package} (`{package}==...`).')
@@ -243,7 +243,7 @@ def provide_operators(env, display):
 
 
 def make(env, display):
-    """Run all steps of the setup. Steps that an earlier run has finished take little time."""
+    """Run all steps of the setup. A step that an earlier run has finished takes little time."""
     if not env.python.exists():
         check_disk(env.folder, ENVIRONMENT_DISK, 'the environment')
     env.create()

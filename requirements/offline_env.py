@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.pages import machine, write_page  # noqa: E402
 
 MMCV = 'onedl-mmcv'
-GLIBC = (34, 31, 28, 27, 24, 17)  # pip does not infer that a platform runs wheels for an older glibc
+GLIBC = (34, 31, 28, 27, 24, 17)  # minor versions of glibc 2; pip does not infer that older ones run, too
 IMPORTS = 'import mmcv.ops, mmdet, mmseg, mmpretrain, mmdiffkd.models'
 STEPS = ('packages', "mmcv's operators", 'imports')
 
@@ -34,7 +34,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('command', choices=['pack', 'install'])
     parser.add_argument(
-        'folder', type=Path, nargs='?', help='folder of the packages; install without it only checks the imports'
+        'folder', type=Path, nargs='?', help='folder of the packages; without it, install only checks the imports'
     )
     parser.add_argument('--python', default='3.12', help='pack: Python version of the other machine (default 3.12)')
     parser.add_argument(
@@ -63,7 +63,7 @@ def pack(folder, python, also):
     for name in [*filter(None, lines), *also]:
         wheel = [*pip, 'wheel', *common, '--no-build-isolation', '--wheel-dir', folder, name]
         if call([*pip, 'download', *common, *binary, '--dest', folder, name]) is None and call(wheel) is None:
-            raise SetupError(f'{name} has no wheel for Python {python} and cannot be built here.')
+            raise SetupError(f'{name} has no wheel for Python {python} and cannot be built on this machine.')
     source = ['--no-build-isolation', f'--no-binary={MMCV}', '--dest', folder, MMCV]
     if call([*pip, 'download', *common, *source]) is None:
         raise SetupError(f'The source of {MMCV} cannot be downloaded.')
@@ -83,11 +83,12 @@ class Installation:
         self.results = {step: ('not run', '') for step in STEPS}
         path = os.environ.get('PYTHONPATH')
         os.environ['PYTHONPATH'] = os.pathsep.join([str(self.site), str(ROOT), *([path] if path else [])])
-        os.environ['PATH'] = f'{self.site / "bin"}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja
+        # the packages install ninja into this folder
+        os.environ['PATH'] = f'{self.site / "bin"}{os.pathsep}{os.environ.get("PATH", "")}'
         self.write()
 
     def write(self):
-        """Write the page with what is known so far."""
+        """Write the page with the results so far."""
         import torch
 
         rows = [dict(step=step, result=result, seconds=seconds) for step, (result, seconds) in self.results.items()]
@@ -98,7 +99,7 @@ class Installation:
 
     @contextlib.contextmanager
     def step(self, name):
-        """Time a step; the body stores its result in ``self.results``."""
+        """Time a step. The code in the ``with`` block stores the result in ``self.results``."""
         print(f'{name} ...', flush=True)
         start = time.monotonic()
         self.results[name] = ('started, not ended', '')
@@ -137,7 +138,7 @@ class Installation:
             raise SetupError(f'pip failed:\n{done.stdout.strip()}')
 
     def provide_operators(self):
-        """Install a wheel of mmcv whose operators fit: a packed one, or one compiled from the packed source."""
+        """Install a wheel of mmcv whose operators fit torch: a packed or cached wheel, or else compile the source."""
         source = next(self.folder.glob('onedl_mmcv-*.tar.gz'), None)
         packed = list(self.folder.glob('onedl_mmcv-*.whl'))
         names = [file.name for file in [*packed, *([source] if source else [])]]
@@ -146,7 +147,7 @@ class Installation:
         facts = read_facts(self.python)
         version = re.match(r'onedl_mmcv-([\w.]+?)(-|\.tar)', names[0]).group(1)
         if installed(self.python, MMCV, 'mmcv', version, facts):
-            return f'{MMCV} {version} was installed'
+            return f'{MMCV} {version} was already installed'
         cache = cache_folder(MMCV, version, facts)
         for wheel in [*packed, *cache.glob('*.whl')]:
             if fits(self.python, wheel, facts):
@@ -166,7 +167,7 @@ class Installation:
         finally:
             build.stop()
         self.pip(wheel)
-        shutil.copy(wheel, self.page.parent)  # packed with the other files, it saves compiling
+        shutil.copy(wheel, self.page.parent)  # put this wheel into the folder of the packages to avoid compiling
         return f'compiled, {build.jobs} files at a time; {wheel.name} is next to this page'
 
 

@@ -61,7 +61,7 @@ from mim.commands.install import get_mmcv_full_find_link
 from mim.utils import DEFAULT_MMCV_BASE_URL
 print(get_mmcv_full_find_link(os.environ.get('MMCV_BASE_URL', DEFAULT_MMCV_BASE_URL)))
 """
-# Script that fails if a URL cannot be opened within some seconds.
+# Script that fails if a URL cannot be opened within a number of seconds.
 REACH = 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=float(sys.argv[2]))'
 
 
@@ -179,7 +179,7 @@ def keep(wheel, folder):
 
 
 def available_memory():
-    """Return the free memory in bytes; in a container, at most what the container's limit leaves."""
+    """Return the free memory in bytes. In a container, return at most the unused part of its memory limit."""
     with open('/proc/meminfo') as file:
         kib = dict(line.split()[:2] for line in file)
     sizes = [1024 * int(kib['MemAvailable:'])]
@@ -187,12 +187,12 @@ def available_memory():
     with contextlib.suppress(OSError, ValueError):
         limit, used = (int((CGROUP / name).read_text()) for name in ('memory.max', 'memory.current'))
         statistics = dict(line.split() for line in (CGROUP / 'memory.stat').read_text().splitlines())
-        sizes.append(limit - used + int(statistics['inactive_file']))  # the cache of files is freed on demand
+        sizes.append(limit - used + int(statistics['inactive_file']))  # the file cache is freed on demand
     return min(sizes)
 
 
 def available_cores():
-    """Return the number of CPU cores that this process may use; in a container, at most the container's quota."""
+    """Return the number of CPU cores that this process may use. In a container, return at most its CPU quota."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
         quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())
@@ -209,7 +209,7 @@ def check_build(facts, folder):
     """Check compiler, headers, CUDA toolkit, memory and disk before a build starts.
 
     Raises:
-        SetupError: If something is missing. The message says how to get it.
+        SetupError: If a requirement is missing. The message says how to install or free it.
     """
     compiler = shlex.split(os.environ.get('CXX') or 'c++')
     again = 'Then run the same command again.'
@@ -326,7 +326,7 @@ class Build:
         self.began = time.monotonic()
         # without debug info, compiling takes half as long
         flags = {name: f'{os.environ.get(name, "")} -g0'.strip() for name in ('CFLAGS', 'CXXFLAGS')}
-        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is in the environment
+        path = f'{self.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'  # ninja is in this folder
         env = dict(os.environ, MMCV_WITH_OPS='1', PATH=path, PYTHONUNBUFFERED='1', MAX_JOBS=str(self.jobs), **flags)
         shutil.rmtree(self.source / 'dist', ignore_errors=True)
         with open(self.log, 'wb') as log:
@@ -359,7 +359,7 @@ class Build:
         return self.process is not None and self.process.poll() is None
 
     def compiling(self):
-        """Check whether setup.py no longer reads the environment, because it has started the compiler."""
+        """Check whether setup.py has started the compiler, so that it no longer reads the environment."""
         return not self.running() or self.step()[1] > 0
 
     def step(self):
@@ -454,7 +454,7 @@ def explain_failure(log, package, facts, lines=20, width=200):
         (
             r'(error|need)[^\n]*C\+\+(17|20|23)|-std=(c|gnu)\+\+2|error[^\n]*(concept|std::(span|numbers|remove_cvref))',
             f'torch {facts["torch"]} needs a newer C++ standard than {package} uses, so they do not fit: install the '
-            'torch of requirements/constraints*.txt.',
+            'version of torch in requirements/constraints*.txt.',
         ),
         (
             r'CUDA version|nvcc',
@@ -462,7 +462,8 @@ def explain_failure(log, package, facts, lines=20, width=200):
         ),
     )
     found = [fix for pattern, fix in fixes if re.search(pattern, '\n'.join(last), re.IGNORECASE)]
-    advice = found[0] if found else f'{package} was tested with the torch in requirements/constraints*.txt; install it.'
+    tested = f'{package} was tested with the torch version in requirements/constraints*.txt; install this version.'
+    advice = found[0] if found else tested
     return '\n'.join(
         [
             f"Compiling mmcv's operators failed ({package}, torch {facts['torch']}). The last lines:",

@@ -28,7 +28,9 @@ def parse_args():
     parser.add_argument('student', help='config of the student: pkg::path or a file')
     parser.add_argument('teacher', help='config of the teacher: pkg::path or a file')
     parser.add_argument(
-        '--checkpoint', default='zoo', help="teacher's weights: a path, a URL or zoo, the listed ones (default: zoo)"
+        '--checkpoint',
+        default='zoo',
+        help="teacher's weights: a path, a URL, or zoo for those in the model index of its package (default: zoo)",
     )
     parser.add_argument(
         '--presets',
@@ -41,15 +43,19 @@ def parse_args():
         '--arms',
         nargs='+',
         metavar=('FILE.py', 'NAME'),
-        help='config file with arms = dict(NAME=dict(preset=..., distill=...)), and the arms to compare (default: all)',
+        help='config file that defines methods of your own, called arms, as arms = dict(NAME=dict(preset=..., '
+        'distill=...)); after the file, the names of the arms to compare (default: all)',
     )
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='random seeds (default: 0 1 2)')
     parser.add_argument(
-        '--schedule', type=float, default=1.0, help='factor of epochs and learning-rate steps (default: 1)'
+        '--schedule', type=float, default=1.0, help='factor that multiplies epochs and learning-rate steps (default: 1)'
     )
     parser.add_argument('--jobs', type=int, help='number of parallel runs (default: one per GPU, or per CPU core)')
     parser.add_argument(
-        '--work-dir', type=Path, default=Path('work_dirs/compare'), help='folder (default: %(default)s)'
+        '--work-dir',
+        type=Path,
+        default=Path('work_dirs/compare'),
+        help='folder for runs and results (default: %(default)s)',
     )
     parser.add_argument('--metric', help='metric to compare, higher is better (default: the main metric)')
     parser.add_argument(
@@ -67,11 +73,11 @@ def parse_args():
 
 
 def read_arms(file: str, names: Sequence[str] = ()) -> dict:
-    """Read the methods of a config file. ``custom_imports`` of the file apply to all of them.
+    """Read the methods, called arms, that a config file defines. ``custom_imports`` of the file apply to all of them.
 
     Args:
         file (str): Path of the file.
-        names (list[str]): Methods to select. Defaults to all.
+        names (list[str]): Names of the arms to select. Defaults to all.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -115,11 +121,11 @@ def main():
                 args.cfg_options,
             )
         except KeyboardInterrupt:
-            print('\nInterrupted; all runs were stopped. The same command continues.', flush=True)
+            print('\nInterrupted; all runs were stopped. Run the same command to continue.', flush=True)
             sys.exit(130)
     if result['missing'] and not args.list:
         sys.exit(
-            f'\nFailed: {", ".join(result["missing"])}. The same command skips finished runs and tries these again.'
+            f'\nFailed: {", ".join(result["missing"])}. Run the same command to repeat them; it skips finished runs.'
         )
 
 

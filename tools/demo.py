@@ -1,4 +1,4 @@
-"""Compare a student alone, with plain MSE and with DiffKD in a few minutes, and export the distilled student.
+"""Train a student alone, with an MSE loss and with DiffKD in a few minutes, and export the distilled student.
 
 The demo is a comparison (tools/compare.py) with configs of this repository and generated images. The trainings run in
 parallel with one CPU thread each. An interrupted demo continues where it stopped. If a checkpoint is shipped beside the
@@ -28,7 +28,7 @@ TOOLS = ROOT / 'tools'
 EPOCHS = ('train_cfg.max_epochs', 'train_cfg.val_interval', 'param_scheduler.1.end', 'param_scheduler.1.T_max')
 CONFIGS = ROOT / 'configs' / 'shapes'
 TEACHER, STUDENT = CONFIGS / 'retinanet-r18-half_16e_shapes.py', CONFIGS / 'retinanet-r18-eighth_6e_shapes.py'
-PRESET = 'plus'  # the recommended one
+PRESET = 'plus'  # the recommended preset
 ARMS = {
     'fitnet': dict(preset='fitnet'),
     PRESET: dict(preset=PRESET, custom_hooks=[dict(type='mmdiffkd.DiffKDVisualizationHook', interval=225)]),
@@ -76,7 +76,8 @@ class Demo:
         self.args = args
         self.work_dir, self.data = args.work_dir, args.data
         weights = TEACHER.with_suffix('.pth')
-        wanted = not (args.train_teacher or args.epochs or args.cfg_options)  # weights belong to the unchanged config
+        # the shipped weights belong to the unchanged config
+        wanted = not (args.train_teacher or args.epochs or args.cfg_options)
         self.shipped = weights if wanted and weights.exists() else None
 
     def run(self) -> None:
@@ -106,7 +107,7 @@ class Demo:
         self.finish({record['arm']: record for record in result['results']})
 
     def introduction(self) -> str:
-        """Say what is going to be trained, and where the results are."""
+        """Return the first text of the demo: what will be trained, and where the results will be."""
         trained = ['teacher', *NAMES.values()] if not self.shipped else list(NAMES.values())
         text = f'Training small detectors on generated images: {"; ".join(trained)}.'
         if self.shipped:
@@ -253,9 +254,9 @@ class Demo:
                 table,
                 f'mAP on {len(list(self.data.glob("images/val/*")))} generated images, seed {self.args.seed}. One seed '
                 'cannot rank methods; docs/results/benchmarks.md compares them on real images.',
-                'Training time is that of the iterations, with one CPU thread per training and several trainings in '
-                'parallel.',
-                'Parameters and multiply-adds are those of the deployed model, for one image.',
+                'Training time is the time of all iterations, without validation. Several trainings ran in parallel, '
+                'each with one CPU thread.',
+                'Parameters and multiply-adds are those of the deployed model; multiply-adds are for one image.',
                 '',
                 *(f'{file:{width}}  {what}' for file, what in files),
                 '',

@@ -12,7 +12,9 @@ def parse_args():
     parser.add_argument('student', help='config of the student: pkg::path or a file')
     parser.add_argument('--teacher', required=True, help='config of the teacher: pkg::path or a file')
     parser.add_argument(
-        '--checkpoint', default='zoo', help="teacher's weights: a path, a URL or zoo, the listed ones (default: zoo)"
+        '--checkpoint',
+        default='zoo',
+        help="teacher's weights: a path, a URL, or zoo for those in the model index of its package (default: zoo)",
     )
     parser.add_argument(
         '--images', nargs='+', required=True, metavar='FOLDER', help='folders with images, in subfolders of any depth'
@@ -20,14 +22,16 @@ def parse_args():
     parser.add_argument('--work-dir', default='work_dirs/pretrain', help='folder for results (default: %(default)s)')
     parser.add_argument('--epochs', type=int, default=100, help='number of epochs (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=64, help='images per GPU (default: %(default)s)')
-    parser.add_argument('--lr', type=float, help='largest learning rate (default: 0.001 at 64 images)')
-    parser.add_argument('--size', type=int, help='height and width of the images (default: at most 224)')
+    parser.add_argument('--lr', type=float, help='largest learning rate (default: 0.001 for batches of 64 images)')
+    parser.add_argument(
+        '--size',
+        type=int,
+        help='height and width of the images (default: img_size of the backbone, or else at most 224)',
+    )
     parser.add_argument('--preset', default='pkd', help='distillation method for features (default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
     parser.add_argument('--resume', action='store_true', help='resume from the latest checkpoint in the work dir')
-    parser.add_argument(
-        '--config-only', action='store_true', help='write the config to the work dir, to preview and train it'
-    )
+    parser.add_argument('--config-only', action='store_true', help='write the config to the work dir and exit')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the written config: key=value ...'
     )

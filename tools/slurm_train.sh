@@ -7,7 +7,7 @@ JOB_NAME=$2
 CONFIG=$3
 WORK_DIR=$4
 
-# SRUN_ARGS holds several words
+# not quoted, because SRUN_ARGS may contain several arguments
 # shellcheck disable=SC2086
 srun -p "$PARTITION" \
     --job-name="$JOB_NAME" \

@@ -1,4 +1,4 @@
-"""Test a model; a distillation config tests its student. Arguments as in test.py of mmdet, mmseg and mmpretrain."""
+"""Test a model, or the student of a distillation config. Arguments as in test.py of mmdet, mmseg and mmpretrain."""
 
 import argparse
 from inspect import signature
@@ -21,7 +21,11 @@ def parse_args():
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--tta', action='store_true', help='test-time augmentation, from tta_model and tta_pipeline')
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test with the test-time augmentation of the config (tta_model and tta_pipeline)',
+    )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)  # torch.distributed.launch passes it
     return parser.parse_args()
 
@@ -85,7 +89,7 @@ def augment(cfg):
 
 
 def show_predictions(cfg, args):
-    """Draw every prediction. The settings of the visualization hook have other names in each package."""
+    """Draw every prediction. The names of the visualization hook's settings differ between packages."""
     from mmengine.registry import HOOKS, init_default_scope
 
     hook = cfg.get('default_hooks', {}).get('visualization')
@@ -95,7 +99,7 @@ def show_predictions(cfg, args):
     with HOOKS.switch_scope_and_registry(None) as registry:
         hook_type = registry.get(hook.type) if isinstance(hook.type, str) else hook.type
     if hook_type is None:
-        return  # the Runner names the unknown type
+        return  # the Runner will raise an error that names the unknown type
     known = signature(hook_type).parameters
     accepts_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
     settings = dict(draw=True, enable=True, interval=1, show=args.show)

@@ -17,7 +17,7 @@ def parse_args():
         '--resume',
         nargs='?',
         const='auto',
-        help='checkpoint to resume from; without a value, the newest readable one of the run',
+        help='checkpoint to resume from; without a value, the newest readable checkpoint of the run',
     )
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...'
@@ -48,7 +48,8 @@ def build_runner(args):
     cfg = load_run_config(args)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        if package_of(cfg) == 'mmdet':  # as its train.py; those of the other packages keep a loss scale
+        # like mmdet's train.py, replace the loss scale of the config; the scripts of the other packages keep it
+        if package_of(cfg) == 'mmdet':
             cfg.optim_wrapper.loss_scale = 'dynamic'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:

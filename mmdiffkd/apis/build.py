@@ -40,7 +40,7 @@ def build_distiller(config: Union[str, Config], cfg_options: Optional[dict] = No
 def build_model(cfg: Config, model_cfg: ConfigDict) -> nn.Module:
     """Build a model as the Runner does: with the top-level preprocessor, unless the model has its own.
 
-    A distiller gets the names of the classes, which it otherwise finds in the Runner's config.
+    A distiller also gets the names of the classes. During training, it finds them in the Runner's config.
     """
     model_cfg = copy.deepcopy(model_cfg)  # some models modify their config while they are built
     classes = dataset_classes(cfg) if 'student' in model_cfg else None

@@ -18,7 +18,7 @@ from .distill import Source
 from .list_presets import list_presets
 
 ARM_KEYS = ('preset', 'loss_weight', 'distill', 'init_from_teacher', 'custom_hooks', 'custom_imports')
-ARM_NAME = re.compile(r'[\w.=+-]+')  # also the name of a folder, and part of shell commands
+ARM_NAME = re.compile(r'[\w.=+-]+')  # the name of an arm is also a folder name and a part of shell commands
 
 
 def compare(
@@ -38,10 +38,10 @@ def compare(
     """Train a student alone and with several methods, and compare the results, paired by seed.
 
     A run trains one method with one seed, by ``tools/train.py`` in the folder ``WORK_DIR/METHOD/seedN``. Runs that have
-    a result are skipped, and interrupted runs continue: to go on after an interruption, to repeat failed runs, or to
-    add methods and seeds, call the function again. With the same seed, all methods start from the same student and see
-    the same images in the same order. The best method is chosen on the validation split. Results are reported on the
-    test split, if the student's config has a different data set for it.
+    a result are skipped, and interrupted runs continue. So call the function again to continue after an interruption,
+    to repeat failed runs, or to add methods and seeds. With the same seed, all methods start from the same student and
+    see the same images in the same order. The best method is chosen on the validation split. Results are reported on
+    the test split, if the student's config has a different data set for it.
 
     Args:
         student_config (str, Path or Config): Config of the student: ``pkg::path``, a file, or a loaded config. Data,
@@ -50,9 +50,10 @@ def compare(
         teacher_checkpoint (str): Weights of the teacher: a path, a URL, or ``'zoo'``. Defaults to ``'zoo'``.
         presets (list[str], optional): Presets to compare. The student alone is always compared. Defaults to all
             presets, or to none if there are ``arms``.
-        arms (dict[str, dict], optional): Other methods by name, with the keys ``preset``, ``distill``,
-            ``init_from_teacher`` and ``custom_hooks`` as in :func:`.distill`, ``loss_weight`` (a number, or a dict by
-            pair for presets with several pairs) and ``custom_imports`` as in configs. Defaults to None.
+        arms (dict[str, dict], optional): Methods of your own by name, called arms. The keys of an arm are ``preset``,
+            ``distill`` (pairs), ``init_from_teacher`` and ``custom_hooks`` as in :func:`.distill`, ``custom_imports``
+            as in configs, and ``loss_weight``: a number, or a dict by pair if the preset has several pairs. Defaults to
+            None.
         seeds (list[int]): Seeds of each method. Defaults to ``(0, 1, 2)``.
         schedule (float): Factor of all lengths of the training, such as epochs and learning-rate steps. Defaults to 1.
         jobs (int, optional): Number of parallel runs. Defaults to one per GPU, or without GPUs, one per CPU core.
@@ -66,19 +67,19 @@ def compare(
     Returns:
         dict: The comparison:
 
-        * ``rows``: table rows, as strings by column; ``conclusion``: what the intervals allow to say.
+        * ``rows``: table rows, as strings by column; ``conclusion``: the significant differences in words.
         * ``results``: one dict per run, as in ``results.jsonl``.
         * ``best``: name of the best method on the validation split; None without results.
-        * ``not_applicable``: reasons of the presets that cannot distill this pair of models, by name.
+        * ``not_applicable``: presets that cannot distill this pair of models, with the reasons.
         * ``missing``: names of runs without a result.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: If a config, data or the weights do not exist.
-        ValueError: If a setting is invalid, no method applies to this pair of models, or the folder was made with other
-            settings.
+        ValueError: If a setting is invalid, no method applies to this pair of models, or the folder was made with
+            different settings.
         BlockingIOError: If another comparison is running in the folder.
     """
-    student = Config(read_config(student_config, cfg_options).to_dict())  # types as strings, which can be dumped
+    student = Config(read_config(student_config, cfg_options).to_dict())  # to_dict() writes types as strings
     _check_student(student, schedule, seeds)
     if 'student' in read_config(teacher_config).model:
         raise ValueError('The config of the teacher is a distillation config; give the config of a plain model.')
@@ -103,7 +104,7 @@ def _check_student(student: Config, schedule: float, seeds: Sequence[int]) -> No
             'The config of the student is already a distillation config; give the config of a plain model.'
         )
     needed = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'val_dataloader', 'val_evaluator', 'val_cfg')
-    missing = [key for key in needed if student.get(key) is None]  # val_cfg may be empty
+    missing = [key for key in needed if student.get(key) is None]  # val_cfg may be {}
     if missing:
         raise ValueError(
             f"The student's config has no {missing[0]}: a comparison trains with its settings and chooses the best "
@@ -125,16 +126,20 @@ def _read_methods(presets: Optional[Sequence[str]], arms: Optional[dict]) -> Dic
     methods = {BASELINE: None, **{name: dict(preset=name) for name in chosen if name != BASELINE}}
     for name, settings in (arms or {}).items():
         if name == TEACHER:
-            raise ValueError(f"'{TEACHER}' is the name of the teacher's folder; rename the arm.")
+            raise ValueError(
+                f"An arm cannot be named '{TEACHER}', because the teacher's folder has this name; rename the arm."
+            )
         if not ARM_NAME.fullmatch(str(name)):
             raise ValueError(
                 f"The name of the arm '{name}' is also the name of a folder: use only letters, digits and . _ = + -, "
                 f"such as '{re.sub('[^A-Za-z0-9.=+-]+', '_', str(name))}'."
             )
         if name in methods and settings != methods[name]:
-            raise ValueError(f"The arm '{name}' has the name of a method that is compared as well; rename the arm.")
+            raise ValueError(
+                f"The arm '{name}' has the same name as another method of this comparison; rename the arm."
+            )
         if settings is not None and not isinstance(settings, dict):
-            raise ValueError(f"The arm '{name}' must be a dict with keys of {', '.join(ARM_KEYS)}, or None.")
+            raise ValueError(f"The arm '{name}' must be None, or a dict with some of the keys {', '.join(ARM_KEYS)}.")
         for key in settings or ():
             if key not in ARM_KEYS:
                 raise ValueError(
@@ -146,7 +151,7 @@ def _read_methods(presets: Optional[Sequence[str]], arms: Optional[dict]) -> Dic
 
 @contextmanager
 def _output_to_stderr() -> Iterator[None]:
-    """Redirect output and logs to stderr, so that a file or a pipe gets nothing but the listed commands."""
+    """Redirect output and logs to stderr, so that stdout contains only the listed commands."""
     handlers = [h for h in MMLogger.get_current_instance().handlers if getattr(h, 'stream', None) is sys.stdout]
     before = sys.stdout
     for handler in handlers:

@@ -13,7 +13,7 @@ from mmdiffkd.utils import closest_names, get_custom_imports, get_model_cfg, rea
 from .build import build_distiller
 from .distill import Source, distillation_config
 
-# settings in epochs or iterations, which a shorter schedule scales
+# settings in epochs or iterations, which scale_schedule() multiplies by the factor
 TRAIN_LENGTHS = ('max_epochs', 'max_iters', 'val_interval', 'val_begin')
 SCHEDULER_LENGTHS = ('begin', 'end', 'milestones', 'T_max', 'periods', 'step_size', 'total_iters', 'total_steps')
 HOOK_LENGTHS = dict(
@@ -22,12 +22,12 @@ HOOK_LENGTHS = dict(
     PipelineSwitchHook=('switch_epoch',),
     YOLOXModeSwitchHook=('num_last_epochs',),
 )
-UNLIMITED = 10**9  # mmengine's end of a scheduler that never ends
+UNLIMITED = 10**9  # mmengine's value of `end` for a scheduler without an end
 NOT_SET = 'not set'
 
 
 def make_method_config(student: Config, settings: Optional[dict], teacher: Source, checkpoint: str) -> Config:
-    """Return the config of a method with the student's schedule; ``settings`` None trains the student alone.
+    """Return the config of a method with the student's schedule. With ``settings=None``, it trains the student alone.
 
     Raises:
         ValueError: If ``settings`` has a ``loss_weight`` that does not fit the pairs.
@@ -57,10 +57,10 @@ def make_method_config(student: Config, settings: Optional[dict], teacher: Sourc
         'interval', 1 if is_by_epoch else cfg.train_cfg.get('val_interval', 1)
     )
     hooks.checkpoint = dict(type='mmdiffkd.CheckpointHook', by_epoch=is_by_epoch, interval=interval, max_keep_ckpts=1)
-    # the step of a validation in the log is then its epoch or iteration
+    # logs validations with their epoch or iteration as the step
     hooks.logger = {'type': 'LoggerHook', **(hooks.get('logger') or {}), 'log_metric_by_epoch': is_by_epoch}
     visualizer = cfg.get('visualizer')
-    if visualizer is not None:  # the results are read from the files of the local backend
+    if visualizer is not None:  # the results are read from the files of LocalVisBackend
         backends = visualizer.get('vis_backends') or []
         if not any(backend['type'].endswith('LocalVisBackend') for backend in backends):
             visualizer.vis_backends = [*backends, dict(type='LocalVisBackend')]
@@ -77,17 +77,17 @@ def _add_imports(cfg: Config, other: Config) -> None:
 
 
 def _set_loss_weight(cfg: Config, weight: Union[float, str, Dict[str, Union[float, str]]]) -> None:
-    """Set the loss weight of the only pair, or of pairs by name. All pairs are kept.
+    """Set the loss weight of pairs: a number if there is a single pair, or a dict by the names of the pairs.
 
     Raises:
-        ValueError: If there are several pairs for a number, or no pair has one of the names.
+        ValueError: If ``weight`` is a number and there are several pairs, or no pair has one of the names.
     """
     necks = {name: pair.neck for name, pair in build_distiller(cfg)[1].pairs.items()}
     pairs = list(necks)
     if not isinstance(weight, dict):
         if len(pairs) > 1:
             raise ValueError(
-                f'loss_weight={weight} is that of one pair, but there are {", ".join(pairs)}; write '
+                f'loss_weight={weight} is for a method with one pair, but there are {", ".join(pairs)}; write '
                 f'loss_weight=dict({pairs[0]}={weight}).'
             )
         weight = {pairs[0]: weight}
@@ -97,7 +97,8 @@ def _set_loss_weight(cfg: Config, weight: Union[float, str, Dict[str, Union[floa
     distill = cfg.model.get('distill') or {}
     cfg.model.distill = {name: distill.get(name, {}) for name in pairs}
     for name, value in weight.items():
-        key = 'loss_kd.loss_weight' if 'loss_kd' in necks[name] else 'loss_weight'  # of a distance, or of the neck
+        # the loss weight is an argument of the distance, or of the neck if it has no distance
+        key = 'loss_kd.loss_weight' if 'loss_kd' in necks[name] else 'loss_weight'
         cfg.merge_from_dict({f'model.distill.{name}.neck.{key}': value})
 
 
@@ -184,9 +185,10 @@ def make_teacher_config(student: Config, teacher: Source) -> Config:
 
 
 def check_same(file: Path, cfg: Config) -> None:
-    """Refuse a config file that has other settings than this call.
+    """Raise an error if the config file of a run has different settings than this call.
 
-    ``custom_imports`` are not compared: two arms files can share an arm, and import different modules for others.
+    ``custom_imports`` are not compared. They belong to the file that defines the methods, and two such files can define
+    the same method but import different modules for their remaining methods.
 
     Raises:
         ValueError: With the first differences.
@@ -196,14 +198,15 @@ def check_same(file: Path, cfg: Config) -> None:
     keys = [key for key in dict.fromkeys([*before, *now]) if not key.startswith('custom_imports')]
     differ = [key for key in keys if before.get(key, NOT_SET) != now.get(key, NOT_SET)]
     if differ:
-        differ.sort(key=lambda key: not key.startswith(('train_cfg', 'model', 'optim_wrapper')))  # say the cause first
+        # the first settings are the likely causes
+        differ.sort(key=lambda key: not key.startswith(('train_cfg', 'model', 'optim_wrapper')))
         listed = '; '.join(
             f'{key} was {before.get(key, NOT_SET)!r} and is {now.get(key, NOT_SET)!r}' for key in differ[:3]
         )
         more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
         raise ValueError(
-            f'{shorten_path(file)} exists with other settings: {listed}{more}. Choose another --work-dir, or give the '
-            'same settings.'
+            f'{shorten_path(file)} exists with different settings: {listed}{more}. Choose another --work-dir, or '
+            'give the same settings.'
         )
 
 

@@ -15,7 +15,7 @@ from .compare_configs import config_text
 from .compare_runs import INTERRUPTED, NO_RESULT, TEACHER, ComparisonRuns, last_step
 from .compare_table import aligned_markdown, best_method, compare_teacher, comparison_rows, conclude
 
-REASON = 60  # maximum length of the reason for a failure in a cell; the notes have the whole reason
+REASON = 60  # maximum length of the reason of a failure in the table; the notes below have the whole text
 
 
 def write_results(runs: ComparisonRuns, metric: Optional[str]) -> dict:
@@ -57,7 +57,9 @@ def write_results(runs: ComparisonRuns, metric: Optional[str]) -> dict:
     teacher, alone = runs.teacher_metrics().get(metric), values['val'].get(BASELINE, {})
     notes = [conclusion, *compare_teacher(metric, teacher, list(alone.values())), *notes]
     if not runs.is_tested:
-        notes.append('The config of the student has no test split of its own: results are those on val.')
+        notes.append(
+            'The config of the student has no separate test split, so all results are those on the validation split.'
+        )
     table = aligned_markdown(rows)
     listed = '\n'.join(f'* {note}' for note in notes)
     (runs.root / 'table.md').write_text(f'{table}\n\n{listed}\n', 'utf-8')
@@ -69,7 +71,7 @@ def write_results(runs: ComparisonRuns, metric: Optional[str]) -> dict:
 
 
 def read_values(records: Sequence[dict], metric: str, splits: Sequence[str]) -> Dict[str, Values]:
-    """Return a metric of records by split, method and seed. mmdet leaves out the metric if there are no detections."""
+    """Return a metric by split, method and seed: 0 if it is missing, as in mmdet if there are no detections."""
     values: Dict[str, Values] = {split: {} for split in splits}
     for record in records:
         for split in splits:
@@ -78,7 +80,7 @@ def read_values(records: Sequence[dict], metric: str, splits: Sequence[str]) -> 
 
 
 def _absent(missing: Sequence[Tuple[str, int]]) -> List[str]:
-    """List the runs without a result in a sentence; methods with the same seeds are together."""
+    """Return a list with a sentence on the runs without a result, grouped by seeds; an empty list if there are none."""
     seeds: Dict[str, List[int]] = {}
     for method, seed in missing:
         seeds.setdefault(method, []).append(seed)
@@ -93,7 +95,10 @@ def _absent(missing: Sequence[Tuple[str, int]]) -> List[str]:
 
 
 def _costs(runs: ComparisonRuns, found: Sequence[dict]) -> Dict[str, dict]:
-    """Return time, memory and multiply-adds of each method; time and memory of timed iterations or else logs."""
+    """Return relative time, memory and multiply-adds of each method.
+
+    Time and memory come from timed iterations, or if there are none, from the logs of the runs.
+    """
     costs = {}
     logged = {record['arm']: record for record in found}
     alone = logged.get(BASELINE) or {}
@@ -126,7 +131,7 @@ def _draw(
 
 
 def _write_best(runs: ComparisonRuns, best: str, best_values: Dict[int, float], metric: str, split: str) -> None:
-    """Write ``best.py``, and print the files and the next commands."""
+    """Write ``best.py``, and print the list of files and the commands to continue with."""
     file, folder = runs.root / 'best.py', shorten_path(runs.root)
     file.write_text(f'# {best}: the highest {metric} on val\n{config_text(runs.cfgs[best])}', 'utf-8')
     if runs.schedule == 1:
@@ -149,7 +154,7 @@ def _write_best(runs: ComparisonRuns, best: str, best_values: Dict[int, float], 
     width = max(map(len, files))
     print('\n' + '\n'.join(f'{name:{width}}  {what}' for name, what in files.items()))
     if steps:
-        print('\nTo go on with the best method:\n  ' + '\n  '.join(steps))
+        print('\nTo continue with the best method:\n  ' + '\n  '.join(steps))
 
 
 def _why(reason: str) -> str:

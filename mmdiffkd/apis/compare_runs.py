@@ -1,4 +1,4 @@
-"""Runs of a comparison: their configs, commands and folders, the lock, and what is left to train."""
+"""Runs of a comparison: write their configs, lock the folder, and train the runs that have no result."""
 
 import json
 import os
@@ -47,7 +47,7 @@ NO_RESULT, INTERRUPTED = 'no result yet', 'interrupted'
 
 @contextmanager
 def lock_folder(root: Path) -> Iterator[None]:
-    """Lock the folder. The lock of a process that has ended, even if killed, is free."""
+    """Lock the folder of a comparison. The system releases the lock when the process ends, even if it is killed."""
     with (root / 'compare.lock').open('a+', encoding='utf-8') as file:
         try:
             import fcntl  # missing on Windows
@@ -57,7 +57,7 @@ def lock_folder(root: Path) -> Iterator[None]:
             file.seek(0)
             raise BlockingIOError(
                 f'Another comparison is running in {shorten_path(root)} ({file.read().strip() or "unknown process"}); '
-                'wait for its end, or choose another --work-dir.'
+                'wait until it has ended, or choose another --work-dir.'
             ) from error
         except (ImportError, OSError) as error:  # some network file systems have no locks
             print(f'{root} cannot be locked ({error}): do not start a second comparison in it.')
@@ -106,7 +106,7 @@ class Training:
         return self.folder / f'{self.end}.pth'
 
     def val(self) -> Optional[dict]:
-        """Return the metrics of the validation after the training, or None if there was none yet."""
+        """Return the metrics of the validation at the end of the training, or None if it has not run yet."""
         step = int(self.end.split('_')[1])
         for file in sorted(self.folder.glob('*/vis_data/scalars.json'), reverse=True):
             for record in map(_parsed, reversed(file.read_text('utf-8', errors='replace').splitlines())):
@@ -116,7 +116,7 @@ class Training:
         return metrics if folder else None
 
     def test(self) -> Optional[dict]:
-        """Return the metrics of the test, or None if there was none yet."""
+        """Return the metrics of the test, or None if it has not run yet."""
         folder, metrics = newest_test(self.folder)
         return metrics if folder else None
 
@@ -125,7 +125,7 @@ class Training:
         return self.val() is not None and (not self.is_tested or self.test() is not None)
 
     def command(self) -> str:
-        """Return the shell command of the steps that are missing."""
+        """Return the shell command that trains, validates or tests the run, without the steps that are done."""
         steps, is_trained = [], self.checkpoint.exists()
         if not is_trained:
             steps.append([sys.executable, _tool('train.py'), self.config, '--work-dir', self.folder, '--resume'])
@@ -138,7 +138,7 @@ class Training:
         return ' && '.join(shlex.join(map(str, step)) for step in steps)
 
     def failure(self) -> Optional[str]:
-        """Return why the last start failed, as far as its log says; None if it was not started here."""
+        """Return why the last attempt at this run failed, from its log; None if the run is done or has no log here."""
         if not self.log.exists() or self.is_done:
             return None
         return read_failure(self.log)
@@ -154,7 +154,7 @@ class Training:
             val=self.val(),
             test=self.test() if self.is_tested else None,
             iterations=run.iterations,
-            seconds=run.seconds and run.seconds * run.iterations,  # without validation
+            seconds=run.seconds and run.seconds * run.iterations,  # time of the iterations, without validation
             memory_mib=run.memory,
             versions=dict(run.versions, mmdiffkd=mmdiffkd.__version__),
             teacher=None if self.method == BASELINE else fingerprint,
@@ -172,14 +172,14 @@ class ComparisonRuns:
         schedule (float): Factor of the lengths of the training.
 
     Attributes:
-        cfgs (dict[str, Config]): Config of each method, with the schedule of the student.
-        trainings (list[Training]): All runs, all methods with the first seed first.
-        not_applicable (dict[str, str]): Reasons of the presets that cannot distill this pair of models, by name.
+        cfgs (dict[str, Config]): Config of each method, before ``schedule`` shortens it.
+        trainings (list[Training]): All runs, sorted by seed.
+        not_applicable (dict[str, str]): Presets that cannot distill this pair of models, with the reasons.
         state (dict): Content of ``compare.json``: ``previews`` and ``costs`` by method, and the teacher's fingerprint.
         is_tested (bool): Whether the student's config has a test split.
 
     Raises:
-        ValueError: If the folder was made with other weights of the teacher.
+        ValueError: If the folder was made with different weights of the teacher.
     """
 
     def __init__(self, root: Path, student: Config, teacher: Source, checkpoint: str, schedule: float):
@@ -189,25 +189,31 @@ class ComparisonRuns:
         self.state = (
             json.loads(self.state_file.read_text('utf-8')) if self.state_file.exists() else dict(previews={}, costs={})
         )
-        self.is_encoder = is_encoder(read_config(teacher).model)  # it has no predictions to test
+        self.is_encoder = is_encoder(read_config(teacher).model)  # an encoder has no predictions to test
         self.fingerprint = _fingerprint(teacher, checkpoint)
         if self.state.setdefault('teacher', self.fingerprint) != self.fingerprint:
             raise ValueError(
-                f'{shorten_path(root)} was made with other weights of the teacher than {checkpoint}; choose another '
-                '--work-dir, because results of different teachers cannot be compared.'
+                f'{shorten_path(root)} was made with different weights of the teacher than {checkpoint}; choose '
+                'another --work-dir, because results of different teachers cannot be compared.'
             )
         self.is_tested = has_test_split(student)
         self.cfgs: Dict[str, Config] = {}
         self.not_applicable: Dict[str, str] = {}
         self.trainings: List[Training] = []
-        self._waiting: Dict[str, Training] = {}  # the runs that this process has not finished, by name
+        self._waiting: Dict[str, Training] = {}  # runs that this call has yet to finish, by name
 
     def add_methods(self, methods: Dict[str, Optional[dict]], seeds: Sequence[int], strict: Set[str]) -> None:
         """Write the configs of all runs, and preview each method.
 
+        Args:
+            methods (dict[str, dict or None]): Settings of the methods by name; None for the student alone.
+            seeds (list[int]): Seeds of each method.
+            strict (set[str]): Methods that the user defined. An error in one of them is raised. All other methods are
+                presets: a preset that cannot distill this pair of models is left out.
+
         Raises:
-            ValueError: If a method of ``strict`` cannot be built, if no method can, or if a config exists with other
-                settings.
+            ValueError: If a method of ``strict`` cannot be built, if no method can be built, or if a config file exists
+                with different settings.
         """
         for name, settings in methods.items():
             is_new = name not in self.state['previews']
@@ -217,7 +223,7 @@ class ComparisonRuns:
                     if is_new:
                         self.state['previews'][name] = dict(pairs=[]) if settings is None else _summary(preview(cfg))
             except (ValueError, TypeError, KeyError, RuntimeError) as error:
-                if name in strict:  # a mistake in the arms file
+                if name in strict:  # an error in a method that the user defined with --arms
                     raise ValueError(f"The arm '{name}' cannot be built: {error}") from error
                 self.not_applicable[name] = str(error)
                 continue
@@ -230,7 +236,7 @@ class ComparisonRuns:
         self._save_state()
 
     def train(self, metric: Optional[str], jobs: Optional[int], commands: Optional[TextIO] = None) -> None:
-        """Train what is missing.
+        """Train the runs that have no result.
 
         Args:
             metric (str, optional): Metric to show. Defaults to the main metric.
@@ -256,7 +262,7 @@ class ComparisonRuns:
             self._run(missing, workers, gpus, metric)
 
     def write_records(self) -> List[dict]:
-        """Write the results of all runs to ``results.jsonl``, and return them. Lines of other runs stay."""
+        """Write the results of all runs to ``results.jsonl``, and return them. Keep the lines of all other runs."""
         records = [training.record(self.fingerprint, training.name in self._waiting) for training in self.trainings]
         file, own = self.root / 'results.jsonl', {(record['arm'], record['seed']) for record in records}
         lines = file.read_text('utf-8').splitlines() if file.exists() else []
@@ -269,7 +275,7 @@ class ComparisonRuns:
         return newest_test(self.root / TEACHER)[1]
 
     def reasons(self) -> List[str]:
-        """Say why presets do not apply. Presets with the same reason share a sentence."""
+        """Return the reasons why methods are not applicable. Methods with the same reason share a sentence."""
         names: Dict[str, List[str]] = {}
         for name, reason in self.not_applicable.items():
             text = reason.replace(f"preset='{name}' ", 'the preset ', 1).split('; choose another preset')[0]
@@ -314,7 +320,7 @@ class ComparisonRuns:
             run_parallel([job], workers=1, gpus=gpus)
         metrics = self.teacher_metrics()
         if not metrics:
-            _say('Warning: the teacher could not be tested on the data of the student; its classes may differ.')
+            _say('Warning: the teacher could not be tested on the data of the student. Perhaps its classes differ.')
             return
         found = choose_metric([metrics], metric)
         _say(f'The teacher reaches {found} {metrics[found]:.4g} on the validation split of the student.')
@@ -323,9 +329,9 @@ class ComparisonRuns:
             _say(note)
 
     def _measure_costs(self, methods: Set[str], gpus: Sequence[str]) -> None:
-        """Measure training iterations of methods that were not measured yet, in a process of its own.
+        """Measure training iterations of methods that were not measured yet, in a separate process.
 
-        A method whose iteration fails is left out, unless it has results, perhaps from another machine.
+        A method whose iteration fails is left out, unless the method already has results.
 
         Raises:
             ValueError: If no method completes an iteration.
@@ -341,7 +347,7 @@ class ComparisonRuns:
         job = Job('measure an iteration of each method', command, log)
         (result,) = run_parallel([job], workers=1, gpus=gpus)
         if not result.ok:
-            raise ValueError(f'The student alone cannot be trained for an iteration: {read_failure(log)}')
+            raise ValueError(f'A training iteration of the student alone failed: {read_failure(log)}')
         for stem, costs in json.loads(out.read_text('utf-8')).items():
             name = stems[stem]
             if 'error' not in costs:
@@ -356,7 +362,7 @@ class ComparisonRuns:
             raise ValueError(f'No method completes an iteration. {" ".join(self.reasons())}')
 
     def _show_preview(self, missing: Sequence[Training], workers: int) -> None:
-        """Print pairs and costs of all methods, and the time that the missing runs take."""
+        """Print pairs and costs of all methods, and the estimated time of the missing runs."""
         rows = []
         for name in self.cfgs:
             seen, cost = self.state['previews'][name], self.state['costs'].get(name, {})
@@ -379,17 +385,17 @@ class ComparisonRuns:
             workers = min(workers, len(missing))
             _say(
                 f'The {len(missing)} missing runs take about {_duration(seconds / workers)} with {workers} at a time, '
-                'without validations.'
+                'not counting validation.'
             )
         _say('')
 
     def _run(self, missing: Sequence[Training], workers: int, gpus: Sequence[str], metric: Optional[str]) -> None:
         if metric is None:
             metric = choose_metric([self.teacher_metrics()])
-        _say('Press Ctrl-C to stop; the same command continues.')
-        # of each seed the longest first, so that the last runs of parallel ones end together
+        _say('Press Ctrl-C to stop; run the same command to continue.')
+        # start the longest run of each seed first, so that the workers finish at about the same time
         missing = sorted(missing, key=lambda training: (training.seed, -self._seconds(training)))
-        for _ in range(2):  # the second time only for runs whose last validation is missing
+        for _ in range(2):  # the second round only repeats missing validations
             jobs = [
                 Job(training.name, ['sh', '-c', training.command()], training.log, training.folder, metric)
                 for training in missing
@@ -420,7 +426,7 @@ class ComparisonRuns:
 
 
 class _Clock:
-    """Estimates the time that is left.
+    """Estimate of the time that is left until all runs have ended.
 
     Args:
         estimated (float): Sum of the estimated seconds of all runs; 0 if it is not known.
@@ -437,7 +443,10 @@ class _Clock:
         self.ended_estimates += estimate
 
     def left(self) -> Optional[float]:
-        """Return the seconds that are left, if the other runs take as much longer than estimated; None if unknown."""
+        """Return the seconds that are left, or None if they are unknown.
+
+        The estimate is corrected: if the runs so far took twice the estimated time, so will the remaining runs.
+        """
         if not self.ended_estimates:
             return None
         slowness = self.ended_seconds / self.ended_estimates
@@ -513,7 +522,7 @@ def _fingerprint(teacher: Source, checkpoint: str) -> str:
 def _parsed(line: str) -> dict:
     try:
         record = json.loads(line)
-    except ValueError:  # an incomplete line of a killed run
+    except ValueError:  # the last line of a killed run may be incomplete
         return {}
     return record if isinstance(record, dict) else {}
 

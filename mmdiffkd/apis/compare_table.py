@@ -1,4 +1,4 @@
-"""Table and conclusion of a comparison. Seeds are paired by their numbers."""
+"""Table and conclusion of a comparison. Differences between methods are those of runs with the same seed."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ DASH = '–'
 
 
 def best_method(values: Values, without: Sequence[str] = ()) -> Optional[str]:
-    """Return the method with the highest mean, of the methods with the most seeds; None if there is no method."""
+    """Return the method with the highest mean among those with the most seeds; None if there are no results."""
     found = {
         method: list(numbers.values())
         for method, numbers in values.items()
@@ -24,7 +24,7 @@ def best_method(values: Values, without: Sequence[str] = ()) -> Optional[str]:
 
 
 def mean_text(numbers: Sequence[float], places: int) -> str:
-    """Format mean and standard deviation (n - 1) with this number of decimals."""
+    """Format mean and standard deviation (n - 1) with ``places`` decimals."""
     if not numbers:
         return DASH
     mean = f'{statistics.fmean(numbers):.{places}f}'
@@ -32,7 +32,7 @@ def mean_text(numbers: Sequence[float], places: int) -> str:
 
 
 def difference_text(differences: Sequence[float], places: int) -> str:
-    """Format mean and 95% interval of paired differences with this number of decimals."""
+    """Format mean and 95% confidence interval of paired differences with ``places`` decimals."""
     if not differences:
         return DASH
     mean, half = confidence(differences)
@@ -55,13 +55,13 @@ def comparison_rows(
 
     Args:
         metric (str): Name of the metric.
-        values (dict[str, dict]): Metric by split, method and seed. Results are reported on the last split, and the best
-            other method is the best one on the first split.
+        values (dict[str, dict]): Metric by split, method and seed. Results are reported on the last split. The best
+            other method is chosen on the first split.
         costs (dict[str, dict]): ``time``, ``memory`` (MiB) and ``gmacs`` (added multiply-adds in units of 1e9) by
-            method, as far as they are known.
-        reasons (dict[str, str]): Reasons of the methods that have no result.
+            method. Unknown values are missing or None.
+        reasons (dict[str, str]): Why methods have no result, by method.
         reference (str, optional): Method to compare with, besides the student alone. Defaults to the best other method.
-        places (int, optional): Number of decimals of the metric. Defaults to the usual number.
+        places (int, optional): Number of decimals of the metric. Defaults to the usual number for this metric.
 
     Returns:
         list[dict[str, str]]: Cells by column.
@@ -105,7 +105,7 @@ def conclude(metric: str, values: Dict[str, Values]) -> str:
     found = {method: paired(reported[best], reported[method]) for method in others}
     found = {method: confidence(numbers) for method, numbers in found.items() if len(numbers) > 1}
     if any(half is None for _, half in found.values()):
-        return f'{best} has the highest {metric}. There are no intervals, because scipy is not installed.'
+        return f'{best} has the highest {metric}. There are no confidence intervals, because scipy is not installed.'
     order = sorted(found, key=lambda method: method != BASELINE)
     parts = [_compared(best, method, *found[method], metric) for method in order if _is_clear(*found[method])]
     similar = [method for method in order if not _is_clear(*found[method])]
@@ -117,7 +117,7 @@ def conclude(metric: str, values: Dict[str, Values]) -> str:
 
 
 def compare_teacher(metric: str, teacher: Optional[float], alone: Sequence[float]) -> List[str]:
-    """Say whether the teacher is better than the student alone; nothing if a result is missing.
+    """Compare the teacher with the student alone.
 
     Args:
         metric (str): Name of the metric.
@@ -125,7 +125,7 @@ def compare_teacher(metric: str, teacher: Optional[float], alone: Sequence[float
         alone (list[float]): Metric of the student alone, by seed.
 
     Returns:
-        list[str]: No sentence or one.
+        list[str]: A sentence with the result; an empty list if one of the metrics is missing.
     """
     if teacher is None or not alone:
         return []

@@ -1,6 +1,6 @@
 """Measure time and memory of training iterations.
 
-Run as a module, it measures configs in a process of its own, so that a GPU's memory is free again afterwards:
+To free the GPU memory after the measurement, run this module in a separate process:
 ``python -m mmdiffkd.apis.costs OUT.json CONFIG ...``
 """
 
@@ -27,7 +27,7 @@ from mmdiffkd.utils.config import set_loader_defaults, type_name
 from .build import build_model
 
 MIB = 2**20
-SECONDS, MOST_ROUNDS = 10.0, 5  # time per config, and maximum number of timed iterations
+SECONDS, MOST_ROUNDS = 10.0, 5  # per config: time for the measurement, and maximum number of timed iterations
 BATCHES = 2  # number of training batches, which are used in turn
 
 
@@ -38,8 +38,8 @@ def measure_costs(cfgs: Dict[str, Config]) -> Dict[str, dict]:
         cfgs (dict[str, Config]): Configs with the same data, by name. The first one is the baseline.
 
     Returns:
-        dict[str, dict]: Costs by name, as of :func:`measure_iterations`. ``seconds`` contains the loading of the
-        images, if no worker process loads them. ``iterations`` is the number of iterations of the training.
+        dict[str, dict]: Costs by name, with the keys of :func:`measure_iterations`. ``seconds`` includes the time to
+        load the images if there are no worker processes. ``iterations`` is the number of iterations of the training.
 
     Raises:
         Exception: If the training data cannot be loaded, or an iteration of the baseline fails.
@@ -72,7 +72,7 @@ def measure_iterations(
         dict[str, dict]: Costs by name:
 
         * ``seconds``: median time of an iteration.
-        * ``time``: median ratio to the time of the baseline.
+        * ``time``: time of an iteration divided by that of the baseline, as a median.
         * ``peak_mib``: peak memory of an iteration in MiB, without weights, optimizer state and images.
 
         If an iteration fails, the only key is ``error``.
@@ -85,7 +85,7 @@ def measure_iterations(
     steps = {}
     for name in [baseline, *names]:
         steps.clear()
-        gc.collect()  # frees the model of the previous method, whose hooks refer to it
+        gc.collect()  # free the previous model: its hooks refer to it, which is a reference cycle
         try:
             steps = {baseline: base, name: base if name == baseline else training_step(cfgs[name], batches)}
             seconds = sum(_seconds(step) for step in steps.values() for _ in range(2)) / 2
@@ -93,12 +93,12 @@ def measure_iterations(
             times = in_turn(steps, rounds=count, warmup=0)
             ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline]))
             peak = peak_mib(steps[name])
-        except Exception as error:  # such as a teacher whose weights do not fit, or too little memory for this method
+        except Exception as error:  # for example, the teacher's weights do not fit, or the memory is too small
             if name == baseline:
                 raise
             costs[name] = dict(error=f'{type(error).__name__}: {error}')
             continue
-        # the measured iterations distill, but with an interval of n only every n-th iteration of a run does
+        # all measured iterations distill; with interval=n in DistillScheduleHook, a run distills every n-th iteration
         ratio = 1 + (ratio - 1) / _interval(cfgs[name])
         alone = costs[baseline]['seconds'] if costs else statistics.median(times[name])
         costs[name] = dict(seconds=alone * ratio, time=ratio, peak_mib=peak)
@@ -106,7 +106,7 @@ def measure_iterations(
 
 
 def _load_batches(cfg: Config):
-    """Return batches, the number of batches of an epoch, and the seconds per batch that training waits for them."""
+    """Return batches, the number of batches per epoch, and the seconds per batch that a training waits for loading."""
     cfg = Config(cfg.to_dict())
     set_loader_defaults(cfg)
     settings = cfg.train_dataloader
@@ -126,7 +126,7 @@ def _iterations(cfg: Config, epoch_length: int) -> int:
 
 def training_step(cfg: Config, batches: Sequence) -> Callable:
     """Build a model, and return a function that trains it for one iteration; the batches are used in turn."""
-    MessageHub.get_current_instance().runtime_info.update(iter=0, epoch=0)  # some models read them
+    MessageHub.get_current_instance().runtime_info.update(iter=0, epoch=0)  # some models read iter and epoch
     model = build_model(cfg, cfg.model).to(get_device())
     model.init_weights()
     model.train()
@@ -190,10 +190,10 @@ def peak_mib(step: Callable) -> float:
 
 
 def main() -> None:
-    """Measure the configs of the command line, and write the costs as JSON, by the stems of the configs."""
+    """Measure the configs named in the command line, and write a JSON file with the costs by config name."""
     out, *files = sys.argv[1:]
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # as in the runs
+        torch.set_num_threads(1)  # the runs of a comparison use one thread as well
     costs = measure_costs({Path(file).stem: Config.fromfile(file) for file in files})
     Path(out).write_text(json.dumps(costs), 'utf-8')
 

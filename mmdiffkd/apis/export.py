@@ -17,13 +17,13 @@ __all__ = ['student_config', 'student_weights']
 def student_weights(checkpoint: str, config: Optional[Config] = None) -> dict:
     """Extract the student from a training checkpoint, in the format of the student's own package.
 
-    If the run averaged its weights with ``EMAHook``, these are the averaged weights, which validation and test use.
+    If the run used ``EMAHook``, the function extracts the averaged weights, which validation and test use as well.
 
     Args:
         checkpoint (str): Path or URL of a checkpoint written during training.
         config (Config, optional): Config of the distillation run. The text of the plain student's config is then
-            stored in ``meta['cfg']``, so that the inferencers of mmdet and mmseg need only the weights, and the weights
-            are compared with the student. Defaults to None.
+            stored in ``meta['cfg']``, so that the inferencers of mmdet and mmseg need only the weights, and the names
+            and shapes of the weights are checked. Defaults to None.
 
     Returns:
         dict: ``state_dict`` without the diffusion module, and the entries of ``meta`` that inference needs, such as
@@ -36,7 +36,7 @@ def student_weights(checkpoint: str, config: Optional[Config] = None) -> dict:
     content = read_checkpoint(checkpoint)
     meta = content.get('meta', {})
     kept = {key: meta[key] for key in ('dataset_meta', 'epoch', 'iter', 'mmengine_version') if key in meta}
-    if config is not None:  # the checkpoint has a config, too, but mmengine would execute it
+    if config is not None:  # the config in the checkpoint is not used, because mmengine would execute it
         plain = student_config(config)
         kept['cfg'] = plain.pretty_text
         _check_fit(plain, content['state_dict'], checkpoint)
@@ -46,14 +46,14 @@ def student_weights(checkpoint: str, config: Optional[Config] = None) -> dict:
 
 
 def _check_fit(plain: Config, state_dict: dict, checkpoint: str) -> None:
-    """Check that weights are those of a student, and not, for example, of its teacher."""
+    """Check that the weights match the student in names and shapes. The weights of its teacher, for example, do not."""
     try:
         model = build_for_inspection(get_model_cfg(plain))
     except Exception as error:
-        print_log(f'The weights are not compared with the student, which cannot be built: {error}', 'current', WARNING)
+        print_log(f'The weights cannot be checked, because the student cannot be built: {error}', 'current', WARNING)
         return
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # nothing is copied on the meta device
+        warnings.simplefilter('ignore')  # torch warns that loading into a model on the meta device copies nothing
         load_strict(model, state_dict, 'the student of the config', f"'{checkpoint}'")
     if not any(key.startswith(PREFIX) for key in state_dict):
-        print_log(f"'{checkpoint}' has no diffusion module, so a distillation run did not write it.", 'current')
+        print_log(f"'{checkpoint}' has no diffusion module, so it is not from a distillation run.", 'current')

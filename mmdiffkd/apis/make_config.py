@@ -44,7 +44,7 @@ BODY = """\
         config={config},
         checkpoint={checkpoint!r},  # a path, a URL, or {word!r}
     ),
-    preset={preset!r},  # the method (docs/configure/methods.md); leave out distill if you change it
+    preset={preset!r},  # the method (docs/configure/methods.md); the pairs below are only for this method
     # Default pairs. Uncomment to change taps, levels or settings; tune neck.loss_kd.loss_weight first.
 {hint}{distill}
 )
@@ -70,17 +70,20 @@ def make_config(
 ) -> str:
     """Write the config that distills a teacher into a student, and check that it can be built.
 
-    The config has the format of the student's config, text or pure Python, because mmengine does not mix the two.
+    The config has the format of the student's config, text or pure Python, because a config of one format cannot
+    inherit from a config of the other format.
 
     Args:
         student (str): Config of the student, ``pkg::path`` or a file.
         teacher (str): Config of the teacher, ``pkg::path`` or a file, or a model such as ``'timm::NAME'``.
-        checkpoint (str, optional): Weights of the teacher: a path, a URL, or the word of the default. A path is
-            relative to the working directory of the training. Defaults to None: ``'zoo'``, the weights that the model
-            index of its package lists, or for models of timm, torchvision and transformers ``'pretrained'``.
-        output (str, optional): File to write, with config paths relative to its folder. The path of a teacher of a pure
-            Python config, or on another Windows drive, is absolute. With None, no file is written and all paths are
-            absolute, except that pure Python configs are imported from the working directory. Defaults to None.
+        checkpoint (str, optional): Weights of the teacher: a path, a URL, ``'zoo'`` for the weights in the model index
+            of its package, or ``'pretrained'`` for the weights of a model of timm, torchvision or transformers. A path
+            is relative to the working directory of the training. Defaults to None: ``'zoo'`` or ``'pretrained'``,
+            depending on the teacher.
+        output (str, optional): File to write. Paths of configs are relative to its folder. Two paths are absolute: the
+            teacher's path in a pure Python config, and a path on a different Windows drive. With None, no file is
+            written and all paths are absolute, but a pure Python config is imported relative to the working directory.
+            Defaults to None.
         preset (str, optional): Method, such as ``'cwd'``; :func:`list_presets` lists the names. Defaults to None:
             ``'cosine'`` for models of timm, torchvision and transformers, ``'diffkd'`` for other teachers.
 
@@ -116,7 +119,7 @@ def make_config(
         student_name=Path(student).stem,
         base=_module(student_cfg.filename, folder) if is_pure_python else _base(student, folder),
         imports=[*get_custom_imports(student_cfg), 'mmdiffkd'],
-        # mmengine replaces {{ }} in text configs only
+        # mmengine replaces {{ fileDirname }} in text configs only
         config=_file(teacher, None if is_pure_python else folder, '{{ fileDirname }}/'),
         checkpoint=checkpoint,
         word=word,
@@ -128,7 +131,7 @@ def make_config(
     )
     if output is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        # paths in other encodings contain surrogates, from which Python gets their bytes again
+        # a path that is not UTF-8 has surrogate characters; surrogateescape writes its original bytes
         Path(output).write_text(text, encoding='utf-8', errors='surrogateescape')
     return text
 
@@ -186,5 +189,5 @@ def _file(source: str, folder: Optional[Path], here: str = '') -> str:
 def _relative(path: Path, folder: Path) -> str:
     try:
         return os.path.relpath(path, folder)
-    except ValueError:  # another drive of Windows
+    except ValueError:  # the paths are on different drives of Windows
         return str(path)

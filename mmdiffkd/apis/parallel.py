@@ -25,7 +25,7 @@ from mmdiffkd.cli import shorten_path
 # One thread per job: if jobs share cores, OpenMP threads wait for each other ten times longer than they compute.
 ONE_THREAD = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), '1')
 TAIL = 25  # lines to show from the log of a failed job
-POLL, REFRESH = 0.1, 0.5  # seconds
+POLL, REFRESH = 0.1, 0.5  # seconds between checks of the jobs, and between updates of the progress bars
 GRACE = 5.0  # seconds to wait for jobs to end after each signal
 # STEP and ETA match lines of mmengine's log, such as 'Epoch(train)  [3][25/75] ... eta: 0:01:20',
 # 'Iter(train) [  50/1500] ...' and 'Epoch(val) [3][13/13]'
@@ -44,8 +44,8 @@ class Job:
         command (list[str] or Callable): The command, or a function without arguments that returns it. The function is
             called when the job starts, so it can use the results of earlier jobs.
         log (Path): File for the output of the command; overwritten.
-        work_dir (Path, optional): Work dir of a training, to read the number of epochs from its config. Defaults to
-            None.
+        work_dir (Path, optional): Work dir of a training. The progress display reads the number of epochs from the
+            config in it. Defaults to None.
         metric (str, optional): Key of the metric to show, as in the log (``'coco/bbox_mAP'``). Defaults to None.
         after (list[str]): Names of jobs that must succeed before this job starts. Defaults to ``()``.
     """
@@ -133,7 +133,7 @@ def run_parallel(
         if job.name in names[:index]:
             raise ValueError(f"Two jobs are named '{job.name}'.")
         for name in set(job.after).difference(names[:index]):
-            raise ValueError(f"The job '{job.name}' comes after '{name}', which is not listed before it.")
+            raise ValueError(f"The job '{job.name}' waits for the job '{name}', which must be listed before it.")
     workers = available_cores() if workers is None else workers
     waiting, running, results = list(jobs), [], {}
     with _exit_on_signals(), _display(jobs, file or sys.stdout, interval) as display:
@@ -275,7 +275,7 @@ class _Bars:
 
     def __init__(self, jobs: Sequence[Job], live: Live):
         self._live = live
-        self._rows = {job.name: ('waiting', 0.0) for job in jobs}  # text and fraction
+        self._rows = {job.name: ('waiting', 0.0) for job in jobs}  # text and finished fraction of each job
         self._drawn = 0.0
 
     def started(self, process: _Process) -> None:
@@ -364,7 +364,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
             end = time.monotonic() + GRACE
             while time.monotonic() < end and any(process.poll() is None for process in processes):
                 time.sleep(POLL)
-    finally:  # a second Ctrl-C ends the jobs at once
+    finally:  # a second Ctrl-C ends the waiting, so kill the jobs at once
         for process in processes:
             _signal_group(process, signal.SIGKILL)
             process.wait()

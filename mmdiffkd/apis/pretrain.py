@@ -37,12 +37,12 @@ from .distill import Source, distillation_config
 from .parallel import available_cores
 
 CONFIG = 'pretrain.py'
-LARGEST_SIZE = 224  # larger images cost more time than they improve the weights
+LARGEST_SIZE = 224  # pixels; larger images take longer and hardly improve the weights
 SIZE_DIVISOR = 32  # stride of the last level of most backbones
 LR, LR_BATCH_SIZE = 1e-3, 64
 WARMUP = 0.05  # fraction of the training
 MAX_WORKERS = 8
-CHECKPOINTS = 20  # per run
+CHECKPOINTS = 20  # number of checkpoints per run
 
 
 def pretrain(
@@ -104,11 +104,12 @@ def pretrain_config(
     size: Optional[int] = None,
     cfg_options: Optional[dict] = None,
 ) -> Config:
-    """Return the config of a pre-training, which any Runner trains.
+    """Return a config for pre-training, which any Runner can train.
 
     The student is the backbone of ``student_config``, and its neck if a pair compares it. Stages and normalization
-    layers that the config freezes are trained. Crops of a random size, a quarter of an image or more, are resized and
-    flipped horizontally. AdamW trains with a linear warm-up over 5% of the training, then a cosine decay to 0.
+    layers that the config freezes are trained as well. The training images are random crops of at least a quarter of an
+    image, resized and randomly flipped. AdamW trains with a linear warm-up over 5% of the training, then a cosine
+    decay to 0.
 
     Args:
         student_config, teacher_config, teacher_checkpoint, images, work_dir: See :func:`pretrain`.
@@ -160,7 +161,7 @@ def pretrain_config(
     count = len(DATASETS.build(dataset))  # a folder without images is refused before the teacher is loaded
     share = count // int(os.environ.get('WORLD_SIZE', 1))  # images of a rank
     if share < 2:
-        raise ValueError(f'images: {count} images are too few; each process needs at least 2.')
+        raise ValueError(f'The folders contain {count} images, which are too few: each process needs at least 2.')
     batch_size = min(batch_size, share)
     steps = share // batch_size
     size = _image_size(cfg, encoder) if size is None else size
@@ -201,12 +202,13 @@ def pretrain_config(
             randomness=dict(seed=0),
             work_dir=str(work_dir),
         ),
-        cfg_text='generated',  # otherwise mmengine reads the file
-        filename=str(Path(work_dir, CONFIG)),  # the Runner writes it
+        cfg_text='generated',  # without a text, mmengine would read it from the file, which does not exist
+        filename=str(Path(work_dir, CONFIG)),  # the Runner writes the config to this file
     )
     run = distillation_config(run, teacher_config, teacher_checkpoint, pairs, preset, None)
     run.model.task_loss = False
-    if (get_preprocessor_cfg(teacher_cfg) or {}).get('size'):  # segmentors pad images to the size of their own training
+    # a segmentor as teacher would pad all images to the size of its own training
+    if (get_preprocessor_cfg(teacher_cfg) or {}).get('size'):
         run.model.teacher.data_preprocessor = dict(size=None)
     run.merge_from_dict(cfg_options or {})
     return run
@@ -220,7 +222,8 @@ def _schedulers(epochs: int, steps: int) -> List[dict]:
         steps (int): Iterations per epoch.
 
     Returns:
-        list[dict]: Warm-up of at least one iteration, and cosine; empty for runs of one or two iterations.
+        list[dict]: Linear warm-up of at least one iteration, then cosine decay. The list is empty for runs of one or
+        two iterations.
     """
     if epochs * steps < 3:
         return []
@@ -231,7 +234,7 @@ def _schedulers(epochs: int, steps: int) -> List[dict]:
 
 def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: Optional[dict]) -> Dict[str, dict]:
     """Return the pairs to distill, with all settings. Pairs with taps in the student's heads are left out."""
-    if pairs is None and find_task(teacher) not in (find_task(student), ENCODER):  # presets know encoders
+    if pairs is None and find_task(teacher) not in (find_task(student), ENCODER):  # presets have pairs for encoders
         encoders = [
             find_features({key: value for key, value in cfg.items() if key != 'neck'}) for cfg in (student, teacher)
         ]
@@ -253,7 +256,7 @@ def _choose_pairs(student: ConfigDict, teacher: ConfigDict, preset: str, pairs: 
 
 
 def _part_of(tap: str) -> Optional[str]:
-    """Return the trained part of the student that has a tap; None for a tap in its heads."""
+    """Return the part that contains a tap, ``'backbone'`` or ``'neck'``; None for a tap in the heads."""
     first = tap.split('.')[0]
     return first if first in PARTS else None
 
@@ -265,7 +268,8 @@ def _as_dict(pair: Pair) -> dict:
 def _encoder(cfg: Config, model_cfg: ConfigDict, pairs: Dict[str, dict]) -> dict:
     """Return the config of the student: the parts of the model that the pairs compare."""
     backbone = model_cfg.backbone.to_dict()
-    if model_cfg.get('pretrained') and not backbone.get('pretrained'):  # segmentors hand it to their backbone
+    # segmentors pass this argument to their backbone
+    if model_cfg.get('pretrained') and not backbone.get('pretrained'):
         backbone['pretrained'] = model_cfg.pretrained
     encoder = dict(type='mmdiffkd.ImageEncoder', _scope_=model_cfg.get('_scope_'), backbone=backbone)
     taps = [pair['student'] for pair in pairs.values()]
@@ -277,7 +281,7 @@ def _encoder(cfg: Config, model_cfg: ConfigDict, pairs: Dict[str, dict]) -> dict
 
 
 def _preprocessor(cfg: Config, model_cfg: ConfigDict) -> dict:
-    """Return the config of a preprocessor that makes the images of the student from BGR or gray images."""
+    """Return the config of a preprocessor that converts BGR or gray images to the inputs of the student."""
     with_scope = dict(model_cfg.get('data_preprocessor') or {})
     if with_scope.get('type'):
         with_scope.setdefault('_scope_', model_cfg.get('_scope_'))

@@ -68,7 +68,7 @@ UNTRIED = 'The student does not run on random images here, so its taps were not 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use a single CPU thread, because several threads wait longer than they compute on small images."""
+    """Use a single CPU thread. On small images, several threads would spend most of the time waiting for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,8 +99,8 @@ def preview(
 
         * ``size``: height and width of the images.
         * ``pairs``: one dict per pair, tap and level.
-        * ``classes``: for pairs that compare a part of the classes, by name: the names of the ``shared`` classes, and
-          of those of the ``student`` and of the ``teacher`` that are left out.
+        * ``classes``: one dict for each pair that compares only some classes, by name of the pair. It lists the
+          ``shared`` classes, and the classes of the ``student`` and of the ``teacher`` that are left out.
         * ``parameters``: number of parameters of ``student``, ``teacher`` and ``diffusion_module``.
         * ``gmacs``: multiply-adds per image in units of 1e9: of the student's forward pass, of the teacher's forward
           pass up to the last tap, and of the diffusion module's forward and backward pass; None if unknown.
@@ -182,8 +182,9 @@ def list_taps(
     Args:
         config (str or Config): Config of a distillation or of a plain model.
         owner (str): ``'student'`` or ``'teacher'``; ignored for a plain model. Defaults to ``'student'``.
-        size (tuple[int, int], optional): Height and width of the images, as in :func:`preview`, or for a teacher of
-            timm, torchvision or transformers those on which it was trained. Defaults to None.
+        size (tuple[int, int], optional): Height and width of the images. None uses the size of the training images, as
+            :func:`preview` does. For a teacher of timm, torchvision or transformers, this is the size of its own
+            training. Defaults to None.
         cfg_options (dict, optional): Overrides, as on the command line.
 
     Returns:
@@ -201,7 +202,7 @@ def list_taps(
         scope, cfg = package_of(cfg), resolve_config(cfg.model.teacher.config)
         init_default_scope(package_of(cfg) or scope or 'mmengine')
         model_cfg = get_teacher_cfg(cfg)
-        if is_encoder(model_cfg):  # it may not run on images of the student's size
+        if is_encoder(model_cfg):  # the teacher may not run on images of the student's size
             size = given or image_size(cfg)
     else:
         init_default_scope(package_of(cfg) or 'mmengine')
@@ -213,7 +214,7 @@ def list_taps(
     except ValueError:
         if next(net.parameters()).device.type == 'cpu':
             raise
-    # slower, but some operators do not support the meta device
+    # try again on the CPU: this is slower, but some operators do not support the meta device
     return _output_shapes(build_on_cpu(model_cfg), size, image_channels(model_cfg))
 
 
@@ -297,7 +298,7 @@ def _count_pass(
 def _run_longest(net: nn.Module, size: Size, channels: Sequence[int], shortest: bool = False) -> None:
     """Run a model on a blank image with the forward function that runs most modules, or fewest if ``shortest``.
 
-    The image has the first of the numbers of channels that the model takes.
+    The image has the first number of channels in ``channels`` that the model accepts.
     """
     device = next(net.parameters()).device
     functions = list(forward_fns(net.eval()).values())
@@ -317,7 +318,7 @@ def _count_diffusion_module(model: nn.Module, rows: List[dict]) -> Tuple[Optiona
     necks = copy.deepcopy(model.diffkd).train()
     if _checkpoint_runs_on_meta():
         return _count_necks(_without_values(necks, 'meta'), 'meta', model, rows)
-    with FakeTensorMode():  # slower
+    with FakeTensorMode():  # slower than the meta device
         return _count_necks(_without_values(necks, 'cpu'), 'cpu', model, rows)
 
 
@@ -354,7 +355,7 @@ def _count_necks(
 
 
 def _checkpoint_runs_on_meta() -> bool:
-    """Return whether activation checkpointing runs on the meta device; torch 2.5 looks for its random state."""
+    """Return whether activation checkpointing runs on the meta device. It does not in torch 2.5."""
     try:
         with torch.random.fork_rng(devices=[], device_type='meta'):
             return True
@@ -409,17 +410,17 @@ def _warnings(model: nn.Module, cfg: Config, parameters: Dict[str, int]) -> List
 
 
 def _resize_notes(teacher: Teacher, size: Size) -> List[str]:
-    """Return the size of the teacher's images if it is not that of the student's."""
+    """Return a note if the teacher gets images of a different size than the student."""
     wanted = teacher.input_size(size)
     if teacher.resizer is None or wanted == tuple(size):
         return []
     multiple = teacher.resizer.divisor
     reason = f', the nearest multiples of {multiple} pixels' if multiple and not teacher.resize else ''
-    return [f'The teacher gets images of {wanted[0]}x{wanted[1]} for {size[0]}x{size[1]} of the student{reason}.']
+    return [f'Images of {size[0]}x{size[1]} are resized for the teacher to {wanted[0]}x{wanted[1]}{reason}.']
 
 
 def checkpoint_problem(teacher: Teacher) -> Optional[str]:
-    """Return why the teacher's weights cannot be a checkpoint, without reading or downloading them."""
+    """Return the problem of ``teacher.checkpoint``, or None. The file is neither read nor downloaded."""
     if not teacher.checkpoint:
         return 'teacher.checkpoint is missing'
     path = str(teacher.checkpoint)
@@ -431,7 +432,7 @@ def checkpoint_problem(teacher: Teacher) -> Optional[str]:
         except ValueError as error:
             return str(error).rstrip('.')
         return None
-    if '://' in path or re.match(r'\w\w+:', path):  # not a local file; one letter is a drive of Windows
+    if '://' in path or re.match(r'\w\w+:', path):  # a URL or a scheme; a single letter is a drive of Windows
         return None
     name = f"teacher.checkpoint='{path}'"
     if osp.isdir(path):
@@ -442,7 +443,7 @@ def checkpoint_problem(teacher: Teacher) -> Optional[str]:
 
 
 def _loader_warnings(teacher: Teacher, cfg: Config) -> List[str]:
-    """Find data pipelines that make other images than the preprocessors of student and teacher tell."""
+    """Warn of data pipelines whose color order or normalization does not fit the preprocessors of the models."""
     found, renormalize = [], teacher.renormalize
     orders = loaded_order(cfg), loaded_order(teacher.cfg)
     is_given = bool({'type', *COLOR_FLAGS} & set(teacher.preprocessor_changes))
@@ -465,13 +466,14 @@ def _loader_warnings(teacher: Teacher, cfg: Config) -> List[str]:
 
 
 def _size_warnings(gmacs: Optional[float], teacher: Teacher, net: nn.Module, size: Size) -> List[str]:
-    """Find teachers that run on images of other sizes only, such as transformers with a fixed number of patches."""
+    """Warn of a teacher that does not run on images of this size, such as a transformer with a fixed image size."""
     if gmacs is not None:
         return []
     calls = {path: info.calls for path, info in teacher.taps.items()}
     own_size = (teacher.model_cfg.get('backbone') or {}).get('img_size') or 512
     own_size = tuple(own_size) if isinstance(own_size, (list, tuple)) else (own_size, own_size)
-    if _count_pass(net, own_size, _channels(teacher.taps), calls) is None:  # does not run on the meta device at all
+    # if the teacher fails at its own size as well, its operators do not support the meta device
+    if _count_pass(net, own_size, _channels(teacher.taps), calls) is None:
         return []
     height, width = teacher.input_size(size)
     return [
@@ -490,7 +492,7 @@ def _pairs_with_class_mismatch(model: nn.Module, ours: Optional[int], theirs: Op
             pair.student_taps, model.compared_info(name), model.matched_levels[name]
         ):
             widths = [(infos[0].channels[s], infos[1].channels[t]) for s, t in matches]
-            # layers of a head with a multiple of num_classes as channels return class scores
+            # a layer of a head returns class scores if its number of channels is a multiple of num_classes
             if 'head' in student_tap and any(s != t and s % ours == t % theirs == 0 for s, t in widths):
                 found[name] = None
     return list(found)
@@ -532,7 +534,7 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
         except TapError:
             raise
         except Exception:
-            continue  # for example, the image is too small or an operator needs a GPU; training shows real errors
+            continue  # the image may be too small, or an operator needs a GPU; training shows real errors
         for name, pair in model.pairs.items():
             for tap, matches in zip(pair.student_taps, model.matched_levels[name]):
                 info = model.student_info[tap]
@@ -545,7 +547,7 @@ def check_training_pass(cfg: Config, model: DiffKDDistiller) -> bool:
 
 
 def _record_training_pass(plain: Config, model: DiffKDDistiller, size: int, channels: int):
-    """Return the recorder of the student's taps and the input images of its encoder."""
+    """Run a training pass. Return the recorder of the student's taps, and the input images of its encoder."""
     torch.default_generator.manual_seed(0)
     with QuickInit(), _silent_log():  # init_weights() logs every parameter
         student = revert_sync_batchnorm(MODELS.build(fit_to(get_model_cfg(plain), size)))

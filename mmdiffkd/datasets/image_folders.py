@@ -12,7 +12,7 @@ from mmdiffkd.registry import DATASETS
 from mmdiffkd.utils.validation import check_value
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-THREADS = 16  # threads that read the first bytes of files, most of the time waiting for the disk
+THREADS = 16  # number of threads that read the first bytes of files; most of the time, they wait for the disk
 
 
 @DATASETS.register_module()
@@ -20,7 +20,7 @@ class ImageFolders(BaseDataset):
     """All images in one or more folders and their subfolders, without labels.
 
     Files that are no images, such as empty files, are left out when the folders are read. A file that turns out to be
-    damaged when it is decoded is replaced by another image; ``broken_files`` counts these files. Hidden files and
+    damaged when it is decoded is replaced by another image; ``broken_files`` lists these files. Hidden files and
     folders are left out.
 
     Args:
@@ -48,8 +48,10 @@ class ImageFolders(BaseDataset):
         others = [file for file, is_image in zip(files, are_images) if not is_image]
         names = ', '.join(f"'{folder}'" for folder in self.folders)
         if not images:
-            found = f'all {len(others)} files with these suffixes are damaged' if others else 'none was found'
-            raise ValueError(f'No images in {names}: images are files with {", ".join(SUFFIXES)}, and {found}.')
+            found = f'all {len(others)} files with these suffixes are damaged' if others else 'there are no such files'
+            raise ValueError(
+                f'No images in {names}: images are files with the suffixes {", ".join(SUFFIXES)}, and {found}.'
+            )
         skipped = f' Skipped {len(others)} files that are no images, such as {others[0]}.' if others else ''
         print_log(f'{len(images)} images in {names}.{skipped}', logger='current')
         return [dict(img_path=file) for file in images]
@@ -61,7 +63,7 @@ class ImageFolders(BaseDataset):
             self._broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def prepare_data(self, idx: int) -> Optional[dict]:
-        """Return an image; None if it cannot be decoded. mmengine then takes another one."""
+        """Return an image, or None if it cannot be decoded. mmengine then loads a different image."""
         data = super().prepare_data(idx)
         if data is None:
             self._broken[idx] = True
@@ -81,7 +83,7 @@ def _find_files(folder: str) -> Iterator[str]:
     visited = set()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
-        if real in visited:  # a link to a folder around it
+        if real in visited:  # a link to a folder that contains the link
             folders.clear()
             continue
         visited.add(real)
@@ -92,7 +94,7 @@ def _find_files(folder: str) -> Iterator[str]:
 
 
 def _is_image(file: str) -> bool:
-    """Return whether a file starts like an image. The rest is not read, which would take long for many files."""
+    """Return whether a file starts like an image. Reading whole files would take long, so the rest is not checked."""
     try:
         return cv2.haveImageReader(file)
     except cv2.error:

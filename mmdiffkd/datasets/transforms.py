@@ -1,4 +1,4 @@
-"""Transforms of images without labels, with the keys and arguments of mmcv and mmpretrain."""
+"""Transforms of images without labels. Keys and arguments are those of mmcv and mmpretrain."""
 
 import math
 from typing import Optional, Sequence, Tuple, Union
@@ -10,7 +10,7 @@ from mmcv.transforms import BaseTransform, LoadImageFromFile
 
 from mmdiffkd.registry import TRANSFORMS
 
-ATTEMPTS = 10  # random crops to try before the whole image is taken
+ATTEMPTS = 10  # number of random crops to try; if none fits into the image, the whole image is used
 LOG_LONGEST = math.log(4 / 3)  # logarithm of the largest width / height of a crop; the smallest is its inverse
 
 
@@ -34,7 +34,7 @@ class LoadImage(LoadImageFromFile):
 class RandomResizedCrop(BaseTransform):
     """Crop a random part of an image with a random aspect ratio, 3/4 to 4/3, and resize it.
 
-    mmpretrain has this transform, too, but need not be installed.
+    mmpretrain has the same transform. This class works without mmpretrain.
 
     Args:
         scale (int or tuple[int, int]): Width and height of the result.

@@ -20,7 +20,7 @@ NAME = 'mmdiffkd.atomic'
 class AtomicBackend(LocalBackend):
     """Local backend with atomic writes: files are written under a temporary name, then renamed.
 
-    Where a mount cannot flush or rename files, the file is written as well as the mount can, with a note in the log.
+    If a mount does not support flushing or renaming, the backend leaves this step out and logs a warning.
     """
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
@@ -46,7 +46,7 @@ class AtomicBackend(LocalBackend):
                     raise
                 _log_once(
                     f"'{folder}' is on a mount that cannot rename files ({error.strerror}): checkpoints are written in "
-                    'place. If the run is killed while it saves, --resume uses the checkpoint before.'
+                    'place. If the run is killed while it saves, --resume uses the previous checkpoint.'
                 )
                 os.remove(temporary)
                 _write(path, obj)
@@ -60,12 +60,12 @@ class AtomicBackend(LocalBackend):
             ) from error
 
 
-# errors of calls that some mounts do not support, such as FUSE mounts of object stores
+# error codes of calls that a mount does not support, for example a FUSE mount of an object store
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV)
 
 
 def _write(path: str, content: bytes) -> None:
-    """Write a file and flush it to the disk, if its mount can."""
+    """Write a file, and flush it to the disk if the mount supports flushing."""
     with open(path, 'wb') as file:
         file.write(content)
         file.flush()
@@ -76,7 +76,7 @@ def _write(path: str, content: bytes) -> None:
                 raise
             _log_once(
                 f"'{osp.dirname(path) or '.'}' is on a mount that cannot flush files to the disk ({error.strerror}): "
-                'after a power failure, the newest checkpoint may be damaged, and --resume uses the one before.'
+                'after a power failure, the newest checkpoint may be damaged, and --resume uses the previous one.'
             )
 
 

@@ -39,12 +39,12 @@ from .dist import on_all_ranks
 from .object_store import is_in_store, local_copy, missing_backend
 
 STATE = 'state_dict'
-PREFIX = 'diffkd.'  # of the keys of the diffusion module, and of the log keys of its losses
+PREFIX = 'diffkd.'  # prefix of the diffusion module's keys in a state dict, and of its log keys
 OTHER_SCHEME = re.compile(r'(?!https?:)[\w:-]+://')
-# errors of a cache folder that cannot be written, in contrast to errors of the network
+# error codes of a cache folder that cannot be written; network errors have different codes
 CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 OTHER_CACHE = 'Set the environment variable TORCH_HOME to a folder that can be written.'
-URL_HASH = re.compile(r'-(?!20\d{6}\.)([a-f0-9]{8,})\.')  # as in torch.hub, but not a date
+URL_HASH = re.compile(r'-(?!20\d{6}\.)([a-f0-9]{8,})\.')  # hash in a file name, as in torch.hub; a date is no hash
 # entries of a checkpoint that hold tensors but no weights of a model
 OTHER_STATE = re.compile(r'optim|sched|scaler|^amp$|^meta$|message_hub|args|hyper|loops|callbacks|rng|loss|criterion')
 AVERAGED = re.compile(r'(?<![a-z])ema(?![a-z])|EMA|averag|shadow')  # name of an entry with averaged weights
@@ -65,11 +65,11 @@ def read_checkpoint(source: str) -> dict:
     and arrays). Downloads are verified against the hash in the file name and cached only when complete.
 
     Args:
-        source (str): Path, http(s) URL, name of mmengine such as ``'torchvision://resnet50'``, or path in an object
-            store with a file backend of mmengine, such as ``s3://``.
+        source (str): Path, http(s) URL, model name of mmengine such as ``'torchvision://resnet50'``, or path in an
+            object store that has a file backend in mmengine, such as ``s3://``.
 
     Returns:
-        dict: The checkpoint, with the weights under ``state_dict``, whatever name the file has for them.
+        dict: The checkpoint. The weights are under ``state_dict``, even if the file stores them under a different key.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -85,10 +85,11 @@ def check_is_data(source: str) -> str:
     only mmengine's loader knows are not checked.
 
     Args:
-        source (str): Path, URL, name of mmengine such as ``'torchvision://resnet50'``, or path in an object store.
+        source (str): Path, URL, model name of mmengine such as ``'torchvision://resnet50'``, or path in an object
+            store.
 
     Returns:
-        str: Path of the checked file, which is a download for a URL; other sources are returned unchanged.
+        str: Path of the checked file. For a URL, this is the downloaded file. All other sources are returned unchanged.
 
     Raises:
         FileNotFoundError, ValueError: See :func:`read_checkpoint`.
@@ -97,7 +98,7 @@ def check_is_data(source: str) -> str:
 
 
 def check_and_read(source: str) -> Tuple[str, Any]:
-    """Like :func:`check_is_data`, but return path and content; the content is None if the source is not checked."""
+    """Check a file as in :func:`check_is_data`, and return its path and content. Unchecked files have content None."""
     url = url_of(source)
     if osp.isdir(source) or (OTHER_SCHEME.match(url) and not is_in_store(source) and _has_loader(url)):
         return source, None
@@ -110,7 +111,8 @@ def check_and_read(source: str) -> Tuple[str, Any]:
 def _has_loader(url: str) -> bool:
     """Return whether mmengine's ``CheckpointLoader`` can load a URL.
 
-    Its own loader for object stores needs the package of the file backend; a loader that a user registered may not.
+    mmengine's default loader for object stores does not count, because it needs the package of the file backend.
+    A loader that a user has registered may work without this package.
     """
     loaders = [loader for prefix, loader in CheckpointLoader._schemes.items() if prefix and re.match(prefix, url)]
     return bool(loaders) and loaders[0] is not load_from_ceph
@@ -125,22 +127,22 @@ def register_reader(path: str, store: Optional[BaseStorageBackend] = None) -> No
             determines the backend. Defaults to None.
     """
 
-    def load_from_local(filename: str, map_location=None) -> dict:  # mmengine logs the name
+    def load_from_local(filename: str, map_location=None) -> dict:  # mmengine logs 'local', the end of this name
         return with_state_dict(read_data(filename, map_location, store)[1], filename, verbose=True)
 
     CheckpointLoader.register_scheme(f'{re.escape(path)}$', load_from_local, force=True)
 
 
 def find_state_dict(content: dict) -> Tuple[str, dict, List[str]]:
-    """Find the weights in a checkpoint, under whatever names the saver chose.
+    """Find the weights in a checkpoint, under any key.
 
     Args:
         content (dict): Content of a checkpoint: weights, or a dict that holds them, such as ``dict(model=...)``.
 
     Returns:
         tuple: Name of the entry that holds the weights ('' if the content itself does), the weights, and names of
-        entries with averaged weights that are not used. If several models are found, their names are prefixes of the
-        keys.
+        entries with averaged weights that are not used. If the checkpoint holds several models, the weights are those
+        of all models, with the names of the models as prefixes of the keys.
 
     Raises:
         KeyError: If there are no weights.
@@ -163,12 +165,12 @@ def find_state_dict(content: dict) -> Tuple[str, dict, List[str]]:
 
 
 def with_state_dict(content, source: str, verbose: bool = False) -> dict:
-    """Return a checkpoint with its weights under ``state_dict``, without names of wrappers that all keys share.
+    """Return a checkpoint with its weights under ``state_dict``, and without wrapper prefixes such as ``module.``.
 
     Args:
         content (Any): Content of the file.
         source (str): Path or URL for messages.
-        verbose (bool): Whether to log what was assumed. Defaults to False.
+        verbose (bool): Whether to log which weights are used and which entries are left out. Defaults to False.
 
     Raises:
         ValueError: If the content holds no weights.
@@ -198,7 +200,7 @@ def with_state_dict(content, source: str, verbose: bool = False) -> dict:
     if len(state) < len(weights):
         other = [str(key) for key, value in weights.items() if not isinstance(value, torch.Tensor)]
         notes.append(f'{len(other)} entries that are no tensors ({", ".join(other[:3])}) are left out')
-    for wrapper in ('module.', '_orig_mod.', 'module.'):  # DDP of a compiled model, and the reverse
+    for wrapper in ('module.', '_orig_mod.', 'module.'):  # DDP of a compiled model, or a compiled DDP model
         if sum(key.startswith(wrapper) for key in state) >= max(1, len(state) - 1):
             state = OrderedDict((key[len(wrapper) * key.startswith(wrapper) :], item) for key, item in state.items())
             metadata = metadata and OrderedDict((key[len(wrapper) :], item) for key, item in metadata.items())
@@ -265,7 +267,7 @@ def read_data(source: str, map_location='cpu', store: Optional[BaseStorageBacken
 
 
 def check_no_folder(path: str, source: str) -> None:
-    """Raise a ValueError that names a file if a path is a folder."""
+    """Raise a ValueError if a path is a folder. The message suggests a checkpoint file in the folder."""
     if osp.isdir(path):
         files = [name for name in sorted(os.listdir(path)) if name.endswith(('.pth', '.pt', '.ckpt', '.safetensors'))]
         example = f", such as '{files[-1]}' in it" if files else ''
@@ -325,7 +327,7 @@ def _read_safetensors(path: str, name: str) -> dict:
     return load_file(path)
 
 
-# lists of models that mmengine names by a scheme
+# functions that return mmengine's model names and their URLs, by the scheme of the names
 MODEL_LISTS = dict(
     torchvision=get_torchvision_models,
     modelzoo=get_torchvision_models,
@@ -335,7 +337,7 @@ MODEL_LISTS = dict(
 
 
 def url_of(source: str) -> str:
-    """Return the URL of a model that mmengine names, such as ``'torchvision://resnet50'``, else the source."""
+    """Return the URL of one of mmengine's model names, such as ``'torchvision://resnet50'``; else the source itself."""
     scheme, _, name = source.partition('://')
     scheme = scheme.replace('open-mmlab', 'openmmlab')
     if not name or scheme not in MODEL_LISTS:
@@ -358,9 +360,9 @@ def _download(url: str) -> str:
     folder = osp.join(torch.hub.get_dir(), 'checkpoints')
     name = _url_name(url)
     if name in ('', '.', '..'):
-        raise ValueError(f'The URL {url} has no file name.')
+        raise ValueError(f'The URL {url} does not end with a file name; give the URL of a checkpoint file.')
     digest = URL_HASH.search(name)
-    if digest is None:  # other URLs may end in the same name
+    if digest is None:  # different URLs may end with the same file name, so add a hash of the URL
         stem, suffix = osp.splitext(name)
         name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:16]}{suffix}'
     path = osp.join(folder, name)
@@ -369,13 +371,13 @@ def _download(url: str) -> str:
         print_log(f'{url} was downloaded on {date}; to download it again, delete {path}.', 'current')
 
     def download():
-        if osp.isfile(path):  # also in a cache that cannot be written
+        if osp.isfile(path):  # no download is needed, even if the cache cannot be written
             return
         try:
             if folder.startswith('~'):
                 raise OSError(errno.ENOENT, 'there is no home folder')
             os.makedirs(folder, exist_ok=True)
-            # writes to a temporary file, verifies the hash, then renames
+            # this function writes to a temporary file, verifies the hash, then renames the file
             torch.hub.download_url_to_file(url, path, hash_prefix=digest and digest.group(1), progress=False)
         except (OSError, RuntimeError) as error:
             cure = f' {OTHER_CACHE}' if getattr(error, 'errno', None) in CACHE_ERRORS else ''
@@ -393,7 +395,7 @@ def _not_a_checkpoint(source: str, path: str) -> str:
     start = beginning.lstrip().lower()
     what = f'is damaged, possibly truncated when it was saved or copied ({osp.getsize(path)} bytes)'
     if start.startswith(b'\x80') and LEGACY_MAGIC not in start:
-        what = 'is a pickle that torch.save did not write, as in Detectron2; convert it to a dict of tensors'
+        what = 'is a pickle file that torch.save did not write, as in Detectron2; convert it to a dict of tensors'
     if start and not start.startswith(b'pk') and not set(beginning) - TEXT:
         what = 'is a text file, such as a config or the error message of a server; give the file of the weights'
     for signature, other in OTHER_FILES.items():
@@ -407,12 +409,12 @@ def _not_a_checkpoint(source: str, path: str) -> str:
     return f"'{source}' is not a PyTorch checkpoint: it {what}."
 
 
-LEGACY_MAGIC = b'l\xfc\x9cf\xf9 j\xa8p\x19.'  # at the beginning of files of torch before 1.6, in lower case
+LEGACY_MAGIC = b'l\xfc\x9cf\xf9 j\xa8p\x19.'  # marks files that torch before 1.6 saved; in lower case
 ARCHIVE = 'is an archive; unpack it and use the checkpoint in it'
 ARRAYS = 'holds NumPy arrays; convert them with torch.from_numpy and save the dict with torch.save'
-TEXT = {*b'\t\n\r\f', *range(32, 127), *range(128, 256)} - {0x80}  # 0x80 begins a pickle
+TEXT = {*b'\t\n\r\f', *range(32, 127), *range(128, 256)} - {0x80}  # without 0x80, which begins pickle files
 WEB_PAGE = 'is a web page saved under that name; download it again'
-# beginnings of files that are taken for checkpoints, in lower case
+# first bytes, in lower case, of files that are not checkpoints but often given as one
 OTHER_FILES = {
     b'<!doctype': WEB_PAGE,
     b'<html': WEB_PAGE,
@@ -430,11 +432,11 @@ BUFFER_METHODS = ('min', 'max', 'mean', 'current')
 ANNEALING_METHODS = ('_annealing_cos', '_annealing_linear')
 
 
-EXPORTED = {'serialized_exported_program.json', 'archive_format'}  # members of a program of torch.export
+EXPORTED = {'serialized_exported_program.json', 'archive_format'}  # file names in an archive of torch.export
 
 
 def executable_format(path: str) -> Optional[str]:
-    """Return a file's format if torch before 2.6 may run code in it despite ``weights_only``, else None.
+    """Return the format of a file if torch before 2.6 may run code in it, even with ``weights_only``; else None.
 
     Newer versions of torch refuse to read these formats with ``weights_only``.
     """
@@ -475,9 +477,9 @@ def _admitted_globals() -> list:
         np.dtype,
         _under_name(_known_method, 'builtins', 'getattr'),
     ]
-    # arguments of a training script, which other trainers save beside the weights
+    # command-line arguments, which the training scripts of some projects save in checkpoints
     admitted += [Namespace, *(_under_name(PurePath, 'pathlib', kind) for kind in ('PosixPath', 'WindowsPath'))]
-    admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # used in pickled bytes
+    admitted.append(_under_name(codecs.encode, '_codecs', 'encode'))  # pickled bytes objects refer to it
     admitted += {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.bool_)}
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # module names in NumPy 1 and 2
         admitted += [_under_name(getattr(multiarray, name), module, name) for name in ('_reconstruct', 'scalar')]
@@ -508,9 +510,9 @@ def restricted_pickle(admitted: list) -> SimpleNamespace:
 
 
 def _known_method(owner: type, name: str):
-    """Stand-in for ``getattr`` while a checkpoint is unpickled: returns a few known methods, refuses all else."""
+    """Replace ``getattr`` while a checkpoint is unpickled: return a few known methods, and refuse all other names."""
     if name not in {HistoryBuffer: BUFFER_METHODS, OneCycleParamScheduler: ANNEALING_METHODS}.get(owner, ()):
-        # in the form of torch's own message, which read_checkpoint turns into one for the user
+        # same form as torch's message; _read_file replaces both by a message for the user
         raise UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r})')
     return getattr(owner, name)
 

@@ -1,4 +1,4 @@
-"""Distributed runs: errors that all ranks raise, unused parameters, and the end of a run."""
+"""Helpers for distributed runs: raise errors on all ranks, attach unused parameters, destroy the process group."""
 
 from typing import Callable, Iterable
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 def on_all_ranks(function: Callable):
     """Call a function on every rank. If it fails on any rank, all ranks raise the first failing rank's error.
 
-    Otherwise, ranks without an error would wait for the others until a timeout. All ranks must call this function. The
-    function may communicate with the other ranks only before it can fail on a single rank.
+    Otherwise, ranks without an error would wait for the failed rank until a timeout. All ranks must call this function.
+    Once ``function`` has reached code that can fail on a single rank, it must not communicate with other ranks.
 
     Args:
         function (callable): A function without arguments.
@@ -20,7 +20,8 @@ def on_all_ranks(function: Callable):
         Any: What the function returns on this rank.
 
     Raises:
-        Exception: The function's error; on a rank with a different error or without any, a ValueError with its text.
+        Exception: The first failing rank's error. Ranks with a different error or without an error raise a ValueError
+            with the same text.
     """
     result = error = None
     try:
@@ -65,8 +66,8 @@ def attach_unused_params(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Te
 def destroy_nccl_group() -> None:
     """Destroy the process group of a finished run, if its backend is NCCL, which warns about groups that remain.
 
-    The group of gloo ends with the process: torch 2.5 can hang when it destroys this group, because it holds the GIL
-    while it waits for a thread that needs the GIL.
+    A gloo group is left alone, because it ends with the process. In torch 2.5, destroying it can hang: the call holds
+    the GIL while it waits for a thread that needs the GIL.
     """
     if (
         torch.distributed.is_available()

@@ -15,7 +15,7 @@ from mmdiffkd.utils.config import closest_names
 def is_in_store(source: str) -> bool:
     """Return whether one of mmengine's file backends reads a path, such as ``s3://bucket/epoch_1.pth``.
 
-    Local paths, URLs, and paths whose backend needs a package that is not installed do not count.
+    The result is False for local paths, for http(s) URLs, and if the backend needs a package that is not installed.
     """
     scheme, separator, _ = source.partition('://')
     if not separator or scheme in ('http', 'https') or scheme.split(':')[-1] not in prefix_to_backends:
@@ -23,12 +23,12 @@ def is_in_store(source: str) -> bool:
     try:
         get_file_backend(source)
     except ImportError:
-        return False  # mmengine may have a loader for the scheme
+        return False  # mmengine may still have a checkpoint loader for the scheme
     return True
 
 
 def missing_backend(source: str) -> str:
-    """Say in a clause why no file backend of mmengine reads a path with a scheme."""
+    """Return the clause of an error message that says why no file backend of mmengine can read a path."""
     scheme = source.partition('://')[0].split(':')[-1]  # 'petrel:s3://' is a path of s3 in mmengine
     if scheme == 'file':
         return "use the path without 'file://'"
@@ -57,7 +57,7 @@ def local_copy(source: str, store: Optional[BaseStorageBackend] = None) -> Itera
     """
     try:
         content = (store or get_file_backend(source)).get(source)
-    except Exception as error:  # every client of a store has its own errors
+    except Exception as error:  # each client of an object store has its own error classes
         raise OSError(f"The checkpoint '{source}' could not be read from its store: {error}") from error
     with tempfile.TemporaryDirectory(prefix='mmdiffkd-') as folder:
         path = osp.join(folder, osp.basename(source))
@@ -67,10 +67,10 @@ def local_copy(source: str, store: Optional[BaseStorageBackend] = None) -> Itera
 
 
 def list_store(store: BaseStorageBackend, folder: str) -> List[str]:
-    """Return the names of the files in a folder of an object store, or none if the store cannot list files."""
+    """Return the names of the files in a folder of an object store; an empty list if the store cannot list files."""
     try:
         return [osp.basename(name) for name in store.list_dir_or_file(folder, list_dir=False)]
-    except Exception as error:  # every client of a store has its own errors
+    except Exception as error:  # each client of an object store has its own error classes
         print_log(
             f"The checkpoints in '{folder}' cannot be listed: {str(error) or type(error).__name__}", logger='current'
         )

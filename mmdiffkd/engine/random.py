@@ -1,4 +1,4 @@
-"""Seeding by run, rank and iteration: a resumed run draws the same random numbers as an uninterrupted run."""
+"""Seed by run, rank and iteration, so that a resumed run draws the same random numbers as an uninterrupted run."""
 
 import random
 from typing import Iterator

@@ -88,12 +88,12 @@ def newest_checkpoint(
         str or None: Path of the checkpoint; None if the run has no checkpoints.
 
     Raises:
-        ValueError: If no checkpoint can be read, or a newer one contains more than plain data.
+        ValueError: If all checkpoints are damaged, or a checkpoint that is tried contains more than plain data.
     """
     files = saved_checkpoints(work_dir, folder, filename_tmpl, backend_args)
     for file in files:
         try:
-            if not osp.isdir(file):  # sharded checkpoints are folders
+            if not osp.isdir(file):  # a folder is a sharded checkpoint, which is not checked
                 _check_can_be_resumed(file, _store_of(file, folder, backend_args))
             return file
         except (OSError, DamagedFileError) as error:
@@ -119,7 +119,8 @@ def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str, backend_ar
     """List the checkpoints of a run, newest first.
 
     The file named in ``last_checkpoint`` comes first. The rest are sorted by modification time instead of number, since
-    an older run may have left checkpoints with higher numbers. Object stores give no time: there, the number decides.
+    an older run may have left checkpoints with higher numbers. Files in object stores are sorted by number, because the
+    stores do not report this time.
     """
     before, after = re.split(r'\{.*?\}', filename_tmpl, maxsplit=1)
     pattern = re.compile(re.escape(before) + r'(\d+)' + re.escape(after))
@@ -142,8 +143,8 @@ def _store_of(path: str, folder: str, backend_args: Optional[dict]) -> Optional[
 
     Args:
         path (str): The checkpoint.
-        folder (str): The run's folder of checkpoints, which has the backend that ``backend_args`` describe.
-        backend_args (dict, optional): Arguments of the backend.
+        folder (str): Folder of the run's checkpoints.
+        backend_args (dict, optional): Arguments of the file backend of ``folder``.
     """
     if not is_in_store(path) and osp.exists(path):
         return None
@@ -160,7 +161,8 @@ def _scheme(path: str) -> str:
 def last_checkpoint(work_dir: Union[str, Path]) -> Optional[str]:
     """Return the path in the file ``last_checkpoint`` of a run; None if there is no such file.
 
-    mmengine writes the file in the encoding of the locale, and :class:`.CheckpointHook` in UTF-8 where that fails.
+    mmengine writes the file in the encoding of the locale, and :class:`.CheckpointHook` in UTF-8 if this encoding
+    lacks a character.
     """
     file = Path(work_dir, 'last_checkpoint')
     if not file.is_file():

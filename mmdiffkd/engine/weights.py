@@ -29,12 +29,12 @@ TEACHER = re.compile(r'teacher|target')
 
 
 class Fit(NamedTuple):
-    """The weights of a checkpoint under a model's names.
+    """Weights of a checkpoint, renamed to match a model.
 
     Attributes:
-        weights (OrderedDict): The weights. Names that the model does not have are kept, except for known entries that
-            are no weights.
-        notes (list[str]): What was assumed, one clause each.
+        weights (OrderedDict): The weights. Entries that the model does not have are kept, except for entries that are
+            known not to be weights, such as counters.
+        notes (list[str]): Changes of the names and entries for the log, one clause each.
     """
 
     weights: OrderedDict
@@ -42,19 +42,20 @@ class Fit(NamedTuple):
 
 
 def fit_weights(state_dict: dict, shapes: Dict[str, torch.Size], is_teacher: bool = False) -> Fit:
-    """Bring the names of a state dict to those of a model.
+    """Rename the entries of a state dict to match the parameters and buffers of a model.
 
-    Removes the names of wrappers, a common prefix or the prefix of one of several models in the file, copies of
-    averaging hooks, and entries that are not weights.
+    The function removes wrapper prefixes such as ``module.``, copies of the weights that averaging hooks save, and
+    entries that are not weights. It removes a prefix that all keys share, and adds a prefix that all keys lack. If the
+    file holds several models, the function selects the one that fits.
 
     Args:
         state_dict (dict): Weights of a checkpoint.
         shapes (dict[str, torch.Size]): Names and shapes of the model's parameters and buffers.
-        is_teacher (bool): Whether the model is a teacher. If weights of several models fit, those of a student or of a
-            teacher are chosen accordingly. Defaults to False.
+        is_teacher (bool): Whether the model is a teacher. If several models in the file fit, their names show which one
+            is a teacher. Defaults to False.
 
     Returns:
-        Fit: The weights and what was assumed.
+        Fit: The renamed weights, and notes for the log.
 
     Raises:
         ValueError: If several models in the file fit equally well.
@@ -86,13 +87,13 @@ def fit_weights(state_dict: dict, shapes: Dict[str, torch.Size], is_teacher: boo
         if known:
             notes.append(f'{len(known)} entries that are not weights ({_some(known, 2)}) are left out')
     for key in [key for key in state if key in shapes and NO_WEIGHT.search(key) and state[key].shape != shapes[key]]:
-        del state[key]  # a mask or index for images of another size
+        del state[key]  # remove a mask or index for images of a different size
     state._metadata = metadata
     return Fit(state, notes)
 
 
 def own_shapes(model: nn.Module) -> Dict[str, torch.Size]:
-    """Return names and shapes of a model's parameters and saved buffers, without wrappers and diffusion module."""
+    """Return names and shapes of a model's parameters and saved buffers, without wrappers and the diffusion module."""
     return {key: value.shape for key, value in _own_tensors(model).items()}
 
 
@@ -111,7 +112,7 @@ def _own_tensors(model: nn.Module, prefix: str = '') -> Dict[str, torch.Tensor]:
 def _check_values(weights: Dict[str, torch.Tensor], model: nn.Module, source: str) -> None:
     """Refuse weights without values, sparse, complex and quantized weights, and weights that are not finite."""
     own = _own_tensors(model)
-    # other buffers may be masks with infinity, or integers in older versions of a model
+    # check only parameters: buffers may be masks with infinity, or integers in older versions of a model
     learned = {key for key, value in own.items() if isinstance(value, nn.Parameter) and value.is_floating_point()}
     weights = {key: value for key, value in weights.items() if key in own and not NO_WEIGHT.search(key)}
     if empty := [key for key, value in weights.items() if value.is_meta]:
@@ -134,13 +135,13 @@ def _check_values(weights: Dict[str, torch.Tensor], model: nn.Module, source: st
     broken = [key for key, value in floating.items() if (~value.isfinite() if key in learned else value.isnan()).any()]
     if broken:
         raise ValueError(
-            f'{source} holds values that are not finite (NaN or infinity) in {_some(broken, 2)}: its training diverged '
-            'or the file is damaged. Use an earlier checkpoint.'
+            f'{source} holds values that are not finite (NaN or infinity) in {_some(broken, 2)}: the training '
+            'diverged, or the file is damaged. Use an earlier checkpoint.'
         )
 
 
 def fit_on_load(model: nn.Module, state_dict: dict, source: str, model_name: str) -> None:
-    """Fit the weights in place that are about to be loaded into a model, and check that they fill it.
+    """Rename weights in place before a model loads them, and check that they match at least one of its weights.
 
     Args:
         model (nn.Module): The model, for example the student.
@@ -149,13 +150,14 @@ def fit_on_load(model: nn.Module, state_dict: dict, source: str, model_name: str
         model_name (str): Description of the model for messages.
 
     Raises:
-        ValueError: If the checkpoint fills none of the model's weights, or has weights that are quantized, not
-            finite, or without values.
+        ValueError: If no weight of the checkpoint matches the model, or weights are quantized, not finite, or without
+            values.
     """
     shapes = own_shapes(model)
     if any('flat_param' in name for name in shapes) or any('_fsdp' in name for name, _ in model.named_parameters()):
-        return  # FSDP changes names and shapes
-    if not all(isinstance(value, torch.Tensor) for value in state_dict.values()):  # a checkpoint as other trainers save
+        return  # FSDP changes names and shapes, so they cannot be compared
+    # a checkpoint of a different project, which does not store its weights under state_dict
+    if not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         content = dict(state_dict)
         state_dict.clear()
         with suppress(KeyError):
@@ -222,7 +224,7 @@ def use_checked_files(model: nn.Module) -> Iterator[None]:
 
 
 def fit_loaded_weights(model: nn.Module, source: str) -> None:
-    """Let a model that a Runner built fit the checkpoint that the Runner loads.
+    """Make a Runner's model rename the weights of a checkpoint to its own names when the Runner loads them.
 
     Args:
         model (nn.Module): The model, perhaps in a wrapper.
@@ -231,7 +233,7 @@ def fit_loaded_weights(model: nn.Module, source: str) -> None:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     source = f"The checkpoint '{source}'"
-    if hasattr(model, 'distill_state'):  # a distiller fits its checkpoint in any case
+    if hasattr(model, 'distill_state'):  # a distiller always renames weights; here it gets the source for messages
         model.distill_state.checkpoint = source
     else:
         model._register_load_state_dict_pre_hook(partial(_fit_module, model, source, 'the model'))
@@ -247,7 +249,7 @@ def _check_prefix(state_dict: dict, prefix: str, source: str, name: str) -> None
 
 
 def _fit_module(module: nn.Module, source: str, name: str, state_dict: dict, prefix: str, *args) -> None:
-    if not prefix:  # otherwise a model loads that contains this module
+    if not prefix:  # with a prefix, the state dict belongs to a larger model that contains this module
         fit_on_load(module, state_dict, source, name)
 
 
@@ -314,22 +316,22 @@ def _without_copies(state: OrderedDict, notes: List[str]) -> OrderedDict:
 
 
 def _prefixes(key: str, shapes: Dict[str, torch.Size]) -> List[str]:
-    """List the prefixes of a key without which it is a name of the model; '' if the key itself is."""
+    """List the prefixes whose removal turns a key into a name of the model; '' if the key is already such a name."""
     dots = [-1, *(match.start() for match in re.finditer(r'\.', key))]
     return [key[: dot + 1] for dot in dots if key[dot + 1 :] in shapes]
 
 
 def _matches(state: dict, shapes: Dict[str, torch.Size], prefix: str) -> Tuple[int, int]:
-    """Count the model's weights that the keys under a prefix fit in name and shape, and in name."""
+    """Count the model's weights that the state dict has under a prefix: with the same shape, and with any shape."""
     named = [key for key in shapes if prefix + key in state]
     return sum(state[prefix + key].shape == shapes[key] for key in named), len(named)
 
 
 def _choose_prefix(state: dict, shapes: Dict[str, torch.Size], prefixes: Counter, is_teacher: bool) -> str:
-    """Choose the prefix under which most weights fit the model; '' if no other fits better.
+    """Choose the prefix under which most weights fit the model; '' if the keys fit best without removing a prefix.
 
-    Weights of several models of the same architecture fit equally well: choose the teacher for a teacher, otherwise
-    the model that is neither a teacher nor an averaged copy.
+    If the file holds several models of the same architecture, their weights fit equally well. Then choose the weights
+    of a teacher for a teacher, otherwise those of the model that is neither a teacher nor an averaged copy.
     """
     if not prefixes:
         return ''
@@ -345,7 +347,7 @@ def _choose_prefix(state: dict, shapes: Dict[str, torch.Size], prefixes: Counter
     prefix = best[0]
     if len(best) > 1:
         if scores[prefix][1] < sum(not NO_WEIGHT.search(key) for key in shapes):
-            return ''  # a few names that fit by chance
+            return ''  # only a few names fit, and only by chance
         raise ValueError(
             f'weights under {" and ".join(map(repr, best))} fit equally well; save only the weights of one model with '
             'torch.save and use that file'
@@ -375,12 +377,12 @@ def _misshapen(state: dict, shapes: Dict[str, torch.Size]) -> List[str]:
 
 
 def _missing_prefix(state: dict, shapes: Dict[str, torch.Size], whole: bool = False) -> str:
-    """Return the prefix with which at least half of the keys fit a module; '' if there is none.
+    """Return the prefix whose addition turns at least half of the keys into names of the model; '' if there is none.
 
     Args:
         state (dict): The weights.
         shapes (dict[str, torch.Size]): Names and shapes of the model.
-        whole (bool): Whether all keys must fit and fill the whole model. Defaults to False.
+        whole (bool): Whether the keys must match all weights of the model, and no key may be left. Defaults to False.
     """
     prefixes = Counter(
         key[: -len(suffix)]
@@ -399,7 +401,7 @@ def _missing_prefix(state: dict, shapes: Dict[str, torch.Size], whole: bool = Fa
 
 
 def _reason(state: dict, shapes: Dict[str, torch.Size]) -> str:
-    """Say in a clause why no weight fits."""
+    """Return the clause of an error message that says why no weight fits."""
     if not state:
         return 'it holds no weights'
     misshapen = _misshapen(state, shapes)
@@ -407,8 +409,8 @@ def _reason(state: dict, shapes: Dict[str, torch.Size]) -> str:
         return f'the names fit, but not the shapes: {_some(misshapen, 2)}'
     prefix = _missing_prefix(state, shapes)
     if prefix:
-        return f"its keys fit the model's {prefix[:-1]} alone"
-    return f"its keys are named differently ('{next(iter(state), '')}', the model has '{next(iter(shapes))}')"
+        return f"its keys are those of the model's {prefix[:-1]} only"
+    return f"its keys have different names ('{next(iter(state), '')}' in the file, '{next(iter(shapes))}' in the model)"
 
 
 def _log(source: str, notes: List[str]) -> None:

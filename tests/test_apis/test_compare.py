@@ -129,7 +129,7 @@ def test_files(run, tmp_path, capsys):
         diffkd['added multiply-adds (G)']
     ) > 0
     table = (root / 'table.md').read_text()
-    assert table in out and result['conclusion'] in table and 'results are those on val' in table
+    assert table in out and result['conclusion'] in table and 'results are those on the validation split' in table
     assert '\n5 runs left: about ' in out and '\n1 run left: about ' in out
     assert 'The 6 missing runs take about' in out and f'The teacher reaches {METRIC} 0.5 on the validation split' in out
     records = [json.loads(line) for line in (root / 'results.jsonl').read_text().splitlines()]
@@ -257,7 +257,7 @@ def test_list(run, tmp_path, capsys, monkeypatch):
 def test_other_settings_are_refused(run, teacher, tmp_path, student):
     run(arms=dict(mse=MSE))
     with pytest.raises(
-        ValueError, match='alone_seed0.py exists with other settings: train_cfg.max_epochs was 4 and is 2;'
+        ValueError, match='alone_seed0.py exists with different settings: train_cfg.max_epochs was 4 and is 2;'
     ):
         run(schedule=0.5)
     with pytest.raises(ValueError, match='optim_wrapper.optimizer.lr was .* and is 0.5. Choose another --work-dir'):
@@ -268,7 +268,7 @@ def test_other_settings_are_refused(run, teacher, tmp_path, student):
     ):
         run(arms=dict(mse=other))
     weights = tiny.write_checkpoint(teacher[0].model, tmp_path / 'other.pth', seed=3)
-    with pytest.raises(ValueError, match='made with other weights of the teacher than .*other.pth'):
+    with pytest.raises(ValueError, match='made with different weights of the teacher than .*other.pth'):
         run(teacher=(teacher[0], weights))
 
 
@@ -285,7 +285,9 @@ with lock_folder(Path({str(tmp_path / 'work')!r})):
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process = subprocess.Popen([sys.executable, '-c', code], env=env, **pipes)
     assert process.stdout.readline() == 'locked\n'
-    with pytest.raises(BlockingIOError, match=rf'is running in .* \(process {process.pid} on \S+\); wait for its end'):
+    with pytest.raises(
+        BlockingIOError, match=rf'is running in .* \(process {process.pid} on \S+\); wait until it has ended'
+    ):
         run()
     process.kill()  # leaves the file of the lock
     process.communicate()
@@ -300,7 +302,7 @@ def test_invalid_arguments(run, student):
         run(arms=dict(a=dict(distil={})))
     with pytest.raises(ValueError, match="'plus, pkd' is also the name of a folder: use only .* such as 'plus_pkd'"):
         run(arms={'plus, pkd': MSE})
-    with pytest.raises(ValueError, match="The arm 'diffkd' has the name of a method"):
+    with pytest.raises(ValueError, match="The arm 'diffkd' has the same name as another method"):
         run(arms=dict(diffkd=MSE))
     with pytest.raises(ValueError, match="The arm 'a' cannot be built: .*'necks'"):
         run(arms=dict(a=dict(preset='diffkd', distill=dict(fpn=dict(student='necks', teacher='neck')))))

@@ -117,7 +117,9 @@ def test_loss_weight(make):
         fpn=dict(levels=[0], neck=dict(align=False, loss_kd=dict(loss_weight=3)))
     )
     assert make(preset='fbkd', loss_weight=2.0).model.distill == dict(fpn=dict(neck=dict(loss_weight=2.0)))
-    with pytest.raises(ValueError, match=r'that of one pair, but there are fpn, cls, reg; write .*dict\(fpn=0.5\)'):
+    with pytest.raises(
+        ValueError, match=r'is for a method with one pair, but there are fpn, cls, reg; write .*dict\(fpn=0.5\)'
+    ):
         make(preset='plus', loss_weight=0.5)
     with pytest.raises(ValueError, match="no pair 'fnp'; the nearest are 'fpn'"):
         make(preset='plus', loss_weight=dict(fnp=0.5))

@@ -223,7 +223,7 @@ def is_running(pid):
 def test_invalid_jobs(tmp_path):
     with pytest.raises(ValueError, match="Two jobs are named 'a'"):
         run_parallel([python('', 'a', tmp_path), python('', 'a', tmp_path)])
-    with pytest.raises(ValueError, match="'a' comes after 'b', which is not listed before it"):
+    with pytest.raises(ValueError, match="'a' waits for the job 'b', which must be listed before it"):
         run_parallel([python('', 'a', tmp_path, after=['b']), python('', 'b', tmp_path)])
     with pytest.raises(FileNotFoundError):
         run_parallel([Job('a', [str(tmp_path / 'no such program')], tmp_path / 'log')], file=io.StringIO())

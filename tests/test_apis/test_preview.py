@@ -447,7 +447,7 @@ def test_command():
         'BottleneckDenoiser, 5 steps',
         "student='neck'",
         'A tap is a module whose outputs are compared, one',
-        'Multiply-adds are those of convolutions and matrix products',
+        'Multiply-adds count convolutions and matrix products',
         'The config is ready for tools/train.py.',
     ):
         assert part in text, part
@@ -472,7 +472,7 @@ def test_command_merges_equal_levels_and_reports_warnings(capsys, retinanet):
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]
     assert any(line[:4] == ['fpn', '0,', '2,', '3,'] for line in lines) and ['fpn', '1'] in [line[:2] for line in lines]
-    assert '256x50x84, resized' in text and 'resized features of the student' in text
+    assert '256x50x84, resized' in text and 'Features marked as resized' in text
     assert 'question mark' in text and '<0.01 MiB' in text
     assert text.endswith('Warning: Look here.\n')
 

@@ -92,7 +92,7 @@ def test_errors(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="The folder '.*absent' does not exist"):
         build(tmp_path / 'absent')
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(ValueError, match="No images in '.*empty': .* and none was found"):
+    with pytest.raises(ValueError, match="No images in '.*empty': .* and there are no such files"):
         build(tmp_path / 'empty')
     (tmp_path / 'empty' / 'broken.png').touch()
     with pytest.raises(ValueError, match='all 1 files with these suffixes are damaged'):

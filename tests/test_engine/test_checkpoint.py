@@ -293,7 +293,7 @@ class TestOtherSavers:
             (b'{"weight_map": {}}', 'is a JSON file; use the file of weights'),
             (b'\x89HDF\r\n\x1a\n', 'is an HDF5 file'),
             (gzip.compress(b'weights'), 'is an archive; unpack it'),
-            (pickle.dumps(dict(model=dict(w=np.ones(3)))), 'is a pickle that torch.save did not write'),
+            (pickle.dumps(dict(model=dict(w=np.ones(3)))), 'is a pickle file that torch.save did not write'),
         ],
         ids=['git-lfs', 'JSON', 'HDF5', 'gzip', 'pickle'],
     )

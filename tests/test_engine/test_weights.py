@@ -136,7 +136,7 @@ class TestFit:
         load_strict(model, WEIGHTS, 'the teacher', 'w.pth')
         assert torch.equal(model.backbone.timm_model.conv.weight, WEIGHTS['conv.weight'])
         part = {key: value for key, value in WEIGHTS.items() if not key.startswith('fc')}
-        with pytest.raises(ValueError, match=r"It seems that its keys fit the model's backbone\.timm_model alone"):
+        with pytest.raises(ValueError, match=r"keys are those of the model's backbone\.timm_model only"):
             load_strict(model, part, 'the teacher', 'w.pth')
 
     def test_self_supervised_checkpoint(self, tmp_path, capfd):
@@ -183,9 +183,15 @@ class TestFitOnLoad:
     @pytest.mark.parametrize(
         'weights, reason',
         [
-            ({'a.b': torch.ones(1)}, r"its keys are named differently \('a.b', the model has 'conv.weight'\)"),
+            (
+                {'a.b': torch.ones(1)},
+                r"different names \('a.b' in the file, 'conv.weight' in the model\)",
+            ),
             ({}, 'it holds no weights'),
-            ({'weight': OTHER['conv.weight'], 'bias': OTHER['conv.bias']}, "its keys fit the model's conv alone"),
+            (
+                {'weight': OTHER['conv.weight'], 'bias': OTHER['conv.bias']},
+                "keys are those of the model's conv only",
+            ),
             ({key: torch.ones(9) for key in WEIGHTS}, r'not the shapes: conv.weight \(9 in the file, 4x3x1x1 in the'),
             (dict(epoch=3), 'it holds no weights'),
         ],
@@ -278,7 +284,7 @@ class TestTeacher:
         weights = self.weights(cfg, 0)
         torch.save({k[9:]: v for k, v in weights.items() if k.startswith('backbone.')}, tmp_path / 'resnet.pth')
         with pytest.raises(
-            ValueError, match="missing .* unexpected .* It seems that its keys fit the model's backbone"
+            ValueError, match="missing .* unexpected .* It seems that its keys are those of the model's backbone"
         ):
             Teacher(cfg, str(tmp_path / 'resnet.pth')).model  # noqa: B018
 

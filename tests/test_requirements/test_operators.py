@@ -146,7 +146,10 @@ def test_progress_of_a_resumed_build(tmp_path):
         ('c++: fatal error: Killed signal terminated program cc1plus', 'MAX_JOBS=1'),
         ('a.s: No space left on device', 'disk is full'),
         ('a.cpp:1:10: fatal error: Python.h: No such file or directory', 'python3.11-dev'),
-        ('#error C++20 or later compatible compiler is required to use PyTorch.', 'do not fit: install the torch of'),
+        (
+            '#error C++20 or later compatible compiler is required to use PyTorch.',
+            'do not fit: install the version of torch in',
+        ),
         ('a.cpp:3: error: no member named x', 'tested with'),
     ],
 )

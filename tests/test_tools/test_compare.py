@@ -101,7 +101,7 @@ def test_interruption(tmp_path, files):
     assert second.returncode == 2 and f'is running in work (process {process.pid} on ' in second.stdout
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and 'The same command continues' in output, output
+    assert process.returncode == 130 and 'Run the same command to continue' in output, output
     assert str(tmp_path / 'work') not in subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout
     # one run fails
     broken = tmp_path / 'work' / 'mse' / 'seed1'

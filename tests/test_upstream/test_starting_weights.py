@@ -164,7 +164,7 @@ class TestForeignCheckpoint:
     def test_file_of_a_backbone(self, start, cfg, weights, tmp_path):
         backbone = {key[len('backbone.') :]: value for key, value in weights.items() if key.startswith('backbone.')}
         torch.save(backbone, tmp_path / 'resnet18.pth')
-        message = r"resnet18.pth' fills none of the .* weights of the student: its keys fit the model's backbone alone"
+        message = r"resnet18.pth' fills none of the .* weights of .*: its keys are those of the model's backbone only"
         with pytest.raises(ValueError, match=message):
             start(
                 cfg,

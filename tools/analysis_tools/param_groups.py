@@ -18,7 +18,7 @@ from mmdiffkd.engine.checkpoint import PREFIX
 
 Setting = Tuple[float, float]  # learning rate and weight decay
 ROW = '{:<8} {:>11} {:>8} {:>12} {:>12} {:>12} {:>12}'
-NAMED = 5  # maximum number of parameters to name
+NAMED = 5  # maximum number of parameters to name in the output
 
 
 def parse_args():
@@ -32,7 +32,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    MMLogger.get_instance('param_groups', log_level='ERROR')  # the constructors log every parameter
+    MMLogger.get_instance('param_groups', log_level='ERROR')  # optimizer constructors log every parameter
     with exit_on_mistake(), quiet_packages(), without_gc():
         cfg, distilled = build_distiller(args.config, args.cfg_options)
         alone = build_model(cfg, cfg.model.student)
@@ -41,7 +41,7 @@ def main():
     constructor = cfg.optim_wrapper.get('constructor', 'DefaultOptimWrapperConstructor')
     base_lr = cfg.optim_wrapper.optimizer.get('lr', '(default of the optimizer)')
     print(f'Student: {type(alone).__name__}. Optimizer constructor: {constructor}. Base learning rate: {base_lr}.')
-    print('Parameters are tensors, elements are their values. Part diffkd is the diffusion module.\n')
+    print('Parameters are counted as tensors, elements as numbers in them. The part diffkd is the diffusion module.\n')
     print_table(alone, before, distilled, after)
     sys.exit(verdict(before, {name: value for name, value in after.items() if not name.startswith(PREFIX)}))
 
@@ -60,10 +60,10 @@ def param_settings(model: nn.Module, optim_wrapper_cfg: dict) -> Dict[str, Optio
     Raises:
         ValueError: If a parameter is in the optimizer twice or does not belong to the model.
     """
-    # other keys do not change the groups, and AmpOptimWrapper cannot be built without a GPU
+    # no other key changes the parameter groups; without `type`, this also works for AmpOptimWrapper without a GPU
     keys = ('optimizer', 'constructor', 'paramwise_cfg')
     cfg = ConfigDict({key: optim_wrapper_cfg[key] for key in keys if key in optim_wrapper_cfg})
-    with contextlib.redirect_stdout(io.StringIO()):  # mmseg's constructors print
+    with contextlib.redirect_stdout(io.StringIO()):  # mmseg's optimizer constructors print text
         groups = build_optim_wrapper(model, cfg).optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     settings = dict.fromkeys(names.values())

@@ -1,4 +1,4 @@
-"""Preview a distillation config in seconds, without weights or data: pairs, levels, shapes, parameters and costs."""
+"""Preview a distillation config without weights or data: show its pairs, levels, shapes, parameters and costs."""
 
 import argparse
 import json
@@ -78,7 +78,7 @@ def show(result: dict) -> None:
         'output per level. A pair has one or more taps of the student and as many of the teacher.'
     )
     if any(row['resized'] for row in result['pairs']):
-        print("The resized features of the student take the height and width of the teacher's.")
+        print("Features marked as resized are resized to the height and width of the teacher's features.")
     print_table(
         ('pair', 'level', 'student tap', 'student features', 'teacher tap', 'teacher features'),
         [feature_cells(row) for row in result['pairs']],
@@ -87,10 +87,13 @@ def show(result: dict) -> None:
         print(f'Classes that the pair {name} compares: {", ".join(classes["shared"])}.')
         for owner in ('student', 'teacher'):
             if classes[owner]:
-                print(f'  left out, {len(classes[owner])} of the {owner}: {", ".join(classes[owner])}.')
+                print(
+                    f'  Classes of the {owner} that are left out ({len(classes[owner])}): {", ".join(classes[owner])}.'
+                )
     print(
         "Steps of the comparison: the adapter converts the student's features to the latent channels, the denoiser\n"
-        'removes noise from them, and loss_kd measures their distance to the teacher. A dash: the pair skips this step.'
+        'removes noise from them, and loss_kd measures their distance to the teacher.\n'
+        'A dash means that the pair skips this step.'
     )
     print_table(
         ('pair', 'levels', 'adapter', 'latent channels', 'denoiser', 'loss_kd', 'loss weights'), settings(result)
@@ -112,13 +115,13 @@ def show(result: dict) -> None:
 
 
 def feature_cells(row: dict) -> tuple:
-    """Return the cells of a level: taps and shapes."""
+    """Return the table cells of a level: taps and shapes."""
     student = shape(row['student_shape']) + (', resized' if row['resized'] else '')
     return row['pair'], str(row['level']), row['student_tap'], student, row['teacher_tap'], shape(row['teacher_shape'])
 
 
 def settings(result: dict) -> list:
-    """Return the cells of the settings. Levels of a pair with equal settings share a row."""
+    """Return the table cells of the settings. Levels of a pair with equal settings share a row."""
     levels = {}
     for row in result['pairs']:
         cells = (
@@ -148,7 +151,7 @@ def weights(row: dict) -> str:
 
 def show_cost(result: dict) -> None:
     """Print parameters, multiply-adds and memory."""
-    print('Cost of training. Multiply-adds are those of convolutions and matrix products for one image, not times.')
+    print('Cost of training. Multiply-adds count convolutions and matrix products for one image.')
     counted = dict(student='forward', teacher='forward up to its last tap', diffusion_module='forward and backward')
     rows = []
     for part, passes in counted.items():
@@ -171,7 +174,7 @@ def show_cost(result: dict) -> None:
 
 
 def number(value: Optional[float], digits: int = 1) -> str:
-    """Write a number with ``digits`` decimals, or two if it is below 10."""
+    """Format a number with ``digits`` decimals. Numbers below 10 have two decimals; None is a question mark."""
     if value is None:
         return '?'
     if 0 < value < 0.01:
@@ -180,10 +183,10 @@ def number(value: Optional[float], digits: int = 1) -> str:
 
 
 def print_table(header: tuple, rows: list, right: tuple = ()) -> None:
-    """Print a table. ``right`` has the columns that are aligned to the right."""
+    """Print a table. ``right`` contains the indices of right-aligned columns."""
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a pipe has no width
+        console.width = 120  # rich cannot find the width of a pipe
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for column, name in enumerate(header):
         table.add_column(name, justify='right' if column in right else 'left', overflow='fold')

@@ -13,17 +13,17 @@ def parse_args():
         'runs',
         nargs='+',
         metavar='[NAME=]WORK_DIR',
-        help='work dirs of trainings, or of tests with tools/test.py; runs with the same name are seeds of one setup, '
-        "a run named 'teacher' is a reference line, and the table compares all runs with a run named 'alone'",
+        help='work dirs of trainings, or of tests with tools/test.py. Runs with the same name are seeds of one setup. '
+        "A run named 'teacher' is drawn as a reference line. The table compares all runs with the run named 'alone'",
     )
     parser.add_argument(
-        '-o', '--out', type=Path, default=Path('work_dirs/report'), help='folder (default: %(default)s)'
+        '-o', '--out', type=Path, default=Path('work_dirs/report'), help='folder of the report (default: %(default)s)'
     )
     return parser.parse_args()
 
 
 def named(text):
-    """Split an argument into name (or None) and folder."""
+    """Split an argument ``NAME=FOLDER`` into name and folder. The name is None if there is only a folder."""
     name, equals, folder = text.partition('=')
     if not equals or Path(text).is_dir():
         return None, Path(text)

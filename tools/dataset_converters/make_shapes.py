@@ -19,7 +19,7 @@ with quiet_packages():
 SHAPES = ('stop sign', 'sports ball', 'kite', 'pizza', 'donut')
 CATEGORIES = CocoDataset.METAINFO['classes']
 SPLITS = ('train', 'val')
-MIN_VISIBLE = 0.4  # objects with a smaller visible share are not annotated
+MIN_VISIBLE = 0.4  # objects with a smaller visible fraction are not annotated
 MIN_SIDE = 6  # pixels; smaller objects are not annotated
 RADII = (0.08, 0.22)  # range of the radius relative to the image size
 
@@ -142,7 +142,7 @@ def texture(rng: np.random.Generator, size: int, contrast: float) -> np.ndarray:
 
 
 def draw_clutter(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Draw lines and small dots as clutter; they belong to no category."""
+    """Draw lines and small dots as clutter, which is not annotated."""
     size = image.shape[0]
     for _ in range(rng.integers(3, 10)):
         start, end = (tuple(int(v) for v in rng.integers(0, size, 2)) for _ in range(2))

@@ -13,8 +13,9 @@ def parse_args():
     )
     parser.add_argument(
         '--checkpoint',
-        help="teacher checkpoint: a path, a URL, or 'zoo' (of mmdet, mmseg, mmpretrain) or 'pretrained' (of timm, "
-        'torchvision, transformers) for the listed one (default: the listed one)',
+        help="teacher checkpoint: a path, a URL, 'zoo' for the weights in the model index of mmdet, mmseg or "
+        "mmpretrain, or 'pretrained' for the weights of timm, torchvision or transformers (default: zoo or "
+        'pretrained, whichever fits the teacher)',
     )
     parser.add_argument('-o', '--output', help='file to write (default: print the config)')
     parser.add_argument(

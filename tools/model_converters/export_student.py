@@ -17,7 +17,7 @@ def parse_args():
 
 
 def check_outputs(args):
-    """Refuse to overwrite the files of the run."""
+    """Raise an error if an output file is the config or the checkpoint of the run."""
     for out, name in product(filter(None, (args.out, args.config_out)), ('config', 'checkpoint')):
         if Path(out).exists() and Path(getattr(args, name)).exists() and Path(out).samefile(getattr(args, name)):
             raise ValueError(f"'{out}' is the {name} of the run and would be overwritten: write to another file.")

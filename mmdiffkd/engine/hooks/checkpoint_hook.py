@@ -42,11 +42,12 @@ class CheckpointHook(BaseCheckpointHook):
         Raises:
             ValueError: On all ranks, if the file does not exist, is damaged, or contains more than plain data.
         """
-        if runner._has_loaded:  # FlexibleRunner loads before it calls hooks; tools/train.py has checked the file
+        # FlexibleRunner loads the checkpoint before it calls hooks; tools/train.py has already checked the file
+        if runner._has_loaded:
             return
         named = runner._load_from
         for source in filter(lambda value: isinstance(value, str), (named, runner._resume)):
-            check_no_folder(source, source)  # only FlexibleRunner reads sharded checkpoints
+            check_no_folder(source, source)  # only FlexibleRunner reads folders (sharded checkpoints)
         runner._load_from = self.file_to_load(named, runner._resume, runner.work_dir)
         if runner._load_from is not None:
             fit_loaded_weights(runner.model, named or runner._load_from)
@@ -74,7 +75,7 @@ class CheckpointHook(BaseCheckpointHook):
         """
         meta = checkpoint.get('meta')
         meta = meta if isinstance(meta, dict) else {}
-        meta.pop('config', None)  # mmengine would execute it as Python; its own files have the key 'cfg'
+        meta.pop('config', None)  # mmengine would execute this entry as Python; its own checkpoints use 'cfg'
         if not runner._resume:
             return
         keys = checkpoint.get(STATE)
@@ -92,14 +93,15 @@ class CheckpointHook(BaseCheckpointHook):
             )
         info = checkpoint.get('message_hub', {}).get('runtime_info', {})
         folder = osp.realpath(self._folder(runner.work_dir))
-        for key, value in list(info.items()):  # mmengine deletes the listed files once it has saved newer ones
+        # mmengine deletes the files that these two entries name once it has saved newer checkpoints
+        for key, value in list(info.items()):
             if key == 'keep_ckpt_ids' and not all(isinstance(step, int) for step in value):
                 del info[key]
             if key.startswith('best_ckpt') and not _is_best_of(folder, value):
                 del info[key]
 
     def before_train(self, runner: Runner) -> None:
-        """Set up atomic writes, and in iteration-based loops, the seeding before each batch."""
+        """Set up atomic writes. In iteration-based loops, also seed the random generators before each batch."""
         super().before_train(runner)
         if type(self.file_backend) is LocalBackend:
             self.backend_args = {**(self.backend_args or {}), 'backend': ATOMIC_BACKEND}
@@ -126,7 +128,8 @@ class CheckpointHook(BaseCheckpointHook):
         outdated = None
         if self.max_keep_ckpts > 0 and len(self.keep_ckpt_ids) == self.max_keep_ckpts:
             if self.keep_ckpt_ids[-1] != step:
-                outdated = self.keep_ckpt_ids.popleft()  # mmengine would delete it before it saves the new checkpoint
+                # mmengine would delete the outdated checkpoint before it saves the new one
+                outdated = self.keep_ckpt_ids.popleft()
         try:
             super()._save_checkpoint_with_step(runner, step, meta)
         except UnicodeEncodeError:  # mmengine writes last_checkpoint in the encoding of the locale
@@ -140,7 +143,8 @@ class CheckpointHook(BaseCheckpointHook):
             return
         _update_auto_weights(runner)
         before = self._best_paths()
-        self._set_best_paths(dict.fromkeys(before))  # mmengine would delete old files before it saves new ones
+        # hide the old files from mmengine, which would delete them before it saves new ones
+        self._set_best_paths(dict.fromkeys(before))
         try:
             super()._save_best_checkpoint(runner, metrics)
         finally:
@@ -149,7 +153,7 @@ class CheckpointHook(BaseCheckpointHook):
             self._delete(path)
 
     def _best_paths(self) -> dict:
-        """Return the best checkpoint per metric. A single metric has the key None, because its name may be unknown."""
+        """Return the path of the best checkpoint per metric. With a single metric, the key is None."""
         several = getattr(self, 'best_ckpt_path_dict', None)
         return {None: getattr(self, 'best_ckpt_path', None)} if several is None else dict(several)
 
@@ -176,7 +180,7 @@ def _is_best_of(folder: str, path) -> bool:
 
 
 def _update_auto_weights(runner: Runner) -> None:
-    """Complete the measurement of the last iteration, of which each rank knows its own part."""
+    """Update the weights of ``loss_weight='auto'`` before a checkpoint is saved, on all ranks together."""
     model = get_distiller(runner)
     if model is not None and model.diffkd_teacher is not None:
         model.update_auto_weights()

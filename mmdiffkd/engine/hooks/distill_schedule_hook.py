@@ -17,8 +17,8 @@ from .utils import require_distiller, require_optimizer
 class DistillScheduleHook(Hook):
     """Schedule of the distillation: start, end, warmup, decay and interval.
 
-    The model is distilled from ``begin`` until before ``end``. The factor of every ``loss_kd`` rises linearly from 0 to
-    1 during the warmup, and falls to 0 during the decay. The losses of the diffusion module always have their full
+    Distillation starts at ``begin`` and is off from ``end`` on. The factor of every ``loss_kd`` rises linearly from 0
+    to 1 during the warmup, and falls to 0 during the decay. The losses of the diffusion module always have their full
     weight. Before ``begin`` and from ``end`` on, neither the teacher nor the diffusion module runs, and the weights of
     the diffusion module do not change. The factor depends only on the iteration, so a resumed run continues the
     schedule. The factor is logged as ``diffkd.weight``.
@@ -57,7 +57,9 @@ class DistillScheduleHook(Hook):
     ):
         if end is not None and not begin + max(warmup + decay, 1) <= end:
             raise ConfigError(
-                'end', f'={end} is too early: begin={begin}, warmup={warmup} and decay={decay} must end before it.'
+                'end',
+                f'={end} is too early: it must be above begin, and at least begin + warmup + decay = '
+                f'{begin} + {warmup} + {decay}.',
             )
         self.begin = begin
         self.end = end
@@ -70,13 +72,13 @@ class DistillScheduleHook(Hook):
         self._handle = None
 
     def before_train(self, runner: Runner) -> None:
-        """Convert epochs to iterations, and register an optimizer hook that keeps an idle diffusion module unchanged.
+        """Convert epochs to iterations, and protect the weights of the diffusion module while distillation is off.
 
         Raises:
             ValueError: If the model is not a distiller, or the optimizer is not a single torch optimizer.
             ValueError: If epochs are given in an iteration-based loop, the schedule is longer than the training, some
-                iterations would train nothing because ``task_loss`` is False, or FSDP hides the parameters of the
-                diffusion module.
+                iterations would train nothing because ``task_loss`` is False, or FSDP has replaced the parameters of
+                the diffusion module.
         """
         model = require_distiller(runner, self)
         unit = 1
@@ -120,7 +122,7 @@ class DistillScheduleHook(Hook):
             self._handle = None
 
     def weight(self, iteration: int) -> Optional[float]:
-        """Return the weight of ``loss_kd`` in an iteration, counted from 0; None without distillation."""
+        """Return the factor of ``loss_kd`` in an iteration, counted from 0; None if distillation is off in it."""
         if not self._begin <= iteration < self._end or (iteration - self._begin) % self.interval:
             return None
         rise = (iteration + 1 - self._begin) / self._warmup if self._warmup else 1.0
@@ -130,7 +132,7 @@ class DistillScheduleHook(Hook):
         return min(1.0, rise, fall)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Set the distillation weight of this iteration."""
+        """Set the factor of ``loss_kd`` for this iteration."""
         model = require_distiller(runner, self)
         if model.diffkd_teacher is None:
             return
@@ -145,7 +147,10 @@ class DistillScheduleHook(Hook):
         runner.message_hub.update_scalar('train/diffkd.weight', weight or 0.0)
 
     def _clear_unused_gradients(self, parameters: list) -> None:
-        """Clear the gradients of an idle diffusion module, to keep momentum and weight decay from changing it."""
+        """Clear the gradients of the diffusion module if it did not run, so that the optimizer leaves it unchanged.
+
+        Zero gradients would not suffice, because momentum and weight decay would still change the weights.
+        """
         if not self._has_distilled:
             for parameter in parameters:
                 parameter.grad = None

@@ -29,13 +29,13 @@ class NonFiniteHook(Hook):
 
     Args:
         policy (str): ``'raise'`` stops the run, ``'skip'`` skips the step. Defaults to ``'raise'``.
-        max_consecutive_skips (int): The run stops if more steps in a row are skipped. Defaults to 20.
+        max_consecutive_skips (int): The run stops if more steps than this are skipped in a row. Defaults to 20.
 
     Raises:
         ValueError: If ``policy`` is unknown.
     """
 
-    priority = 'ABOVE_NORMAL'  # restore the buffers before EMAHook copies them
+    priority = 'ABOVE_NORMAL'  # so that this hook restores the buffers before EMAHook copies them
 
     @check_arguments
     def __init__(self, policy: Literal['raise', 'skip'] = 'raise', max_consecutive_skips: Natural = 20):
@@ -44,7 +44,8 @@ class NonFiniteHook(Hook):
         self._handle = None
         self._consecutive = 0
         self._causes: List[str] = []  # names of non-finite values since the last optimizer step
-        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []  # buffers and copies from before the iteration
+        # each buffer and its copy from before the iteration
+        self._buffers: List[Tuple[torch.Tensor, torch.Tensor]] = []
 
     def before_train(self, runner: Runner) -> None:
         """Enable the checks of the distiller, and register a hook on the optimizer.
@@ -75,7 +76,7 @@ class NonFiniteHook(Hook):
             torch._foreach_copy_(list(saved), list(live))
 
     def _check(self, runner: Runner, model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> None:
-        """Before a step with non-finite values, raise an error or clear all gradients, so that no weight changes."""
+        """Check the values before an optimizer step. If one is not finite, raise an error or clear all gradients."""
         if getattr(optimizer, 'found_inf', None) is not None and optimizer.found_inf:
             return  # the loss scaler has set found_inf, so the fused optimizer skips the step itself
         if not (self._causes or model.distill_state.non_finite_losses):
@@ -138,13 +139,17 @@ def _all_finite(gradients: List[torch.Tensor]) -> torch.Tensor:
 
 
 def _locate(model: DiffKDDistiller, optimizer: Optimizer, names: dict) -> List[str]:
-    """Name the non-finite gradients of all ranks: pairs and levels, or parameters if all tap gradients are finite."""
+    """Return the names of the non-finite gradients on all ranks.
+
+    The names are pairs and levels, or parameters if the gradients of all taps are finite.
+    """
     sums = model.distill_state.tap_gradients.items()
     found = [f'diffkd.{pair}, level {level}' for (pair, level), total in sums if not total.isfinite()]
     if not found:
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         found = [names.get(p, 'a parameter outside the model') for p in parameters if not p.grad.isfinite().all()]
-        if found and len(found) == len(parameters):  # clipping by a non-finite total norm affects all gradients
+        # gradient clipping with a norm that is not finite makes all gradients non-finite
+        if found and len(found) == len(parameters):
             found = ['all parameters']
         elif len(found) > 4:
             found = [*found[:4], f'{len(found) - 4} more parameters']

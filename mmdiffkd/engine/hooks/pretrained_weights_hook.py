@@ -22,24 +22,25 @@ WEIGHTS = 'pretrained.pth'
 
 @HOOKS.register_module()
 class PretrainedWeightsHook(Hook):
-    """Write the weights of a pre-trained backbone and neck at the end of the training, and say how to load them.
+    """Write the weights of a pre-trained backbone and neck at the end of the training, and log how to load them.
 
-    The file ``pretrained.pth`` in the work dir has the keys ``backbone.*`` and ``neck.*``. The log shows the lines that
-    load it in the config of the student. They are checked before: a backbone and a neck are built and loaded with them.
-    :func:`mmdiffkd.apis.pretrain` adds the hook to its configs.
+    The file ``pretrained.pth`` in the work dir has the keys ``backbone.*`` and ``neck.*``. The log shows the
+    config lines with which a student loads this file. The hook checks these lines first: it builds a backbone and a
+    neck with them, and compares the loaded weights with the file. :func:`mmdiffkd.apis.pretrain` adds this hook to
+    its configs.
     """
 
-    priority = 'LOWEST'  # after the last checkpoint is written
+    priority = 'LOWEST'  # run after the hook that writes the last checkpoint
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Log how many files could not be decoded, if there are more than before."""
+        """Log how many image files could not be decoded, if there are more than after the previous epoch."""
         broken = getattr(runner.train_dataloader.dataset, 'broken_files', [])
         count = torch.tensor(len(broken))
         all_reduce(count, op='max')
         if int(count) > getattr(self, '_count', 0):
             self._count = int(count)
-            example = f', such as {broken[0]}' if broken else ''
-            print_log(f'{count} files cannot be decoded and were replaced by other images{example}.', 'current')
+            example = f', such as {broken[0]},' if broken else ''
+            print_log(f'{count} image files{example} cannot be decoded; other images replace them.', 'current')
 
     def after_train(self, runner: Runner) -> None:
         """Write the weights and log how to load them."""
@@ -53,7 +54,7 @@ class PretrainedWeightsHook(Hook):
 
 
 def usage(file: Path, encoder: dict) -> str:
-    """Return the text of a config that starts a student from pre-trained weights, after trying it.
+    """Return the config lines that start a student from pre-trained weights, after checking that they work.
 
     Args:
         file (Path): The weights.
@@ -65,15 +66,16 @@ def usage(file: Path, encoder: dict) -> str:
     names = ' and '.join(parts)
     if problem is not None:
         return (
-            f"'{path}' has the pre-trained weights of {names}. init_cfg does not load them ({problem}); start from "
-            f'them with this line in the config of the student:\n\nload_from = {path!r}\n'
+            f"'{path}' holds the pre-trained weights of {names}. init_cfg cannot load them ({problem}). To start from "
+            f'these weights, add this line to the config of the student:\n\nload_from = {path!r}\n'
         )
     lines = [f'    {name}=dict(init_cfg=dict({", ".join(_init_cfg(cfg, name, path))})),' for name, cfg in parts.items()]
     if encoder.get('_scope_') == 'mmseg':
         lines.insert(0, '    pretrained=None,')
     return (
-        f"'{path}' has the pre-trained weights of {names}, which were loaded for a check. Start from them with these "
-        'lines in a config that inherits the one of the student:\n\nmodel = dict(\n' + '\n'.join(lines) + '\n)\n'
+        f"'{path}' holds the pre-trained weights of {names}. To start from these weights, write a config that inherits "
+        'the config of the student, and add these lines, which were checked:\n\n'
+        'model = dict(\n' + '\n'.join(lines) + '\n)\n'
     )
 
 
@@ -95,8 +97,8 @@ def _problem(cfg: dict, name: str, path: str, weights: Dict[str, torch.Tensor]) 
         with torch.random.fork_rng(devices=[]):
             module = MODELS.build(cfg)
             module.init_weights()
-    except Exception as error:  # modules load weights in their own ways
-        return f'the {name} refuses it: {one_line(error)}'
+    except Exception as error:  # some modules load weights with their own code, so any error is possible
+        return f'the {name} cannot load the file: {one_line(error)}'
     saved = {key[len(name) + 1 :]: value for key, value in weights.items() if key.startswith(f'{name}.')}
     loaded = module.state_dict()
     other = [key for key, value in saved.items() if key not in loaded or not value.equal(loaded[key])]

@@ -21,7 +21,7 @@ class TeacherCheckHook(Hook):
 
     Args:
         min_score (float, optional): Lowest accepted value of the metric. The run stops if the teacher scores lower.
-            None only logs the metrics. Defaults to None.
+            With None, the hook only logs the metrics. Defaults to None.
         metric (str, optional): Name of the metric, such as ``'coco/bbox_mAP'``; higher must be better. Defaults to the
             first metric that the evaluator returns.
     """

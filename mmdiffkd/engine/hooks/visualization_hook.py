@@ -88,7 +88,7 @@ def _is_finite(record: DistillRecord) -> bool:
 
 
 def _timesteps(neck: nn.Module, output: DiffusionOutput) -> Sequence[int]:
-    """Return the timesteps of the denoising steps from ``neck.describe()``, or else the step numbers."""
+    """Return the timesteps of the denoising steps, or the step numbers if ``neck.describe()`` has no timesteps."""
     return neck.describe()[0].get('steps') or range(len(output.trajectory) - 1)
 
 

@@ -238,8 +238,8 @@ def test_preview(shapes, tmp_path):
     cfg.dump(tmp_path / 'config.py')
     printed = call_tool('analysis_tools/preview.py', tmp_path / 'config.py').stdout
     assert 'Classes that the pair cls compares: stop sign, sports ball, kite, pizza.' in printed
-    assert 'left out, 1 of the student: bolt.' in printed
-    assert re.search(r'left out, 76 of the teacher: person, bicycle, .*, toothbrush\.', printed)
+    assert 'Classes of the student that are left out (1): bolt.' in printed
+    assert re.search(r'Classes of the teacher that are left out \(76\): person, bicycle, .*, toothbrush\.', printed)
 
 
 def test_names_of_data_sets(tmp_path):

@@ -124,7 +124,7 @@ def test_preview(tmp_path):
     pytest.importorskip('timm')
     teacher = dict(config='timm::eva02_tiny_patch14_224', checkpoint='pretrained')
     report = preview(config_file(tmp_path, teacher))
-    text = 'gets images of 98x126 for 96x128 of the student, the nearest multiples of 14'
+    text = 'Images of 96x128 are resized for the teacher to 98x126, the nearest multiples of 14'
     assert any(text in note for note in report['warnings'])
     assert report['pairs'][0]['teacher_shape'] == [192, 7, 10] and report['pairs'][0]['loss_kd'] == 'CosineLoss'
     larger = preview(config_file(tmp_path, dict(teacher, resize=2.0)))
