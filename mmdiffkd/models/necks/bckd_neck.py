@@ -146,7 +146,9 @@ def balanced_losses(
 
 
 def score_divergence(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
-    """Return the binary cross-entropy of scores, weighted by |score difference| ** beta and summed over classes.
+    """Return the binary cross-entropy of scores, weighted by their difference and summed over classes.
+
+    The weight is the absolute difference of the scores to the power ``beta``.
 
     Args:
         student (Tensor): Logits, (R, K).
