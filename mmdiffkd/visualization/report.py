@@ -61,7 +61,7 @@ def write_report(
 
 
 def _charts_of_page(out: Path) -> List[Path]:
-    """Return the charts of an earlier page. The new page replaces them; other pictures in the folder are kept."""
+    """Return the charts of an earlier page, which the new page replaces. All other pictures in the folder are kept."""
     page = out / PAGE
     names = re.findall(r'data-file="([\w.-]+\.png)"', page.read_text('utf-8', 'replace')) if page.is_file() else []
     return [out / name for name in names]

@@ -16,9 +16,9 @@ REMOVED = -1e30  # logit of a removed class; finite, because -inf gives NaN in t
 class DKDLoss(nn.Module):
     """DKD loss: KL divergence, decoupled into target class and non-target classes (Zhao et al., CVPR 2022).
 
-    The target term (TCKD) compares two probabilities: that of the true class, and the sum of all other classes. The
-    non-target term (NCKD) compares the distributions over the non-target classes. Both terms are multiplied by tau
-    squared.
+    The target term (TCKD) compares binary distributions: the probability of the true class, and the sum of the
+    probabilities of all other classes. The non-target term (NCKD) compares the distributions over the non-target
+    classes. Both terms are multiplied by tau squared.
 
     mmrazor's ``DKDLoss`` ignores ``reduction='mean'`` and sums over the batch, so it is larger than the authors' loss
     by a factor of the batch size. In this class, ``reduction='sum'`` equals mmrazor's ``'mean'``, ``'sum'`` and
@@ -84,7 +84,7 @@ class DKDLoss(nn.Module):
 
 
 def _target_or_not(logits: Tensor, is_target: Tensor) -> Tensor:
-    """Return the log-probabilities of the target class and of the union of all other classes, (rows, 2)."""
+    """Return the log-probabilities of the target class and of all non-target classes together, (rows, 2)."""
     log_p = logits.log_softmax(dim=1)
     target = log_p.masked_fill(~is_target, 0.0).sum(dim=1)
     return torch.stack([target, log_p.masked_fill(is_target, REMOVED).logsumexp(dim=1)], dim=1)

@@ -21,7 +21,7 @@ class CWDNormPreset(Preset):
     Released code:
         RTMDet's configs standardize features with a BatchNorm that has no affine parameters and uses the statistics of
         the batch in evaluation mode, too. This preset does the same. RTMDet's configs stop the distillation after 280
-        of 300 epochs. By default, this preset does not.
+        of 300 epochs. By default, this preset distills until the end of the training.
 
     Examples:
         To stop the distillation after 280 epochs, as RTMDet's configs do::

@@ -11,9 +11,10 @@ from .base import Preset
 class DKDPreset(Preset):
     """DKD: KL divergence, decoupled into the true class and the non-target classes; see :class:`.DKDLoss`.
 
-    One term compares two probabilities: that of the true class, and the sum of all other classes. The second term
-    compares the distributions over the non-target classes, which are all classes except the true one. The loss needs
-    the true class of each image. For mixed images (MixUp, CutMix), it uses the class with the highest score.
+    The first term compares binary distributions: the probability of the true class, and the sum of the probabilities of
+    all other classes. The second term compares the distributions over the non-target classes, which are all classes
+    except the true one. The loss needs the true class of each image. For mixed images (MixUp, CutMix), it uses the
+    class with the highest score.
 
     Weights:
         ``alpha=1``, ``beta=0.5`` and ``tau=1`` are the authors' settings for ResNet-34 and ResNet-18 on ImageNet.
