@@ -131,14 +131,14 @@ SETS = {
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('set', choices=SETS, help='data set and length of the training')
-    parser.add_argument('--runs', type=Path, help='folder of a comparison whose results are added')
+    parser.add_argument('--runs', type=Path, help='work dir of a comparison whose results are added first')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of results and pages')
-    parser.add_argument('--seeds', type=int, nargs='+', help='write nothing, and print the tables of these seeds')
+    parser.add_argument('--seeds', type=int, nargs='+', help='print the tables of these seeds instead of writing pages')
     return parser.parse_args()
 
 
 def read_lines(file: Path) -> List[dict]:
-    """Read a file with one JSON value per line; no lines if the file does not exist."""
+    """Read a file with one JSON value per line. The result is empty if the file does not exist."""
     return [json.loads(line) for line in file.read_text('utf-8').splitlines()] if file.exists() else []
 
 

@@ -96,7 +96,10 @@ def _last_and_first(pictures: Sequence[Picture]) -> List[Picture]:
 
 
 def _embedded(picture: Picture, most: int) -> Tuple[str, int]:
-    """Return a picture as data URI, and its width. Files above ``most`` bytes become the widest JPEG that fits."""
+    """Return a picture as data URI, and its width.
+
+    A file of more than ``most`` bytes is converted to the widest JPEG that fits.
+    """
     content, kind = picture.path.read_bytes(), 'png'
     with Image.open(io.BytesIO(content)) as opened:
         image = opened.convert('RGB')  # decode the whole file here, to find damaged files

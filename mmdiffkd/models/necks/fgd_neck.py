@@ -182,7 +182,7 @@ class ContextBlock(nn.Module):
 
 
 def attention(feature: Tensor, tau: float) -> Tuple[Tensor, Tensor]:
-    """Return spatial attention, (N, H, W), and channel attention, (N, C), with a mean of 1 each."""
+    """Return spatial attention, (N, H, W), and channel attention, (N, C). Both have a mean of 1 in each image."""
     channel = (feature.abs().mean(dim=(2, 3)) / tau).softmax(dim=1) * feature.size(1)
     return spatial_attention(feature, tau)[:, 0], channel
 
