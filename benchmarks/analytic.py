@@ -1,7 +1,8 @@
-"""Count the operations and the memory traffic of an iteration on meta tensors, which compute nothing.
+"""Count the operations and the memory traffic of a training iteration, on meta tensors, without computing it.
 
-The config must distill the neck of a dense detector. Operations are counted for convolutions and matrix products, and
-bytes for all reads and writes of all operators, as if there were no caches. The student's losses are not counted.
+The config must distill the neck of a dense detector. The operations are those of convolutions and matrix products. The
+memory traffic is the number of bytes that all operators read and write, as if there were no caches. The student's
+losses are not counted.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def parse_args():
 
 
 class Traffic(TorchDispatchMode):
-    """Count the bytes that operators read and write. Views read and write nothing."""
+    """Count the bytes that operators read and write. Views count as zero."""
 
     def __init__(self):
         super().__init__()

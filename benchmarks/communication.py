@@ -1,4 +1,4 @@
-"""Estimate the communication of data-parallel distillation from the numbers of parameters."""
+"""Estimate how many bytes data-parallel distillation communicates, from the numbers of parameters."""
 
 import argparse
 
@@ -54,7 +54,7 @@ def trainable(model: nn.Module) -> tuple:
 
 
 def ring_bytes(params: int, gpus: int) -> float:
-    """Return the bytes that each GPU sends per iteration to reduce the gradients in a ring; it receives as many."""
+    """Return the bytes that each GPU sends per iteration in a ring all-reduce of the gradients."""
     return 2 * (gpus - 1) / gpus * params * BYTES
 
 

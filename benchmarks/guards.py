@@ -1,8 +1,8 @@
-"""Measure the overhead of the hooks that guard a long run.
+"""Measure the overhead of the hooks that protect a long run.
 
-Iterations with and without a hook alternate in one process. For each hook, the table shows the median of the ratios of
-neighboring iterations, and the range of the middle half of the ratios. The first row compares two runs without hooks,
-which shows the noise of the measurement.
+Iterations with and without a hook alternate in one process. The ratio of the two times is taken for each pair of
+neighboring iterations. For each hook, the table shows the median and the quartiles of these ratios. The first row
+compares two runs without hooks, which shows the noise of the measurement.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def parse_args():
 
 
 def ready_to_train(cfg, changes, name, folder):
-    """Build a runner and run everything before its first iteration."""
+    """Build a runner, and do everything that mmengine does before the first training iteration."""
     cfg = Config(copy.deepcopy(cfg.to_dict()))
     cfg.merge_from_dict(changes)
     cfg.work_dir, cfg.experiment_name = str(folder / name), name
@@ -61,7 +61,7 @@ def ready_to_train(cfg, changes, name, folder):
 
 def seconds(runner, index, batch):
     """Return the time of one iteration of a runner, including its hooks, in seconds."""
-    # mmengine uses the last instances, so make those of this runner the last
+    # mmengine uses the newest instances of MessageHub and MMLogger, so move the instances of this runner to the end
     MessageHub._instance_dict.move_to_end(runner.experiment_name)
     MMLogger._instance_dict.move_to_end(runner.experiment_name)
     batch = copy.deepcopy(batch)
@@ -79,7 +79,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         plain = ready_to_train(cfg, {}, 'plain', Path(folder))
         batches = list(islice(plain.train_dataloader, 4))
-        print(f'{"guard":24}{"ratio":>8}   middle half of {args.iterations} pairs')
+        print(f'{"hook":24}{"ratio":>8}   quartiles of {args.iterations} ratios')
         for name, changes in GUARDS.items():
             guarded = ready_to_train(cfg, changes, f'guarded-{name}', Path(folder))
             ratios = []

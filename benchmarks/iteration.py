@@ -1,8 +1,8 @@
 """Measure time and peak memory of a distilled training iteration and of its components.
 
-Weights and images are random, which does not affect the time. The last row compares the whole iteration with the sum of
-the student's own step, the teacher's forward pass to its last tap, and the convolutions of the diffusion module. The
-components run in turn in one process.
+Weights and images are random, which does not affect the time. The last row is the ratio of the whole iteration to the
+sum of three components: the student's own step, the teacher's forward pass to its last tap, and the convolutions of the
+diffusion module. The components run alternately in one process.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def parse_args():
 
 
 def build(path, device):
-    """Read a config and build its distiller with a teacher of random weights, ready to train; return both."""
+    """Read a config and build its distiller with random weights of the teacher. Return config and distiller."""
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
     without_pretrained(cfg.model.student)
@@ -163,7 +163,7 @@ def main():
 
 
 def draw(figures, path):
-    """Draw two bars: the step of the student alone and, below it, the distilled step, stacked from its components."""
+    """Draw two bars: the step of the student alone, and below it the distilled step as a stack of its components."""
     import matplotlib
 
     matplotlib.use('Agg')

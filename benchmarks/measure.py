@@ -10,13 +10,13 @@ from mmdiffkd.apis.costs import MIB, in_turn, peak_mib  # noqa: F401
 
 
 def ratios(times: Sequence[float], base: Sequence[float]) -> Dict[str, float]:
-    """Return the median time in milliseconds, and median and quartiles of the ratios to ``base`` within a round."""
+    """Return the median time in milliseconds, and the median and the quartiles of the ratios to ``base`` per round."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(times, base)], n=4)
     return dict(ms=statistics.median(times) * 1e3, ratio=median, low=low, high=high)
 
 
 def publish(page: Path, title: str, text: str, command: str, where: Dict[str, str], rows, data) -> None:
-    """Print a table. With ``page``, also write the table to this file, and the data to a JSON file next to it."""
+    """Print a table. If ``page`` is given, also write the table to this file and the data to a JSON file next to it."""
     table = markdown(rows)
     print(table)
     if page is None:

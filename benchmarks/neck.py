@@ -1,7 +1,7 @@
-"""Measure time and memory of the diffusion module, relative to its convolutions alone.
+"""Measure time and memory of the diffusion module, relative to running only its convolutions.
 
-The convolutions alone run in the same order, but without normalization, activations, sums, noise and losses. A step is
-a forward and a backward pass. All implementations run in turn in one process.
+The reference runs the convolutions in the same order, but without normalization, activations, sums, noise and losses. A
+step is a forward and a backward pass. All implementations run alternately in one process.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def set_memory_efficient(neck, value):
 
 
 def convolutions(level, student, teacher):
-    """Run only the convolutions of a level. Return the outputs that are not the input of another convolution."""
+    """Run only the convolutions of a level. Return the outputs that no convolution takes as its input."""
 
     def run(chain, x):
         for module in chain.modules():

@@ -1,4 +1,4 @@
-"""Tables and pages of the benchmarks. Only :func:`machine` needs torch; nothing else must be installed."""
+"""Tables and pages of the benchmarks. Only :func:`machine` needs torch. No other package is needed."""
 
 import platform
 import subprocess
@@ -55,12 +55,12 @@ def _commit() -> str:
 
 
 def write_page(page: Path, title: str, text: str, command: str, where: Dict[str, str], rows: Sequence[dict]) -> None:
-    """Write a table with its title, text, command, and the machine and versions that it was measured with.
+    """Write a page with title, text, command, the machine and versions of the measurement, and a table.
 
     Args:
         page (Path): The .md file.
         title (str): Title of the page.
-        text (str): What was measured.
+        text (str): Explanation of what was measured.
         command (str): The command that measures it.
         where (dict[str, str]): The keys ``machine`` and ``versions``.
         rows (list[dict]): Rows of the table; see :func:`markdown`.

@@ -1,7 +1,7 @@
-"""Estimate how long the paper's pairs train on this machine, from measured training steps at full image size.
+"""Estimate the training time of the paper's pairs on this machine, from measured training steps at full image size.
 
-Weights and images are random, which does not affect the time. Pairs that have a result are skipped. To resume after an
-interruption, run the same command again.
+Weights and images are random, which does not affect the time. Pairs that already have a result are skipped. To resume
+after an interruption, run the same command again.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.iteration import build, random_batch_of
 from benchmarks.measure import in_turn, machine, markdown, ratios
 
 COCO, CITYSCAPES, IMAGENET = 'COCO', 'Cityscapes', 'ImageNet'
-# number of training images; for COCO, only of images with boxes, because detectors skip the others
+# number of training images; for COCO, number of images with boxes, because detectors skip images without boxes
 IMAGES = {COCO: 117266, IMAGENET: 1281167}
 SIZES = {COCO: (800, 1344), CITYSCAPES: (512, 1024), IMAGENET: (224, 224)}
 BATCHES = {COCO: 1, CITYSCAPES: 2, IMAGENET: 16}
@@ -31,8 +31,8 @@ class Pair(NamedTuple):
         config (str): Path of the config below ``configs``, without suffix.
         data (str): Name of the data set.
         paper (str): Metrics of the paper: student alone -> DiffKD.
-        same_as (str, optional): Config of a pair that differs only in the distance. A step takes the same time, so only
-            that pair is measured.
+        same_as (str, optional): Config of a pair that differs only in the distance. Its steps take the same time, so
+            its measured time is used for this pair, too.
     """
 
     config: str
@@ -122,7 +122,7 @@ def parse_args():
 
 
 def schedule_of(cfg, data: str) -> dict:
-    """Return how many images a training processes in all its epochs, and the number of GPUs of its learning rate."""
+    """Return the number of images that a training processes in all epochs, and the config's number of GPUs."""
     batch = cfg.auto_scale_lr['base_batch_size']
     images = cfg.train_cfg.get('max_epochs', 0) * IMAGES.get(data, 0) or cfg.train_cfg.max_iters * batch
     return dict(images=images, gpus=batch // cfg.train_dataloader.batch_size)
@@ -196,7 +196,8 @@ def main():
     for key in ('machine', 'versions'):
         if known[key] != where[key]:
             raise SystemExit(
-                f'{data} has times of a different machine or version ({known[key]}); choose a different --page.'
+                f'{data} has times that were measured on a different machine or version ({known[key]}); choose a '
+                'different --page.'
             )
     results = known['results']
     for pair in PAIRS:

@@ -1,8 +1,9 @@
-"""Measure the seconds per training iteration of every preset, beside the student alone and the teacher's forward pass.
+"""Measure the time of a training iteration with each preset, of the student alone, and of the teacher's forward pass.
 
-The pairs are those of the accuracy benchmarks and ResNet-34 -> ResNet-18. Images, labels and the teacher's weights are
-random, which does not affect the time, so neither data nor checkpoints are needed. Iterations of each preset and of the
-student alone run in turn in one process, and the ratios are medians over these rounds.
+The pairs of models are those of the accuracy benchmarks, and ResNet-34 -> ResNet-18. Images, labels and the teacher's
+weights are random, which does not affect the time, so neither data nor checkpoints are needed. In each round, an
+iteration of the preset and an iteration of the student alone run in the same process. The ratios are medians over the
+rounds.
 """
 
 import argparse
@@ -36,7 +37,7 @@ class Pair(NamedTuple):
     Attributes:
         student (str): Config of the student.
         teacher (str): Config of the teacher.
-        size (int): Height and width of the images; classifiers use the size of their training pipeline.
+        size (int): Height and width of the images. Classifiers ignore it: their training pipeline sets the size.
         batch (int): Batch size.
     """
 
@@ -62,8 +63,9 @@ def measure(pair: Pair, rounds: int, presets: List[str]) -> Dict[str, dict]:
         presets (list[str]): Presets to measure.
 
     Returns:
-        dict[str, dict]: ``seconds`` per iteration and ``time``, the ratio to the student alone, by method: the student
-        alone, the teacher's forward pass, and the presets. Instead, ``error`` says why a preset does not apply.
+        dict[str, dict]: ``seconds`` per iteration, and ``time``, the ratio to the student alone, by method. The methods
+        are the student alone, the teacher's forward pass, and the presets. A preset that does not apply only has
+        ``error``, the reason.
     """
     student, teacher = (Config(read_config(source).to_dict()) for source in (pair.student, pair.teacher))
     init_default_scope(student.default_scope)

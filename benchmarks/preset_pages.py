@@ -1,8 +1,8 @@
-"""Write the pages of the presets, and the tables of presets in other pages.
+"""Write the pages of the presets, and the tables of presets in the rest of the documentation.
 
-The pages of presets come from their classes: text from the docstring, facts from the attributes, and default pairs from
-the models in ``MODELS``. Tables of results come from ``docs/accuracy``, and costs from ``docs/cost/presets.json``, if
-these files exist. ``python -m benchmarks.preset_pages`` writes all of them.
+The page of a preset is written from its class. The text comes from the docstring, the facts from the attributes, and
+the default pairs from applying the preset to the models in ``MODELS``. The results come from ``docs/accuracy`` and the
+costs from ``docs/cost/presets.json``, if these files exist. ``python -m benchmarks.preset_pages`` writes all of them.
 """
 
 import inspect
@@ -51,15 +51,15 @@ OTHER_CLASSES = {
     'mmseg': 'mmseg::deeplabv3/deeplabv3_r50-d8_4xb4-80k_ade20k-512x512.py',
     'mmpretrain': 'mmpretrain::resnet/resnet50_8xb16_cifar10.py',
 }
-# Students and teachers by what decides which presets apply.
+# Pairs of student and teacher, by the property of the pair that decides which presets apply.
 CANDIDATES = {
     'GFL from GFL': (GFL, GFL),
     'RetinaNet from RetinaNet': (RETINANET, RETINANET),
-    'ATSS from GFL: other head, one anchor per location in both': (ATSS, GFL),
-    'RetinaNet from GFL: other head, other anchors': (RETINANET, GFL),
+    'ATSS from GFL: different heads, one anchor per location in both': (ATSS, GFL),
+    'RetinaNet from GFL: different heads and different anchors': (RETINANET, GFL),
     'Faster R-CNN from Faster R-CNN': (FASTER_RCNN, FASTER_RCNN),
     'RetinaNet from Faster R-CNN: one stage from two': (RETINANET, FASTER_RCNN),
-    'YOLOX from YOLOX: other dense heads': ('mmdet::yolox/yolox_s_8xb8-300e_coco.py',) * 2,
+    'YOLOX from YOLOX: neither GFL, ATSS, RetinaNet nor FCOS heads': ('mmdet::yolox/yolox_s_8xb8-300e_coco.py',) * 2,
     'DINO from DINO: no dense head': ('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',) * 2,
     'segmentor, same classes': (DEEPLABV3, DEEPLABV3),
     'segmentor, class names unknown, different number of classes': (DEEPLABV3, OTHER_CLASSES['mmseg']),
@@ -69,7 +69,7 @@ CANDIDATES = {
 }
 SECTIONS = ('Weights', 'Released code', 'Examples')
 WIDTHS = ('student_channels', 'teacher_channels')
-HIDDEN = ('type', 'denoise', 'align', 'share_levels', 'loss_kd', *WIDTHS)  # neck settings that are no column
+HIDDEN = ('type', 'denoise', 'align', 'share_levels', 'loss_kd', *WIDTHS)  # neck settings that the tables leave out
 NOTE = '<!-- Written by python -m benchmarks.preset_pages; edit the docstring of the preset instead. -->'
 
 
@@ -88,7 +88,7 @@ class Docstring(NamedTuple):
 
 
 def own_presets() -> Dict[str, str]:
-    """Return the presets of this package with their summaries, without those that other modules register."""
+    """Return the presets of this package with their summaries. Presets that other packages register are left out."""
     return {name: text for name, text in list_presets().items() if PRESETS.get(name).__module__.startswith('mmdiffkd.')}
 
 
@@ -96,8 +96,8 @@ def read_docstring(preset: type) -> Docstring:
     """Split the docstring of a preset.
 
     Raises:
-        ValueError: If sections are missing, unknown or in another order. ``Released code`` may be missing if the preset
-            has a ``released_code``.
+        ValueError: If sections are missing, unknown or in the wrong order. ``Released code`` may be missing if the
+            preset has a ``released_code``.
     """
     head, *rest = re.split(r'^([A-Z][\w ]+):$', inspect.cleandoc(preset.__doc__), flags=re.MULTILINE)
     sections = {name: to_markdown(textwrap.dedent(text)) for name, text in zip(rest[::2], rest[1::2])}
@@ -105,14 +105,14 @@ def read_docstring(preset: type) -> Docstring:
     if list(sections) != [name for name in SECTIONS if name in sections] or not needed <= set(sections):
         raise ValueError(
             f'The docstring of {preset.__name__} has the sections {", ".join(sections)}; write '
-            f'{", ".join(sorted(needed))}, and what applies of {", ".join(SECTIONS)}, in this order.'
+            f'{", ".join(sorted(needed))}. All possible sections, in the required order: {", ".join(SECTIONS)}.'
         )
     summary, text = head.strip().split('\n', 1)
     return Docstring(to_markdown(summary), to_markdown(text), sections)
 
 
 def to_markdown(text: str) -> str:
-    """Convert the markup of a docstring to Markdown: code, names of classes, presets and pages, and code blocks."""
+    """Convert a docstring to Markdown: inline code, code blocks, and links to classes, presets and pages."""
     parts = re.split(r'::\n\n((?: {4}.*\n|\n)+)', text.strip() + '\n')
     for index, part in enumerate(parts):
         if index % 2:
@@ -147,7 +147,7 @@ def link_class(name: str) -> str:
 
 
 def link_preset(name: str) -> str:
-    """Return a link to the page of a preset, or the name as code if it is no preset."""
+    """Return a link to the page of the preset with this name, or the name as inline code if there is no such preset."""
     return f'[`{name}`]({name}.md)' if name in PRESETS.module_dict else f'`{name}`'
 
 
@@ -166,7 +166,7 @@ def _model(config: str):
 
 @cache
 def find_pairs(name: str) -> Dict[str, Dict[str, Dict[str, Pair]]]:
-    """Return the default pairs of a preset by task and model; models that the preset refuses are left out."""
+    """Return the default pairs of a preset, by task and model. Models that the preset refuses are left out."""
     found: Dict[str, Dict[str, Dict[str, Pair]]] = {}
     for task, configs in MODELS.items():
         for model, config in configs.items():
@@ -180,7 +180,7 @@ def find_pairs(name: str) -> Dict[str, Dict[str, Dict[str, Pair]]]:
 
 
 def pair_rows(name: str) -> List[Dict[str, str]]:
-    """Return table rows of the default pairs; models of a task with equal pairs share their rows."""
+    """Return table rows of the default pairs. If models of a task have equal pairs, they share the rows."""
     rows = []
     for found in find_pairs(name).values():
         groups: Dict[str, List[str]] = {}
@@ -198,7 +198,7 @@ def pair_rows(name: str) -> List[Dict[str, str]]:
 
 
 def pair_cells(pair: Pair) -> Dict[str, str]:
-    """Return the cells of a pair: taps, module that compares with its settings, and weights."""
+    """Return the table cells of a pair: the taps, the neck or distance with its settings, and the weights."""
     levels = '' if pair.levels is None else f', levels {pair.levels}'.replace('levels [-1]', 'last level')
     taps = [', '.join(f'`{tap}`' for tap in taps) + levels for taps in (pair.student_taps, pair.teacher_taps)]
     kind, loss = type_name(pair.neck['type']), pair.neck.get('loss_kd') or {}
@@ -328,7 +328,7 @@ def overview() -> str:
 
 
 def candidates() -> str:
-    """Return the table of the presets that apply to kinds of models."""
+    """Return the table of the presets that apply to each kind of pair in ``CANDIDATES``."""
     rows = []
     for kind, (student, teacher) in CANDIDATES.items():
         names = [f'`{name}`' for name in own_presets() if applies(name, student, teacher)]

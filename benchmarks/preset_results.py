@@ -12,7 +12,7 @@ from mmdiffkd.visualization.differences import BASELINE, confidence
 
 FOLDER = Path(__file__).parent.parent / 'docs' / 'accuracy'
 Scores = Dict[str, Dict[int, float]]  # by method and seed
-FEWEST = 3  # presets that make a section worth printing
+FEWEST = 3  # minimum number of presets with results for a section
 
 
 class ResultSet(NamedTuple):
@@ -40,7 +40,7 @@ SETS = {
 
 
 def results_sections(costs: Dict[str, Dict[str, str]], folder: Path = FOLDER) -> str:
-    """Return a section per data set with results of three presets or more; empty without results.
+    """Return one section for each data set that has results of at least ``FEWEST`` presets.
 
     Args:
         costs (dict[str, dict[str, str]]): Time of an iteration by preset and data set.
@@ -67,7 +67,7 @@ def read_scores(text: str, settings: ResultSet) -> Tuple[Scores, Scores]:
         settings (ResultSet): The metric.
 
     Returns:
-        tuple[dict, dict]: Scores on the validation and on the test split, of the teacher with the most results.
+        tuple[dict, dict]: Scores on the validation split and on the test split, with the teacher that has most results.
     """
     methods = {BASELINE, *list_presets()}
     runs = [line for line in map(json.loads, text.splitlines()) if line['arm'] in methods and 'val' in line]
@@ -87,7 +87,7 @@ def read_scores(text: str, settings: ResultSet) -> Tuple[Scores, Scores]:
 
 
 def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
-    """Return heading, conclusion and table of a data set, the best methods first."""
+    """Return heading, conclusion and table of a data set. The table is sorted from the best to the worst method."""
     settings, rows = SETS[name], []
     for method in sorted(test, key=lambda method: -statistics.fmean(test[method].values())):
         numbers = list(test[method].values())
@@ -110,7 +110,7 @@ def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
 
 
 def conclusion(val: Scores, test: Scores, column: str) -> str:
-    """Say which preset is best on the validation split, and which ones are not significantly different from it."""
+    """Return a text on the best preset on the validation split, and the presets that do not differ significantly."""
     presets = [method for method in val if method != BASELINE]
     most = max(len(val[method]) for method in presets)
     best = max(
@@ -132,7 +132,7 @@ def conclusion(val: Scores, test: Scores, column: str) -> str:
 def difference(scores: Dict[int, float], others: Dict[int, float]) -> Tuple[float, float]:
     """Return the mean difference between runs with the same seed, and the half width of its 95% interval.
 
-    The interval is infinite if less than two seeds are paired.
+    The interval is infinite if fewer than two seeds are paired.
     """
     pairs = [scores[seed] - others[seed] for seed in scores if seed in others]
     if len(pairs) < 2:

@@ -1,9 +1,9 @@
-"""Train one step, plain and distilled, with each model family of the installed mmdet, mmseg and mmpretrain.
+"""Train a step with and without distillation, for all model families of the installed mmdet, mmseg and mmpretrain.
 
-For each family and type of model, the student is the smallest config, without pretrained weights. The plain student
-trains one step on small images, then a distiller with the default ``distill`` trains one step. The teacher is the next
-larger model with the same types of modules or, if there is none, a second copy of the student. Models that have a
-result in the JSON file are skipped.
+For each type of model in a family, the student is the smallest config, without pretrained weights. The student first
+trains one step alone on small images. A distiller with the default ``distill`` then trains one step. The teacher is the
+next larger model with the same types of modules. If there is none, the teacher has the student's config. Models that
+have a result in the JSON file are skipped.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
 # Image sizes to try until a model trains: some models need large images, and SSD needs 300 pixels. The pipelines of
 # mmpretrain resize images themselves.
 SIZES = dict(mmdet=(128, 256, 512, 300), mmseg=(128, 256, 512), mmpretrain=(256,))
-NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # folders of base configs, examples and data set formats
+NO_FAMILY = ('_base_', 'common', 'misc', 'dsdl')  # folders that are not model families
 
 
 PAGE = """# Supported models
@@ -117,7 +117,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    for package in args.package:  # register here, so that forked processes need not
+    for package in args.package:  # register the modules before the fork, so that child processes need not
         import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
     results = json.loads(args.out.read_text('utf-8')) if args.out.is_file() else {}
     for name in [f'{package}/{family}' for package in args.package for family in families(package)]:
@@ -181,7 +181,7 @@ def as_table(results: Dict[str, List[dict]]) -> str:
 
 
 def as_list(rows: List[dict], step: str) -> str:
-    """Return a Markdown list of the reasons why ``step`` failed, with the models that failed for each reason."""
+    """Return a Markdown list of the reasons for which ``step`` failed, each with the models that failed."""
     reasons: Dict[str, Dict[str, List[str]]] = {}
     for found in rows:
         families = reasons.setdefault(as_text(found[step]), {})
@@ -410,7 +410,7 @@ def distill_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dic
 
 
 def as_trained(model: nn.Module, size: int) -> nn.Module:
-    """Initialize a model. BatchNorms get the statistics of random images, without which features may overflow."""
+    """Initialize a model. Its BatchNorms get the statistics of random images, so that features do not overflow."""
     model.init_weights()
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -425,7 +425,7 @@ def as_trained(model: nn.Module, size: int) -> nn.Module:
 
 
 def reason_of(error: Exception) -> str:
-    """Format an error in one line, with the file that raised it and without local paths."""
+    """Format an error in one line, with the name of the file that raised it, and without local paths."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = re.sub(r'[^\s\'"]*/(site-packages|tmp)/', '', ' '.join(str(error).split()))[:300]
     return f'{type(error).__name__}: {text} ({Path(frame.filename).name})'

@@ -1,7 +1,7 @@
 """Distillation methods that may replace the preset ``plus``.
 
-Z is the aligned student feature, T the teacher feature, (N, C, H, W) each; sg stops the gradient. a_t is
-``alphas_cumprod`` at timestep t, see :mod:`mmdiffkd.models.diffusion.schedulers`.
+Notation: Z is the aligned student feature and T is the teacher feature, (N, C, H, W) each. sg is the stop-gradient
+operator. a_t is ``alphas_cumprod`` at timestep t; see :mod:`mmdiffkd.models.diffusion.schedulers`.
 """
 
 from typing import Any, List, Literal, Optional, Sequence
@@ -26,26 +26,28 @@ from mmdiffkd.utils.validation import Natural, NonNegative, build_part, check_ar
 
 
 class Bridge(FeatureDiffusion):
-    """Regression bridge: a refiner R predicts the teacher's feature from the student's, and only learns that.
+    """Regression bridge: a refiner R learns to predict the teacher's feature from the student's feature.
 
-    R(Z) = Z + conv3x3(ReLU(conv3x3(Z))), with the last convolution initialized to zero, so R starts as the identity::
+    R(Z) = Z + conv3x3(ReLU(conv3x3(Z))). The last convolution is initialized to zero, so R starts as the identity. R is
+    trained by this loss only::
 
         loss_refiner = mean((R(sg(Z)) - T)^2)
 
-    The gradient of R(Z) passes straight through to Z. With the mean squared error of weight w over M elements, the
-    three settings of ``pull`` differ in the gradient that Z gets:
+    ``pull`` sets the gradient that the student gets. For a mean squared error with weight w over M elements, the
+    settings are:
 
-    - ``'through'``: loss_kd = distance(Z + sg(R(Z) - Z), T), gradient 2w/M (R(Z) - T): the error that remains, that is
-      the part of T that R cannot predict from Z.
-    - ``'refined'``: loss_kd = distance(Z, sg(R(Z))), gradient 2w/M (Z - R(Z)): the part that R can predict. The sum of
-      this gradient and that of ``'through'`` is the gradient of the plain distance.
-    - ``'teacher'``: loss_kd = distance(Z, T) sg(|R(Z) - T| / |Z - T|) with the Euclidean norm, gradient
-      2w/M (Z - T) |R(Z) - T| / |Z - T|: the plain distance, with a gradient as large as that of ``'through'``.
+    - ``'through'``: loss_kd = distance(Z + sg(R(Z) - Z), T). The gradient 2w/M (R(Z) - T) is the part of the error that
+      R cannot predict from Z. It passes straight through R to Z.
+    - ``'refined'``: loss_kd = distance(Z, sg(R(Z))). The gradient 2w/M (Z - R(Z)) is the part of the error that R can
+      predict. The sum of this gradient and the gradient of ``'through'`` is the gradient of the plain distance.
+    - ``'teacher'``: loss_kd = distance(Z, T) sg(|R(Z) - T| / |Z - T|), with Euclidean norms. The gradient
+      2w/M (Z - T) |R(Z) - T| / |Z - T| is that of the plain distance, scaled to the size of the gradient of
+      ``'through'``.
 
     Args:
         student_channels (int): Student channels, C_s.
         teacher_channels (int): Teacher channels, C.
-        pull (str): See above.
+        pull (str): ``'through'``, ``'refined'`` or ``'teacher'``, see above.
         loss_kd (dict, optional): Config of the distance. The default type is ``MSELoss``.
     """
 
@@ -90,7 +92,7 @@ class Bridge(FeatureDiffusion):
 
 
 class _PassGradient(torch.autograd.Function):
-    """Return the second tensor, and pass the gradient to the first: Z + sg(R(Z) - Z) without rounding."""
+    """Return the second tensor, but pass the gradient to the first one: Z + sg(R(Z) - Z) without rounding errors."""
 
     @staticmethod
     def forward(ctx, latent: Tensor, refined: Tensor) -> Tensor:
@@ -111,16 +113,16 @@ class BridgeNeck(FeatureDiffusionNeck):
 
 
 class NoisyGeneration(FeatureDiffusion):
-    """Generate the teacher's feature from the student's feature in noise of a level that no parameter can change.
+    """Generate the teacher's feature from the student's feature with added noise, whose level training cannot change.
 
-    Without parameters, every channel of Z is standardized over batch and positions, so that the student cannot raise
-    its signal above the noise. With t uniform in 0 ... ``max_timestep`` for each image and eps ~ N(0, 1)::
+    Every channel of Z is standardized over batch and positions, without parameters, so that the student cannot raise
+    its signal above the noise. For each image, t is drawn uniformly from 0 to ``max_timestep``, and eps from N(0, 1)::
 
         x = sqrt(a_t) standardize(Z) + sqrt(1 - a_t) eps
         loss_kd = distance(conv3x3(ReLU(conv3x3(x))), T)
 
-    There is neither a diffusion loss nor a noise adapter. ``max_timestep=0`` is the method without noise: its standard
-    deviation sqrt(1 - a_0) is 0.01. At t = 100 it is 0.32, at t = 300 0.78.
+    There is neither a diffusion loss nor a noise adapter. The standard deviation of the noise, sqrt(1 - a_t), is 0.01
+    at t = 0, 0.32 at t = 100 and 0.78 at t = 300. With ``max_timestep=0``, there is almost no noise.
 
     Args:
         student_channels (int): Student channels, C_s.
@@ -152,22 +154,25 @@ class NoisyGenerationNeck(FeatureDiffusionNeck):
 
 
 class SkipDiffusion(FeatureDiffusion):
-    """Diffusion whose denoiser returns a clean feature unchanged, knows the noise level, and sees the student.
+    """DiffKD with a denoiser that is conditioned on the student and on the noise level.
+
+    The denoiser returns a clean feature unchanged.
 
     Both features are standardized per channel, without parameters, so that signal and noise have unit variance. The
-    noise adapter's gamma gives the noise level; x has unit variance as in the training of the denoiser::
+    noise adapter's gamma gives the noise level. The noisy feature x has unit variance, as in the training of the
+    denoiser::
 
         x = s Z + r eps,   s = gamma / n,   r = (1 - gamma) / n,   n = sqrt(gamma^2 + (1 - gamma)^2)
 
-    The timestep t(s) is the first with a_t <= s^2. A single pass predicts x_0, from the noisy feature and from the
-    condition c, the student's feature::
+    The timestep t(s) is the first timestep with a_t <= s^2. The denoiser D predicts x_0 in a single pass, from the
+    noisy feature and the condition c. G is a network, and the student's feature is the condition::
 
         D(x, c, s) = s x + sqrt(1 - s^2) G([x, c], t(s))
         loss_kd = distance(D(x, Z, s), T)
         loss_diffusion = mean((D(sqrt(a_t) T + sqrt(1 - a_t) eps, sg(Z), sqrt(a_t)) - T)^2),  t uniform
 
-    D is the skip connection of a network that predicts -v. G has no BatchNorm in its last layer, which is initialized
-    to zero. With gamma = 1, D(Z) = Z: with MSE, the loss is then twice that of PKD.
+    This form of D means that G predicts -v, the negative of the v-prediction. The last layer of G has no BatchNorm and
+    is initialized to zero. With gamma = 1, D returns Z unchanged, and the loss with MSE is twice the loss of PKD.
 
     Args:
         student_channels (int): Student channels, C_s.
@@ -255,18 +260,20 @@ class SkipDiffusionNeck(FeatureDiffusionNeck):
 
 @MODELS.register_module()
 class HeadJudgeNeck(CrossKDNeck):
-    """CrossKD of the student's neck: the teacher's whole head judges features with the teacher's statistics.
+    """CrossKD for the student's neck: the teacher's whole head runs on student features with the teacher's statistics.
 
-    One 1x1 convolution for all levels aligns the student's features to C channels. On each level, every channel gets
-    the mean and the standard deviation that it has in the teacher's feature T, over batch and positions::
+    One 1x1 convolution for all levels maps the student's features to C channels. On each level, every channel is
+    rescaled to the mean and the standard deviation of this channel in the teacher's feature T, over batch and
+    positions::
 
         Y = std(T) standardize(Z) + mean(T)
 
-    The teacher's frozen head runs on Y. ``loss_cls`` and ``loss_reg`` compare its outputs with those for T, as in
-    :class:`CrossKDNeck`. ``loss_feature`` = loss_feature(Y, T) keeps the features close where the head is indifferent.
+    The teacher's frozen head runs on Y. ``loss_cls`` and ``loss_reg`` compare its outputs for Y with its outputs for T,
+    as in :class:`CrossKDNeck`. ``loss_feature`` is the distance between Y and T. It also keeps those parts of the
+    features close that hardly change the outputs of the head.
 
-    The taps are three per model: ``student=['neck'] * 3``, ``teacher=['bbox_head.retina_cls', 'bbox_head.retina_reg',
-    'neck']``.
+    There are three taps per model: ``student=['neck'] * 3`` and ``teacher=['bbox_head.retina_cls',
+    'bbox_head.retina_reg', 'neck']``.
 
     Args:
         student_channels (list[list[int]]): Student channels per tap and level.
@@ -296,10 +303,10 @@ class HeadJudgeNeck(CrossKDNeck):
     def forward(
         self, student: List[List[Tensor]], teacher: List[List[Tensor]], context: DistillContext
     ) -> List[DistillOutput]:
-        """Compare the features and the predictions of the teacher's head for both features.
+        """Compare the features of both models, and the predictions of the teacher's head for these features.
 
         Args:
-            student (list[list[Tensor]]): Three times the features of the neck, (N, C_s, H, W) per level.
+            student (list[list[Tensor]]): The features of the neck three times, (N, C_s, H, W) per level.
             teacher (list[list[Tensor]]): Outputs of the teacher's class layer and box layer, and the features of its
                 neck, (N, C, H, W) per level.
             context (DistillContext): Needs the teacher.
@@ -316,9 +323,9 @@ class HeadJudgeNeck(CrossKDNeck):
 
 
 def rescale_channels(feature: Tensor, other: Tensor) -> Tensor:
-    """Give each channel of a feature, (N, C, H, W), the mean and the standard deviation of another feature's channel.
+    """Rescale each channel of a feature, (N, C, H, W), to mean and standard deviation of the same channel of ``other``.
 
-    The statistics are those over batch and positions.
+    The statistics are computed over batch and positions.
     """
     std, mean = torch.std_mean(other, dim=(0, 2, 3), unbiased=False, keepdim=True)
     return normalize_channels(feature) * std + mean

@@ -1,6 +1,7 @@
-"""Controls of the preset ``plus``: its parts one by one, to find out which of them help.
+"""Ablations of the preset ``plus`` that change one part each, to find out which parts help.
 
-Z is the aligned student feature, T the teacher feature, (N, C, H, W) each; sg stops the gradient.
+Notation: Z is the aligned student feature and T is the teacher feature, (N, C, H, W) each. sg is the stop-gradient
+operator.
 """
 
 from typing import Optional
@@ -19,7 +20,7 @@ class RampedMSELoss(MSELoss):
     """Mean squared error whose weight changes linearly over the first iterations.
 
     In iteration i, counted from 0, the weight is ``loss_weight * (start + (end - start) * min(1, i / length))``.
-    ``length`` does not depend on the length of the training. The count is saved in checkpoints.
+    ``length`` does not depend on the length of the training. Checkpoints contain the number of iterations.
 
     Args:
         loss_weight (float): Weight of the loss. Defaults to 1.
@@ -37,7 +38,7 @@ class RampedMSELoss(MSELoss):
         self.register_buffer('iteration', torch.zeros((), dtype=torch.long))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compare tensors of the same shape and return a scalar; each call in training mode is an iteration."""
+        """Compare tensors of the same shape and return a scalar. Each call in training mode counts as an iteration."""
         factor = self.start + (self.end - self.start) * (self.iteration / self.length).clamp(max=1)
         if self.training:
             self.iteration += 1
@@ -45,10 +46,11 @@ class RampedMSELoss(MSELoss):
 
 
 class DetachedDiffusion(FeatureDiffusion):
-    """DiffKD whose denoiser gets no gradient of ``loss_kd``, and passes none to the student.
+    """DiffKD without the gradient of ``loss_kd`` through the denoiser, neither to its weights nor to the student.
 
-    For every denoiser eps, each step is x <- p x + q sg(eps(x)), so the gradient of the last sample to Z is the same
-    factor at all elements: gamma times the product of all p. The denoiser learns from the diffusion loss only.
+    With the denoiser eps, each step is x <- p x + q sg(eps(x)). The derivative of the last sample with respect to Z is
+    therefore the same for all elements: gamma times the product of the p of all steps. The denoiser learns from the
+    diffusion loss only.
     """
 
     def __init__(self, *args, **kwargs):
@@ -67,8 +69,8 @@ class DetachedDiffusionNeck(FeatureDiffusionNeck):
 class DenoiserWithoutLastNorm(BottleneckDenoiser):
     """The denoiser of the paper without its last BatchNorm.
 
-    With the BatchNorm, the predicted noise has unit variance in each channel over the batch, whatever the input: also
-    for a clean feature, from which nothing should be subtracted.
+    With this BatchNorm, the predicted noise has unit variance in each channel over the batch, for every input. This
+    also holds for a clean feature, from which no noise should be subtracted.
 
     Args:
         channels (int): Latent channels, C.
@@ -84,8 +86,8 @@ class DenoiserWithoutLastNorm(BottleneckDenoiser):
 class PlainRefinement(Bridge):
     """The preset ``plus`` with a refiner that has the denoiser's layers, but neither noise nor timesteps.
 
-    R consists of two bottleneck blocks, a 1x1 convolution and a BatchNorm. ``loss_refiner`` trains R(sg(Z)) to predict
-    T. The convolution and the BatchNorm P that follow the denoiser in DiffKD follow the refiner::
+    The refiner R consists of two bottleneck blocks, a 1x1 convolution and a BatchNorm. ``loss_refiner`` trains R(sg(Z))
+    to predict T. As after the denoiser in DiffKD, a projection P, a convolution with BatchNorm, follows the refiner::
 
         loss_kd = distance(P(Z + sg(R(Z) - Z)), T)
 

@@ -1,4 +1,4 @@
-"""Read and draw gamma, the share of the student's features in the start of the denoising, over training."""
+"""Read and draw gamma over training: the share of the student's features when noise is blended in."""
 
 from pathlib import Path
 from typing import Dict, List, Sequence
@@ -13,7 +13,7 @@ COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00')
 
 
 def read_gamma(run: Path) -> Dict[str, List[float]]:
-    """Return the logged values of gamma of a run over training, by log key; empty without noise adapter."""
+    """Return the logged values of gamma of a run, by log key; an empty dict if the run logged no gamma."""
     logs = read_run(run)
     keys = {key: None for record in logs.train.values() for key in record if '.gamma' in key}
     return {key: [round(value, 4) for _, value in sorted(logs.logged(key).items())] for key in keys}

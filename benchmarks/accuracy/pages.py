@@ -1,8 +1,8 @@
 """Write the pages of the accuracy benchmarks from their results.
 
 ``docs/accuracy/SET.jsonl`` has one line per run, as in ``results.jsonl`` of a comparison, and one line per method with
-the cost of an iteration. With ``--runs``, the results of a comparison are added to the file first. Results of different
-teachers are in different tables.
+the cost of an iteration. A comparison is the work dir of ``tools/compare.py``. With ``--runs``, the results of a
+comparison are added to the file first. Each teacher has its own table of results.
 """
 
 import argparse
@@ -32,12 +32,13 @@ class Topic:
     """A page of a set of results.
 
     Args:
-        presets (list[str], optional): Methods. Defaults to the arms in the file ``arms/SET_TOPIC.py``; a longer
-            schedule without a file has the arms of the shorter one.
-        reference (str, optional): Method to compare with, besides the student alone. Defaults to the best other method.
+        presets (list[str], optional): Methods. Defaults to the arms (methods) in the file ``arms/SET_TOPIC.py``. If a
+            longer schedule has no such file, it uses the file of the shorter schedule.
+        reference (str, optional): Method that each method is compared with, besides the student alone. Defaults to the
+            best of the remaining methods.
         seeds (list[int], optional): Seeds to show. Defaults to all.
-        splits (list[str]): Splits to show. Results are compared on the last one. Settings that are chosen from a page
-            are chosen on ``val``.
+        splits (list[str]): Splits to show. Results are compared on the last split. If settings are chosen from a page,
+            they are chosen on ``val``.
     """
 
     presets: Optional[Sequence[str]] = None
@@ -52,8 +53,9 @@ class ResultSet:
 
     Args:
         title (str): Title of its pages.
-        metrics (dict[str, tuple[str, float]]): Column and factor of each metric. The first one is compared.
-        teacher (str): Folder and file of the teacher's last checkpoint in ``work_dirs/accuracy``.
+        metrics (dict[str, tuple[str, float]]): Name of the column and factor of each metric. Methods are compared by
+            the first metric.
+        teacher (str): Path of the teacher's last checkpoint, relative to ``work_dirs/accuracy``.
         topics (dict[str, Topic]): The pages.
     """
 
@@ -129,19 +131,19 @@ SETS = {
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('set', choices=SETS, help='data set and length of the training')
-    parser.add_argument('--runs', type=Path, help='folder of a comparison whose results are added')
+    parser.add_argument('--runs', type=Path, help='work dir of a comparison whose results are added first')
     parser.add_argument('--results', type=Path, default=Path('docs/accuracy'), help='folder of results and pages')
-    parser.add_argument('--seeds', type=int, nargs='+', help='write nothing, and print the tables of these seeds')
+    parser.add_argument('--seeds', type=int, nargs='+', help='print the tables of these seeds instead of writing pages')
     return parser.parse_args()
 
 
 def read_lines(file: Path) -> List[dict]:
-    """Read a file with one JSON value per line; no lines if the file does not exist."""
+    """Read a file with one JSON value per line. The result is empty if the file does not exist."""
     return [json.loads(line) for line in file.read_text('utf-8').splitlines()] if file.exists() else []
 
 
 def add_runs(file: Path, runs: Path) -> None:
-    """Add the results and costs of a comparison. They replace those of the same method, seed and teacher.
+    """Add the results and costs of a comparison. They replace earlier ones of the same method, seed and teacher.
 
     Args:
         file (Path): ``SET.jsonl``.
@@ -185,9 +187,9 @@ def arms_file(name: str, topic: str) -> Path:
 
 
 def select(lines: Sequence[dict], name: str, topic: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List]:
-    """Return the results of a page by teacher, in the order of the methods and seeds, the newest teacher first.
+    """Return the results of a page by teacher, from the newest teacher, in the order of the methods and seeds.
 
-    A teacher with results of less than half of the methods is left out.
+    A teacher is left out if it has results of less than half of the methods.
     """
     methods, seeds = methods_of(name, topic), seeds or SETS[name].topics[topic].seeds
     found: Dict[str, List[dict]] = {}
@@ -227,14 +229,14 @@ def table(lines: Sequence[dict], records: Sequence[dict], name: str, topic: str)
 
 
 def costs_of(lines: Sequence[dict], records: Sequence[dict]) -> Dict[str, dict]:
-    """Return the costs by method; none unless those of all methods are known."""
+    """Return the costs by method; an empty dict if the cost of a method is missing."""
     known = {line['arm']: line['cost'] for line in lines if 'cost' in line and line['teacher'] == records[0]['teacher']}
     methods = {record['arm'] for record in records}
     return {method: known[method] for method in methods} if methods <= set(known) else {}
 
 
 def scaled(records: Sequence[dict], name: str, metric: str, splits: Sequence[str]) -> Dict[str, dict]:
-    """Return a metric by split, method and seed, in percent."""
+    """Return a metric by split, method and seed, multiplied by the factor of the set."""
     factor = SETS[name].metrics[metric][1]
     return {
         split: {method: {seed: factor * value for seed, value in own.items()} for method, own in values.items()}
@@ -243,7 +245,7 @@ def scaled(records: Sequence[dict], name: str, metric: str, splits: Sequence[str
 
 
 def commands(records: Sequence[dict], name: str, topic: str) -> str:
-    """Return the commands that train the runs of a page and write it."""
+    """Return the commands that train the runs of a page and write the page."""
     seeds: Dict[int, List[str]] = {}
     for method in methods_of(name, topic)[1:]:
         for seed in {record['seed'] for record in records if record['arm'] == method}:
@@ -280,7 +282,7 @@ def _wrap(words: Sequence[str], width: int = 76) -> List[str]:
 
 
 def teacher_text(lines: Sequence[dict], name: str, teacher: str, splits: Sequence[str]) -> str:
-    """Name a teacher and its results."""
+    """Return a teacher's name and its results as text."""
     results = []
     for line in lines:
         if line['arm'] == TEACHER and line['teacher'] == teacher:

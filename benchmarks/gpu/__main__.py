@@ -1,8 +1,8 @@
-"""Run what needs a GPU, on a machine with a GPU that is available for a short time.
+"""Run all tests and benchmarks that need a GPU, on a machine that is available for a short time only.
 
-Every stage consists of parts. A part is a process with a time limit, which writes a table to the output folder as it
-ends. The page index.md lists all parts; a part that has failed or was out of time has a table that says so. The limits
-of a stage are below 8 minutes, and those of all stages are below 22 minutes in total.
+Every stage consists of parts. A part is a process with a time limit. It writes a table to the output folder when it
+ends. If a part fails or reaches its time limit, its table says so. The page index.md lists all parts. The time limits
+of the parts add up to less than 8 minutes for each stage, and to less than 22 minutes for all stages.
 
 Stages:
   setup      check the environment; with --packages, install it and compile mmcv's operators
@@ -27,9 +27,9 @@ from typing import List, Optional, Tuple
 from benchmarks.pages import machine, markdown, write_page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-GRACE = 20  # seconds for a part to write what it has, after its time is over
-SMOKE_FACTOR = 6  # a busy CPU needs longer to import the packages than the machine of a GPU
-LINES = 5  # last lines of a log in the table of a failed part
+GRACE = 20  # seconds that a part gets after its time limit, to write the results that it has
+SMOKE_FACTOR = 6  # factor of the time limits with --smoke, because importing packages takes longer on a busy CPU
+LINES = 5  # number of last lines of the log that the table of a failed part shows
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Part:
 
 
 def make_parts(args, out: Path) -> List[Part]:
-    """Return the parts of all stages. With ``--smoke``, inputs are tiny."""
+    """Return the parts of all stages. With ``--smoke``, the inputs are tiny."""
     neck = ['-m', 'benchmarks.neck', '--levels', 'coco']
     iteration = ['-m', 'benchmarks.iteration', 'configs/diffkd_retinanet_r101_r50.py', '--size', '800', '1344']
     deeppcb = ['-m', 'benchmarks.gpu.comparison', '--work-dir', str(out / 'deeppcb')]
@@ -117,7 +117,7 @@ def parse_args():
         help='weights of benchmarks/accuracy/configs/deeppcb_teacher.py (default %(default)s)',
     )
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda', help='device (default cuda)')
-    parser.add_argument('--smoke', action='store_true', help='only check that every part starts: use tiny inputs')
+    parser.add_argument('--smoke', action='store_true', help='only check that every part runs, on tiny inputs')
     args = parser.parse_args()
     for stage in args.stages:
         if stage not in STAGES:
@@ -142,7 +142,7 @@ class Kit:
         self.env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, paths)), PYTHONUNBUFFERED='1')
         if device == 'cpu':
             self.env['CUDA_VISIBLE_DEVICES'] = ''
-        self.state_file = out / 'index.json'  # also has the parts of earlier calls
+        self.state_file = out / 'index.json'  # keeps the results of parts that earlier calls ran
         self.rows = json.loads(self.state_file.read_text('utf-8')) if self.state_file.exists() else {}
         (out / 'logs').mkdir(parents=True, exist_ok=True)
 
@@ -216,7 +216,7 @@ class Kit:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process and its children; give them time to write what they have."""
+    """End a process and its children. They get ``GRACE`` seconds to write the results that they have."""
     for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
         try:
             if process.poll() is None or number == signal.SIGKILL:
@@ -229,7 +229,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def select(parts: List[Part], stages: List[str]) -> Tuple[List[Part], int]:
-    """Return the parts of some stages, or of all, and the sum of their limits in seconds."""
+    """Return the parts of the given stages (of all stages if none is given), and the sum of their limits in seconds."""
     chosen = [part for part in parts if not stages or part.stage in stages]
     return chosen, sum(part.seconds for part in chosen)
 

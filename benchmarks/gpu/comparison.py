@@ -1,7 +1,7 @@
-"""Train a student on DeepPCB alone and with two presets side by side with ``tools/compare.py``, with one seed.
+"""Train a student on DeepPCB alone and with two presets, with one seed.
 
-The table has a row per method at any time: a run that has not ended shows how far it is. With ``--smoke``, the methods
-train on a few generated images for one epoch.
+``tools/compare.py`` trains the three methods. The table always has one row per method. The row of a run that has not
+ended shows the last iteration. With ``--smoke``, the methods train on a few generated images for a short time.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def command_of(args, folder: Path) -> List[str]:
 
 
 def rows_of(work_dir: Path) -> List[dict]:
-    """Return a row per method from the files of a comparison, which may not have ended."""
+    """Return a row per method, from the files of a comparison that may still be running."""
     file, state = work_dir / 'results.jsonl', work_dir / 'compare.json'
     records = [json.loads(line) for line in file.read_text('utf-8').splitlines()] if file.exists() else []
     by_name = {record['arm']: record for record in records if record['seed'] == SEED}
@@ -92,7 +92,7 @@ def number(value: Optional[float], factor: float = 1, digits: int = 1) -> str:
 
 
 def progress(folder: Path) -> str:
-    """Return how far a run without a result is, from its log."""
+    """Return the last iteration in the log of a run without a result, as text."""
     files = sorted(folder.glob('*/vis_data/scalars.json'))
     lines = files[-1].read_text('utf-8').splitlines() if files else []
     steps = [record for record in map(parsed, lines) if 'iter' in record]

@@ -1,6 +1,6 @@
-"""Plugin of pytest that writes a table of all tests after each test: ``pytest -p benchmarks.gpu.pytest_page``.
+"""Plugin of pytest that updates a table of all tests after each test: ``pytest -p benchmarks.gpu.pytest_page``.
 
-If pytest is killed, the table has the results so far, and names the tests that did not run.
+If pytest is killed, the table has the results so far, and lists the remaining tests as not run.
 """
 
 import shlex

@@ -1,5 +1,5 @@
-# CamVid at 240x180, 11 classes (tools/dataset_converters/camvid.py); the schedule suits training from scratch on a CPU.
-# Report results on test: val is seven seconds of a drive whose other frames are in train.
+# CamVid at 240x180 with 11 classes (tools/dataset_converters/camvid.py). The schedule suits training from scratch on a
+# CPU. Report results on test: val has seven seconds of a drive, and all other frames of this drive are in train.
 _base_ = __import__('mmseg').__path__[0] + '/.mim/configs/_base_/default_runtime.py'  # `mmseg::` fails in onedl-mmseg
 data_root = 'data/camvid11_240x180/'
 metainfo = dict(

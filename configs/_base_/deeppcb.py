@@ -1,5 +1,5 @@
 # DeepPCB at 320x320 in COCO format (tools/dataset_converters/deeppcb.py): defects of bare circuit boards.
-# The objects are small (14 - 26 pixels) and similar in size. Choose settings on val, report results on test.
+# The objects are small (14 - 26 pixels) and similar in size. Choose settings on val, and report results on test.
 _base_ = './small_detection.py'
 data_root = 'data/deeppcb_coco320/'
 image_size = (320, 320)

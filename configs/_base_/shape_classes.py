@@ -1,4 +1,5 @@
-# Crops around generated shapes (tools/dataset_converters/make_shape_classes.py), for minutes on two CPU cores.
+# Crops around generated shapes (tools/dataset_converters/make_shape_classes.py). Training takes minutes on two CPU
+# cores.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 data_root = 'data/shape_classes/'
 metainfo = dict(classes=('donut', 'kite', 'pizza', 'sports ball', 'stop sign'))  # in the order of their folders

@@ -1,4 +1,4 @@
-# Generated shapes (tools/dataset_converters/make_shapes.py), for a few minutes on two CPU cores.
+# Generated shapes (tools/dataset_converters/make_shapes.py). Training takes a few minutes on two CPU cores.
 _base_ = './small_detection.py'
 data_root = 'data/shapes/'
 metainfo = dict(classes=('stop sign', 'sports ball', 'kite', 'pizza', 'donut'))

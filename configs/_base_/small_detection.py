@@ -1,4 +1,4 @@
-# Shared by small COCO-format data sets: images keep their size, and the schedule suits training from scratch.
+# Base of small data sets in COCO format. Images keep their size, and the schedule suits training from scratch.
 _base_ = 'mmdet::_base_/default_runtime.py'
 
 train_pipeline = [

@@ -1,5 +1,5 @@
-# ResNet-50 -> ResNet-18 on CIFAR-100: the teacher has 79.90 top-1 in the zoo; this pair is not in the paper.
-# Without autoencoder, as in the paper for CIFAR.
+# ResNet-50 -> ResNet-18 on CIFAR-100. In mmpretrain's model zoo, the teacher has 79.90 top-1. The paper does not have
+# this pair. There is no autoencoder, as in the paper's experiments on CIFAR.
 _base_ = './resnet18_200e_cifar100.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

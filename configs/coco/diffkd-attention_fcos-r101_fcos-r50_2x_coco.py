@@ -1,3 +1,3 @@
-# FCOS R101 -> R50 with the attention-weighted distance. The paper: distilled 42.5 AP.
+# FCOS R101 -> R50 with the attention-weighted distance. In the paper, the distilled student has 42.5 AP.
 _base_ = './diffkd_fcos-r101_fcos-r50_2x_coco.py'
 model = dict(distill=dict(fpn=dict(neck=dict(loss_kd=dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0)))))

@@ -1,3 +1,3 @@
-# RepPoints X101 -> R50 with the attention-weighted distance. The paper: distilled 41.9 AP.
+# RepPoints X101 -> R50 with the attention-weighted distance. In the paper, the distilled student has 41.9 AP.
 _base_ = './diffkd_reppoints-x101_reppoints-r50_2x_coco.py'
 model = dict(distill=dict(fpn=dict(neck=dict(loss_kd=dict(type='mmdiffkd.AttentionMSELoss', loss_weight=15.0)))))

@@ -1,5 +1,6 @@
-# Faster R-CNN R101 -> R50 on COCO, 2x schedule. The paper: 39.8 -> 38.4, distilled 40.6 AP.
-# The box regression of the teacher's RoI head is compared on the RoIs that the student samples.
+# Faster R-CNN R101 -> R50 on COCO, 2x schedule. AP in the paper: teacher 39.8, student alone 38.4, distilled student
+# 40.6. The pair reg compares the box regression of the RoI heads. The teacher's head runs on the student's sampled
+# RoIs.
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_2x_coco.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

@@ -1,5 +1,6 @@
-# RepPoints X101 -> R50 on COCO, 2x schedule. The paper: 44.2 -> 38.6, distilled 41.7 AP.
-# As in the authors' other distillers, there are regression terms on the offsets of both point sets.
+# RepPoints X101 -> R50 on COCO, 2x schedule. AP in the paper: teacher 44.2, student alone 38.6, distilled student 41.7.
+# The pairs init and refine compare the offsets of both point sets, as in the authors' code for other distillation
+# methods.
 _base_ = 'mmdet::reppoints/reppoints-moment_r50_fpn-gn_head-gn_2x_coco.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

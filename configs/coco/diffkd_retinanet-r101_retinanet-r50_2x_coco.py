@@ -1,6 +1,7 @@
-# RetinaNet R101 -> R50 on COCO, 2x schedule. The paper: 38.9 -> 37.4, distilled 39.7 AP.
-# Settings that the paper leaves open follow the authors' other distillers on this benchmark: all FPN levels, one
-# diffusion module per level, L1 on the box regression, lr 0.02 with 1000 iterations of warm-up and clipped gradients.
+# RetinaNet R101 -> R50 on COCO, 2x schedule. AP in the paper: teacher 38.9, student alone 37.4, distilled student 39.7.
+# The paper leaves some settings open. They follow the authors' code for other distillation methods on this benchmark:
+# all FPN levels, one diffusion module per level, L1 distance of the box regression, and a learning rate of 0.02 with
+# 1000 iterations of warm-up and clipped gradients.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

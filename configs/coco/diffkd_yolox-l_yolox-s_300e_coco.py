@@ -1,4 +1,5 @@
-# YOLOX l -> s on COCO, 300 epochs; 49.4 and 40.5 AP in mmdet, not in the paper.
+# YOLOX l -> s on COCO, 300 epochs. In mmdet, the teacher has 49.4 AP and the student 40.5. The paper does not have this
+# pair.
 _base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

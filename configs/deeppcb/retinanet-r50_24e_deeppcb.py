@@ -1,4 +1,4 @@
-# The teacher, trained from scratch. Anchors of 16 - 128 pixels: the objects are small.
+# The teacher, trained from scratch. Its anchors have 16 - 128 pixels, because the objects are small.
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/deeppcb.py']
 model = dict(
     backbone=dict(frozen_stages=-1, norm_eval=False, init_cfg=None),

@@ -1,5 +1,6 @@
-# Swin-L -> Swin-T on ImageNet. The paper: distilled 82.5 top-1; the student alone has 81.18 in the zoo. The teacher,
-# pretrained on ImageNet-21k, has 86.24 there. The recipe is upstream's; the teacher also sees its mixed images.
+# Swin-L -> Swin-T on ImageNet. In the paper, the distilled student has 82.5 top-1. In mmpretrain's model zoo, the
+# student alone has 81.18, and the teacher, which was pretrained on ImageNet-21k, has 86.24. The recipe is
+# mmpretrain's. The teacher also receives the mixed images of this recipe.
 _base_ = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

@@ -1,4 +1,4 @@
-# Without autoencoder: the teacher's feature map has 256 channels only.
+# There is no autoencoder, because the teacher's feature map has only 256 channels.
 _base_ = './resnet18-eighth_12e_shape-classes.py'
 custom_imports = dict(imports=['mmdiffkd'], allow_failed_imports=False)
 model = dict(

@@ -1,5 +1,5 @@
 # The demo's teacher: an ordinary mmdet RetinaNet on a ResNet-18 of half the usual width. Training from scratch needs
-# normalization layers in neck and head. The objects are small: three levels, anchors of 16 pixels and larger.
+# normalization layers in neck and head. The objects are small, so there are three levels with anchors from 16 pixels.
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/shapes.py']
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(

@@ -16,7 +16,7 @@ from .runs import Group, Run, Series, deviation
 
 DPI = 200
 LARGE, SMALL = (3.9, 2.4), (2.3, 1.65)  # inches; LARGE excludes the legend
-LEGEND_ROW = 0.19
+LEGEND_ROW = 0.19  # height of a row of the legend in inches
 FONT, FONT_SMALL = 8, 7.5
 LONGEST = 44  # maximum length of a name in a legend
 MARKED = 15  # lines with at most this many points have markers
@@ -40,7 +40,7 @@ class Chart:
 
 @dataclass
 class Line:
-    """Mean over seeds, and the standard deviation if there are several seeds."""
+    """A line of a chart: the mean over seeds by iteration, and the standard deviation if there are several seeds."""
 
     group: Group
     x: List[int]
@@ -64,7 +64,7 @@ def css_style(group: Group) -> str:
 
 
 def lines_of(groups: Sequence[Group], value: Callable[[Run], Series]) -> List[Line]:
-    """Return one line per group that has the value, over the iterations that all its seeds logged."""
+    """Return one line for each group that has the value. A line covers the iterations that all seeds logged."""
     lines = []
     for group in groups:
         found = [series for series in map(value, group.runs) if series]
@@ -94,7 +94,7 @@ def draw(
     Args:
         name (str): File name without ``.png``.
         title (str): Title above the chart.
-        label (str): Label of the vertical axis, with its unit.
+        label (str): Label of the vertical axis, with the unit of the values.
         lines (list[Line]): One line per run.
         levels (dict[str, float], optional): Values of horizontal reference lines for teachers, by label. Defaults to
             None.
@@ -144,7 +144,7 @@ def draw(
 def draw_ends(
     name: str, title: str, label: str, lines: Sequence[Line], levels: Optional[Dict[str, float]] = None
 ) -> Optional[Chart]:
-    """Draw only the last values, one row per run, for runs that were validated once. Arguments as in :func:`draw`."""
+    """Draw only the last value of each run, for runs that were validated once. Arguments: see :func:`draw`."""
     if not lines:
         return None
     figure, axes = _figure((LARGE[0], max(LARGE[1], 0.9 + 0.28 * len(lines))), title, small=False)
@@ -182,7 +182,7 @@ def common_limits(columns: Sequence[Sequence[Line]]) -> Tuple[Optional[Tuple[flo
 
 
 def wants_logarithm(lines: Sequence[Line]) -> bool:
-    """Whether a few large values, e.g. at the start of training, would flatten the lines on a linear axis."""
+    """Return whether a few large values, e.g. at the start of training, would flatten the lines on a linear axis."""
     values = [value for line in lines for value in line.mean if math.isfinite(value)]
     return bool(values) and min(values) > 0 and max(values) > LOG_RANGE * statistics.median(values)
 
@@ -201,7 +201,7 @@ def _figure(size: Tuple[float, float], title: str, small: bool) -> Tuple[Figure,
 
 
 def draw_line(axes: Axes, line: Line, small: bool, above: int) -> None:
-    """Draw a line and the band of its deviation. ``above`` is the number of lines that are drawn later."""
+    """Draw a line and the band of its deviation. ``above`` is the number of lines that are drawn over this line."""
     if line.deviation is not None:
         low, high = ([m + sign * d for m, d in zip(line.mean, line.deviation)] for sign in (-1, 1))
         axes.fill_between(line.x, low, high, color=color(line.group), alpha=0.18, linewidth=0)
@@ -254,6 +254,6 @@ def _png(figure: Figure) -> bytes:
 
 
 def _ends(lines: Sequence[Line], levels: Optional[Dict[str, float]]) -> str:
-    """Describe the last values in words."""
+    """Return the last value of each line as text, for the alternative text of a chart."""
     ends = [f'{line.group.name} {line.mean[-1]:.4g} at iteration {line.x[-1]}' for line in lines]
     return f'Last values: {"; ".join(ends + [f"{text} {value:.4g}" for text, value in (levels or {}).items()])}.'

@@ -1,4 +1,4 @@
-"""Picture of a comparison: results of all seeds, intervals, and learning curves."""
+"""Draw the picture of a comparison: the results of all seeds, confidence intervals, and learning curves."""
 
 import statistics
 from pathlib import Path
@@ -16,12 +16,12 @@ from .runs import Group
 
 
 def draw_comparison(path: Path, metric: str, split: str, reported: Values, groups: Sequence[Group]) -> None:
-    """Draw the results of all seeds, the intervals of the differences to the student alone, and learning curves.
+    """Draw the results of all seeds, the 95% intervals of the differences to the student alone, and learning curves.
 
     Args:
         path (Path): Path of the image.
         metric (str): Name of the metric.
-        split (str): Split of the results.
+        split (str): Split of the data set that the results are measured on, such as ``'test'``.
         reported (dict): Metric on this split, by method and seed.
         groups (list[Group]): Runs of the methods. Learning curves are drawn if a run was validated more than once.
     """
@@ -54,8 +54,8 @@ def _draw_results(axes: Axes, methods: List[str], reported: Values, colors: Dict
         axes.axvline(statistics.fmean(baseline.values()), color=REFERENCE, linewidth=1.1, linestyle=(0, (4, 2)))
     axes.set_yticks(range(len(methods)), methods, color=INK)
     axes.set_ylim(len(methods) - 0.4, -0.6)
-    bars = '\nbars: 95% interval of the difference to alone (dashed)' if has_interval else ''
-    _finish(axes, 'Mean and seeds', label + bars)
+    bars = '\nbars: 95% interval of the difference to alone (dashed line)' if has_interval else ''
+    _finish(axes, 'Mean and single seeds', label + bars)
 
 
 def _draw_curves(axes: Axes, lines: Sequence[Line], metric: str) -> None:

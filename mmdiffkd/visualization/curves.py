@@ -16,7 +16,7 @@ TERMS = {
     'kd': 'distance to teacher',
     'diffusion': 'error of predicted noise',
     'reconstruction': 'autoencoder error',
-    'gamma': 'share of student kept',
+    'gamma': 'share of student feature',
 }
 OWN_TERMS = 8  # maximum number of charts of the student's losses; detection transformers log dozens of losses
 # metrics whose values are percentages
@@ -41,7 +41,7 @@ class Section:
 
 
 def sections(groups: Sequence[Group]) -> List[Section]:
-    """Draw the charts of all runs. A run named ``teacher`` adds only its metric, unless it is the only run."""
+    """Draw the charts of all runs. Only the metrics of a run named ``teacher`` are drawn, unless it is the only run."""
     trained = [group for group in groups if not group.is_teacher] or list(groups)
     drawn = [_training(trained, groups), *(_pair(trained, pair) for pair in _pairs(trained))]
     return [section for section in drawn if section.charts or any(section.rows.values())]
@@ -76,8 +76,9 @@ def teachers(groups: Sequence[Group], metric: str) -> Dict[str, float]:
 def _training(trained: Sequence[Group], groups: Sequence[Group]) -> Section:
     section = Section(
         'Validation and training',
-        "Metrics on the validation set, and the student's own losses without the distillation losses. Losses are "
-        "averages over mmengine's smoothing window (10 iterations by default). Gray dashed lines mark teachers.",
+        "Metrics on the validation set, and the student's own losses, without the distillation losses. Losses are "
+        "averages over mmengine's smoothing window (10 iterations by default). Gray dashed lines are the metrics of "
+        'teachers.',
     )
     charts = [_validation(trained, groups, metric) for metric in main_metrics(groups)]
     charts.append(draw('loss', "Student's own loss", 'loss', lines_of(trained, lambda run: run.own_loss())))
@@ -107,7 +108,7 @@ def _pair(groups: Sequence[Group], pair: str) -> Section:
     levels, terms = _levels(groups, pair), _terms(groups, pair)
     text = 'Losses are multiplied by their weights, as in the total loss.'
     if 'gamma' in terms:
-        text += ' Gamma is the share of the student feature that is kept; 1 adds no noise.'
+        text += ' Gamma is the share of the student feature when noise is blended in; at 1, no noise is added.'
     section = Section(f'Distillation: {pair}', text)
     limits = dict(gamma=_limits_of_gamma(groups, pair, levels))
     for name in terms:

@@ -16,15 +16,15 @@ Values = Dict[str, Dict[int, float]]  # a metric by method and seed
 
 
 def baseline_of(groups: Sequence[Group]) -> Optional[Group]:
-    """Return the run to compare with, or None if there is none or nothing to compare."""
+    """Return the run named ``alone``; None if there is no such run, or no run to compare with it."""
     return next((group for group in groups if group.name == BASELINE and len(groups) > 1), None)
 
 
 def difference(group: Group, baseline: Group, metric: str) -> Optional[Tuple[float, Optional[float]]]:
     """Return the mean difference of a metric to the baseline, and the half width of its 95% interval.
 
-    Seeds are paired by their order, if both runs have the same number of seeds and every seed has the metric.
-    Otherwise, the difference of the means is returned.
+    The seeds of both runs are paired by their order, if the runs have the same number of seeds and every seed has the
+    metric. Otherwise, the difference of the means is returned, without an interval.
 
     Args:
         group (Group): The run.
@@ -44,7 +44,7 @@ def difference(group: Group, baseline: Group, metric: str) -> Optional[Tuple[flo
 
 
 def confidence(differences: Sequence[float]) -> Tuple[float, Optional[float]]:
-    """Return mean and half width of the 95% interval of paired differences (Student's t).
+    """Return the mean of paired differences, and the half width of its 95% interval (Student's t).
 
     Args:
         differences (list[float]): One difference per seed.
@@ -60,7 +60,7 @@ def confidence(differences: Sequence[float]) -> Tuple[float, Optional[float]]:
 
 
 def paired(values: Dict[int, float], others: Dict[int, float]) -> List[float]:
-    """Return the differences for the seeds that both methods have."""
+    """Return ``values`` minus ``others`` for each seed that is in both."""
     return [values[seed] - others[seed] for seed in sorted(values) if seed in others]
 
 

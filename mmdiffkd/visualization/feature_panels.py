@@ -23,7 +23,8 @@ TEACHER, STUDENT = COLORS[:2]
 def draw_features(name: str, image: Tensor, output: DiffusionOutput, iteration: int) -> np.ndarray:
     """Draw the first image of a batch, its features, and their errors before and after denoising.
 
-    Features are colored by the teacher's principal components (:class:`FeatureColors`). Errors share one scale.
+    Features are colored by the teacher's principal components (:class:`FeatureColors`). Both error maps have the same
+    color scale.
 
     Args:
         name (str): Name of pair and level for the title, e.g. ``'fpn, level 0'``.
@@ -127,7 +128,10 @@ def _rms(error: Tensor) -> float:
 
 
 def _enlarge(picture: Tensor, like: Optional[Tensor] = None) -> Tensor:
-    """Resize a picture to the size of the image ``like``. The aspect ratios differ if the batch was padded."""
+    """Resize a picture to the size of the image ``like``; None leaves it unchanged.
+
+    The aspect ratio changes if the batch was padded.
+    """
     if like is None:
         return picture
     return F.interpolate(picture.permute(2, 0, 1)[None].float(), like.shape[-2:], mode='nearest-exact')[0].permute(
@@ -167,7 +171,7 @@ class FeatureColors:
     """Convert feature maps to colors by the principal components of a reference feature map.
 
     The mean of the reference is gray. The first component sets the brightness, the second and third set the hue.
-    Feature maps converted by the same object are comparable: similar colors mean similar components.
+    Colors can be compared between feature maps that the same object converts: similar colors mean similar components.
 
     Args:
         reference (Tensor): Feature map from which the components are computed, (C, H, W).

@@ -41,7 +41,7 @@ class Log:
         val (dict[int, dict]): Validation metrics by the iteration after which they were measured.
         teacher (dict[str, float]): Metrics of the teacher; empty if they were not measured.
         versions (dict[str, str]): Software versions, as far as the text log lists them.
-        unreadable (int): Number of damaged lines. An incomplete last line, which a killed run leaves, does not count.
+        unreadable (int): Number of damaged lines. The last line is not counted: a killed run leaves it incomplete.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ def read_log(folder: Path) -> Log:
 
     Raises:
         DamagedLogError: If the file has no readable record.
-        ValueError: If the file has unknown distillation keys.
+        ValueError: If the file has keys that start with ``diffkd.`` and are unknown.
     """
     log = Log(folder)
     file = folder / 'vis_data' / 'scalars.json'

@@ -11,13 +11,13 @@ from PIL import Image  # Pillow is a dependency of matplotlib
 from .runs import Group, Picture
 
 MOST = 60  # maximum number of pictures on a page
-BYTES = 5_000_000  # total size of the pictures, before base64 adds a third
-WIDTHS = (1800, 1300, 900, 650, 450)
+BYTES = 5_000_000  # maximum total size of the pictures, before base64 adds a third
+WIDTHS = (1800, 1300, 900, 650, 450)  # widths in pixels to try, until a picture is small enough
 
 
 @dataclass
 class Shown:
-    """A picture on the page.
+    """A picture that the page embeds.
 
     Args:
         has_steps (bool): Whether the picture shows the denoising steps.
@@ -44,14 +44,14 @@ class Panel:
 
 
 def panels_by_pair(groups: Sequence[Group]) -> Tuple[Dict[str, List[Panel]], List[str]]:
-    """Embed the last and first pictures of each pair and level. Only the first seed with pictures is shown.
+    """Embed the last and first pictures of each pair and level, from the first seed that has pictures.
 
     Args:
         groups (list[Group]): The runs.
 
     Returns:
-        tuple[dict[str, list[Panel]], list[str]]: Panels by run and pair, the newest first, and notes on pictures that
-            were left out.
+        tuple[dict[str, list[Panel]], list[str]]: Panels by run and pair, from the last iteration to the first, and
+            notes on pictures that were left out.
     """
     chosen = [(group, picture) for group in groups for picture in _last_and_first(_of_first_seed(group))]
     notes = []
@@ -83,7 +83,7 @@ def _of_first_seed(group: Group) -> List[Picture]:
 
 
 def _last_and_first(pictures: Sequence[Picture]) -> List[Picture]:
-    """Return the last and first pictures of each pair, level and kind: by pair, then from the newest to the oldest."""
+    """Return the last and first pictures of each pair, level and kind, sorted by pair, then from last to first."""
 
     def kind(picture):
         return picture.pair, picture.level, picture.steps
@@ -96,7 +96,10 @@ def _last_and_first(pictures: Sequence[Picture]) -> List[Picture]:
 
 
 def _embedded(picture: Picture, most: int) -> Tuple[str, int]:
-    """Return a picture as data URI, and its width. Files above ``most`` bytes become the widest JPEG that fits."""
+    """Return a picture as data URI, and its width.
+
+    A file of more than ``most`` bytes is converted to the widest JPEG that fits.
+    """
     content, kind = picture.path.read_bytes(), 'png'
     with Image.open(io.BytesIO(content)) as opened:
         image = opened.convert('RGB')  # decode the whole file here, to find damaged files

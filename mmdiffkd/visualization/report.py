@@ -25,16 +25,16 @@ PAGE = 'report.html'
 def write_report(
     named: Sequence[Tuple[Optional[str], Path]], out: Path, command: Sequence[str], notes: Sequence[str] = ()
 ) -> Path:
-    """Write a page on runs, and its charts as PNG files beside it. An earlier page and its charts are replaced.
+    """Write a page on runs, and its charts as PNG files in the same folder. They replace earlier files.
 
     Args:
         named (list[tuple[str | None, Path]]): Name (or None) and work dir of each run. Runs with the same name are
-            seeds of one setup. A run named ``teacher`` is drawn as a reference line, and the table shows differences
-            to a run named ``alone``. A run without training logs, but with a test, is the work dir of
-            ``tools/test.py``.
+            seeds of one setup. A run named ``teacher`` is drawn as a reference line, and the table shows the
+            differences to a run named ``alone``. A work dir of ``tools/test.py`` is also accepted; it has a test result
+            and no training logs.
         out (Path): Output folder.
         command (list[str]): Command that reproduces the page, to print on it.
-        notes (list[str]): Notes to show on the page, before those on the logs. Defaults to ``()``.
+        notes (list[str]): Notes to show on the page, before the notes on problems in the logs. Defaults to ``()``.
 
     Returns:
         Path: Path of the page.
@@ -61,7 +61,7 @@ def write_report(
 
 
 def _charts_of_page(out: Path) -> List[Path]:
-    """Return the charts of an earlier page. The new page replaces them; other pictures in the folder are kept."""
+    """Return the charts of an earlier page, which the new page replaces. All other pictures in the folder are kept."""
     page = out / PAGE
     names = re.findall(r'data-file="([\w.-]+\.png)"', page.read_text('utf-8', 'replace')) if page.is_file() else []
     return [out / name for name in names]
@@ -144,7 +144,7 @@ def _versus(group: Group, metric: str, baseline: Optional[Group]) -> str:
 
 
 def _everything(groups: Sequence[Group]) -> List[Tuple[str, List[str]]]:
-    """Return all metrics of the last validations, or of the tests of runs without validation, as text by metric."""
+    """Return all metrics of the last validations as text, by metric. Runs without validation show their tests."""
     names = {name: None for group in groups for name in metrics_of(group)}
     return [
         (name, [_cell(group, lambda run, name=name: run.result(name), digits(name)) for group in groups])
@@ -182,7 +182,7 @@ def _notes(groups: Sequence[Group]) -> List[str]:
         listed = '; '.join(f'{group.name} has {", ".join(metrics_of(group)[:4])}' for group in measured)
         notes.append(f'The runs have no metric in common, so their results cannot be compared: {listed}.')
     if baseline_of(groups) and any(len(group.runs) > 1 for group in groups) and stdtrit is None:
-        notes.append('Differences have no interval, because scipy is not installed: run pip install scipy.')
+        notes.append('The differences have no 95% interval, because scipy is not installed: run pip install scipy.')
     for group in groups:
         lengths = {run.iterations for run in group.runs}
         if len(lengths) > 1:

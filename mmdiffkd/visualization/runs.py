@@ -18,7 +18,7 @@ PICTURE = re.compile(
 )
 # main metrics of common data sets; the table of all metrics lists the rest
 MAIN_METRIC = re.compile(r'.*(\bmAP|_mAP|bbox_AP|segm_AP|mIoU|top1|PQ)')
-NO_OBJECTS = -1.0  # value of COCO's metrics if no image has such objects, e.g. of a size
+NO_OBJECTS = -1.0  # value of a COCO metric if the images have no objects for it, e.g. no large objects
 Series = Dict[int, float]  # values by iteration
 
 
@@ -35,7 +35,7 @@ class Picture:
 
 @dataclass
 class Run:
-    """A run with all its starts; a resumed run has several starts. A checkpoint that was only tested is also a run.
+    """A run with all its starts. A resumed run has several starts. A checkpoint that was only tested is also a run.
 
     Args:
         folder (Path): Work dir.
@@ -70,7 +70,8 @@ class Run:
     def own_losses(self) -> List[str]:
         """Return the log keys of the student's own losses.
 
-        ``loss`` is the sum of all losses and is left out, unless it is the only key, as in mmpretrain's classifiers.
+        ``loss`` is the sum of all losses. It is left out, unless the student logs no other loss, as mmpretrain's
+        classifiers do.
         """
         names = {key: None for record in self.train.values() for key in record if 'loss' in key}
         own = [name for name in names if not name.startswith(PREFIX)]
@@ -86,7 +87,7 @@ class Run:
         }
 
     def metric(self, name: str) -> Series:
-        """Return a validation metric by iteration, without validations that had no objects to measure it."""
+        """Return a validation metric by iteration. Validations on images without objects for it are left out."""
         return {i: record[name] for i, record in self.val.items() if record.get(name, NO_OBJECTS) != NO_OBJECTS}
 
     def result(self, name: str) -> Optional[float]:
@@ -152,14 +153,14 @@ def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
     short = [folder.name for (name, _), folder in zip(named, folders) if name is None]
     together: Dict[str, List[Run]] = {}
     for (name, given), folder in zip(named, folders):
-        if name is None:  # each is a group of its own: folders of the same name get their paths
+        if name is None:  # each run without a name is its own group; if folder names are equal, use the paths
             name = folder.name if short.count(folder.name) == 1 else str(given)
         together.setdefault(name, []).append(read_run(given))
     return [Group(name, runs, index) for index, (name, runs) in enumerate(together.items())]
 
 
 def read_run(folder: Path) -> Run:
-    """Read and merge all starts of a run. A later start replaces earlier records from its first iteration on."""
+    """Read and merge all starts of a run. From its first iteration on, each start replaces the records before it."""
     run = Run(folder)
     tested, run.test = newest_test(folder)
     logs = _logs(folder, run.notes)
@@ -195,7 +196,7 @@ def metrics_of(group: Group) -> List[str]:
 
 
 def main_metrics(groups: Iterable[Group]) -> List[str]:
-    """Return the metrics to compare: all main metrics, and for each group without main metrics, its first metric."""
+    """Return the metrics to compare: all main metrics, and the first metric of each group without main metrics."""
     names = {name: None for group in groups for name in metrics_of(group)}
     known = [name for name in names if MAIN_METRIC.fullmatch(name)]
     without = [group for group in groups if not set(known) & set(metrics_of(group))]
@@ -203,10 +204,12 @@ def main_metrics(groups: Iterable[Group]) -> List[str]:
 
 
 def choose_metric(records: Iterable[dict], name: Optional[str] = None) -> Optional[str]:
-    """Return the metric to compare: ``name``, or else the first main metric, or the first metric; None without metrics.
+    """Return the metric to compare: ``name`` if given, otherwise the first main metric or, if none, the first metric.
+
+    The result is None if ``name`` is None and there are no metrics.
 
     Raises:
-        ValueError: If there are metrics, but not this one.
+        ValueError: If there are metrics, but none with this name.
     """
     names = list(dict.fromkeys(metric for record in records for metric in record))
     if name is not None and names and name not in names:
@@ -227,22 +230,22 @@ def best_value(name: str, series: Series) -> Optional[float]:
 
 
 def _starts(folder: Path) -> List[Path]:
-    """Return the folders of all starts with logs, oldest first; none if the folder has only a test."""
+    """Return the folders of all starts with logs, oldest first; an empty list if the work dir has only a test."""
     if not folder.is_dir():
         raise FileNotFoundError(f'The folder {folder} does not exist; give the work dir of a training or a test.')
     starts = _with_logs(folder)
     if starts or newest_test(folder)[0]:
         return starts
     if (folder / 'vis_data' / 'scalars.json').is_file():
-        raise FileNotFoundError(f'{folder} is a single start of a run; give the folder above it.')
+        raise FileNotFoundError(f'{folder} is the folder of a single start of a run; give the work dir above it.')
     below = [path.name for path in sorted(folder.glob('*/')) if _with_logs(path) or newest_test(path)[0]]
     if below:
         listed = ', '.join(below[:3]) + (f' and {len(below) - 3} more' if len(below) > 3 else '')
-        raise FileNotFoundError(f'{folder} is not a work dir but contains some; give one or more of them: {listed}.')
+        raise FileNotFoundError(f'{folder} is not a work dir, but contains work dirs; give one or more: {listed}.')
     if list(folder.glob('*.log.json')):
         raise FileNotFoundError(
-            f'{folder} has only logs from before MMEngine (*.log.json), which cannot be read; test its checkpoint with '
-            'tools/test.py and give the work dir of the test.'
+            f'{folder} has only logs from before MMEngine (*.log.json), which cannot be read; test the checkpoint of '
+            'the run with tools/test.py, and give the work dir of the test.'
         )
     raise FileNotFoundError(
         f'{folder} has neither training logs (*/vis_data/scalars.json) nor results of a test; train with '

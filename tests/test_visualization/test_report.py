@@ -71,7 +71,7 @@ def test_teacher_that_was_only_tested(tmp_path):
     logs.write_test(tmp_path / 'teacher', {'coco/bbox_mAP': 0.5})
     page = report(tmp_path, 'teacher', 'alone')
     assert 'alone 0.3 at iteration 20; teacher (test) 0.5.' in page and '<td>+0.200</td>' in page
-    assert 'No validation was logged by teacher: charts and differences use the test.' in page
+    assert 'No validation was logged by teacher: charts and differences use the test results.' in page
 
 
 def test_missing_values_are_explained(tmp_path):
@@ -80,7 +80,7 @@ def test_missing_values_are_explained(tmp_path):
     logs.write(tmp_path / 'other', [logs.train(10), logs.val(10, math.nan)])
     page = report(tmp_path, 'run')
     assert '<td>coco/bbox_mAP_l</td><td>–</td>' in page and '-1.0' not in page
-    assert 'have no such objects' in page and 'nan:' not in page
+    assert 'have no objects for this metric' in page and 'nan:' not in page
     assert 'nan: the run logged' in report(tmp_path, 'other')
 
 

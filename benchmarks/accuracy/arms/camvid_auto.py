@@ -1,5 +1,5 @@
-# loss_weight='auto' against hand-tuned weights of the same methods. The hand-tuned weights: the default of the preset
-# (a name without a number) and three others. mgd has two pairs, whose hand-tuned weights have the same factor.
+# Compare loss_weight='auto' with hand-tuned weights of the same methods: the default weight of the preset (the name
+# without a number) and three more weights. mgd has two pairs, whose default weights are multiplied by the same factor.
 weights = {
     'fitnet': (1.7, 15.0, 45.0),
     'pkd': (0.6, 2.0, 18.0),

@@ -1,8 +1,9 @@
-# Which part of the preset plus helps? Each arm changes one part. deeppcb_controls.py explains the arms and what each of
-# them would show.
+# Find out which parts of the preset plus help. Each arm (method) changes one part. deeppcb_controls.py explains each
+# arm and how to interpret its result.
 #
-# Nothing here has been measured yet. An arm explains a gain if its mean paired difference to plus over three seeds, on
-# the validation split with three times the schedule, is not below zero.
+# Nothing in this file has been measured yet. If an arm is not below plus, the part that the arm removes is not needed
+# for the gain of plus. "Below" means the mean paired difference of mIoU over three seeds, on the validation split, with
+# three times the schedule.
 _base_ = './camvid_preset.py'
 custom_imports = dict(
     imports=['benchmarks.accuracy.controls', 'benchmarks.accuracy.variants'], allow_failed_imports=False
@@ -10,17 +11,17 @@ custom_imports = dict(
 
 
 def plus(**neck):
-    """Return the preset plus with another neck."""
+    """Return the preset plus with changes to its neck."""
     return dict(preset='plus', distill=dict(feat=dict(neck=neck)))
 
 
 def mse(weight):
-    """Return the distance of plus."""
+    """Return the config of the distance of plus."""
     return dict(type='mmdiffkd.MSELoss', loss_weight=weight)
 
 
 def direct(loss_kd):
-    """Return plus_not_denoised, that is alignment, convolution with BatchNorm and distance, with another distance."""
+    """Return plus_not_denoised with this distance: alignment, a convolution with BatchNorm, and the distance."""
     return plus(type='mmdiffkd.VariantNeck', denoising=False, loss_kd=loss_kd)
 
 

@@ -1,5 +1,6 @@
-# Methods with the loss weights chosen on the validation split (camvid_weights.py), and DiffKD as published. Over three
-# seeds, the default weights of PKD are as good as the chosen ones.
+# Methods with the loss weights that were chosen on the validation split (camvid_weights.py), and DiffKD with the
+# paper's settings. PKD also has its default weight, because over three seeds the default is as good as the chosen
+# weight.
 def of_features(weight, distance=None, levels=(-1,), **neck):
     """Return a method that compares feature maps of the backbones."""
     loss = dict(type=f'mmdiffkd.{distance}', loss_weight=weight)

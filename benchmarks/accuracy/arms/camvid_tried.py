@@ -1,6 +1,6 @@
-# Alternatives to the preset plus, chosen on the validation split.
+# Alternatives to the preset plus. They are compared on the validation split.
 def denoised(distance='MSELoss', weight=5.0, **kwargs):
-    """Return a neck that denoises, with the gradient of the last step."""
+    """Return a neck that denoises and backpropagates the distance through the last denoising step only."""
     return dict(loss_kd=dict(type=f'mmdiffkd.{distance}', loss_weight=weight), num_grad_steps=1, **kwargs)
 
 
@@ -10,7 +10,7 @@ def of_layer(path, neck, levels=None):
 
 
 def of_features(neck, levels=(-1,), **pairs):
-    """Return a method that compares feature maps of the backbones, and further pairs."""
+    """Return a method that compares feature maps of the backbones, and the pairs in ``pairs``."""
     return dict(preset='diffkd', distill=dict(feat=of_layer('backbone', neck, list(levels)), **pairs))
 
 

@@ -1,5 +1,5 @@
-# Loss weights of each method: the default (without a number), a third of it and three times as much. If the best weight
-# is at an end of the range, up to two further weights extend it.
+# Each method with several loss weights: the default (the name without a number), a third of it, and three times the
+# default. If the best weight is the smallest or the largest, up to two more weights extend the range.
 
 
 def of_features(distance, weight, **neck):

@@ -1,5 +1,5 @@
-# loss_weight='auto' against hand-tuned weights of the same methods. The hand-tuned weights: the default of the preset
-# (a name without a number) and three others.
+# Compare loss_weight='auto' with hand-tuned weights of the same methods: the default weight of the preset (the name
+# without a number) and three more weights.
 heads = ('cls', 'reg')
 weights = {
     'fitnet': (0.6, 1.7, 15.0),

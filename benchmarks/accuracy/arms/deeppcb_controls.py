@@ -1,7 +1,8 @@
-# Which part of the preset plus helps? Each arm changes one part and keeps the pairs of the heads.
+# Find out which parts of the preset plus help. Each arm (method) changes one part and keeps the pairs of the heads.
 #
-# Nothing here has been measured yet. An arm explains a gain if its mean paired difference to plus over three seeds, on
-# the validation split with --schedule 3, is not below zero.
+# Nothing in this file has been measured yet. If an arm is not below plus, the part that the arm removes is not needed
+# for the gain of plus. "Below" and "above" mean the mean paired difference of AP over three seeds, on the validation
+# split, with --schedule 3.
 _base_ = './deeppcb_preset.py'
 custom_imports = dict(
     imports=['benchmarks.accuracy.controls', 'benchmarks.accuracy.variants'], allow_failed_imports=False
@@ -9,17 +10,17 @@ custom_imports = dict(
 
 
 def plus(**neck):
-    """Return the preset plus with another neck for the features, and the same pairs of the heads."""
+    """Return the preset plus with changes to the neck of the features. The pairs of the heads are the same."""
     return dict(preset='plus', distill=dict(fpn=dict(neck=neck), cls={}, reg={}))
 
 
 def mse(weight):
-    """Return the distance of plus."""
+    """Return the config of the distance of plus."""
     return dict(type='mmdiffkd.MSELoss', loss_weight=weight)
 
 
 def direct(loss_kd):
-    """Return plus_not_denoised, that is alignment, convolution with BatchNorm and distance, with another distance."""
+    """Return plus_not_denoised with this distance: alignment, a convolution with BatchNorm, and the distance."""
     return plus(type='mmdiffkd.VariantNeck', denoising=False, loss_kd=loss_kd)
 
 
@@ -28,25 +29,29 @@ arms = {
     'plus': dict(preset='plus'),
     # The best baseline without denoising, with the same heads.
     'cwd_head': dict(preset='cwd_head'),
-    # The distance of plus and its heads alone. The difference to plus_not_denoised is the convolution with BatchNorm.
+    # Only the distance of plus and the pairs of its heads. plus_not_denoised has a convolution with BatchNorm in
+    # addition.
     'mse_head': plus(denoise=False, loss_kd=mse(5.0)),
-    # Without denoising, the student gets a smaller gradient. If plus_not_denoised is below plus, but one of the next
-    # two arms is not, the denoising steps only scale the gradient: by a constant, or as a warm-up. The factors are
-    # those measured for the gradient of plus.
+    # Without denoising, the student gets a smaller gradient. The two arms after plus_not_denoised enlarge it: by a
+    # constant factor, or by a factor that rises in the first iterations. Both factors were measured on the gradient of
+    # plus. If plus_not_denoised is below plus and one of these two arms is not, the denoising steps help only by
+    # scaling the gradient.
     'plus_not_denoised': _base_.arms['plus_not_denoised'],
     'plus_not_denoised_x1.5': direct(mse(7.5)),
     'plus_not_denoised_ramp': direct(dict(type='mmdiffkd.RampedMSELoss', loss_weight=5.0)),
-    # One step whose prediction is detached. At t=0, as the released schedule has it for one step, the denoiser changes
-    # the sample by 1%; at t=400, by all the noise it finds. If t=0 is not below plus, the denoiser does not help. If
-    # t=400 is not below plus but t=0 is, the denoiser helps without the gradient of the distance and without steps.
+    # A single denoising step whose prediction is detached. With one step, the schedule of the released code starts at
+    # t=0, where the denoiser changes the sample by only 1%. At t=400, the step removes all noise that the denoiser
+    # predicts. If t=0 is not below plus, the denoiser does not help. If t=0 is below plus and t=400 is not, the
+    # denoiser helps even without the gradient of the distance through it, and with a single step.
     'no_grad_t=0': plus(type='mmdiffkd.DetachedDiffusionNeck', scheduler=dict(num_inference_steps=1)),
     'no_grad_t=400': plus(
         type='mmdiffkd.DetachedDiffusionNeck', scheduler=dict(num_inference_steps=1, start_timestep=400)
     ),
-    # The denoiser's last BatchNorm subtracts a pattern of fixed size at every step. If this arm is not above plus, that
-    # error is not what limits the denoising.
+    # The denoiser ends with a BatchNorm, so its prediction has the same variance for every input, and each step
+    # subtracts some noise even from a clean feature. If the arm without this BatchNorm is not above plus, this error
+    # does not limit the denoising.
     'no_last_norm': plus(denoiser=dict(type='mmdiffkd.DenoiserWithoutLastNorm')),
-    # One pass of the denoiser's layers without noise, behind a straight-through estimator. If it is not below plus, the
-    # gain of plus does not come from diffusion.
+    # One pass through the denoiser's layers, without noise; a straight-through estimator passes the gradient to the
+    # student. If this arm is not below plus, the gain of plus does not come from diffusion.
     'refiner': plus(type='mmdiffkd.PlainRefinementNeck', loss_kd=mse(5.0)),
 }

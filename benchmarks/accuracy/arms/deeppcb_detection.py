@@ -1,4 +1,5 @@
-# Methods with the loss weights chosen on the validation split (deeppcb_weights.py), and DiffKD as published.
+# Methods with the loss weights that were chosen on the validation split (deeppcb_weights.py), and DiffKD with the
+# paper's settings.
 attention = dict(type='mmdiffkd.AttentionMSELoss', loss_weight=45.0)
 arms = {
     'fitnet_weight=1.7': dict(preset='fitnet', loss_weight=1.7),

@@ -1,4 +1,4 @@
-# DiffKD as published without some of its parts.
+# DiffKD with the paper's settings, and the same method with parts removed or changed.
 
 
 def diffkd(levels=None, **neck):
@@ -7,7 +7,7 @@ def diffkd(levels=None, **neck):
 
 
 def fixed(gamma):
-    """Return DiffKD without noise adapter."""
+    """Return DiffKD with a constant gamma instead of the noise adapter."""
     return diffkd(noise_adapter=dict(type='mmdiffkd.FixedGamma', gamma=gamma))
 
 

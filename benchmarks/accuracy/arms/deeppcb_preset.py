@@ -1,4 +1,4 @@
-# The preset plus without some of its parts.
+# The preset plus, and methods with only some of its parts.
 custom_imports = dict(imports=['benchmarks.accuracy.variants'], allow_failed_imports=False)
 
 

@@ -1,4 +1,4 @@
-# Changes to the method of DiffKD, chosen on the validation split.
+# Changes to the method of DiffKD. They are compared on the validation split.
 custom_imports = dict(imports=['benchmarks.accuracy.variants'], allow_failed_imports=False)
 
 
@@ -8,7 +8,7 @@ def diffkd(**neck):
 
 
 def variant(**kwargs):
-    """Return DiffKD with changes to the method."""
+    """Return DiffKD with a :class:`benchmarks.accuracy.variants.VariantNeck`."""
     return diffkd(type='mmdiffkd.VariantNeck', **kwargs)
 
 

@@ -1,4 +1,4 @@
-# The schedule is short, because the effect of distillation shows early.
+# The student. The schedule is short, because the effect of distillation shows early.
 _base_ = '../../../configs/camvid/deeplabv3-r18-quarter_camvid.py'
 max_iters = 1000
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)

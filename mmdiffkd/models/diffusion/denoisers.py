@@ -11,7 +11,7 @@ class Bottleneck(nn.Module):
 
     Args:
         channels (int): Input and output channels, C.
-        reduction (int): Channel reduction. The inner convolutions have ``max(1, C // reduction)`` channels.
+        reduction (int): Channel reduction factor. The 3x3 convolution has ``max(1, C // reduction)`` channels.
     """
 
     def __init__(self, channels: int, reduction: int):
@@ -46,7 +46,7 @@ class _Denoiser(nn.Module):
 
         Args:
             x (Tensor): Noisy features, (N, C, H, W).
-            timesteps (Tensor): Integer timesteps, (N, ); or (1, ), one timestep for the whole batch.
+            timesteps (Tensor): Integer timesteps, (N, ), or (1, ) if the whole batch has the same timestep.
 
         Returns:
             Tensor: Prediction, (N, C, H, W).
@@ -64,7 +64,7 @@ class BottleneckDenoiser(_Denoiser):
         channels (int): Latent channels, C.
         num_train_timesteps (int): Number of timestep embeddings. Defaults to 1000.
         num_blocks (int): Number of bottleneck blocks. Defaults to 2.
-        reduction (int): Channel reduction of the blocks. Defaults to 4.
+        reduction (int): Channel reduction factor of the blocks; see :class:`Bottleneck`. Defaults to 4.
     """
 
     @check_arguments
@@ -76,7 +76,7 @@ class BottleneckDenoiser(_Denoiser):
 
 @MODELS.register_module()
 class MLPDenoiser(_Denoiser):
-    """The released code's denoiser for logits: 1x1 convolutions with C -> 4C -> C -> 4C -> C channels.
+    """Denoiser for logits from the released code: 1x1 convolutions with C -> 4C -> C -> 4C -> C channels.
 
     Args:
         channels (int): Number of classes, C.

@@ -1,4 +1,4 @@
-"""The diffusion of one level: alignment, autoencoder, denoising, distance and losses (Sec. 3 of the paper)."""
+"""DiffKD for one level of features: alignment, autoencoder, denoising, distance and losses (paper, section 3)."""
 
 import copy
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ except ImportError:  # torch before 2.3
 
 
 class NoiseInputs(NamedTuple):
-    """Noise and timesteps of one forward pass. A field that is None is sampled at random.
+    """Noise and timesteps to use in one forward pass. A field that is None is replaced by random values.
 
     Attributes:
         adapter_noise (Tensor, optional): Noise blended into the student latent, (N, C, H, W).
@@ -42,13 +42,13 @@ class DiffusionOutput(NamedTuple):
     Attributes:
         losses (dict[str, Tensor]): Weighted scalars: ``loss_kd``; ``loss_diffusion`` if denoising is enabled;
             ``loss_reconstruction`` if there is an autoencoder.
-        gamma (Tensor, optional): Share of the student latent that is kept when noise is blended in, (N, ). None
-            without denoising.
+        gamma (Tensor, optional): Share of each student latent that is kept when noise is blended in, (N, ). None if
+            denoising is disabled.
         denoised (Tensor): Denoised student latent, the input of ``loss_kd``, (N, C, H, W).
         teacher_latent (Tensor): Detached teacher latent, the target of ``loss_kd``, (N, C, H, W).
         student_latent (Tensor): Aligned student features before noise and denoising, (N, C, H, W).
         trajectory (list[Tensor]): The noisy student latent and the result of every denoising step, (N, C, H, W) each.
-            Empty without ``return_trajectory`` or without denoising.
+            Empty if ``return_trajectory`` is False or denoising is disabled.
     """
 
     losses: Dict[str, Tensor]
@@ -83,7 +83,7 @@ class FeatureDiffusion(nn.Module):
         loss_kd (dict, optional): Config of the distillation loss, called as ``loss_kd(student, teacher)``. The default
             type is ``MSELoss``.
         loss_diffusion_weight (float): Weight of the diffusion loss. Defaults to 1.
-        loss_reconstruction_weight (float): Weight of the autoencoder's loss. Defaults to 1.
+        loss_reconstruction_weight (float): Weight of the autoencoder's reconstruction loss. Defaults to 1.
         num_grad_steps (int, optional): Number of denoising steps, counted from the last step, in which ``loss_kd`` is
             backpropagated through the denoiser. In earlier steps, the denoiser's prediction is detached, and the
             gradient flows through the noisy sample only. None means all steps, as in the paper. Defaults to None.
@@ -93,9 +93,10 @@ class FeatureDiffusion(nn.Module):
             Defaults to True.
 
     Raises:
-        ValueError: If a value is invalid or conflicts with another argument, if ``loss_kd`` compares classes and
-            student and teacher have different numbers of classes or only one class, or if a part of another package
-            does not run on random features or its loss is negative or not finite.
+        ValueError: If a value is invalid or conflicts with another argument; if ``loss_kd`` compares classes, but
+            student and teacher have different numbers of classes or a single channel; or if the loss, the scheduler,
+            the noise adapter or the denoiser fails a test on random features (:func:`try_loss`,
+            :func:`try_diffusion`).
     """
 
     @check_arguments
@@ -272,7 +273,7 @@ class FeatureDiffusion(nn.Module):
         return DiffusionOutput(losses, gamma, denoised, target, latent, samples)
 
     def _syncs_ranks(self) -> bool:
-        """Return whether batch statistics are those of several ranks, which all have to compute them."""
+        """Return whether SyncBatchNorm computes statistics over several ranks; then all ranks must take part."""
         return get_world_size() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in self.modules())
 
     def _align(self, student: Tensor, size: torch.Size) -> Tensor:
@@ -308,7 +309,8 @@ class FeatureDiffusion(nn.Module):
             timesteps = torch.full((1,), timestep, dtype=torch.long, device=latent.device)
             predicted = self._run(self.denoiser, sample, timesteps)
             if index < len(self.scheduler.timesteps) - self.num_grad_steps:
-                # detach instead of no_grad: in no_grad, autocast would cache weights without gradient for later steps
+                # detach() instead of no_grad(): autocast caches the weights that it casts, and weights cast under
+                # no_grad() would have no gradient in the later steps
                 predicted = predicted.detach()
             sample = self.scheduler.step(predicted, timestep, sample)
             if samples is not None:
@@ -327,7 +329,7 @@ class FeatureDiffusion(nn.Module):
         return (self._run(self.denoiser, noisy, timesteps).float() - prediction_target).square().mean()
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        """Call a module, with activation checkpointing in training if ``memory_efficient`` is set."""
+        """Call a module. In training, use activation checkpointing if ``memory_efficient`` is set."""
         if not (self.memory_efficient and self.training and torch.is_grad_enabled()) or is_compiling():
             return module(*inputs)
         contexts = nullcontext(), _FrozenStatistics(module)  # one for the forward pass, one for the recomputation
@@ -335,10 +337,10 @@ class FeatureDiffusion(nn.Module):
 
 
 class _FrozenStatistics:
-    """Context that keeps BatchNorm's running statistics while a module is recomputed for the backward pass.
+    """Context that leaves BatchNorm's running statistics unchanged while the backward pass recomputes a module.
 
-    The first forward pass has updated the statistics already. Every backward pass through the same graph enters the
-    context again.
+    The forward pass has updated the statistics already, so the recomputation must not update them again. Every backward
+    pass through the same graph enters the context.
     """
 
     def __init__(self, module: nn.Module):
@@ -372,12 +374,13 @@ def try_loss(loss_kd: nn.Module, channels: int, cfg: dict) -> None:
     settings = ', '.join(f'{key}={value!r}' for key, value in cfg.items() if key != 'type')
     name = f'{type(loss_kd).__name__}({settings})'
     with in_key('loss_kd'), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        # not 4 wide: losses for boxes, (..., 4), would run
+        # the width is not 4: losses for boxes take (..., 4), so they fail here
         student, teacher = torch.randn(2, 2, channels, 6, 5).unbind()
         loss, gradient = _try_loss_on(loss_kd, student, teacher, name)
         if loss.is_meta:
             return
-        # class scores of detectors are around -5; features are not, so there the loss need not be finite
+        # The loss must not be negative for values around -5 either, because class scores of detectors are in this
+        # range. Features are not in this range, so the loss may be non-finite here.
         scores, _ = _try_loss_on(loss_kd, student - 5, teacher - 5, name)
         lowest = min(loss, scores) if scores.isfinite() else loss
         if not (loss.isfinite() and lowest >= -1e-6):
@@ -386,11 +389,13 @@ def try_loss(loss_kd: nn.Module, channels: int, cfg: dict) -> None:
             )
         used = gradient.ne(0).sum((0, 2, 3)).count_nonzero().item()
         if used == 4 < channels:
-            raise ConfigError('', f': {name} compares 4 of {channels} channels, as losses for boxes do.')
+            raise ConfigError(
+                '', f': {name} compares 4 of {channels} channels, as losses for boxes do; use a loss for features.'
+            )
 
 
 def _try_loss_on(loss_kd: nn.Module, student: Tensor, teacher: Tensor, name: str) -> Tuple[Tensor, Tensor]:
-    """Return the loss of two features and its gradient for the first."""
+    """Return the loss between two features, and its gradient with respect to the student's feature."""
     student = student.detach().requires_grad_()
     try:
         labels = [torch.zeros(2, dtype=torch.long)] if getattr(loss_kd, 'takes_labels', False) else []
@@ -402,13 +407,13 @@ def _try_loss_on(loss_kd: nn.Module, student: Tensor, teacher: Tensor, name: str
 
 
 def try_diffusion(scheduler: nn.Module, noise_adapter: nn.Module, denoiser: nn.Module, channels: int) -> None:
-    """Run a noise adapter, a scheduler and a denoiser on random features, and check the shapes of the results.
+    """Run a noise adapter, a scheduler and a denoiser on random features, and check their results.
 
     Raises:
-        ValueError: If a part fails, returns a tensor of the wrong shape or that is not finite, or gamma is not between
-            0 and 1.
+        ValueError: If a module fails, if it returns a tensor of the wrong shape or with non-finite values, or if gamma
+            is not between 0 and 1.
     """
-    # copies, because eval() would have to be undone
+    # eval() is called on copies, so that the modules themselves stay in training mode
     noise_adapter, denoiser = (copy.deepcopy(part).eval() for part in (noise_adapter, denoiser))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         latent, noise = torch.randn(2, 2, channels, 4, 4).unbind()
@@ -437,6 +442,6 @@ def _try_part(key: str, shape: torch.Size, function, *args) -> Tensor:
 
 
 def _randn_like(x: Tensor) -> Tensor:
-    """Draw float32 noise of the shape of ``x``, in channels-last memory format, which is much faster than NCHW."""
+    """Draw float32 noise of the shape of ``x`` in channels-last memory format, the faster layout for convolutions."""
     n, c, h, w = x.shape
     return torch.randn(n, h, w, c, device=x.device).permute(0, 3, 1, 2)

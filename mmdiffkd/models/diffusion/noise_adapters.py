@@ -31,7 +31,7 @@ class NoiseAdapter(_NoiseAdapter):
 
     Args:
         channels (int): Latent channels, C.
-        reduction (int): Channel reduction of the bottleneck. Defaults to 8.
+        reduction (int): Channel reduction factor of the bottleneck. Defaults to 8.
     """
 
     @check_arguments
@@ -41,7 +41,7 @@ class NoiseAdapter(_NoiseAdapter):
 
 @MODELS.register_module()
 class MLPNoiseAdapter(_NoiseAdapter):
-    """The released code's noise adapter for logits and logit maps: 1x1 convolutions with C -> 2C -> C channels.
+    """Noise adapter for logits and logit maps from the released code: 1x1 convolutions with C -> 2C -> C channels.
 
     Args:
         channels (int): Number of classes, C.

@@ -3,7 +3,7 @@
 A custom scheduler is a registered module with these members:
 
 - ``num_train_timesteps`` (int): number of timesteps that the denoiser is trained on.
-- ``timesteps`` (list[int]): timesteps of the denoising steps, in order.
+- ``timesteps`` (list[int]): timesteps of the denoising steps, from the first step to the last.
 - ``sample_timesteps(num_samples, device)``: random timesteps for the diffusion loss, (N, ).
 - ``add_noise(clean, noise, timesteps)``: the noisy features x_t, (N, C, H, W).
 - ``target(clean, noise, timesteps)``: the training target of the denoiser, (N, C, H, W).
@@ -13,10 +13,10 @@ Notation, as in DDPM and DDIM:
 
 - ``betas``: variance added by each of the T training timesteps, linear from 1e-4 to 0.02
 - ``alphas_cumprod``: a_t, the product of (1 - beta) up to t
-- ``sample``: x_t (Z_t in the paper), features with the noise of timestep t
+- ``sample``: x_t (Z_t in the paper), features with the noise of timestep t; s is the timestep of the next step
 - ``noise``: eps, standard normal
 - x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                                (forward diffusion)
-- x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps, with x_0 solved from x_t      (DDIM step, eta = 0)
+- x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps, with x_0 from the line above  (DDIM step, eta = 0)
 """
 
 from typing import Annotated, List, Literal, Optional, Union
@@ -38,8 +38,8 @@ class DDIMScheduler(nn.Module):
         num_train_timesteps (int): Number of timesteps that the denoiser is trained on, T. Defaults to 1000.
         num_inference_steps (int): Number of denoising steps for student features. Defaults to 5.
         start_timestep (int, optional): Timestep of the first denoising step. The timesteps of the next steps are evenly
-            spaced down to 0. ``None`` follows the released code and takes the lower half of ``2 * num_inference_steps``
-            evenly spaced timesteps: 400, 300, 200, 100, 0 for five steps. Defaults to None.
+            spaced down to 0. ``None`` follows the released code: it divides T into ``2 * num_inference_steps`` equal
+            intervals and uses the lower half, for example 400, 300, 200, 100, 0 for five steps. Defaults to None.
         beta_start (float): Beta of the first timestep. Defaults to 1e-4.
         beta_end (float): Beta of the last timestep. Defaults to 0.02.
         prediction_type (str): Prediction of the denoiser: ``'epsilon'`` (the noise), ``'sample'`` (x_0) or
@@ -157,7 +157,7 @@ class DDIMScheduler(nn.Module):
         alpha_next = 1.0 if is_last else self._alphas_cumprod[self.timesteps[index + 1]]
         sample, model_output = sample.float(), model_output.float()
         if self.prediction_type == 'epsilon':
-            # without computing x_0: x_next = sqrt(a_next / a) x + (sqrt(1 - a_next) - sqrt(a_next (1 - a) / a)) eps
+            # the DDIM step in one sum: x_next = sqrt(a_next / a) x + (sqrt(1 - a_next) - sqrt(a_next (1 - a) / a)) eps
             scale_sample = (alpha_next / alpha) ** 0.5
             scale_noise = (1 - alpha_next) ** 0.5 - (alpha_next * (1 - alpha) / alpha) ** 0.5
             return (scale_sample * sample).add_(model_output, alpha=scale_noise)

@@ -9,8 +9,8 @@ from mmdiffkd.utils.validation import NonNegative, check_arguments
 class ATLoss(nn.Module):
     """AT loss: mean squared error between normalized attention maps (Zagoruyko and Komodakis, ICLR 2017).
 
-    The attention of a position is the mean of the squared features over the channels. The map of an image is divided by
-    its L2 norm. Student and teacher may have different numbers of channels, so no adapter is needed.
+    The attention of a position is the mean of the squared features over the channels. The attention map of an image is
+    divided by its L2 norm. Student and teacher may have different numbers of channels, so no adapter is needed.
 
     Args:
         loss_weight (float): Weight of the loss. Defaults to 1.

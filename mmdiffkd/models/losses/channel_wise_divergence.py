@@ -18,9 +18,9 @@ class ChannelWiseDivergence(nn.Module):
     Args:
         tau (float): Temperature. Defaults to 1.
         loss_weight (float): Weight of the loss. Defaults to 1.
-        normalize (bool): Whether to standardize each channel of student and teacher first, as the distillation configs
-            of RTMDet do with BatchNorm: over batch and positions, without affine parameters and running statistics.
-            Then the scale of a channel has no effect. Defaults to False.
+        normalize (bool): Whether to standardize each channel of student and teacher over batch and positions first.
+            The scale of a channel then has no effect. The distillation configs of RTMDet do the same with a BatchNorm
+            that has neither affine parameters nor running statistics. Defaults to False.
     """
 
     compares_positions = True

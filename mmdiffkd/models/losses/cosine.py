@@ -13,9 +13,9 @@ from .utils import masked_mean
 class CosineLoss(nn.Module):
     """One minus the cosine similarity of the channels at each position, averaged over positions.
 
-    The scale of a position has no effect. The loss equals half the squared error between features of length 1. AM-RADIO
-    (Ranzinger et al., CVPR 2024) and Theia (Shang et al., CoRL 2024) distill the maps of foundation models with it,
-    beside a smooth L1 term.
+    The length of a position's feature vector has no effect. The loss equals half the squared distance between the
+    vectors of student and teacher after both are scaled to length 1. AM-RADIO (Ranzinger et al., CVPR 2024) and Theia
+    (Shang et al., CoRL 2024) use this loss and a smooth L1 loss to distill feature maps of foundation models.
 
     Args:
         loss_weight (float): Weight of the loss. Defaults to 1.

@@ -13,8 +13,9 @@ from .utils import flatten_logits, masked_mean
 class DISTLoss(nn.Module):
     """DIST loss: match relations between classes and between samples by correlation (Huang et al., NeurIPS 2022).
 
-    With y = softmax(z / tau), the inter-class term is 1 minus the mean correlation between the rows of student and
-    teacher. The intra-class term is the same for the columns. In logit maps, each pixel is a row.
+    The probabilities y = softmax(z / tau) have one row per sample and one column per class. The inter-class term is 1
+    minus the mean correlation between the rows of student and teacher. The intra-class term is 1 minus the mean
+    correlation between the columns. In logit maps, each pixel is a sample.
 
     Args:
         beta (float): Weight of the inter-class term. Defaults to 1.

@@ -14,17 +14,18 @@ REMOVED = -1e30  # logit of a removed class; finite, because -inf gives NaN in t
 
 @MODELS.register_module()
 class DKDLoss(nn.Module):
-    """DKD loss: KL divergence, decoupled into target class and other classes (Zhao et al., CVPR 2022).
+    """DKD loss: KL divergence, decoupled into target class and non-target classes (Zhao et al., CVPR 2022).
 
-    The target term (TCKD) compares the probabilities of the true class and of all other classes together. The
-    non-target term (NCKD) compares the distributions over the other classes. Both terms are multiplied by tau squared.
+    The target term (TCKD) compares binary distributions: the probability of the true class, and the sum of the
+    probabilities of all other classes. The non-target term (NCKD) compares the distributions over the non-target
+    classes. Both terms are multiplied by tau squared.
 
-    mmrazor's ``DKDLoss`` ignores ``reduction='mean'`` and sums over the batch, so its loss is the batch size times
-    that of the authors. ``reduction='sum'`` reproduces mmrazor's ``'mean'``, ``'sum'`` and ``'none'``;
-    ``'mean'`` reproduces the authors' loss and mmrazor's ``'batchmean'``.
+    mmrazor's ``DKDLoss`` ignores ``reduction='mean'`` and sums over the batch, so it is larger than the authors' loss
+    by a factor of the batch size. In this class, ``reduction='sum'`` equals mmrazor's ``'mean'``, ``'sum'`` and
+    ``'none'``, and ``reduction='mean'`` equals the authors' loss and mmrazor's ``'batchmean'``.
 
-    The authors multiply the loss by ``min(epoch / warmup, 1)``. ``DistillScheduleHook(warmup=...)`` raises the weight
-    in every iteration instead.
+    The authors multiply the loss by ``min(epoch / warmup, 1)``, which changes once per epoch. For a warm-up that
+    changes in every iteration, use ``DistillScheduleHook(warmup=...)``.
 
     Args:
         tau (float): Temperature. Defaults to 1.
@@ -83,12 +84,12 @@ class DKDLoss(nn.Module):
 
 
 def _target_or_not(logits: Tensor, is_target: Tensor) -> Tensor:
-    """Return the log-probabilities of the target class and of all other classes together, (rows, 2)."""
+    """Return the log-probabilities of the target class and of all non-target classes together, (rows, 2)."""
     log_p = logits.log_softmax(dim=1)
     target = log_p.masked_fill(~is_target, 0.0).sum(dim=1)
     return torch.stack([target, log_p.masked_fill(is_target, REMOVED).logsumexp(dim=1)], dim=1)
 
 
 def _others(logits: Tensor, is_target: Tensor) -> Tensor:
-    """Return the log-probabilities over the classes other than the target, (rows, classes)."""
+    """Return the log-probabilities over the non-target classes, (rows, classes)."""
     return logits.masked_fill(is_target, REMOVED).log_softmax(dim=1)

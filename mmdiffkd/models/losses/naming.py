@@ -17,7 +17,7 @@ LEVEL_KEY_RE = re.compile(re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<term>\w+)\.(?
 def name_losses(
     pair: str, outputs: Sequence, levels: Sequence[int], weight: float = 1.0, auxiliary: Sequence[str] = ()
 ) -> Dict[str, Tensor]:
-    """Give the losses and logged values of a neck their names in the log.
+    """Rename the losses and logged values of a neck to their names in the log.
 
     The names of per-level values do not contain ``loss``, because mmengine adds every value with ``loss`` in its name
     to the total loss.
@@ -89,7 +89,7 @@ def _union(dicts: Sequence[dict]) -> List[str]:
 
 
 def non_finite_names(log_vars: Dict[str, Tensor]) -> List[str]:
-    """List the losses that are not finite, with the affected levels.
+    """List the losses that are not finite. If only some levels are affected, their numbers follow in parentheses.
 
     Args:
         log_vars (dict[str, Tensor]): Values to log.

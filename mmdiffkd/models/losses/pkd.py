@@ -15,7 +15,8 @@ class PKDLoss(nn.Module):
         loss_weight (float): Weight of the loss. Defaults to 1.
     """
 
-    gradient_ratio = 30.0  # for loss_weight='auto'; the best weights are large
+    # ratio of gradients that loss_weight='auto' aims at; above the default, because the best weights of PKD are large
+    gradient_ratio = 30.0
 
     @check_arguments
     def __init__(self, loss_weight: NonNegative = 1.0):

@@ -63,7 +63,7 @@ def spatial_attention(feature: Tensor, tau: float) -> Tensor:
 
 
 def class_labels(data_samples: Optional[Sequence]) -> Tensor:
-    """Return the class of each image; for mixed images, such as those of MixUp, the class with the highest score.
+    """Return the class of each image. Mixed images, as from MixUp, have the class with the highest score.
 
     Args:
         data_samples (list, optional): Data samples with ``gt_label`` or ``gt_score``.

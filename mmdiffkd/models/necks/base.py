@@ -21,18 +21,19 @@ class DistillContext:
     """Inputs of a neck in addition to the features.
 
     Attributes:
-        images (Tensor, optional): Preprocessed images of the student, (N, C, H, W). If the student's tap runs on a part
-            of the batch, these images only.
+        images (Tensor, optional): Preprocessed images of the student, (N, C, H, W). If the student's tap runs on only a
+            part of the batch, ``images`` has only this part.
         data_samples (list, optional): Data samples of the images, with ground truth, as the student's ``loss`` receives
-            them. None if the student takes views or clips instead of images.
+            them. None if the student's inputs are several views per image or video clips.
         input_size (tuple[int, int], optional): Height and width of the images in pixels, including padding.
         progress (float): Completed fraction of the training, from 0 to 1.
         student (Module, optional): The student, for necks that use its heads.
         teacher (Module, optional): The frozen teacher, for necks that use its heads.
         mask (Tensor, optional): Mask of the pixels whose label the student's head does not ignore, (N, 1, H, W) of type
             bool. None if all pixels are valid.
-        class_numbers (Tensor, optional): For a teacher with other classes, the number that each class of the student
-            has among the compared class scores, (K, ); -1 for a class that is left out. None if all are compared.
+        class_numbers (Tensor, optional): Set if student and teacher have different classes. It maps each class of the
+            student to its index among the compared class scores, (K, ), or to -1 if the class is not compared. None if
+            all classes are compared.
         capture (bool): Whether outputs should include features for visualization. Defaults to False.
     """
 
@@ -52,7 +53,7 @@ class DistillOutput:
     """Losses of one level of a pair.
 
     Attributes:
-        losses (dict[str, Tensor]): Weighted scalars with names that start with ``loss_``.
+        losses (dict[str, Tensor]): Weighted scalars. Their names must start with ``loss_``.
         logs (dict[str, Tensor]): Values to log, scalars or (N, ). Their names must not contain ``loss``.
     """
 
@@ -68,8 +69,8 @@ class DistillNeck(nn.Module):
     Subclassing is optional, but a neck needs the methods of this class.
 
     Attributes:
-        auxiliary_losses (tuple[str]): Names of losses that train only the neck. ``DistillScheduleHook`` does not scale
-            them.
+        auxiliary_losses (tuple[str]): Names of losses that train only the neck. ``DistillScheduleHook`` does not change
+            the weights of these losses.
     """
 
     auxiliary_losses: Tuple[str, ...] = ()
@@ -85,14 +86,14 @@ class DistillNeck(nn.Module):
             context (DistillContext): Images, data samples, progress and both models.
 
         Returns:
-            list[DistillOutput]: One output per level, or a single output for all levels.
+            list[DistillOutput]: One output per level, or one output for all levels together.
         """
         raise NotImplementedError
 
     def describe(self) -> List[dict]:
-        """Return settings to print before training: one dict per level, or a single dict for all levels.
+        """Return settings to print before training: one dict per level, or one dict for all levels together.
 
-        The preview has columns for the keys of ``FeatureDiffusion.describe``, such as ``loss_kd`` (str),
+        ``preview.py`` prints a column for each key of ``FeatureDiffusion.describe``, such as ``loss_kd`` (str),
         ``loss_weight`` (float) and ``adapter`` (str).
         """
         return [dict(neck=type(self).__name__)]
@@ -114,7 +115,7 @@ def check_neck(neck: nn.Module) -> None:
 
 
 def check_single_tap(neck: nn.Module, *channels: Sequence) -> None:
-    """Check that a neck for one tap per model got the channels of one tap.
+    """Check that the pair has one tap per model. Necks that support only one tap call this function.
 
     Args:
         neck (Module): The neck.
@@ -133,10 +134,12 @@ def check_single_tap(neck: nn.Module, *channels: Sequence) -> None:
 def try_neck(neck: nn.Module, student: Features, teacher: Features, context: DistillContext) -> None:
     """Run a neck forward and backward on random features, and check its losses.
 
-    A neck that does not run is not refused, because it may need data samples or the teacher's modules.
+    If the forward pass fails, the error is logged and not raised, because the neck may need data samples or the
+    teacher's modules.
 
     Raises:
-        ValueError: If a name is invalid, or a loss is not a scalar, is negative or not finite, or has no gradient.
+        ValueError: If the name of a loss or logged value is invalid, if a loss is not a scalar, is negative or is not
+            finite, or if no loss has a gradient with respect to the student features.
     """
     name = type(neck).__name__
     leaves = [feature for level in student for feature in ([level] if isinstance(level, Tensor) else level)]
@@ -144,7 +147,8 @@ def try_neck(neck: nn.Module, student: Features, teacher: Features, context: Dis
         try:
             outputs = copy.deepcopy(neck)(student, teacher, context)  # a copy, because a neck can have buffers
         except Exception as error:
-            print_log(f'{name} was not tried before the training: {one_line(error)}', logger='current')
+            message = f'The losses of {name} were not checked before training, because it fails on random features: '
+            print_log(message + one_line(error), logger='current')
             return
         for output in outputs:
             check_names(output)
@@ -158,4 +162,4 @@ def try_neck(neck: nn.Module, student: Features, teacher: Features, context: Dis
         if not any(loss.requires_grad for _, loss in losses) or not any(
             gradient is not None for gradient in torch.autograd.grad(total, leaves, allow_unused=True)
         ):
-            raise ConfigError('', f': no loss of {name} has a gradient to the student features.')
+            raise ConfigError('', f': no loss of {name} has a gradient with respect to the student features.')

@@ -16,16 +16,17 @@ from .ld_neck import check_two_taps
 class BCKDNeck(DistillNeck):
     """Binary-classification distillation of dense heads with sigmoid scores (Yang et al., ICCV 2023).
 
-    The class loss is the binary cross-entropy between the scores of student and teacher, weighted by their difference,
-    to which the gradient flows as well. The box loss is 1 - GIoU of the boxes of student and teacher at all locations,
-    weighted by the largest score difference of a location, without gradient. Both are divided by the number of
-    positive locations. As in the released code, a level without positive locations has no loss.
+    The class loss is the binary cross-entropy between the scores of student and teacher, weighted by the absolute
+    difference of the scores. The gradient also flows through this weight. The box loss is 1 - GIoU between the boxes of
+    student and teacher at all locations. Its weight at a location is the largest score difference of any class, without
+    gradient. Both losses are divided by the number of positive locations. As in the released code, the losses of a
+    level without positive locations are 0.
 
-    The released code is for GFL. This class applies the same losses to ATSS, RetinaNet and FCOS, whose boxes it decodes
-    from deltas or distances.
+    The released code is for GFL. This class also supports ATSS, RetinaNet and FCOS, and decodes the boxes from the
+    deltas or distances that their heads predict.
 
-    The taps are the last layers of both branches, in this order: ``student=['bbox_head.gfl_cls',
-    'bbox_head.gfl_reg']``, and the same for the teacher. Labels are assigned a second time, as the student's head does.
+    The taps are the last layers of the class branch and the box branch, in this order: ``student=['bbox_head.gfl_cls',
+    'bbox_head.gfl_reg']``, and the same for the teacher. The neck repeats the label assignment of the student's head.
 
     Args:
         student_channels (list[list[int]]): Student channels per tap and level.
@@ -36,7 +37,7 @@ class BCKDNeck(DistillNeck):
 
     Raises:
         ValueError: If an argument is invalid.
-        ValueError: If the pair does not have two taps, or the class layers have different channels.
+        ValueError: If the pair does not have two taps, or the class layers have different numbers of channels.
     """
 
     @check_arguments
@@ -53,7 +54,7 @@ class BCKDNeck(DistillNeck):
         (ours, *_), (theirs, *_) = student_channels[0], teacher_channels[0]
         if ours != theirs:
             raise ValueError(
-                'BCKDNeck compares the scores of equal classes, but the class layers of student and teacher have '
+                'BCKDNeck compares the scores class by class, but the class layers of student and teacher have '
                 f'{ours} and {theirs} channels.'
             )
         self.beta = beta
@@ -68,14 +69,14 @@ class BCKDNeck(DistillNeck):
         Args:
             student (list[list[Tensor]]): Outputs of the class layer, (N, A * K, H, W) per level, and of the box layer,
                 (N, A * C, H, W) per level.
-            teacher (list[list[Tensor]]): The same of the teacher.
+            teacher (list[list[Tensor]]): The outputs of the same layers of the teacher.
             context (DistillContext): Needs both models and ``data_samples`` with ground truth.
 
         Returns:
             list[DistillOutput]: ``loss_cls`` and ``loss_loc`` per level.
 
         Raises:
-            ValueError: If the context is incomplete, or not all levels are distilled.
+            ValueError: If the context has no head or no data samples, or if not all levels are distilled.
         """
         heads = {owner: head_of(self, owner, context, len(student[0])) for owner in ('student', 'teacher')}
         positives, label_weights, count = assign_labels(heads['student'], student[0], context.data_samples)
@@ -104,7 +105,7 @@ class BCKDLosses(NamedTuple):
 
 
 def predict(head, scores: Sequence[Tensor], outputs: Sequence[Tensor]) -> List[Tuple[Tensor, Tensor]]:
-    """Return class logits, (R, K), and boxes, (R, 4), of each level, one row per prior."""
+    """Return class logits, (R, K), and boxes, (R, 4), of each level, one row per prior (anchor or point)."""
     all_priors = head.prior_generator.grid_priors([level.shape[-2:] for level in scores], device=scores[0].device)
     predictions = []
     for level, (maps, output, priors) in enumerate(zip(scores, outputs, all_priors)):
@@ -145,7 +146,9 @@ def balanced_losses(
 
 
 def score_divergence(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
-    """Return the binary cross-entropy of scores, weighted by their difference to the power beta, summed over classes.
+    """Return the binary cross-entropy of scores, weighted by their difference and summed over classes.
+
+    The weight is the absolute difference of the scores to the power ``beta``.
 
     Args:
         student (Tensor): Logits, (R, K).

@@ -25,33 +25,35 @@ BRANCHES = ('cls', 'reg')
 
 @MODELS.register_module()
 class CrossKDNeck(DistillNeck):
-    """Cross-head distillation: the teacher's head judges features of the student (Wang et al., CVPR 2024).
+    """Cross-head distillation: run the teacher's head on features of the student (Wang et al., CVPR 2024).
 
     Features of the student, from the middle of its head or from its neck, run through the last layers of the teacher's
     frozen head. The predictions are compared with those of the teacher: class scores by the quality focal loss, boxes
     by 1 - GIoU, and distributions of box sides, as in GFL, by KL divergence. The student's own last layers are not
-    distilled, so labels and teacher do not contradict each other there.
+    distilled, so they are trained by the labels only.
 
-    The loss of a branch is sum(S * D) / sum(S) over the locations of all levels. The paper sets S = 1. On most
-    locations there is no object, so this mean is small, and the teacher's boxes mean nothing; therefore the default
-    takes the teacher's highest score for S, except for the numerator of the class loss, where S = 1. ``region='all'``
-    sets S = 1 everywhere.
+    The loss of a branch is sum(S * D) / sum(S) over the locations of all levels, where D is the distance at a location
+    and S is the weight of the location. The paper sets S = 1. Most locations have no object. There, D is small, and the
+    teacher's boxes are meaningless. By default, S is therefore the teacher's highest class score at the location; only
+    the numerator of the class loss keeps S = 1. ``region='all'`` sets S = 1 everywhere.
 
-    Written from the equations of the paper; weights and exponents may differ from its code.
+    This class follows the equations of the paper. Weights and exponents may differ from the paper's code.
 
-    The student's taps are the inputs of the teacher's last layers, of the class and of the box branch:
-    ``student=['bbox_head.cls_convs.2', 'bbox_head.reg_convs.2']``. The teacher's taps are its last layers:
+    The student's taps are the features for the class branch and for the box branch: ``student=['bbox_head.cls_convs.2',
+    'bbox_head.reg_convs.2']``. The teacher's taps are the last layers of these branches:
     ``teacher=['bbox_head.gfl_cls', 'bbox_head.gfl_reg']``.
 
     Args:
         student_channels (list[list[int]]): Student channels per tap and level.
         teacher_channels (list[list[int]]): Teacher channels per tap and level.
         num_convs (int): Number of convolutions of the teacher's branches to run before the last layer. Defaults to 1.
-        head_channels (int, optional): Input channels of the teacher's layers. If the student has other channels, a 1x1
-            convolution per branch aligns them. Defaults to None, the channels of the student.
+        head_channels (int, optional): Input channels of the teacher's layers. If the student has a different number of
+            channels, each branch gets a 1x1 convolution that maps the student's features. None means that the numbers
+            are equal. Defaults to None.
         beta (float): Exponent of the score difference in the class loss. Defaults to 2.
-        tau (float): Temperature of the distributions. Defaults to 1.
-        region (str): Locations that count, ``'score'`` or ``'all'``, see above. Defaults to ``'score'``.
+        tau (float): Temperature of the distributions of box sides. Defaults to 1.
+        region (str): Weight S of the locations: ``'score'`` for the teacher's highest class score, or ``'all'`` for 1.
+            Defaults to ``'score'``.
         cls_weight (float): Weight of the class loss. Defaults to 1.
         reg_weight (float): Weight of the box loss. Defaults to 1.
 
@@ -77,7 +79,7 @@ class CrossKDNeck(DistillNeck):
         check_two_taps(self, student_channels)
         widths = [channels[0] for channels in student_channels]
         self.adapters = [None if head_channels in (None, w) else f'{w} -> {head_channels}' for w in widths]
-        # all levels share the layers of a head, and therefore the alignment
+        # the layers of a head are shared by all levels, so the 1x1 convolutions are shared, too
         self.align = nn.ModuleList(
             nn.Conv2d(width, head_channels, 1) if adapter else nn.Identity()
             for width, adapter in zip(widths, self.adapters)
@@ -103,8 +105,8 @@ class CrossKDNeck(DistillNeck):
             list[DistillOutput]: ``loss_cls`` and ``loss_reg`` per level.
 
         Raises:
-            ValueError: If the teacher is missing, not all levels of its head are distilled, or ``num_convs`` is larger
-                than the number of its convolutions.
+            ValueError: If the teacher is missing, if not all levels of its head are distilled, or if a branch of the
+                head has fewer than ``num_convs`` convolutions.
         """
         head = head_of(self, 'teacher', context, len(teacher[0]))
         cross = [
@@ -140,11 +142,15 @@ class CrossKDNeck(DistillNeck):
         return getattr(head, find_output_layer(head, branch))(feature)
 
     def compare_boxes(self, head: nn.Module, level: int, student: Tensor, teacher: Tensor, priors: Tensor) -> Tensor:
-        """Return the distance between the regressions of each prior, (R, C): the mean KL divergence of the four sides
-        if they are distributions, otherwise 1 - GIoU."""
+        """Return the distance between two regressions, (R, C) each, per prior.
+
+        If the head predicts distributions, the distance is the KL divergence, averaged over the four box sides.
+        Otherwise, the distance is 1 - GIoU.
+        """
         if predicts_distributions(head):
             sides = [rows.unflatten(1, (4, -1)) for rows in (student, teacher)]
-            return distribution_divergence(*sides, self.tau).mean(dim=1) * sides[0].size(2)  # a sum over bins
+            # distribution_divergence() is a mean over bins; multiply by their number to get the sum
+            return distribution_divergence(*sides, self.tau).mean(dim=1) * sides[0].size(2)
         return 1 - giou(*(decode_boxes(head, level, rows, priors) for rows in (student, teacher)))
 
     def describe(self) -> List[dict]:

@@ -1,7 +1,8 @@
 """Read the outputs of mmdet's dense heads: rows of predictions, boxes and assigned labels.
 
-Necks for heads tap the last layers of both branches, such as ``bbox_head.gfl_cls`` and ``bbox_head.gfl_reg``. These
-layers run once per level, so a tap has one feature map per level of the head.
+Necks for heads tap the last layers of the class branch and the box branch, such as ``bbox_head.gfl_cls`` and
+``bbox_head.gfl_reg``. These layers run once per level, so a tap has one feature map per level of the head. A prior is
+an anchor or a point of the head.
 """
 
 from contextlib import suppress
@@ -21,8 +22,8 @@ EPS = torch.finfo(torch.float32).eps  # added to divisors, as in mmdet
 def find_dense_head(model: nn.Module) -> Optional[nn.Module]:
     """Return the dense head of a detector; None if the head is not supported.
 
-    The head must be one of ``HEADS``, or a subclass that neither changes the forward pass nor the label assignment, and
-    must have sigmoid scores.
+    The class of the head must be one of ``HEADS``, or a subclass that changes neither the forward pass nor the label
+    assignment. The head must have sigmoid scores.
     """
     head = getattr(model, 'bbox_head', None)
     known = []
@@ -67,7 +68,7 @@ def head_of(neck: nn.Module, owner: str, context: DistillContext, num_levels: in
     if len(strides) != num_levels:
         raise ValueError(
             f'{name} compares all levels of a head: the head of the {owner} has {len(strides)} levels, but '
-            f'{num_levels} are distilled. Both heads need the same strides, and the pair no levels=[...].'
+            f'{num_levels} are distilled. Both heads need the same strides; remove levels=[...] from the pair.'
         )
     return head
 
@@ -96,7 +97,7 @@ def assign_labels(
         ValueError: If there are no data samples.
     """
     if data_samples is None:
-        raise ValueError('The labels of a head need data samples with ground truth.')
+        raise ValueError('Assigning labels to the priors of a head needs data samples with ground truth.')
     from mmdet.models.utils import unpack_gt_instances
 
     sizes, device = [level.shape[-2:] for level in maps], maps[0].device
@@ -108,14 +109,14 @@ def assign_labels(
     else:
         anchors = head.get_anchors(sizes, metas, device=device)
         targets = head.get_targets(*anchors, instances, metas, batch_gt_instances_ignore=ignored)
-        labels, weights = targets[-5:-3]  # GFL and ATSS also return the anchors, in front
+        labels, weights = targets[-5:-3]  # count from the end, because GFL and ATSS return the anchors first
     positives = [(level >= 0) & (level < head.num_classes) for level in labels]
     count = count_positives(positives)
     return [level.flatten() for level in positives], [level.flatten() for level in weights], count
 
 
 def count_positives(positives: Sequence[Tensor]) -> Tensor:
-    """Return the number of positive priors of a batch, averaged over processes. Each image counts at least 1.
+    """Return the number of positive priors of a batch, averaged over processes. An image without any counts as 1.
 
     Args:
         positives (list[Tensor]): Whether priors are positive, (N, priors) per level.
@@ -126,7 +127,7 @@ def count_positives(positives: Sequence[Tensor]) -> Tensor:
 
 
 def regression_rows(head: nn.Module, level: int, output: Tensor) -> Tensor:
-    """Return the regression of a head from the output of its last layer, which some heads scale and limit.
+    """Return the regression of a head. Some heads scale the output of their last layer and limit its range.
 
     Args:
         head (nn.Module): The head.
@@ -134,8 +135,8 @@ def regression_rows(head: nn.Module, level: int, output: Tensor) -> Tensor:
         output (Tensor): Output of the last layer, (N, A * C, H, W).
 
     Returns:
-        Tensor: One row per prior, (N * H * W * A, C): logits of distributions, C = 4 * (reg_max + 1), deltas or
-        distances, C = 4.
+        Tensor: One row per prior, (N * H * W * A, C). Heads that predict distributions give logits, with C = 4 *
+        (reg_max + 1). All other heads give deltas or distances, with C = 4.
     """
     if hasattr(head, 'scales'):
         output = head.scales[level](output)
@@ -181,7 +182,7 @@ def distances_to_boxes(centers: Tensor, distances: Tensor) -> Tensor:
 def giou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     """Return the generalized IoU of boxes, (R, 4) each, as rows of x1, y1, x2, y2.
 
-    ``eps`` is the smallest area of a union or hull.
+    The areas of union and hull are at least ``eps``, to avoid a division by 0.
     """
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (a, b)]
     overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(dim=1)

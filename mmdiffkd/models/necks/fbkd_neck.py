@@ -12,13 +12,14 @@ from .base import DistillContext, DistillNeck, DistillOutput, check_single_tap
 
 
 class NonLocal(nn.Module):
-    """Non-local block: every position adds the features of all positions, weighted by dot products.
+    """Non-local block: each position gets the sum of the features of all positions, weighted by dot products.
 
-    Keys and values are pooled twice: by 2, then by ``stride``. On maps that are smaller, the pooling covers the map.
+    Keys and values are max-pooled twice: with size 2, then with size ``stride``. If a map is smaller than that, the
+    pooling window is the whole map.
 
     Args:
         channels (int): Number of channels.
-        reduction (int): Factor by which the inner channels are fewer.
+        reduction (int): Channel reduction factor of queries, keys and values.
         stride (int): Size and stride of the second pooling.
     """
 
@@ -85,16 +86,17 @@ class FBKDLevel(nn.Module):
 class FBKDNeck(DistillNeck):
     """FBKD: attention-guided and non-local distillation of detectors (Zhang and Ma, ICLR 2021).
 
-    Each level has four terms, which are L2 norms over the whole batch, so they are not divided by the number of images:
+    Each level has four terms. Each term is the L2 norm of a difference between student and teacher over the whole
+    batch, so it is not divided by the number of images:
 
-    - ``attention``: features, weighted by the mean of the spatial attention of student and teacher.
-    - ``channel``: means of the channels.
-    - ``spatial``: means of the positions.
-    - ``non_local``: outputs of a non-local block of the student and a non-local block of the teacher, which are both
-      trained.
+    - ``attention``: the features, weighted by the mean of both models' spatial attention.
+    - ``channel``: the mean of each channel over the positions.
+    - ``spatial``: the mean of each position over the channels.
+    - ``non_local``: the outputs of two non-local blocks, one on the student's and one on the teacher's features. Both
+      blocks are trained.
 
-    As in the released code, the attention of channels is not used. The student features are resized to the teacher's
-    height and width.
+    As in the released code, channel attention has no effect: it is left out. The student features are resized to the
+    teacher's height and width.
 
     Args:
         student_channels (list[int]): Student channels, one number per level.
@@ -105,10 +107,10 @@ class FBKDNeck(DistillNeck):
         spatial_weight (float): Weight of ``spatial``. Defaults to 4e-3.
         non_local_weight (float): Weight of ``non_local``. Defaults to 7e-5.
         tau (float): Temperature of the attention. Defaults to 0.5.
-        reduction (int or list[int]): Factor by which the inner channels of the non-local blocks are fewer, for all
-            levels or per level. The last entry holds for further levels. Defaults to ``(4, 4, 2, 2)``.
-        maxpool_stride (int or list[int]): Second pooling of keys and values of the non-local blocks, in the same
-            format. Defaults to ``(8, 4, 2, 2)``.
+        reduction (int or list[int]): Channel reduction factor in the non-local blocks: one number for all levels, or
+            one per level. If a list is too short, its last number is repeated. Defaults to ``(4, 4, 2, 2)``.
+        maxpool_stride (int or list[int]): Size and stride of the second max pooling in the non-local blocks, in the
+            same format. Defaults to ``(8, 4, 2, 2)``.
 
     Raises:
         ValueError: If an argument is invalid, or the pair has several taps.

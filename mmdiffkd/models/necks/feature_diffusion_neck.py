@@ -21,8 +21,8 @@ class FeatureDiffusionNeck(DistillNeck):
     Args:
         student_channels (int or list[int]): Student channels, one number per level.
         teacher_channels (int or list[int]): Teacher channels, one number per level.
-        share_levels (bool): Whether all levels share one module, which requires the same channels on all levels.
-            Defaults to False.
+        share_levels (bool): Whether all levels share one :class:`FeatureDiffusion`. All levels must then have the same
+            channels. Defaults to False.
         compile (bool): Whether to apply ``torch.compile`` to denoiser, noise adapter and projection, instead of
             activation checkpointing. All levels and denoising steps share the compiled code. Defaults to False.
         **level_cfg: Arguments of :class:`FeatureDiffusion`, the same for all levels: ``latent_channels``,
@@ -36,7 +36,7 @@ class FeatureDiffusionNeck(DistillNeck):
     """
 
     part = FeatureDiffusion  # module class of a level
-    denoises = True  # whether levels denoise unless denoise=False
+    denoises = True  # whether the levels denoise by default
     auxiliary_losses = ('loss_diffusion', 'loss_reconstruction')
 
     @check_arguments
@@ -91,8 +91,9 @@ class FeatureDiffusionNeck(DistillNeck):
         Args:
             student (Tensor or list[Tensor]): (N, C_s, H, W), or one such tensor per level.
             teacher (Tensor or list[Tensor]): (N, C_t, H, W), or one such tensor per level.
-            context (DistillContext, optional): Only three fields are used: ``mask``, the valid pixels, ``capture``,
-                whether to return the trajectory, and ``data_samples`` if the loss needs labels. Defaults to None.
+            context (DistillContext, optional): The neck uses ``mask`` (the valid pixels) and ``capture`` (whether to
+                return the trajectory). If the loss needs labels, it also uses ``data_samples`` and ``class_numbers``.
+                Defaults to None.
             noise_inputs (NoiseInputs or list[NoiseInputs], optional): Noise and timesteps to use instead of random
                 ones. Defaults to None.
 
@@ -100,8 +101,8 @@ class FeatureDiffusionNeck(DistillNeck):
             DiffusionOutput or list[DiffusionOutput]: One output per level; a single output if the features are tensors.
 
         Raises:
-            ValueError: If the number of levels or the batch size does not match, or the loss needs labels that the data
-                samples do not have.
+            ValueError: If the number of levels or the batch size does not match, or if the loss needs labels and the
+                data samples have none.
         """
         context = context or DistillContext()
         options = dict(mask=context.mask, return_trajectory=context.capture)

@@ -13,27 +13,27 @@ from .base import DistillContext, DistillNeck, DistillOutput, check_single_tap
 
 @MODELS.register_module()
 class FGDNeck(DistillNeck):
-    """Focal and global distillation of detectors (Yang et al., CVPR 2022). Needs the boxes of the ground truth.
+    """Focal and global distillation of detectors (Yang et al., CVPR 2022). It needs ground-truth boxes.
 
-    The focal loss compares feature maps inside and outside of the boxes separately, weighted by the spatial and channel
-    attention of the teacher, and compares the attention of both models. The global loss compares relations between
-    positions, computed by two trained context blocks. All losses are sums over a feature map, divided by the number of
-    images, as in the released code.
+    The focal loss compares feature maps separately inside and outside of the boxes, weighted by the spatial and channel
+    attention of the teacher. It also compares the attention of both models. The global loss compares the relations
+    between positions, which two trained context blocks compute. All losses are sums over a feature map, divided by the
+    number of images, as in the released code.
 
-    The default weights are those of the released code for RetinaNet. Its weights for Faster R-CNN are 5e-5, 2.5e-5,
-    5e-5 and 5e-7; for FCOS 1.6e-3, 8e-4, 8e-4 and 8e-6 with ``tau=0.8``.
+    The default weights are those of the released code for RetinaNet. For Faster R-CNN, the released code sets the
+    weights of foreground, background, attention and relation to 5e-5, 2.5e-5, 5e-5 and 5e-7. For FCOS, it sets them to
+    1.6e-3, 8e-4, 8e-4 and 8e-6, with ``tau=0.8``.
 
     Args:
         student_channels (list[int]): Student channels, one number per level.
         teacher_channels (list[int]): Teacher channels, one number per level.
         tau (float): Temperature of the attention. Defaults to 0.5.
         foreground_weight (float): Weight of the positions inside of boxes, alpha in the paper. Defaults to 1e-3.
-        background_weight (float): Weight of the other positions, beta in the paper. Defaults to 5e-4.
-        attention_weight (float): Weight of the attention, gamma in the paper. Defaults to 5e-4.
-        relation_weight (float): Weight of the relations, lambda in the paper. Defaults to 5e-6.
-        padded_boxes (bool): Whether to scale boxes to a feature map by the image size with padding. False scales boxes
-            by the size without padding, as the released code does, which shifts boxes in padded images. Defaults to
-            True.
+        background_weight (float): Weight of the positions outside of boxes, beta in the paper. Defaults to 5e-4.
+        attention_weight (float): Weight of the attention loss, gamma in the paper. Defaults to 5e-4.
+        relation_weight (float): Weight of the relation loss, lambda in the paper. Defaults to 5e-6.
+        padded_boxes (bool): Whether to use the image size with padding to scale boxes to a feature map. False uses the
+            size without padding, as the released code does; this shifts the boxes of padded images. Defaults to True.
 
     Raises:
         ValueError: If an argument is invalid, or the pair has several taps.
@@ -68,7 +68,7 @@ class FGDNeck(DistillNeck):
         Args:
             student (list[Tensor]): (N, C_s, H, W) per level.
             teacher (list[Tensor]): (N, C_t, H', W') per level. The student's maps are resized to these sizes.
-            context (DistillContext): ``data_samples`` with ``gt_instances`` are needed.
+            context (DistillContext): Needs ``data_samples`` with ``gt_instances``, and ``input_size``.
 
         Returns:
             list[DistillOutput]: ``loss_foreground``, ``loss_background``, ``loss_attention`` and ``loss_relation`` per
@@ -110,7 +110,7 @@ class FGDLevel(nn.Module):
 
     Args:
         student_channels (int): Student channels.
-        teacher_channels (int): Teacher channels. If they differ, a 1x1 convolution aligns the student's features.
+        teacher_channels (int): Teacher channels. If the student's channels differ, a 1x1 convolution maps them.
         tau (float): Temperature of the attention.
     """
 
@@ -130,7 +130,7 @@ class FGDLevel(nn.Module):
             student (Tensor): (N, C_s, H, W).
             teacher (Tensor): (N, C_t, H', W').
             foreground (Tensor): Weights of positions in boxes, (N, H', W'); see :func:`box_masks`.
-            background (Tensor): Weights of the other positions, (N, H', W').
+            background (Tensor): Weights of positions outside of boxes, (N, H', W').
 
         Returns:
             FGDLosses: Scalars.
@@ -170,7 +170,7 @@ class ContextBlock(nn.Module):
             nn.Conv2d(hidden, channels, 1),
         )
         kaiming_init(self.mask, mode='fan_in')
-        # starts as the identity
+        # with zero weights in the last layer, the block starts as the identity
         nn.init.zeros_(self.transform[-1].weight)
         nn.init.zeros_(self.transform[-1].bias)
 
@@ -182,7 +182,7 @@ class ContextBlock(nn.Module):
 
 
 def attention(feature: Tensor, tau: float) -> Tuple[Tensor, Tensor]:
-    """Return spatial attention, (N, H, W), and channel attention, (N, C), with a mean of 1 each."""
+    """Return spatial attention, (N, H, W), and channel attention, (N, C). Both have a mean of 1 in each image."""
     channel = (feature.abs().mean(dim=(2, 3)) / tau).softmax(dim=1) * feature.size(1)
     return spatial_attention(feature, tau)[:, 0], channel
 

@@ -12,14 +12,15 @@ from .dense_heads import EPS, as_rows, assign_labels, head_of, regression_rows
 
 @MODELS.register_module()
 class LDNeck(DistillNeck):
-    """Localization distillation of heads that predict distributions of box sides, as GFL (Zheng et al., CVPR 2022).
+    """Localization distillation for heads that predict distributions of box sides (Zheng et al., CVPR 2022).
 
-    At positive locations, the KL divergence between the distributions of teacher and student is weighted by the
-    student's highest class score, without gradient to the scores. As in mmdet, the divergence is a mean over bins, the
-    sum over locations is not divided by their number, and class scores are not distilled.
+    GFL has such heads. The loss is the KL divergence between the distributions of both models at positive locations. At
+    each location, its weight is the student's highest class score, without gradient. As in mmdet, the divergence is a
+    mean over the bins, and the loss is a sum over the locations that is not divided by their number. Class scores are
+    not distilled.
 
-    The taps are the last layers of both branches, in this order: ``student=['bbox_head.gfl_cls',
-    'bbox_head.gfl_reg']``, and the same for the teacher. Labels are assigned a second time, as the student's head does.
+    The taps are the last layers of the class branch and the box branch, in this order: ``student=['bbox_head.gfl_cls',
+    'bbox_head.gfl_reg']``, and the same for the teacher. The neck repeats the label assignment of the student's head.
 
     Args:
         student_channels (list[list[int]]): Student channels per tap and level.
@@ -45,8 +46,8 @@ class LDNeck(DistillNeck):
         (ours, *_), (theirs, *_) = student_channels[1], teacher_channels[1]
         if ours != theirs:
             raise ValueError(
-                f'LDNeck compares distributions with equal bins, but the box layers of student and teacher have {ours} '
-                f'and {theirs} channels.'
+                'LDNeck compares distributions with the same number of bins, but the box layers of student and teacher '
+                f'have {ours} and {theirs} channels.'
             )
         self.tau = tau
         self.loss_weight = loss_weight
@@ -59,14 +60,14 @@ class LDNeck(DistillNeck):
         Args:
             student (list[list[Tensor]]): Outputs of the class layer, (N, K, H, W) per level, and of the box layer,
                 (N, 4 * bins, H, W) per level.
-            teacher (list[list[Tensor]]): The same of the teacher.
+            teacher (list[list[Tensor]]): The outputs of the same layers of the teacher.
             context (DistillContext): Needs both models and ``data_samples`` with ground truth.
 
         Returns:
             list[DistillOutput]: ``loss_ld`` per level.
 
         Raises:
-            ValueError: If the context is incomplete, or not all levels are distilled.
+            ValueError: If the context has no head or no data samples, or if not all levels are distilled.
         """
         heads = {owner: head_of(self, owner, context, len(student[0])) for owner in ('student', 'teacher')}
         positives, _, _ = assign_labels(heads['student'], student[0], context.data_samples)
@@ -91,7 +92,7 @@ def check_two_taps(neck: DistillNeck, channels: Sequence) -> None:
     """Check that a pair has two taps.
 
     Raises:
-        ValueError: If it has another number of taps.
+        ValueError: If the pair does not have two taps per model.
     """
     if len(channels) != 2 or isinstance(channels[0], int):
         raise ValueError(
@@ -101,17 +102,17 @@ def check_two_taps(neck: DistillNeck, channels: Sequence) -> None:
 
 
 def localization_divergence(scores: Tensor, student: Tensor, teacher: Tensor, positives: Tensor, tau: float) -> Tensor:
-    """Sum the divergence of the four sides over positive locations, weighted by the student's highest class score.
+    """Sum the divergence of the four box sides over positive locations, weighted by the student's highest class score.
 
     Args:
-        scores (Tensor): Class logits of the student, (R, K). They get no gradient.
+        scores (Tensor): Class logits of the student, (R, K). They receive no gradient.
         student (Tensor): Logits of the student's distributions, (R, 4 * bins).
         teacher (Tensor): Logits of the teacher's distributions, (R, 4 * bins).
         positives (Tensor): Whether a location is positive, (R, ) of type bool.
         tau (float): Temperature.
 
     Returns:
-        Tensor: A scalar, the sum divided by the four sides.
+        Tensor: A scalar, the sum divided by 4.
     """
     weights = scores[positives].detach().sigmoid().amax(dim=1)
     ours, theirs = (rows[positives].unflatten(1, (4, -1)) for rows in (student, teacher))
@@ -119,7 +120,7 @@ def localization_divergence(scores: Tensor, student: Tensor, teacher: Tensor, po
 
 
 def distribution_divergence(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """Return the KL divergence between softened distributions, as a mean over bins, times tau squared.
+    """Return the KL divergence between softened distributions, averaged over the bins and multiplied by tau squared.
 
     Args:
         student (Tensor): Logits, (..., bins).

@@ -11,7 +11,7 @@ from .feature_diffusion_neck import FeatureDiffusionNeck
 
 
 class MaskedGeneration(FeatureDiffusion):
-    """MGD for one level: mask the student features, and generate the teacher features from the rest.
+    """MGD for one level: mask the student features, and generate the teacher features from the masked features.
 
     Args:
         student_channels (int): Student channels, C_s.
@@ -19,7 +19,7 @@ class MaskedGeneration(FeatureDiffusion):
         mask_ratio (float): Share of positions or channels that are masked out.
         mask_channels (bool): Whether to mask channels instead of positions.
         align (bool, optional): Whether a 1x1 convolution maps the student features to C_t channels before they are
-            masked. None means only if C_s and C_t differ.
+            masked. None adds the convolution only if C_s and C_t differ.
         loss_kd (dict, optional): Config of the distance; see :class:`FeatureDiffusion`.
     """
 
@@ -49,7 +49,7 @@ class MaskedGeneration(FeatureDiffusion):
     def mask(self, latent: Tensor) -> Tensor:
         """Return a random mask of aligned features: 0 where they are masked out, otherwise 1."""
         uniform = torch.rand_like(latent[:, :, :1, :1] if self.mask_channels else latent[:, :1])
-        # the two comparisons are those of the released code
+        # channels and positions are compared in different directions, as in the released code
         is_masked = uniform < self.mask_ratio if self.mask_channels else uniform > 1 - self.mask_ratio
         return (~is_masked).to(latent.dtype)
 
@@ -59,11 +59,13 @@ class MGDNeck(FeatureDiffusionNeck):
     """Masked generative distillation (Yang et al., ECCV 2022), with one module per level.
 
     Random positions of the student features are set to 0, and two 3x3 convolutions generate the teacher features from
-    the masked features. The features that are left are not scaled up. In evaluation mode, features are masked, too.
+    the masked features. Unlike dropout, the neck does not scale up the remaining features, and it also masks features
+    in evaluation mode.
 
-    The released loss is the sum of the squared errors, divided by the number of images:
+    The loss of the released code is the sum of the squared errors, divided by the number of images:
     ``loss_kd=dict(type='mmdiffkd.MSELoss', reduction='batchmean', loss_weight=2e-5)``. It grows with the channels and
-    the size of the map, so large levels count more. The preset ``mgd`` sets this loss and the released values.
+    the size of the map, so large levels count more. The preset ``mgd`` sets this loss and the mask ratios of the
+    released code.
 
     Args:
         student_channels (int or list[int]): Student channels, one number per level.
@@ -71,7 +73,7 @@ class MGDNeck(FeatureDiffusionNeck):
         mask_ratio (float): Share of positions that are masked out. Defaults to 0.65, as for one-stage detectors.
         mask_channels (bool): Whether to mask channels instead of positions, as for classifiers. Defaults to False.
         align (bool, optional): Whether a 1x1 convolution maps the student features to the teacher's channels before
-            they are masked. None means only where the channels differ. Defaults to None.
+            they are masked. None adds the convolution only on levels where the channels differ. Defaults to None.
         loss_kd (dict, optional): Config of the distance. The default type is ``MSELoss``.
         share_levels (bool): Whether all levels share one module. Defaults to False.
 
@@ -79,7 +81,7 @@ class MGDNeck(FeatureDiffusionNeck):
         ValueError: If an argument is invalid; see :class:`FeatureDiffusionNeck`.
     """
 
-    gradient_ratio = 0.3  # for loss_weight='auto'
+    gradient_ratio = 0.3  # ratio of gradients that loss_weight='auto' aims at
     part = MaskedGeneration
     denoises = False
 

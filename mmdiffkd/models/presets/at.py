@@ -9,20 +9,20 @@ from .base import FEATURES_NEED, Preset
 
 @PRESETS.register_module(name='at')
 class ATPreset(Preset):
-    """AT (attention transfer): mean squared error between normalized maps of the mean squared activation.
+    """AT (attention transfer): mean squared error between normalized attention maps; see :class:`.ATLoss`.
 
-    The map of an image is the mean of the squared features over the channels, divided by its L2 norm. Student and
-    teacher may have different channels, and nothing but the student is trained.
+    The attention map of an image is the mean of the squared features over the channels, divided by its L2 norm. Student
+    and teacher may have different numbers of channels. The method adds no trainable layers.
 
     Weights:
-        1000 is the weight of the authors and of mdistiller for classifiers. 250 is the weight per stage in the only
-        config of mmrazor with this loss. There is no published weight for detectors and segmentors.
+        Classifiers use 1000, as the authors and mdistiller do. Detectors and segmentors use 250, because no weight has
+        been published for them: 250 is the weight per stage in the only config of mmrazor with this loss.
     """
 
-    summary = 'AT: mean squared error between maps of activation strength'
+    summary = 'AT: mean squared error between attention maps'
     paper = 'Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928'
     released_code = 'mmrazor (90c7af1)'
-    needs = f'{FEATURES_NEED}; maps, not vectors'
+    needs = f'{FEATURES_NEED} that gives feature maps, not vectors'
     weights = dict(detection=250.0, segmentation=250.0, classification=1000.0)
     distance = dict(type='mmdiffkd.ATLoss')
     neck_defaults = dict(denoise=False, align=False)

@@ -1,4 +1,4 @@
-"""Base class of presets, and functions that find what to distill in a model."""
+"""Base class of presets, and functions that find the modules to distill in a model."""
 
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -23,22 +23,22 @@ LOGITS_NEED = 'segmentors or classifiers that share at least two classes'
 class Preset:
     """A distillation method: default pairs, their necks and their weights, by the task of the models.
 
-    A subclass sets the attributes, writes :meth:`default_pairs`, and is registered in ``mmdiffkd.registry.PRESETS``
+    A subclass sets the attributes, implements :meth:`default_pairs`, and is registered in ``mmdiffkd.registry.PRESETS``
     under the name that users write in ``preset='...'``. Its docstring describes the method. The docstrings of this
-    package have the sections ``Weights`` (where the weights are from), ``Released code`` (what differs from it, and its
-    mistakes) and ``Examples`` (configs), from which ``python -m benchmarks.preset_pages`` writes a page per preset.
+    package have the sections ``Weights`` (the sources of the weights), ``Released code`` (differences from the released
+    code) and ``Examples`` (configs). ``python -m benchmarks.preset_pages`` writes a page per preset from them.
 
     Attributes:
         summary (str): The method in one line.
         paper (str): Citation of the paper.
         released_code (str): Released code that gives the same losses and gradients in the tests; empty if none does.
-        needs (str): What the method needs of student and teacher, in a few words.
+        needs (str): Requirements on student and teacher, in a few words.
         weights (dict[str, float]): Default ``loss_weight`` of ``distance`` by task: ``detection``,
-            ``segmentation``, ``classification``. Other tasks are refused. Models of no known task use the weight of
-            classifiers.
-        distance (dict): Config of the distance of a pair that has no ``loss_kd``, without ``loss_weight``.
-        neck_defaults (dict): Default arguments of necks with denoising, and optionally the ``type`` of necks that a
-            config leaves out. A config overrides them. ``dict(denoise=False)`` turns denoising off.
+            ``segmentation``, ``classification``. Models of a task without a weight are refused. Models of an unknown
+            task use the weight of classifiers.
+        distance (dict): Config of the distance, without ``loss_weight``, for pairs that do not set ``loss_kd``.
+        neck_defaults (dict): Default arguments of necks that denoise. ``dict(denoise=False)`` turns denoising off. The
+            key ``type`` is the default class of all necks. The config of a pair overrides these defaults.
         class_matcher (ClassMatcher): Matches the classes of student and teacher. The distiller sets it.
     """
 
@@ -63,16 +63,16 @@ class Preset:
             dict[str, dict]: Pairs in the format of ``distill`` in a config.
 
         Raises:
-            ValueError: If the models do not have what the preset needs. The message says what is missing.
+            ValueError: If the models do not meet the requirements of the preset. The message says what is missing.
         """
         raise NotImplementedError
 
     def known_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """Return the pairs that a config can name without setting taps. Arguments: see :meth:`default_pairs`."""
+        """Return the pairs whose taps a config may leave out. Arguments: see :meth:`default_pairs`."""
         return self.default_pairs(student, student_cfg, teacher_cfg)
 
     def default_distance(self, student_cfg: dict) -> dict:
-        """Return the config of the distance of a pair that has no ``loss_kd``."""
+        """Return the config of the distance for pairs that do not set ``loss_kd``."""
         return dict(self.distance, loss_weight=self.weights[self.check_task(student_cfg)])
 
     @classmethod
@@ -81,10 +81,10 @@ class Preset:
         return next((name for name, preset in PRESETS.module_dict.items() if preset is cls), cls.__name__)
 
     def refusal(self, reason: str) -> ValueError:
-        """Return the error of a preset that does not fit the models, to be raised.
+        """Return the error to raise if the preset does not fit the models.
 
         Args:
-            reason (str): What is missing, such as ``'needs boxes, but ...'``.
+            reason (str): Rest of the sentence after the name of the preset, such as ``'needs boxes, but ...'``.
         """
         return ValueError(f"preset='{self.name()}' {reason}")
 
@@ -108,8 +108,8 @@ class Preset:
         """Return the modules of student and teacher whose features are distilled; see :func:`find_features`.
 
         Raises:
-            ValueError: If a model has none of the modules in ``ENCODERS``, or the tasks differ and the teacher is not
-                only an encoder.
+            ValueError: If a model has none of the modules in ``ENCODERS``. Also if the tasks of both models differ,
+                unless the teacher is only an image encoder.
         """
         features = [find_features(cfg) for cfg in (student_cfg, teacher_cfg)]
         is_same = find_task(teacher_cfg) in (find_task(student_cfg), ENCODER)
@@ -125,15 +125,15 @@ class Preset:
     def feature_pair(
         self, student_cfg: dict, teacher_cfg: dict, levels: Sequence[int] = (-1,), **neck
     ) -> Dict[str, dict]:
-        """Return the pair of features: ``fpn`` of detectors, with all levels, or ``feat`` of other models.
+        """Return the pair of features: ``fpn`` with all levels for detectors, ``feat`` for all other models.
 
-        If the teacher is only an image encoder, the levels of a detector are compared with the nearest levels of the
-        encoder, and of other models the last levels are compared.
+        If the teacher is only an image encoder, each level of a detector is compared with the nearest level of the
+        encoder. All other models then compare the last level only.
 
         Args:
             student_cfg (dict): Config of the student.
             teacher_cfg (dict): Config of the teacher.
-            levels (list[int]): Levels of models that are not detectors. Defaults to the last one.
+            levels (list[int]): Levels to compare if the student is not a detector. Defaults to the last level.
             **neck: Arguments of the neck.
         """
         self.check_task(student_cfg)
@@ -143,7 +143,7 @@ class Preset:
         return dict(feat=dict(pair, levels=[-1] if is_encoder(teacher_cfg) else list(levels)))
 
     def logit_pair(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict, **neck) -> Dict[str, dict]:
-        """Return the pair ``logits`` of segmentors or classifiers.
+        """Return the pair ``logits``, for segmentors and classifiers.
 
         Args:
             student (nn.Module): The student.
@@ -164,7 +164,7 @@ class Preset:
 
 
 def short_type(cfg: dict) -> str:
-    """Return the class name of a model's config, without its scope."""
+    """Return the ``type`` in a model's config, without scope such as ``mmdet.``."""
     return type_name(cfg['type'])
 
 
@@ -199,7 +199,7 @@ def find_task(cfg: dict) -> str:
 
 
 def is_two_stage(cfg: dict) -> bool:
-    """Return whether the config is one of a detector with an RoI head."""
+    """Return whether a config defines a detector with an RoI head."""
     return bool(cfg.get('roi_head') or (cfg.get('detector') or {}).get('roi_head'))
 
 
@@ -259,13 +259,13 @@ def _class_logits(model: nn.Module, cfg: dict) -> Optional[str]:
 
 
 def is_multi_label(cfg: dict) -> bool:
-    """Return whether the config is one of a classifier that gives several labels per image."""
+    """Return whether a config defines a classifier that gives several labels per image."""
     head = cfg.get('head')
     return isinstance(head, dict) and any(part in type_name(head.get('type')) for part in ('MultiLabel', 'CSRA'))
 
 
 def missing_logits(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher) -> str:
-    """Say why :func:`find_logits` finds nothing for models of the same task, as the end of a sentence."""
+    """Return why :func:`find_logits` found no logits in models of the same task, as the end of a sentence."""
     task = find_task(cfgs[0])
     if find_task(cfgs[1]) == ENCODER:
         return 'the teacher is an image encoder without logits'
@@ -283,7 +283,10 @@ def missing_logits(models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict],
 def dense_head_pairs(
     models: Tuple[nn.Module, nn.Module], cfgs: Tuple[dict, dict], class_matcher: ClassMatcher
 ) -> Dict[str, dict]:
-    """Return the pairs ``cls`` and ``reg`` of dense heads with equal anchors. Neither pair is denoised."""
+    """Return the pairs ``cls`` and ``reg`` of two dense heads with equal anchors, without denoising.
+
+    A pair is left out if its layers cannot be compared. The result is empty if the heads have no comparable layers.
+    """
     plain = dict(denoise=False, align=False)
     distances = dict(cls=dict(type='mmdiffkd.ChannelWiseDivergence'), reg=dict(type='mmdet.L1Loss'))
     for part in ('bbox_head', 'rpn_head'):
@@ -296,7 +299,7 @@ def dense_head_pairs(
         pairs = {}
         for kind, distance in distances.items():
             is_scaled = any(hasattr(head, 'scales') for head in heads)  # FCOS scales the regression after the layer
-            # skip regression outputs whose meanings may differ, although the shapes are equal
+            # skip regression outputs that may have different meanings, although they have equal shapes
             if kind == 'reg' and (anchors[0] is None or coders[0] != coders[1] or is_scaled):
                 continue
             ours, theirs = (_outputs(head, kind) for head in heads)
@@ -311,7 +314,7 @@ def dense_head_pairs(
 
 
 def _outputs(head: nn.Module, kind: str) -> Dict[str, int]:
-    """Return the output channels of the convolutions of a head, by name, for names that end in ``_{kind}``."""
+    """Return the output channels of a head's convolutions whose names end in ``_{kind}``, by name."""
     layers = {name: layer for name, layer in head.named_children() if name.endswith(f'_{kind}')}
     return {name: layer.out_channels for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
 

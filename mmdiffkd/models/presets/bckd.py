@@ -9,19 +9,20 @@ from .dense_head_preset import DenseHeadPreset
 class BCKDPreset(DenseHeadPreset):
     """BCKD: binary cross-entropy between the scores of two dense heads, and 1 - GIoU of their boxes.
 
-    :class:`.BCKDNeck` compares all locations of both heads. The cross-entropy is weighted by the difference of the
-    scores, and the GIoU loss by the largest score difference of the location. Labels are assigned a second time, which
-    costs a little time. The heads may differ in type if both have one anchor or point per location; several anchors per
-    location must be equal.
+    :class:`.BCKDNeck` compares all locations of both heads. The absolute difference of the scores weights the
+    cross-entropy. The largest score difference at a location weights the GIoU loss. The neck repeats the label
+    assignment of the student's head, which takes a little time. If both heads have one anchor or point per location,
+    the heads may be of different types. Heads with several anchors per location must have equal anchors.
 
     Weights:
-        1 for the scores and 4 for the boxes, as in the released code for GFL. ATSS, RetinaNet and FCOS heads are an
-        extension with the same weights, which compares the decoded boxes.
+        1 for the scores and 4 for the boxes, as in the released code for GFL. The released code supports no other head.
+        For ATSS, RetinaNet and FCOS, this preset compares the decoded boxes, with the same weights.
 
     Released code:
-        It contains settings without effect: a temperature, a threshold, and a term outside of positive locations that
-        is multiplied by 0. They do not exist here. As in the released code, a level without positive locations has no
-        loss, and the gradient also flows through the weight of the scores.
+        The released code has settings without effect: a temperature, a threshold, and a loss term for non-positive
+        locations that is multiplied by 0. This preset leaves them out. As in the released code, the losses of a level
+        without positive locations are 0. The gradient also flows through the score difference that weights the
+        cross-entropy, as in the released code.
     """
 
     summary = 'BCKD: binary cross-entropy of scores, weighted by their difference, and GIoU of boxes'

@@ -9,16 +9,19 @@ from .base import Preset
 
 @PRESETS.register_module(name='cosine')
 class CosinePreset(Preset):
-    """Cosine distance between the features of each position, so their scale has no effect; see :class:`.CosineLoss`.
+    """Cosine distance between the features at each position; see :class:`.CosineLoss`.
 
-    A 1x1 convolution maps the student's channels. The preset is the default for teachers of timm, torchvision and
-    transformers, whose features have outliers that dominate a squared error.
+    The scale of the features has no effect. A 1x1 convolution maps the student's channels to those of the teacher. The
+    preset is the default for teachers from timm, torchvision and transformers, whose features have outliers that
+    dominate a squared error.
 
     Weights:
-        There is no published weight beside the loss of a task. With weight 1, the loss of a level is between 0 and 2.
+        The weight is 1, so the loss of a level is between 0 and 2. No weight has been published for use together with
+        the loss of a task.
 
     Released code:
-        It was not compared. AM-RADIO adds a smooth L1 loss with a ninth of the weight, which is left out here.
+        This preset was not compared with released code. AM-RADIO adds a smooth L1 loss with a ninth of the weight of
+        the cosine loss. This preset leaves it out.
     """
 
     summary = 'cosine: direction of the features at each position, for foundation models'

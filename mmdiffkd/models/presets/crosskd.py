@@ -14,19 +14,21 @@ from .dense_head_preset import BRANCHES, DenseHeadPreset
 
 @PRESETS.register_module(name='crosskd')
 class CrossKDPreset(DenseHeadPreset):
-    """CrossKD: the head of the teacher judges features of the student; see :class:`.CrossKDNeck`.
+    """CrossKD: run the teacher's head on features of the student; see :class:`.CrossKDNeck`.
 
-    Features from the middle of the student's head run through the last layers of the teacher's frozen head. These
-    predictions are compared with those of the teacher. The taps are the third of four convolutions in the student's
-    head, as in the paper, or the neck if the head has no such convolutions. Classes and types of the heads may differ.
+    Features from the middle of the student's head run through the last layers of the teacher's frozen head. The
+    resulting predictions are compared with the teacher's own predictions. The student's taps are the second-to-last
+    convolutions of both branches of its head: the third of four, as in the paper. If the branches have no such
+    convolutions, the student's tap is its neck. The heads may have different types and different classes.
 
     Weights:
-        1 for the scores and 1 for the boxes. They are not from the released code.
+        1 for the scores and 1 for the boxes. These weights are not from the released code.
 
     Released code:
-        It was not compared. This preset was written from the equations of the paper, so weights and exponents may
-        differ. The paper averages over all locations, most of which have no object. The default here
-        divides by the sum of the teacher's highest scores instead, and weights boxes by these scores.
+        This preset was not compared with the released code. It follows the equations of the paper, so weights and
+        exponents may differ from the released code. The paper averages the losses over all locations, most of which
+        have no object. By default, this preset instead divides them by the sum of the teacher's highest class scores at
+        the locations, and weights the box loss of each location by this score.
 
     Examples:
         To average over all locations, as in the paper::
@@ -35,7 +37,7 @@ class CrossKDPreset(DenseHeadPreset):
             model = dict(preset='crosskd', distill=dict(crosskd=dict(neck=dict(region='all'))))
     """
 
-    summary = "CrossKD: the teacher's head judges features of the student, compared by its predictions"
+    summary = "CrossKD: predictions of the teacher's head for features of the student and of the teacher"
     paper = 'Wang et al., CrossKD: Cross-Head Knowledge Distillation for Object Detection, CVPR 2024, arXiv 2306.11369'
     needs = 'a GFL, ATSS, RetinaNet or FCOS head in the teacher, and the same strides in both heads'
     pair_name = 'crosskd'
@@ -64,6 +66,6 @@ class CrossKDPreset(DenseHeadPreset):
 
 
 def count_convs(head: nn.Module, branch: str) -> int:
-    """Return the number of convolutions of a branch that run one after another; 0 if there is no such list."""
+    """Return the number of convolutions in a branch of a head; 0 unless one sequence of them runs on all levels."""
     convs = getattr(head, f'{branch}_convs', ())
     return 0 if any(isinstance(conv, nn.ModuleList) for conv in convs) else len(convs)

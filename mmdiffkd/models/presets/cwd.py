@@ -14,24 +14,26 @@ class CWDPreset(Preset):
     """CWD: KL divergence between softmaxes over the positions of each channel; see :class:`.ChannelWiseDivergence`.
 
     CWD compares the positions at which each channel is active. Detectors distill the outputs of the neck. Segmentors
-    distill the logits, as in the main results of the paper. Other models distill the last feature map of the backbone.
+    distill the logits, as in the main results of the paper. All other models distill the last feature map of the
+    backbone.
 
     Weights:
-        10 at temperature 1 is the setting of mmrazor's configs for the FPN of detectors. Classifiers have no published
-        weight and use the same. 3 at temperature 4 is the setting of the authors for logits.
+        Detectors use weight 10 at temperature 1, as mmrazor's configs do for the FPN. Classifiers use the same values,
+        because no weight has been published for them. Segmentors use weight 3 at temperature 4 for the logits, as the
+        authors do.
 
     Examples:
-        To distill fewer levels with another weight::
+        To distill fewer levels with a different weight::
 
             _base_ = './my_diffkd_config.py'
             fpn = dict(levels=[0, 1, 2], neck=dict(loss_kd=dict(loss_weight=3.0)))
             model = dict(preset='cwd', distill=dict(fpn=fpn))
     """
 
-    summary = 'CWD: where each channel is active; logits of segmentors, features of other models'
+    summary = 'CWD: spatial distribution of each channel, of logits for segmentors and of features otherwise'
     paper = 'Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021, arXiv 2011.13256'
     released_code = 'mmrazor (90c7af1)'
-    needs = 'detectors: necks; segmentors: shared classes; classifiers: backbones that give maps, not vectors'
+    needs = 'detectors: necks; segmentors: shared classes; classifiers: backbones that give feature maps, not vectors'
     weights = dict(detection=10.0, segmentation=3.0, classification=10.0)
     distance = dict(type='mmdiffkd.ChannelWiseDivergence')
     neck_defaults = dict(denoise=False)
@@ -43,6 +45,6 @@ class CWDPreset(Preset):
         return self.feature_pair(student_cfg, teacher_cfg, denoise=False)
 
     def default_distance(self, student_cfg: dict) -> dict:
-        """Return the config of the distance of a pair that has no ``loss_kd``."""
+        """Return the config of the distance for pairs that do not set ``loss_kd``."""
         distance = super().default_distance(student_cfg)
         return dict(distance, tau=LOGIT_TAU) if find_task(student_cfg) == 'segmentation' else distance

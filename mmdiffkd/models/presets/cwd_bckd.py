@@ -14,14 +14,14 @@ from .cwd_head import CWDHeadPreset
 class CWDBCKDPreset(BCKDPreset):
     """CWD of the feature maps of detectors, and BCKD of their heads.
 
-    :class:`.ChannelWiseDivergence` compares the feature maps, :class:`.BCKDNeck` the heads. Labels are
-    assigned a second time, which costs a little time.
+    :class:`.ChannelWiseDivergence` compares the feature maps, and :class:`.BCKDNeck` compares the outputs of the heads.
+    The neck of the heads repeats the label assignment of the student's head, which takes a little time.
 
     Weights:
         3 for the feature maps, as in ``cwd_head``; 1 for the scores and 4 for the boxes, as in ``bckd``.
 
     Released code:
-        There is none for this combination. The losses are those of ``cwd`` and ``bckd``.
+        There is no released code for this combination. The losses are those of ``cwd`` and ``bckd``.
     """
 
     summary = 'CWD of the feature maps of detectors, and BCKD of their heads'

@@ -15,22 +15,23 @@ from .cwd import CWDPreset
 class CWDHeadPreset(Preset):
     """CWD of the feature maps of detectors and of their class scores, and L1 distance between their box outputs.
 
-    The pairs ``cls`` and ``reg`` of the heads are those of the preset ``plus``; ``cls`` compares the classes that both
-    models have. ``reg`` is left out if the box coders differ, or if a head scales its output after the layer:
+    The pairs ``cls`` and ``reg`` of the heads are those of the preset ``plus``. ``cls`` compares the classes that both
+    models have. ``reg`` is left out if the box coders differ, or if a head multiplies the output of its last layer by a
+    learned scale:
 
     - RetinaNet and Faster R-CNN (in its RPN) have ``cls`` and ``reg``.
     - FCOS, GFL and ATSS have ``cls`` only.
-    - YOLOX, RTMDet, DINO and other DETRs have neither: use ``cwd``.
+    - YOLOX, RTMDet, DINO and other DETRs have neither, so this preset refuses them: use ``cwd``.
 
     Weights:
-        3 for the feature maps, the best of four weights on DeepPCB (docs/results/benchmarks.md), and 1 for the outputs
-        of the heads.
+        3 for the feature maps, which was the best of four weights on DeepPCB (docs/results/benchmarks.md), and 1 for
+        the outputs of the heads.
 
     Released code:
-        There is none for this combination. The losses are those of ``cwd``, and L1.
+        There is no released code for this combination. The losses are that of ``cwd`` and the L1 distance.
     """
 
-    summary = 'CWD of the feature maps of detectors, and of their class outputs; L1 of their box outputs'
+    summary = 'CWD of the feature maps and class outputs of detectors, and L1 distance of their box outputs'
     paper = CWDPreset.paper
     needs = 'dense heads or RPNs with the same anchors'
     weights = dict(detection=3.0)

@@ -15,16 +15,16 @@ class CWDNormPreset(Preset):
     standardized over batch and positions, and compared by :class:`.ChannelWiseDivergence`.
 
     Weights:
-        1 at temperature 1 is the setting of RTMDet's configs in mmyolo. There is no published weight for segmentors and
-        classifiers.
+        The weight is 1 at temperature 1, as in RTMDet's distillation configs in mmyolo. No weight has been published
+        for segmentors and classifiers; they use the same values.
 
     Released code:
-        The configs of RTMDet standardize by BatchNorm without affine parameters, which uses the statistics of the batch
-        in evaluation mode, too. So does this preset. These configs stop the distillation 20 epochs before the end of
-        300.
+        RTMDet's configs standardize features with a BatchNorm that has no affine parameters and uses the statistics of
+        the batch in evaluation mode, too. This preset does the same. RTMDet's configs stop the distillation after 280
+        of 300 epochs. By default, this preset distills until the end of the training.
 
     Examples:
-        To stop the distillation after 280 epochs, as RTMDet::
+        To stop the distillation after 280 epochs, as RTMDet's configs do::
 
             _base_ = './my_diffkd_config.py'
             model = dict(preset='cwd_norm')
@@ -34,7 +34,7 @@ class CWDNormPreset(Preset):
     summary = 'CWD of standardized features, as in the distillation of RTMDet'
     paper = 'Shu et al., ICCV 2021, arXiv 2011.13256; Lyu et al., RTMDet, 2022, arXiv 2212.07784'
     released_code = 'mmrazor (90c7af1) with the settings of mmyolo (8c4d9dc)'
-    needs = f'{FEATURES_NEED}; maps, not vectors'
+    needs = f'{FEATURES_NEED} that gives feature maps, not vectors'
     weights = dict(detection=1.0, segmentation=1.0, classification=1.0)
     distance = dict(type='mmdiffkd.ChannelWiseDivergence', normalize=True)
     neck_defaults = dict(denoise=False)

@@ -13,10 +13,10 @@ BRANCHES = ('cls', 'reg')
 
 
 class DenseHeadPreset(Preset):
-    """Base class of presets that distill both branches of the dense heads of two detectors.
+    """Base class of presets that distill the class branch and the box branch of dense heads.
 
-    A subclass sets :attr:`pair_name` and ``neck_defaults`` with the ``type`` of the neck, and extends
-    :meth:`check_heads` with what the method needs.
+    A subclass sets :attr:`pair_name`, sets the ``type`` of the neck in ``neck_defaults``, and extends
+    :meth:`check_heads` with the requirements of the method.
 
     Attributes:
         pair_name (str): Name of the pair.
@@ -66,15 +66,15 @@ class DenseHeadPreset(Preset):
         """Check that the heads of student and teacher can be compared.
 
         Raises:
-            ValueError: If they cannot. The message says what differs.
+            ValueError: If the heads cannot be compared. The message says what differs.
         """
         self.check_equal('strides', [[stride[0] for stride in head.prior_generator.strides] for head in heads])
 
     def check_equal(self, name: str, values: list) -> None:
-        """Check that a property of both heads is equal.
+        """Check that both heads have the same value of a property.
 
         Raises:
-            ValueError: If it differs.
+            ValueError: If the values differ.
         """
         if values[0] != values[1]:
             raise self.refusal(
@@ -82,10 +82,10 @@ class DenseHeadPreset(Preset):
             )
 
     def check_distributions(self, heads: List[nn.Module], cfgs: Tuple[dict, dict]) -> None:
-        """Check that both heads predict distributions of box sides with equal bins.
+        """Check that both heads predict distributions of box sides with the same number of bins.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If a head predicts no distributions, or the numbers of bins differ.
         """
         for owner, head, cfg in zip(('student', 'teacher'), heads, cfgs):
             if not predicts_distributions(head):

@@ -1,4 +1,4 @@
-"""Default pairs and weights of the paper."""
+"""The preset ``diffkd``: DiffKD with the default pairs and weights of the paper."""
 
 from typing import Dict, Sequence
 
@@ -13,8 +13,8 @@ from .base import ENCODER, Preset, find_logits, find_task, make_pair
 # latent channels of the paper's autoencoder for classifiers
 CLASSIFIER_LATENT_CHANNELS = 1024
 ENCODER_LATENT_CHANNELS = 256  # as many as an FPN has
-# Weights of the feature distance. The paper has 5 for Faster R-CNN, and chooses the weight of other detectors so that
-# the loss is about as large.
+# Weights of the feature distance. The paper uses 5 for Faster R-CNN. For each other detector, the paper chooses the
+# weight so that the loss is about as large as for Faster R-CNN.
 FEATURE_LOSS_WEIGHTS = dict(RepPointsDetector=15.0)
 DEFAULT_FEATURE_LOSS_WEIGHT = 5.0
 
@@ -27,37 +27,38 @@ def encoder_pair(task: str, features: Sequence[str]) -> Dict[str, dict]:
 
 @PRESETS.register_module(name='diffkd')
 class DiffKDPreset(Preset):
-    """DiffKD: denoise the features of the student by a diffusion model of the teacher's features, then compare them.
+    """DiffKD: denoise the student features with a diffusion model of the teacher features, then compare both.
 
     A small diffusion model learns to remove noise from features of the teacher. It denoises the features of the student
-    in five steps before they are compared, see :class:`.FeatureDiffusionNeck`. ``loss_kd`` is backpropagated through
-    all five steps.
+    in five steps. The denoised features are then compared with those of the teacher; see
+    :class:`.FeatureDiffusionNeck`. ``loss_kd`` is backpropagated through all five steps.
 
     - Detectors distill the outputs of the neck, or of the backbone if a model has no neck.
-    - Segmentors distill the logits, compared by DIST. If a model has no logit layer or the models share less than two
-      classes, they distill the outputs of the backbones.
-    - Classifiers distill the last feature map, through an autoencoder; and the logits, compared by KL divergence, if
-      the models share at least two classes and each image has one class.
-    - Other models distill the outputs of the image encoder.
-    - A teacher of timm, torchvision or transformers teaches its feature maps, through an autoencoder.
+    - Segmentors distill the logits, compared by DIST. If a model has no logit layer, or if the models share fewer than
+      two classes, segmentors distill the outputs of the backbones.
+    - Classifiers distill the last feature map, which an autoencoder compresses. If the models share at least two
+      classes and each image has one class, classifiers also distill the logits, compared by KL divergence.
+    - All other models distill the outputs of the image encoder.
+    - With a teacher from timm, torchvision or transformers, only feature maps are distilled. An autoencoder compresses
+      the teacher's feature maps.
 
     Weights:
-        5 for Faster R-CNN, RetinaNet and FCOS and 15 for RepPoints are the weights of the paper. It chooses the weight
-        of a detector so that the loss is about as large as for Faster R-CNN. Logits and features of classifiers have
-        weight 1, other features 5.
+        The weights 5 for Faster R-CNN, RetinaNet and FCOS and 15 for RepPoints are those of the paper. The paper
+        chooses the weight of each detector so that the loss is about as large as for Faster R-CNN. The weight is 1 for
+        logits and for the features of classifiers, and 5 for all other features.
 
     Released code:
         The released code contains only the experiments with classifiers; docs/results/paper.md lists all differences.
 
     Examples:
-        To compare features by the attention-weighted distance, which the paper marks with a dagger::
+        To compare features by the attention-weighted distance (the paper's results with a dagger)::
 
             _base_ = './my_diffkd_config.py'
             loss_kd = dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0)
             model = dict(preset='diffkd', distill=dict(fpn=dict(neck=dict(loss_kd=loss_kd))))
     """
 
-    summary = 'DiffKD: denoise the student features by diffusion, then compare them (the paper)'
+    summary = 'DiffKD as in the paper: denoise the student features by diffusion, then compare them'
     paper = 'Huang et al., Knowledge Diffusion for Distillation, NeurIPS 2023, arXiv 2305.15712'
     released_code = 'the released code of DiffKD'
 
@@ -82,6 +83,6 @@ class DiffKDPreset(Preset):
         return pairs
 
     def default_distance(self, student_cfg: dict) -> dict:
-        """Return the config of the distance between features, used if a pair has no ``loss_kd``."""
+        """Return the config of the distance between features, for pairs that do not set ``loss_kd``."""
         loss_weight = FEATURE_LOSS_WEIGHTS.get(type_name(student_cfg['type']), DEFAULT_FEATURE_LOSS_WEIGHT)
         return dict(type='mmdiffkd.MSELoss', loss_weight=loss_weight)

@@ -11,11 +11,11 @@ from .base import LOGITS_NEED, Preset
 class DISTPreset(Preset):
     """DIST: correlation between class probabilities, over classes and over samples; see :class:`.DISTLoss`.
 
-    The probabilities of student and teacher are correlated over the classes of each sample, and over the samples of
-    each class. A sample is an image of a classifier, or a pixel of a segmentor at the resolution of its head.
+    DIST correlates the probabilities of student and teacher over the classes of each sample, and over the samples of
+    each class. For classifiers, a sample is an image. For segmentors, a sample is a pixel of the logit map.
 
     Weights:
-        1 for segmentors is the weight of the DiffKD paper. 2 for classifiers is the weight of mmrazor's config.
+        Segmentors use 1, as in the DiffKD paper. Classifiers use 2, as in mmrazor's config.
     """
 
     summary = 'DIST: correlation between class probabilities'

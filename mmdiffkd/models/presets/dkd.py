@@ -9,22 +9,23 @@ from .base import Preset
 
 @PRESETS.register_module(name='dkd')
 class DKDPreset(Preset):
-    """DKD: KL divergence, decoupled into the true class and the other classes; see :class:`.DKDLoss`.
+    """DKD: KL divergence, decoupled into the true class and the non-target classes; see :class:`.DKDLoss`.
 
-    One term compares the probabilities of the true class and of all other classes together. The other term compares the
-    distributions over the other classes. The loss reads the class of each image; of mixed images (MixUp, CutMix), it
-    uses the class with the highest score.
+    The first term compares binary distributions: the probability of the true class, and the sum of the probabilities of
+    all other classes. The second term compares the distributions over the non-target classes, which are all classes
+    except the true one. The loss needs the true class of each image. For mixed images (MixUp, CutMix), it uses the
+    class with the highest score.
 
     Weights:
-        ``alpha=1``, ``beta=0.5`` and ``tau=1`` are the settings of the authors for ResNet-34 and ResNet-18 on ImageNet.
+        ``alpha=1``, ``beta=0.5`` and ``tau=1`` are the authors' settings for ResNet-34 and ResNet-18 on ImageNet.
 
     Released code:
-        ``DKDLoss`` of mmrazor ignores ``reduction='mean'`` and sums over the batch, so its loss is larger by the batch
-        size. The default here divides by the number of images, as the code of the authors does. ``reduction='sum'``
-        reproduces a training with mmrazor.
+        mmrazor's ``DKDLoss`` ignores ``reduction='mean'`` and sums over the batch, so it is larger by a factor of the
+        batch size. By default, this preset divides by the number of images, as the authors' code does. To reproduce a
+        training with mmrazor, set ``reduction='sum'``.
 
     Examples:
-        The settings of the authors for CIFAR-100, which raise the weight over 20 epochs::
+        To use the authors' settings for CIFAR-100, which raise the weight over the first 20 epochs::
 
             _base_ = './my_diffkd_classifier.py'
             loss_kd = dict(beta=8.0, tau=4.0)
@@ -32,7 +33,7 @@ class DKDPreset(Preset):
             custom_hooks = [dict(type='mmdiffkd.DistillScheduleHook', warmup=20)]
     """
 
-    summary = 'DKD: KL divergence, decoupled into the true class and the other classes'
+    summary = 'DKD: KL divergence, decoupled into the true class and the non-target classes'
     paper = 'Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, arXiv 2203.08679'
     released_code = 'mmrazor (90c7af1) and mdistiller (a08d46f)'
     needs = 'classifiers that share at least two classes, and one class per image'

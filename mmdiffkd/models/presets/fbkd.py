@@ -9,22 +9,22 @@ from .base import Preset
 
 @PRESETS.register_module(name='fbkd')
 class FBKDPreset(Preset):
-    """FBKD: features weighted by attention, means over channels and positions, and relations; see :class:`.FBKDNeck`.
+    """FBKD: compare attention-weighted features, feature means and non-local relations; see :class:`.FBKDNeck`.
 
-    Each level of the neck has four terms: features weighted by the spatial attention of both models, means over
-    positions, means over channels, and the outputs of a non-local block of each model. Both non-local blocks are
-    trained.
+    On each level of the neck, four terms compare student and teacher: the features, weighted by the spatial attention
+    of both models; the means over the positions; the means over the channels; and the outputs of two non-local blocks,
+    one on the features of each model. Both blocks are trained.
 
     Weights:
-        Those of the authors for the four terms, which mmrazor uses as well.
+        The weights of the four terms are those of the authors. mmrazor uses the same weights.
 
     Released code:
-        The terms are norms over the whole batch, so they are not divided by the number of images. The authors'
-        attention over channels has no effect, and keys and values of the non-local blocks are pooled twice. This preset
-        does the same.
+        In the released code, each term is a norm over the whole batch, so it is not divided by the number of images.
+        The channel attention has no effect. The keys and values of the non-local blocks are pooled twice. This preset
+        gives the same losses.
 
     Examples:
-        To halve all four terms::
+        To halve the weights of all four terms::
 
             _base_ = './my_diffkd_config.py'
             model = dict(preset='fbkd', distill=dict(fpn=dict(neck=dict(loss_weight=0.5))))

@@ -15,19 +15,21 @@ FCOS = dict(tau=0.8, foreground_weight=1.6e-3, background_weight=8e-4, attention
 
 @PRESETS.register_module(name='fgd')
 class FGDPreset(Preset):
-    """FGD (focal and global distillation): features in and around boxes, attention, relations; see :class:`.FGDNeck`.
+    """FGD (focal and global distillation): features inside and outside of boxes, and relations; see :class:`.FGDNeck`.
 
-    The focal loss compares feature maps inside and outside of the boxes separately, weighted by the attention of the
-    teacher, and compares the attention of both models. The global loss compares relations between positions.
+    The focal loss compares feature maps separately inside and outside of the ground-truth boxes, weighted by the
+    attention of the teacher. It also compares the attention of both models. The global loss compares the relations
+    between positions.
 
     Weights:
-        Those of the released configs: for Faster R-CNN in models with a RoI head, for FCOS in FCOS, and for RetinaNet
-        in other models. The losses are sums over a feature map, so the weights suit its 256 channels and the usual
-        image size of COCO.
+        The weights are those of the released configs. Models with an RoI head use the weights for Faster R-CNN, FCOS
+        uses its own, and all other models use the weights for RetinaNet. The losses are sums over a feature map, so the
+        weights suit 256 channels and the usual image size of COCO.
 
     Released code:
-        It scales boxes by the size of the image without padding, which shifts boxes in padded images. The default here
-        uses the size with padding. A box that ends beyond the map is cut, but its area is not, as in the released code.
+        The released code scales boxes by the size of the image without padding, which shifts the boxes of padded
+        images. By default, this preset uses the size with padding. Boxes that extend beyond the feature map are cut at
+        its border, but their weight is still 1 / area of the uncut box, as in the released code.
 
     Examples:
         To scale boxes as the released code does::
@@ -36,7 +38,7 @@ class FGDPreset(Preset):
             model = dict(preset='fgd', distill=dict(fpn=dict(neck=dict(padded_boxes=False))))
     """
 
-    summary = 'FGD: features in and around boxes, attention of the teacher, relations between positions'
+    summary = 'FGD: features inside and outside of boxes, attention maps, and relations between positions'
     paper = 'Yang et al., Focal and Global Knowledge Distillation for Detectors, CVPR 2022, arXiv 2111.11837'
     released_code = 'yzd-v/FGD (c03a6cf)'
     needs = 'detectors, and images with boxes'

@@ -11,15 +11,16 @@ from .base import Preset
 class FitNetPreset(Preset):
     """FitNet: mean squared error between features, after a 1x1 convolution on the features of the student.
 
-    The convolution maps the channels of the student to those of the teacher. Detectors distill all outputs of the neck,
-    other models the last feature map of the backbone.
+    The convolution maps the channels of the student to those of the teacher. Detectors distill all outputs of the neck.
+    All other models distill the last feature map of the backbone.
 
     Weights:
-        5 is DiffKD's weight of the same distance for detectors, because FitNet has no published weight for detectors
-        and segmentors. 100 is the weight of mdistiller and RepDistiller for classifiers.
+        Detectors and segmentors use 5, DiffKD's weight for the same distance on detectors, because no weight has been
+        published for FitNet on these tasks. Classifiers use 100, as in mdistiller and RepDistiller.
 
     Released code:
-        It was not compared. The loss is the mean squared error of torch, multiplied by its weight.
+        This preset was not compared with released code. The loss is the mean squared error of torch, multiplied by its
+        weight.
     """
 
     summary = 'FitNet: mean squared error between features'

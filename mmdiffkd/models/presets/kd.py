@@ -11,12 +11,12 @@ from .base import LOGITS_NEED, Preset
 class KDPreset(Preset):
     """KD: KL divergence between class probabilities; see :class:`.KLDivergence`.
 
-    The probabilities are compared per image of a classifier, and per pixel of a segmentor at the resolution of its
-    head.
+    For classifiers, the probabilities are compared for each image. For segmentors, they are compared for each pixel of
+    the logit map.
 
     Weights:
-        5 at temperature 1 for classifiers is the setting of mmrazor's configs for ImageNet. There is no published
-        weight for segmentors; 1 is a plain KL divergence.
+        Classifiers use weight 5 at temperature 1, as in mmrazor's configs for ImageNet. Segmentors use weight 1 at
+        temperature 1, because no weight has been published for them.
     """
 
     summary = 'KD: KL divergence between class probabilities'

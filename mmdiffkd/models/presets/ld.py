@@ -10,15 +10,15 @@ class LDPreset(DenseHeadPreset):
     """LD (localization distillation): KL divergence between distributions of box sides; see :class:`.LDNeck`.
 
     GFL heads predict a distribution for each side of a box. The distributions of student and teacher are compared at
-    positive locations. Class scores are not distilled, so the classes may differ. Labels are assigned a second time,
-    which costs a little time.
+    positive locations. Class scores are not distilled, so the two models may have different classes. The neck repeats
+    the label assignment of the student's head, which takes a little time.
 
     Weights:
-        0.25 at temperature 10, as in the configs of mmdet.
+        The weight is 0.25 at temperature 10, as in the configs of mmdet.
 
     Released code:
-        The divergence is a mean over bins, and the sum over locations is not divided by their number, although the
-        other box losses of the head are. This preset does the same.
+        In the released code, the divergence is a mean over the bins. The loss is a sum over the locations that is not
+        divided by their number, unlike the other box losses of the head. This preset does the same.
     """
 
     summary = 'LD: KL divergence of the box distributions of GFL heads at positive locations'
@@ -29,6 +29,6 @@ class LDPreset(DenseHeadPreset):
     neck_defaults = dict(type='mmdiffkd.LDNeck')
 
     def check_heads(self, heads, cfgs) -> None:
-        """Check strides and bins; see :meth:`.DenseHeadPreset.check_heads`."""
+        """Check the strides and the number of bins; see :meth:`.DenseHeadPreset.check_heads`."""
         self.check_distributions(heads, cfgs)
         super().check_heads(heads, cfgs)

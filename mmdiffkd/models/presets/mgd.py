@@ -7,7 +7,7 @@ from mmdiffkd.registry import PRESETS
 
 from .base import Preset, find_task, is_two_stage
 
-# share of positions (of classifiers: channels) that are masked out
+# share of positions that are masked out; for classifiers, share of channels
 MASK_RATIOS = dict(detection=0.65, segmentation=0.75, classification=0.15)
 TWO_STAGE = dict(mask_ratio=0.45, loss_weight=5e-7)
 LOGIT_LOSS = dict(type='mmdiffkd.ChannelWiseDivergence', tau=4.0, loss_weight=3.0)
@@ -18,18 +18,20 @@ class MGDPreset(Preset):
     """MGD (masked generative distillation): generate the features of the teacher from masked features of the student.
 
     Random positions of the student's features are set to 0, and two 3x3 convolutions generate the features of the
-    teacher from the rest, see :class:`.MGDNeck`. Of classifiers, channels are masked instead. Segmentors that share
-    classes with the teacher also distill the logits by CWD (weight 3, temperature 4), as the released code does.
+    teacher from these masked features; see :class:`.MGDNeck`. For classifiers, channels are masked instead of
+    positions. Segmentors that share classes with the teacher also distill the logits by CWD (weight 3, temperature 4),
+    as in the released code.
 
     Weights:
-        Those of the authors. They multiply a sum over channels and positions that is divided by the number of images.
-        The loss therefore grows with the channels and the size of the images: raise the weight for a thin model or
-        small images.
+        The weights are those of the authors. The loss is a sum over channels and positions, divided by the number of
+        images. It therefore grows with the number of channels and the size of the images: raise the weight for a thin
+        model or small images.
 
     Released code:
-        The ratio of the authors' configs is the share that is masked out. The features that are left are not scaled up.
-        This preset does the same. The released code for detectors does not keep the teacher in evaluation mode; here,
-        the teacher always is.
+        ``lambda_mgd`` in the authors' configs is the share of positions (for classifiers: of channels) that are set to
+        0. This preset calls it ``mask_ratio``. As in the released code, the remaining features are not scaled up. The
+        released code for detectors does not keep the teacher in evaluation mode. Here, the teacher is always in
+        evaluation mode.
 
     Examples:
         To raise the weight::
@@ -47,7 +49,7 @@ class MGDPreset(Preset):
     neck_defaults = dict(type='mmdiffkd.MGDNeck')
 
     def default_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """Return the pair of features, and of segmentors the logits. Arguments: see :meth:`.Preset.default_pairs`."""
+        """Return the pair of features; for segmentors, also of logits. Arguments: see :meth:`.Preset.default_pairs`."""
         task = self.check_task(student_cfg)
         neck = dict(type='mmdiffkd.MGDNeck', mask_ratio=MASK_RATIOS[task], mask_channels=task == 'classification')
         if is_two_stage(student_cfg):
@@ -62,6 +64,6 @@ class MGDPreset(Preset):
         return pairs
 
     def default_distance(self, student_cfg: dict) -> dict:
-        """Return the config of the distance of a pair that has no ``loss_kd``."""
+        """Return the config of the distance for pairs that do not set ``loss_kd``."""
         distance = super().default_distance(student_cfg)
         return dict(distance, loss_weight=TWO_STAGE['loss_weight']) if is_two_stage(student_cfg) else distance

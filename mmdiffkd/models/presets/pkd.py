@@ -11,17 +11,20 @@ from .base import Preset, find_task
 class PKDPreset(Preset):
     """PKD: mean squared error between standardized features, so their scale has no effect; see :class:`.PKDLoss`.
 
-    Each channel is standardized over batch and positions. A 1x1 convolution maps the student's channels; the authors
-    use equal channels and no convolution. Segmentors distill the last two feature maps of the backbone.
+    Each channel is standardized over batch and positions. A 1x1 convolution maps the student's channels to those of the
+    teacher. The authors' models have equal channels, and the authors use no convolution. Segmentors distill the last
+    two feature maps of the backbone.
 
     Weights:
-        6 is the weight of mmrazor's configs for detectors. There is no published weight for other tasks.
+        Detectors use 6, as in mmrazor's configs. Segmentors and classifiers use the same weight, because no weight has
+        been published for them.
 
     Released code:
-        It was not compared. The loss is half the mean squared error of the standardized features.
+        This preset was not compared with released code. The loss is half the mean squared error of the standardized
+        features.
     """
 
-    summary = 'PKD: correlation between features, which ignores their scale'
+    summary = 'PKD: correlation between features, independent of their scale'
     paper = 'Cao et al., PKD: General Distillation Framework for Object Detectors, NeurIPS 2022, arXiv 2207.02039'
     weights = dict(detection=6.0, segmentation=6.0, classification=6.0)
     distance = dict(type='mmdiffkd.PKDLoss')

@@ -24,17 +24,17 @@ class PlusPreset(DiffKDPreset):
       trackers, distill features only.
     - Segmentors distill the last feature maps of the backbones instead of the logits, even if their strides differ.
 
-    The changes were measured with RetinaNet on DeepPCB and DeepLabV3 on CamVid only. The change for classifiers, which
-    is only the gradient, was not measured.
+    The changes were measured with RetinaNet on DeepPCB and with DeepLabV3 on CamVid only. For classifiers, only the
+    first change applies. It was not measured for them.
 
     Weights:
-        Those of ``diffkd``, and 1 for the outputs of heads.
+        The weights are those of ``diffkd``. The outputs of heads have weight 1.
 
     Released code:
-        There is none. The losses are those of ``diffkd`` and ``cwd``, and L1.
+        There is no released code. The losses are those of ``diffkd`` and ``cwd``, and the L1 distance.
     """
 
-    summary = 'DiffKD with one gradient step; detectors also distill head outputs, segmentors features'
+    summary = 'DiffKD with num_grad_steps=1; detectors also distill head outputs; segmentors distill features'
     released_code = ''
     neck_defaults = dict(num_grad_steps=1)
 
@@ -51,6 +51,6 @@ class PlusPreset(DiffKDPreset):
         return super().default_pairs(student, student_cfg, teacher_cfg)
 
     def known_pairs(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """Return the default pairs, and the pairs of the preset ``diffkd`` that have different names."""
+        """Return the default pairs, and those pairs of the preset ``diffkd`` that have different names."""
         models = student, student_cfg, teacher_cfg
         return {**super().default_pairs(*models), **self.default_pairs(*models)}

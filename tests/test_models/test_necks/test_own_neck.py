@@ -235,7 +235,7 @@ class Weighted(DistillNeck):
         (dict(weight=-1.0), 'distill.fpn.neck: loss_a of Weighted is -.* for random features'),
         (dict(weight=float('nan')), 'distill.fpn.neck: loss_a of Weighted is nan for random features'),
         (dict(weight=torch.ones(2)), 'distill.fpn.neck: loss_a of Weighted is not a scalar'),
-        (dict(weight=1.0, detach=True), 'distill.fpn.neck: no loss of Weighted has a gradient to the student'),
+        (dict(weight=1.0, detach=True), 'distill.fpn.neck: no loss of Weighted has a gradient with respect to'),
     ],
 )
 def test_losses_are_tried_at_build(tmp_path, options, message):
