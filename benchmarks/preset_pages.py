@@ -59,7 +59,7 @@ CANDIDATES = {
     'GFL -> RetinaNet (different heads, different anchors)': (RETINANET, GFL),
     'Faster R-CNN -> Faster R-CNN': (FASTER_RCNN, FASTER_RCNN),
     'Faster R-CNN -> RetinaNet (two-stage teacher, one-stage student)': (RETINANET, FASTER_RCNN),
-    'YOLOX -> YOLOX (dense heads of another kind)': ('mmdet::yolox/yolox_s_8xb8-300e_coco.py',) * 2,
+    'YOLOX -> YOLOX (no GFL, ATSS, RetinaNet or FCOS head)': ('mmdet::yolox/yolox_s_8xb8-300e_coco.py',) * 2,
     'DINO -> DINO (no dense head)': ('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',) * 2,
     'segmentors with the same classes': (DEEPLABV3, DEEPLABV3),
     'segmentors with different numbers of classes and without class names': (DEEPLABV3, OTHER_CLASSES['mmseg']),
