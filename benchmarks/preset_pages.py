@@ -53,19 +53,19 @@ OTHER_CLASSES = {
 }
 # Pairs of student and teacher, by the property of the pair that decides which presets apply.
 CANDIDATES = {
-    'GFL from GFL': (GFL, GFL),
-    'RetinaNet from RetinaNet': (RETINANET, RETINANET),
-    'ATSS from GFL: different heads, one anchor per location in both': (ATSS, GFL),
-    'RetinaNet from GFL: different heads and different anchors': (RETINANET, GFL),
-    'Faster R-CNN from Faster R-CNN': (FASTER_RCNN, FASTER_RCNN),
-    'RetinaNet from Faster R-CNN: one stage from two': (RETINANET, FASTER_RCNN),
-    'YOLOX from YOLOX: neither GFL, ATSS, RetinaNet nor FCOS heads': ('mmdet::yolox/yolox_s_8xb8-300e_coco.py',) * 2,
-    'DINO from DINO: no dense head': ('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',) * 2,
-    'segmentor, same classes': (DEEPLABV3, DEEPLABV3),
-    'segmentor, class names unknown, different number of classes': (DEEPLABV3, OTHER_CLASSES['mmseg']),
-    'segmentor without `conv_seg`, such as Mask2Former': (MASK2FORMER, MASK2FORMER),
-    'classifier, same classes': (RESNET, RESNET),
-    'classifier, class names unknown, different number of classes': (RESNET, OTHER_CLASSES['mmpretrain']),
+    'GFL -> GFL': (GFL, GFL),
+    'RetinaNet -> RetinaNet': (RETINANET, RETINANET),
+    'GFL -> ATSS (different heads, one anchor per location in both)': (ATSS, GFL),
+    'GFL -> RetinaNet (different heads, different anchors)': (RETINANET, GFL),
+    'Faster R-CNN -> Faster R-CNN': (FASTER_RCNN, FASTER_RCNN),
+    'Faster R-CNN -> RetinaNet (two-stage teacher, one-stage student)': (RETINANET, FASTER_RCNN),
+    'YOLOX -> YOLOX (no GFL, ATSS, RetinaNet or FCOS head)': ('mmdet::yolox/yolox_s_8xb8-300e_coco.py',) * 2,
+    'DINO -> DINO (no dense head)': ('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',) * 2,
+    'segmentors with the same classes': (DEEPLABV3, DEEPLABV3),
+    'segmentors with different numbers of classes and without class names': (DEEPLABV3, OTHER_CLASSES['mmseg']),
+    'segmentors without `conv_seg`, such as Mask2Former': (MASK2FORMER, MASK2FORMER),
+    'classifiers with the same classes': (RESNET, RESNET),
+    'classifiers with different numbers of classes and without class names': (RESNET, OTHER_CLASSES['mmpretrain']),
 }
 SECTIONS = ('Weights', 'Released code', 'Examples')
 WIDTHS = ('student_channels', 'teacher_channels')
@@ -332,7 +332,7 @@ def candidates() -> str:
     rows = []
     for kind, (student, teacher) in CANDIDATES.items():
         names = [f'`{name}`' for name in own_presets() if applies(name, student, teacher)]
-        rows.append({'student from teacher': kind, 'presets that apply': ', '.join(names)})
+        rows.append({'teacher -> student': kind, 'presets that apply': ', '.join(names)})
     return markdown(rows).replace('---:', '---')
 
 

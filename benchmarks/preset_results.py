@@ -19,7 +19,7 @@ class ResultSet(NamedTuple):
     """Results on a data set.
 
     Attributes:
-        models (str): Student, teacher and data set, as the start of a sentence.
+        models (str): Student and teacher, as a sentence without the period.
         metric (str): Metric in the file.
         column (str): Name of the metric in tables.
         factor (float): Factor of the metric in tables.
@@ -33,9 +33,17 @@ class ResultSet(NamedTuple):
 
 SETS = {
     'DeepPCB': ResultSet(
-        'RetinaNet: the student has an eighth of the usual width, the teacher half', 'coco/bbox_mAP', 'AP', 100
+        'The student is RetinaNet-R18 with an eighth of the usual width, and the teacher RetinaNet-R18 with half of it',
+        'coco/bbox_mAP',
+        'AP',
+        100,
     ),
-    'CamVid': ResultSet('DeepLabV3: the student has a quarter of the usual width, the teacher half', 'mIoU', 'mIoU', 1),
+    'CamVid': ResultSet(
+        'The student is DeepLabV3-R18 with a quarter of the usual width, and the teacher DeepLabV3-R18 with half of it',
+        'mIoU',
+        'mIoU',
+        1,
+    ),
 }
 
 
@@ -87,10 +95,17 @@ def read_scores(text: str, settings: ResultSet) -> Tuple[Scores, Scores]:
 
 
 def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
-    """Return heading, conclusion and table of a data set. The table is sorted from the best to the worst method."""
+    """Return heading, conclusion and table of a data set, the best methods first.
+
+    The table leaves out seeds that the student alone does not have, because differences leave them out, too.
+    """
     settings, rows = SETS[name], []
-    for method in sorted(test, key=lambda method: -statistics.fmean(test[method].values())):
-        numbers = list(test[method].values())
+    shown = {}
+    for method, scores in test.items():
+        paired = [score for seed, score in scores.items() if seed in test[BASELINE]]
+        shown[method] = paired if len(paired) > 1 else list(scores.values())
+    for method in sorted(shown, key=lambda method: -statistics.fmean(shown[method])):
+        numbers = shown[method]
         row = {
             'method': method if method == BASELINE else f'[`{method}`](../configure/presets/{method}.md)',
             'seeds': str(len(numbers)),
@@ -103,10 +118,13 @@ def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
         if costs:
             row['time'] = '1.00' if method == BASELINE else costs.get(method, '–')
         rows.append(row)
-    conditions = f'{settings.models}. They train in a short schedule from random weights.'
+    conditions = f'{settings.models}. The student starts from random weights and trains in a short schedule.'
     text = f'{conditions} {conclusion(val, test, settings.column)}'
-    note = 'A difference uses only the seeds that both runs have, so it is not the difference of the two means.'
-    return '\n\n'.join([f'### {name}', textwrap.fill(text, 120), markdown(rows), note])
+    note = (
+        'A difference uses only the seeds of its row. If the row has fewer seeds than the row `alone`, the difference '
+        'therefore deviates from the difference of the two means.'
+    )
+    return '\n\n'.join([f'### {name}', textwrap.fill(text, 120), markdown(rows), textwrap.fill(note, 120)])
 
 
 def conclusion(val: Scores, test: Scores, column: str) -> str:
@@ -125,7 +143,7 @@ def conclusion(val: Scores, test: Scores, column: str) -> str:
     text = f'`{best}` has the highest {column} on the validation split. On the test split, '
     if not similar:
         others = ' and '.join(f'`{method}`' for method in presets if method != best)
-        return f'{text}it differs significantly from {others}.'
+        return f'{text}`{best}` differs significantly from {others}.'
     return f'{text}the difference between `{best}` and {", ".join(similar)} is not significant.'
 
 

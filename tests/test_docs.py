@@ -172,7 +172,7 @@ def run_commands(page, heading, folder, fewer):
 @pytest.mark.slow
 def test_get_started_commands_run(tmp_path):
     run_commands(
-        'quick_start.md', '## The first distillation', tmp_path, {'--train 200 --val 50': '--train 16 --val 4'}
+        'quick_start.md', '## Distill a detector on a CPU', tmp_path, {'--train 200 --val 50': '--train 16 --val 4'}
     )
     assert (tmp_path / 'student.pth').exists()
     pictures = (tmp_path / 'work_dirs').glob('diffkd*/*/vis_data/vis_image/diffkd.fpn.*.png')
