@@ -19,11 +19,12 @@ KINDS = dict(
 )
 INTRODUCTION = """# Tested situations
 
-This page lists situations from public issue threads in which distillation or deployment failed, and what mmdiffkd does.
-A test reproduces each situation and checks the outcome. [Troubleshooting](troubleshooting.md) lists error messages and
-solutions, and [Tested faults](faults.md) lists crashes, damaged files and NaN.
+This page lists situations in which users of OpenMMLab and other projects had problems with distillation or deployment.
+For each situation, the page names the public issue threads and says what mmdiffkd does. A test reproduces the situation
+and checks the outcome. [Troubleshooting](troubleshooting.md) lists error messages and solutions, and [Tested
+faults](faults.md) lists crashes, damaged files and NaN.
 
-To write this page again, run `python -m tests.situations`.
+To generate this page again, run `python -m tests.situations`.
 """
 
 

@@ -100,7 +100,7 @@ def arguments(folder):
     'places',
     'Chinese paths under a Windows code page',
     'mmengine #647, mmengine #1372, mmdetection #8291',
-    'configs, logs and reports are UTF-8 whatever the locale.',
+    'Configs, logs and reports are read and written as UTF-8 in every locale.',
 )
 def test_code_page_of_windows(configs, gbk):
     text = make_config(*arguments(configs), str(configs / '蒸馏.py'))
@@ -127,9 +127,9 @@ def test_locale_without_characters(configs):
 
 @pytest.mark.situation(
     'places',
-    'student and teacher on two drives of Windows',
+    'Student and teacher on two drives of Windows',
     'pip-check-reqs #67',
-    '`make_config` writes absolute paths where no relative path exists.',
+    '`make_config` writes absolute paths, because no relative path exists.',
 )
 def test_two_drives(configs, monkeypatch):
     def other_drive(*args):

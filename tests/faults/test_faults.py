@@ -102,7 +102,7 @@ def test_killed_in_an_epoch(run, uninterrupted):
     assert_same_as_uninterrupted(run, uninterrupted)
     row(
         'process is killed (SIGKILL) in the middle of an epoch',
-        'resumes from the last checkpoint; the final weights, optimizer state and EMA weights are bit-exact',
+        'The run resumes from the last checkpoint. The final weights, optimizer state and EMA weights are bit-exact.',
         message(done, 'resumed epoch'),
     )
 
@@ -117,7 +117,7 @@ def test_killed_while_saving(run, uninterrupted):
     assert files(run.folder) == [LAST, 'last_checkpoint']
     row(
         'process is killed (SIGKILL) while it writes a checkpoint, `max_keep_ckpts=1`',
-        'the previous checkpoint is intact; resumes from it; the final weights are bit-exact',
+        'The previous checkpoint is intact, and the run resumes from it. The final weights are bit-exact.',
         message(done, 'resumed epoch'),
     )
 
@@ -130,7 +130,7 @@ def test_truncated_checkpoint(run, uninterrupted):
     assert_same_as_uninterrupted(run, uninterrupted)
     row(
         'newest checkpoint is truncated or damaged',
-        'resumes from the previous checkpoint; the final weights are bit-exact',
+        'The run resumes from the previous checkpoint. The final weights are bit-exact.',
         message(done, "'.*is not a PyTorch checkpoint"),
     )
 
@@ -140,7 +140,11 @@ def test_all_checkpoints_damaged(run):
     (run.folder / 'epoch_1.pth').write_bytes(b'damaged')
     done = run.start('--resume')
     assert done.code == 2 and files(run.folder) == ['epoch_1.pth']
-    row('all checkpoints are damaged', 'stops before training; nothing is overwritten', message(done, 'None of the'))
+    row(
+        'all checkpoints are damaged',
+        'The run stops before training. No file is overwritten.',
+        message(done, 'None of the'),
+    )
 
 
 @pytest.mark.slow
@@ -152,7 +156,8 @@ def test_disk_full(run, uninterrupted):
     assert_same_as_uninterrupted(run, uninterrupted)
     row(
         'disk full while a checkpoint is written (simulated by a limit of the file size)',
-        'stops; no partial file is left; resumes when there is free space; the final weights are bit-exact',
+        'The run stops and leaves no partial file. It resumes when there is free space. '
+        'The final weights are bit-exact.',
         text,
     )
 
@@ -168,7 +173,7 @@ def test_teacher_replaced(run, uninterrupted):
     assert done.code == 2
     row(
         'teacher file is replaced during the run',
-        'no effect on the run, which has the weights in memory; it cannot be resumed with the different teacher',
+        'The run continues, because it has the weights in memory. It cannot be resumed with the new teacher file.',
         message(done, 'The weights of the teacher'),
     )
 
@@ -183,7 +188,8 @@ def test_killed_rank(run):
     assert_same(weights(run.folder), weights(run.folder.parent / 'uninterrupted'))
     row(
         'one of two processes is killed (SIGKILL)',
-        'the launcher stops the other process and reports the killed one; resumes; the final weights are bit-exact',
+        'The launcher stops the second process and reports the killed process. The run resumes. The '
+        'final weights are bit-exact.',
         text,
     )
 
@@ -195,14 +201,14 @@ def test_nan_in_the_batch(run, policy):
     if policy == 'raise':
         assert done.code == 1 and files(run.folder) == ['epoch_1.pth', 'last_checkpoint']
         text = message(done, 'The loss is not finite in iteration 6')
-        row('NaN in an image of the batch', 'stops before the weights change', text)
+        row('NaN in an image of the batch', 'Training stops before the weights change.', text)
         return
     assert done.code == 0
     state = weights(run.folder)['state_dict']
     assert all(value.isfinite().all() for value in state.values())  # parameters and BatchNorm's statistics
     row(
         "NaN in an image of the batch, `NonFiniteHook(policy='skip')`",
-        'the step is skipped; weights and running statistics stay finite',
+        'The optimizer step is skipped. Weights and running statistics stay finite.',
         message(done, 'Iteration 6 was skipped'),
     )
 
@@ -228,7 +234,7 @@ def test_code_in_a_checkpoint(run, kind):
     assert done.code == 2 and not trace.exists()
     row(
         'code in a checkpoint (teacher, `load_from`, `--resume`, `tools/test.py`)',
-        'refused; the code does not run',
+        'The file is refused, and the code does not run.',
         message(done, 'The checkpoint .*refused'),
     )
 
@@ -257,6 +263,6 @@ def test_interrupted_download(run, has_hash):
     text = message(done, 'The checkpoint .*could not be' if has_hash else "'http.*is not a PyTorch checkpoint")
     row(
         f"interrupted download of the teacher's weights, {'' if has_hash else 'no '}hash in the file name",
-        'stops before training; no partial file is left in the cache',
+        'The run stops before training. No partial file is left in the cache.',
         re.sub(r'\(.*?\)', '(...)', re.sub(r'http://[\d.:]+/[-\w.]+', 'teacher.pth', text)),
     )

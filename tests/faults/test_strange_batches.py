@@ -24,12 +24,12 @@ def losses_of(model, images, boxes):
 @pytest.mark.parametrize(
     'fault, behavior, images, boxes',
     [
-        ('no ground truth in the batch', 'training continues', [(128, 128)] * 2, [0, 0]),
-        ('no ground truth in one image', 'training continues', [(128, 128)] * 2, [0, 3]),
-        ('batch of one image', 'training continues, also with feature maps of one pixel', [(128, 128)], [3]),
+        ('no ground truth in the batch', 'Training continues.', [(128, 128)] * 2, [0, 0]),
+        ('no ground truth in one image', 'Training continues.', [(128, 128)] * 2, [0, 3]),
+        ('batch of one image', 'Training continues, even if feature maps have one pixel only.', [(128, 128)], [3]),
         (
             'images of different sizes in a batch',
-            'training continues; images are padded as upstream',
+            'Training continues. Images are padded as without distillation.',
             [(128, 128), (97, 160)],
             [2, 2],
         ),

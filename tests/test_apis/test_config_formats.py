@@ -101,9 +101,10 @@ def described(file, teacher, preset):
 @pytest.mark.parametrize('name, preset', [(REPPOINTS, 'diffkd'), (tiny.RETINANET, 'plus'), (CLASSIFIER, 'diffkd')])
 @pytest.mark.situation(
     'places',
-    'pure Python, dumped and JSON configs',
+    'Pure Python, dumped and JSON configs',
     'mmengine #1071',
-    'they give the same pairs and loss weights as text configs, also mixed with them.',
+    'They give the same pairs and loss weights as text configs. Student and teacher may have configs of different '
+    'formats.',
 )
 def test_pairs(name, preset, tmp_path):
     model, scope = model_of(name)
@@ -165,9 +166,10 @@ def test_pure_python_student_with_hooks(tmp_path):
 
 @pytest.mark.situation(
     'places',
-    'a distillation config in pure Python',
+    'Distillation config in pure Python',
     'mmpretrain #1898',
-    'trains, resumes and exports as a text config; `make_config` writes one for a student in pure Python.',
+    'It trains, resumes and exports like a text config. For a student with a pure Python config, `make_config` writes '
+    'a pure Python config.',
 )
 def test_pure_python_run(tmp_path, shapes):
     model, scope = model_of(tiny.RETINANET)

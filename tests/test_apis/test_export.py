@@ -77,9 +77,10 @@ def run_config(tmp_path, name='run.py'):
 
 @pytest.mark.situation(
     'after',
-    'export of the wrong checkpoint or over a file of the run',
+    'Export of the wrong checkpoint, or to a path where the run has a file',
     '',
-    'the weights are compared with the student of the config, and files of the run are not overwritten.',
+    'mmdiffkd raises an error if the weights do not fit the student of the config. It does not overwrite files of the '
+    'run.',
 )
 def test_wrong_files_are_refused(tmp_path):
     config = run_config(tmp_path)

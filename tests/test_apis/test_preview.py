@@ -317,9 +317,9 @@ def test_list_taps():
 
 @pytest.mark.situation(
     'images',
-    'the list of taps of a model for gray images',
+    '`--list-taps` for a model that takes gray images',
     'mmpretrain #753',
-    'runs the model on images of as many channels as it takes',
+    'mmdiffkd runs the model on images with the number of channels that the model takes.',
 )
 def test_list_taps_of_a_model_for_gray_images():
     assert list_taps('mmpretrain::lenet/lenet5_mnist.py')['backbone.features.0'] == [[1, 6, 28, 28]]
@@ -327,9 +327,9 @@ def test_list_taps_of_a_model_for_gray_images():
 
 @pytest.mark.situation(
     'images',
-    'the list of taps of a model with operators that run on a CPU or GPU only',
+    '`--list-taps` for a model whose operators do not run on the meta device',
     '',
-    'runs the model on the CPU if it does not run without memory',
+    'mmdiffkd runs the model on the CPU instead.',
 )
 def test_list_taps_of_a_model_with_deformable_convolutions():
     dcn = dict(type='DCN', deform_groups=1, fallback_on_stride=False)

@@ -84,10 +84,9 @@ AMP = ('--amp', '--cfg-options', 'optim_wrapper.type=AmpOptimWrapper', 'optim_wr
 @pytest.mark.parametrize('package', CONFIGS)
 @pytest.mark.situation(
     'places',
-    "settings that mmpretrain's `train.py` adds to the config",
+    "Settings that mmpretrain's `train.py` adds to the config",
     'mmpretrain #1024, mmpretrain #1880',
-    "`tools/train.py`, `distill()` and `mim train` all add the settings that mmpretrain's `train.py` adds, so the "
-    'Runner gets the same config from each.',
+    '`tools/train.py`, `distill()` and `mim train` add the same settings, so the Runner gets the same config.',
 )
 def test_same_run_as_mim_train(package, options, config_of_run, tmp_path):
     config = resolve_config(CONFIGS[package]).filename

@@ -65,9 +65,9 @@ def results(tmp_path_factory):
 
 @pytest.mark.situation(
     'places',
-    'a file or folder that one of several processes cannot use',
+    'File or folder that one of several processes cannot use',
     'huggingface_hub #2797, ilab-on-ocp #26',
-    'all processes stop at once with the same sentence.',
+    'All processes stop at once with the same error message.',
 )
 def test_same_sentence_on_all_ranks(results):
     sentences = dict(

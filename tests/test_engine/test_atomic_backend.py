@@ -28,9 +28,9 @@ def refuse(number):
 @pytest.mark.parametrize('number', ['EINVAL', 'EOPNOTSUPP', 'ENOSYS'])
 @pytest.mark.situation(
     'places',
-    'a mount that cannot flush files (fsync)',
+    'Mount that cannot flush files (fsync)',
     'mmsegmentation #1587',
-    'checkpoints are written, and the log says once what a power failure can cost.',
+    'Checkpoints are written. The log says once that a power failure can damage the newest checkpoint.',
 )
 def test_mount_without_fsync(tmp_path, monkeypatch, notes, number):
     monkeypatch.setattr(os, 'fsync', refuse(getattr(errno, number)))
@@ -43,9 +43,9 @@ def test_mount_without_fsync(tmp_path, monkeypatch, notes, number):
 @pytest.mark.parametrize('number', ['EOPNOTSUPP', 'ENOSYS', 'EXDEV', 'EPERM'])
 @pytest.mark.situation(
     'places',
-    'a mount that cannot rename files, such as a bucket',
+    'Mount that cannot rename files, such as a bucket',
     'gcsfuse #2570, orbax #3537',
-    'checkpoints are written in place, with one note in the log.',
+    'Checkpoints are written in place, and the log says so once.',
 )
 def test_mount_without_rename(tmp_path, monkeypatch, notes, number):
     monkeypatch.setattr(os, 'replace', refuse(getattr(errno, number)))

@@ -68,9 +68,9 @@ class TestRead:
 
     @pytest.mark.situation(
         'weights',
-        'files that hold something else: a config, NumPy arrays, nothing',
+        'A file that is not a checkpoint, such as a config, NumPy arrays or an empty file',
         'mmaction2 #2031, detectron2 #5263',
-        'the sentence says what the file is, and what to use instead.',
+        'The error says what the file is and what to use instead.',
     )
     def test_true_reason(self, tmp_path):
         (tmp_path / 'student.py').write_text("model = dict(type='RetinaNet')  # für mich\n", encoding='utf-8')
@@ -91,9 +91,9 @@ class TestRead:
 
     @pytest.mark.situation(
         'places',
-        'a scheme without its package, or a scheme that does not exist',
+        'URL scheme whose package is missing, or unknown URL scheme',
         'mmcv #1482, mmdetection3d #170',
-        'the sentence names the missing package or the nearest schemes.',
+        'The error names the missing package or the most similar schemes.',
     )
     def test_schemes_that_cannot_be_read(self):
         for source, message in (
@@ -192,9 +192,9 @@ class TestOtherSavers:
 
     @pytest.mark.situation(
         'weights',
-        'checkpoint of another trainer',
+        'Checkpoint of a different training framework',
         'DIST_KD #7, nanoGPT #325',
-        'the weights are found under `model`, `model_state_dict` and other names; the log names the entry.',
+        'mmdiffkd finds the weights under `model`, `model_state_dict` and similar keys. The log names the key.',
     )
     @pytest.mark.parametrize(
         'content',
@@ -218,9 +218,10 @@ class TestOtherSavers:
 
     @pytest.mark.situation(
         'weights',
-        'averaged weights beside the weights',
+        'Plain and averaged weights in one file',
         'timm PR #1677, RT-DETR #81, OpenTAD #44, lightly-train PR #484',
-        'the plain weights are used and the log names the averaged ones; a file with only averaged weights is read.',
+        'mmdiffkd uses the plain weights, and the log names the averaged weights. If a file has averaged weights '
+        'only, mmdiffkd uses them.',
     )
     def test_averaged_weights(self, tmp_path, capfd):
         for number, (content, expected) in enumerate(
@@ -244,9 +245,10 @@ class TestOtherSavers:
 
     @pytest.mark.situation(
         'weights',
-        'command-line arguments beside the weights',
+        'Command-line arguments in the checkpoint file',
         'DIST_KD #7',
-        'an `argparse.Namespace` with paths is read as data; an object in it that could run code is refused.',
+        'mmdiffkd reads an `argparse.Namespace` with paths as data. If it contains an object that could run code, '
+        'mmdiffkd refuses the file.',
     )
     def test_arguments_of_the_trainer(self, tmp_path):
         args = argparse.Namespace(lr=0.1, data=pathlib.PosixPath('/data/coco'), betas=(0.9, 0.99))
@@ -259,9 +261,10 @@ class TestOtherSavers:
 
     @pytest.mark.situation(
         'weights',
-        'safetensors file',
+        'Safetensors file',
         'timm PR #1677',
-        'read with the package `safetensors`, also under another file name; without the package, the error says so.',
+        'mmdiffkd reads the file with the package `safetensors`, whatever the file is named. If the package is '
+        'missing, the error says so.',
     )
     def test_safetensors(self, tmp_path, monkeypatch):
         from safetensors.torch import save_file
@@ -282,9 +285,10 @@ class TestOtherSavers:
 
     @pytest.mark.situation(
         'weights',
-        'file of another kind under the name of a checkpoint',
+        'A file with the name of a checkpoint, but with different content, such as a Git LFS pointer, an archive, '
+        'JSON, HDF5 or a web page',
         'sapiens #124, git-lfs #4366',
-        'refused with the kind and the cure: Git LFS pointers, archives, JSON and HDF5 files, web pages.',
+        'mmdiffkd refuses the file. The error says what the file is and how to get the checkpoint.',
     )
     @pytest.mark.parametrize(
         'content, message',
@@ -401,7 +405,7 @@ class TestDownload:
         'weights',
         'URLs with the same file name',
         'torchgeo #4037, thingsvision PR #178',
-        'each URL has its own file in the cache; files whose name contains their hash keep this name.',
+        'Each URL has its own file in the download cache. A file keeps its name if the name contains its hash.',
     )
     def test_urls_with_the_same_file_name(self, server, capfd):
         url, httpd, cache = server
@@ -456,9 +460,10 @@ class TestDownload:
 
     @pytest.mark.situation(
         'places',
-        'a cache of weights that cannot be written',
+        'Download cache that cannot be written',
         'huggingface_hub #2797, mmsegmentation #1734',
-        'weights in it are used; otherwise, a sentence names the variable that moves the cache.',
+        'Weights that are already in the cache are used. If a download is necessary, the error names the environment '
+        'variable that sets the folder of the cache.',
     )
     def test_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
         url, cache = 'http://127.0.0.1:9/{}-12345678.pth', tmp_path / 'hub' / 'checkpoints'

@@ -102,9 +102,10 @@ def resumed_from(tmp_path, work_dir='run'):
 
 @pytest.mark.situation(
     'places',
-    'checkpoints in an object store, `--resume`',
+    '`--resume` with checkpoints in an object store',
     'mmengine #80, mmdetection #7526',
-    'the newest readable checkpoint is copied, checked and resumed, also on a new machine without `last_checkpoint`.',
+    'mmdiffkd copies the newest readable checkpoint, checks it and resumes from it. This also works on a new machine '
+    'without the file `last_checkpoint`.',
 )
 def test_resume(train, store, tmp_path, monkeypatch):
     (tmp_path / 'temporary').mkdir()

@@ -43,10 +43,10 @@ class TestFit:
 
     @pytest.mark.situation(
         'weights',
-        'names of wrappers in the keys',
+        'Prefixes of wrappers in the keys of a checkpoint',
         'timm PR #2003, PyTorch #94575',
-        'the names of DDP, `torch.compile` and FSDP are removed wherever they are; any other common prefix is '
-        'removed with a line in the log.',
+        'mmdiffkd removes the prefixes of DDP, `torch.compile` and FSDP anywhere in a key. If all keys share a '
+        'different prefix, mmdiffkd removes it, too, and the log states the prefix.',
     )
     @pytest.mark.parametrize('prefix', ['model.', 'net.model.', 'my_task.', 'ema_model.', 'algorithm.architecture.'])
     def test_common_prefix(self, prefix):
@@ -60,9 +60,10 @@ class TestFit:
 
     @pytest.mark.situation(
         'weights',
-        'several models in a file',
+        'Several models in one file',
         'mmrazor #571, #76, #165, mmdetection #10217',
-        'the model that fits is used, and the log names the others; a teacher prefers the teacher in the file.',
+        'mmdiffkd uses the model that fits, and the log names the remaining models. For a teacher, it prefers the '
+        'model that the file stores as teacher.',
     )
     @pytest.mark.parametrize(
         'student, teacher',
@@ -96,9 +97,9 @@ class TestFit:
 
     @pytest.mark.situation(
         'weights',
-        'EMA copies of mmdet 2',
+        'EMA copies in checkpoints of mmdet 2',
         'mmdetection #7936, #7552, #4667, LSKNet #48',
-        'the `ema_*` copies are left out with a line in the log, and the plain names are used.',
+        'mmdiffkd uses the weights with plain names and leaves out their copies `ema_*`. The log says so.',
     )
     def test_copies_beside_the_weights(self):
         copies = {f'ema_{key.replace(".", "_")}': value for key, value in OTHER.items()}
@@ -107,9 +108,10 @@ class TestFit:
 
     @pytest.mark.situation(
         'weights',
-        'entries that are not weights',
+        'Checkpoint entries that are not weights',
         'pytorch-OpCounter #82, mmsegmentation #2509',
-        'counters of thop and of averaging, masks, position indices and buffers of losses are left out.',
+        'mmdiffkd leaves out the counters of the package thop and of weight averaging, masks, position indices, and '
+        'buffers of losses.',
     )
     @pytest.mark.parametrize(
         'extra',
@@ -221,10 +223,10 @@ class TestInitCfg:
 
     @pytest.mark.situation(
         'weights',
-        'pretrained backbone from another project',
+        'Pretrained backbone from a different project in `init_cfg`',
         'mmselfsup #391, mmpretrain #945',
-        'a whole model, averaged weights or a prefix in the file of `init_cfg` are recognized; a `prefix` that the '
-        'file does not have is an error with the names that it has.',
+        'mmdiffkd finds the backbone in a file with a whole model, averaged weights or a prefix. If no key starts '
+        'with the `prefix` of `init_cfg`, the error lists the prefixes in the file.',
     )
     @pytest.mark.parametrize('wrap', ['whole', 'model_ema', 'safetensors', 'prefix'])
     def test_weights_are_found(self, tmp_path, weights, wrap):
@@ -351,9 +353,9 @@ class TestLoadStrict:
 
 @pytest.mark.situation(
     'weights',
-    'quantized weights, weights of the meta device, and weights of a run that diverged',
+    'Quantized weights, weights on the meta device, and weights with NaN or infinity',
     'pytorch/ao #456, PyTorch #187138',
-    'refused with the name of the file and of the weight, for the teacher and for the student.',
+    'mmdiffkd refuses them for the teacher and for the student. The error names the file and the weight.',
 )
 class TestValues:
     @pytest.mark.parametrize(

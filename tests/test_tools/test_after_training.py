@@ -55,10 +55,10 @@ def infer(run, config, weights):
 
 @pytest.mark.situation(
     'after',
-    'inference functions with a checkpoint of the run',
+    'Inference functions with a checkpoint of the run',
     'mmdetection #10355, mmsegmentation #2907',
-    'every run writes the config of the plain student to `student.py` in its work dir. The inference functions and '
-    'inferencers of the packages open it with any checkpoint of the run.',
+    'Every run writes the config of the plain student to `student.py` in its work dir. The inference functions and '
+    'inferencers of the packages accept this config with any checkpoint of the run.',
 )
 def test_inference_opens_the_config_in_the_work_dir(run):
     assert run.plain_config.read_text() == student_config(Config.fromfile(run.config)).pretty_text
@@ -79,10 +79,10 @@ def test_inference_opens_the_config_in_the_work_dir(run):
 
 @pytest.mark.situation(
     'after',
-    'inference from the weights alone',
+    'Inference with a weight file only',
     'mmengine #1678',
-    'exported weights hold the classes, the palette and the plain config, and the inferencers need no other file. With '
-    '`EMAHook`, they are the averaged weights, as in validation.',
+    'Exported weights contain the classes, the palette and the plain config, so the inferencers need no other file. '
+    'If the run used `EMAHook`, the exported weights are the averaged weights, as in validation.',
 )
 def test_exported_weights_suffice(run):
     content = torch.load(run.checkpoint, weights_only=False)
@@ -119,7 +119,7 @@ def test_inference_with_the_config_of_the_distillation(run, with_teacher):
     'after',
     '`test.py --show-dir` writes no pictures',
     'mmsegmentation #2248, #2975, #3479, mmdetection #10548',
-    'a picture of every image, in mmdet, mmseg and mmpretrain.',
+    'mmdiffkd writes a picture of every image, in mmdet, mmseg and mmpretrain.',
 )
 def test_show_dir(run, tmp_path):
     call_tool('test.py', run.config, run.checkpoint, '--work-dir', tmp_path / 'work', '--show-dir', tmp_path / 'shown')
@@ -206,10 +206,10 @@ def test_get_flops(run):
 
 @pytest.mark.situation(
     'after',
-    'analysis tools of the packages',
+    'Analysis tools of the packages',
     'FGD #92, mmrazor #150',
-    'get_flops.py, confusion_matrix.py and the other tools run on the exported student and on `student.py` of the work '
-    'dir. With the config of the distillation, get_flops.py also counts the diffusion module.',
+    'The analysis tools, such as `get_flops.py` and `confusion_matrix.py`, run with the exported student and with '
+    '`student.py` in the work dir. With the distillation config, `get_flops.py` also counts the diffusion module.',
 )
 def test_confusion_matrix(run, predictions):
     out = run.folder / 'matrix'

@@ -41,9 +41,9 @@ def write_config(folder, shapes, wrap):
 
 @pytest.mark.situation(
     'places',
-    'test-time augmentation on wrapped data sets',
+    'Test-time augmentation on wrapped data sets',
     'mmdetection #9491, mmdetection #11828',
-    '`test.py --tta` sets the pipeline of every data set in a `ConcatDataset`, `RepeatDataset` and others.',
+    '`test.py --tta` replaces the pipeline of every data set in wrappers such as `ConcatDataset` and `RepeatDataset`.',
 )
 def test_augmentation(tmp_path, shapes, weights):
     def wrap(dataset):
@@ -89,9 +89,9 @@ def test_pipeline_of_the_innermost_dataset(dataset):
 
 @pytest.mark.situation(
     'places',
-    'folds and repetitions of a data set',
+    'Folds and repetitions of a data set',
     'mmdetection #12410',
-    'training, preview and tests work as upstream.',
+    'Training, preview and tests work as without distillation.',
 )
 def test_folds(tmp_path):
     for name in '01':

@@ -156,10 +156,10 @@ class TestForeignCheckpoint:
 
     @pytest.mark.situation(
         'weights',
-        'checkpoint of another model as `load_from`',
+        'Checkpoint of a different model as `load_from`',
         'mmrazor #613, mmdetection #2175',
-        'an error before training if none of the weights fits the student, and a warning with the count if under half '
-        'of the weights do.',
+        'If no weight fits the student, mmdiffkd raises an error before training. If less than half of the weights '
+        'fit, it prints a warning with their number.',
     )
     def test_file_of_a_backbone(self, start, cfg, weights, tmp_path):
         backbone = {key[len('backbone.') :]: value for key, value in weights.items() if key.startswith('backbone.')}

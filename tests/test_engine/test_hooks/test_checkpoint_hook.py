@@ -88,9 +88,9 @@ def read(path):
 
 @pytest.mark.situation(
     'after',
-    'resume from a run of the plain student, or from a folder',
+    'Resume from a run of the plain student, or from a folder',
     'mmaction2 #1803, STVIR/pysot #92',
-    'refused with the reason; `load_from` without `resume` starts from the weights.',
+    'mmdiffkd refuses to resume, and the error says why. To start from the weights, set `load_from` without `resume`.',
 )
 def test_resume_from_other_things(config, tmp_path):
     cfg = config(EPOCHS, train_cfg__max_epochs=1, load_from=str(tmp_path))

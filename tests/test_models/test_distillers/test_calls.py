@@ -91,9 +91,9 @@ class Reversed(RetinaNet):
 class TestPasses:
     @pytest.mark.situation(
         'models',
-        'loss() runs the network twice, first without gradients',
+        '`loss()` runs the network twice, first without gradients',
         'mmdetection #11494',
-        'the pass that learns is distilled; the teacher sees the images that the model received.',
+        'The pass with gradients is distilled. The teacher gets the images that `loss()` received.',
     )
     @pytest.mark.parametrize('tap', ['neck', 'bbox_head.retina_cls'])
     def test_first_pass_without_gradients(self, tmp_path, tap):
@@ -122,9 +122,10 @@ class TestPasses:
 
     @pytest.mark.situation(
         'models',
-        'The student holds a moving average of itself and compares flipped images',
+        'Student that contains a moving average of its weights and compares flipped images',
         'CSD-SSD #4, Consistent-Teacher #10',
-        "the average and the pass without gradients are left out; the student's own pass is distilled.",
+        'Only the forward pass of the student itself with gradients is distilled. The moving average and the pass '
+        'without gradients are left out.',
     )
     def test_mean_teacher(self, tmp_path):
         pair = dict(student='backbone', teacher='backbone')
@@ -229,7 +230,7 @@ class TestArguments:
         'models',
         'Color and depth images as two inputs, in a dict or list',
         'mmdetection #8939, mmdetection #9874, mmsegmentation #1179',
-        'the arguments pass through, and the teacher sees the first of the two.',
+        'mmdiffkd does not change the arguments of `loss()`. The teacher gets the first input.',
     )
     @pytest.mark.parametrize('kind', [dict, list])
     def test_several_inputs(self, tmp_path, kind):
@@ -301,9 +302,10 @@ class TestPartsOfABatch:
 
     @pytest.mark.situation(
         'models',
-        'Several classification heads, and images without a label of each task',
+        'Several classification heads, and images that have a label for some tasks only',
         'mmpretrain #1393, mmpretrain #1688, mmpretrain #1229',
-        "a task's logits are compared on the images that have its label; without any, the loss is 0.",
+        'The logits of a task are compared for the images that have its label. If no image has the label, the loss is '
+        '0.',
     )
     def test_missing_labels(self, tmp_path):
         model, rows = self.build(tmp_path).eval(), []
@@ -429,9 +431,10 @@ class TestBareTeachers:
 
     @pytest.mark.situation(
         'models',
-        'The teacher is a bare torch module with forward(x) only, such as a model of timm or Hugging Face',
+        'Teacher that is a plain torch module with `forward(x)` only, such as a model of timm or Hugging Face',
         'lightly-train #449, lightly-train #214, mmrazor #418',
-        'a tap that is named runs; outputs may be dicts and dataclasses. A fixed image size is reported at build.',
+        'A tap must be named in the config. Its outputs may be dicts and dataclasses. If the model takes images of '
+        'one size only, mmdiffkd states this size when it builds the model.',
     )
     @pytest.mark.parametrize('wrap', [None, 'dict', 'dataclass'])
     def test_forward_of_images_only(self, tmp_path, wrap):
@@ -491,9 +494,10 @@ class TestBareTeachers:
 class TestOtherPackages:
     @pytest.mark.situation(
         'models',
-        'Student and teacher of a package with a registry of its own, such as mmyolo or mmrotate',
+        'Student and teacher of a package with its own registry, such as mmyolo or mmrotate',
         'mmrazor #335, mmyolo #984',
-        "types resolve in the package's scope, with mmdet's parts inside; data samples may be a dict of tensors.",
+        'Types are found in the registry of the package, and modules of mmdet can be used inside. Data samples may be '
+        'a dict of tensors.',
     )
     @pytest.mark.parametrize('scope', ['tinypkg', 'mmdet'])
     def test_child_registry(self, tmp_path, scope):

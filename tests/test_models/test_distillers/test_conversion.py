@@ -87,10 +87,10 @@ class TestPickle:
 
     @pytest.mark.situation(
         'after',
-        'the whole model is pickled',
+        'Pickling of the whole model',
         'ultralytics #19268',
-        '`torch.save(model)` and processes that are started with `spawn` work. The teacher is loaded again where the '
-        'model trains.',
+        '`torch.save(model)` and processes that are started with `spawn` work. The pickled model does not contain the '
+        'teacher, which is loaded again before training.',
     )
     def test_torch_save(self, tmp_path):
         model = tiny.build(tiny.distiller_cfg(tmp_path))

@@ -105,9 +105,10 @@ def variants(channels):
 
 @pytest.mark.situation(
     'images',
-    'four bands, or two images stacked to six channels',
+    'Images with four bands, or two images stacked to six channels',
     'mmsegmentation #1668, #2351, #3205',
-    'the teacher gets the channels in the order of its own preprocessor; only three channels are swapped',
+    'The teacher gets the channels in the order of its own preprocessor. Only images with three channels are '
+    'converted between RGB and BGR.',
 )
 @pytest.mark.parametrize('step', [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('channels', [1, 3, 4, 6])
@@ -119,9 +120,10 @@ def test_teacher_gets_the_images_of_its_own_preprocessor(channels, step):
 
 @pytest.mark.situation(
     'images',
-    'padding value of a segmentor',
+    'Segmentors with different padding values',
     '',
-    "the padding of the teacher's images has the teacher's value, also if only this value differs",
+    "The teacher's images are padded with the teacher's value, even if all other settings of the two preprocessors "
+    'are equal.',
 )
 @pytest.mark.parametrize('values', [(0, 5), (5, 0)])
 def test_padding_value_of_segmentors(values):
@@ -152,9 +154,10 @@ def test_equal_normalization_returns_the_same_tensor():
 
 @pytest.mark.situation(
     'images',
-    'change detection: two RGB images in one tensor, with six means',
+    'Change detection with two RGB images in one tensor and six means',
     'Open-CD',
-    'measures what a preprocessor of any class does to the channels, and does the same for the teacher',
+    "mmdiffkd measures how the teacher's preprocessor changes the channels, and changes the teacher's images in the "
+    'same way. This works for preprocessors of any class.',
 )
 def test_preprocessors_of_other_classes():
     six = dict(type='TwoImages', mean=[100.0] * 6, std=[50.0] * 6)
@@ -225,9 +228,9 @@ def gray_and_color():
 
 @pytest.mark.situation(
     'images',
-    'gray images on one side, RGB on the other',
+    'Gray images for one of the two models, and RGB images for the other model',
     'mmdetection #10710, #10762, mmpretrain #753',
-    'repeats the gray channel for an RGB teacher, and converts colors to gray for a gray teacher',
+    'An RGB teacher gets the gray channel three times. A teacher for gray images gets the gray values of the colors.',
 )
 @pytest.mark.parametrize(
     'kind, flag', [('mmdet.Det', 'bgr_to_rgb'), ('mmseg.Seg', 'bgr_to_rgb'), ('mmpretrain.Cls', 'to_rgb')]
@@ -257,9 +260,9 @@ def test_gray_and_rgb(kind, flag, is_normalized):
 
 @pytest.mark.situation(
     'images',
-    'a student with an additional depth or thermal band and an RGB teacher',
+    'Student with an additional depth or thermal band, and an RGB teacher',
     'mmdetection #5671, #10884, mmrazor #67',
-    'the teacher gets the first three channels, and the log says so',
+    'The teacher gets the first three channels, and the log says so.',
 )
 def test_teacher_of_the_first_three_channels():
     images, samples = loaded(4, [(32, 32)] * 2)
@@ -286,9 +289,10 @@ def test_colors_that_the_student_drops_are_refused():
 
 @pytest.mark.situation(
     'images',
-    'normalization in the data pipeline, as in configs for OpenMMLab 1.x and 2.x',
+    'Normalization in the data pipeline, as in some configs for OpenMMLab 1.x and 2.x',
     'mmrazor #157',
-    "reads the teacher's normalization from its pipeline; the preview gives the setting for a student's pipeline",
+    "mmdiffkd reads the teacher's normalization from the pipeline in the teacher's config. If the student's pipeline "
+    'normalizes, the preview prints the setting with which you can describe the normalization.',
 )
 def test_teacher_that_normalizes_in_its_pipeline():
     pipeline = dict(mean=[90.0, 100.0, 110.0], std=[50.0, 60.0, 70.0], to_rgb=True)
@@ -317,9 +321,9 @@ def test_setting_for_a_student_that_normalizes_in_its_pipeline():
 
 @pytest.mark.situation(
     'images',
-    'images of 16 bits, or normalized by a pipeline that the model does not know',
+    'Images of 16 bits, or images that an unknown pipeline has normalized',
     'mmdetection #12299, #4572',
-    'a warning in the first iteration gives the range of values and the setting',
+    'In the first iteration, a warning states the range of the pixel values and the setting to correct.',
 )
 def test_values_outside_of_bytes():
     renormalizer = InputRenormalizer(None, PYTORCH, (3, 3))
@@ -331,9 +335,10 @@ def test_values_outside_of_bytes():
 
 @pytest.mark.situation(
     'images',
-    'images from 0 to 1 or of 10 bits in a padded batch, and dark images',
+    'Padded batches and dark images in the check of pixel values',
     'matterport/Mask_RCNN #2081, mmsegmentation #2921',
-    'padding does not count in the check of the range of values, and dark images of 8 bits raise no alarm.',
+    'The check ignores padding, so it also finds images from 0 to 1 or of 10 bits in a padded batch. Dark images of 8 '
+    'bits cause no warning.',
 )
 @pytest.mark.parametrize('pad_value', [0, 114])
 @pytest.mark.parametrize('has_samples', [True, False])

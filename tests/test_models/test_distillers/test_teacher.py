@@ -86,9 +86,10 @@ def shrunk_yolox(pad_size_divisor=32):
 
 @pytest.mark.situation(
     'images',
-    'a teacher that needs multiples of 32 pixels, and a student that does not',
+    'Teacher that needs image sizes that are multiples of 32, and student that does not',
     'mmdetection #10149, #4624, #3401, mmrazor #184',
-    "pads the teacher's images, also if its config does not say so, and crops its features to the student's images",
+    "mmdiffkd pads the teacher's images, even if the teacher's config does not mention the multiple. It crops the "
+    "teacher's features to the size of the student's images.",
 )
 @pytest.mark.parametrize('declared', [32, 1])
 def test_teacher_that_needs_padding(tmp_path, declared):
@@ -163,9 +164,10 @@ def test_data_samples_get_the_size_of_the_padded_batch():
 
 @pytest.mark.situation(
     'images',
-    'a data set that loads RGB, such as CIFAR, and a teacher for images that are loaded in BGR',
+    'Data set that loads RGB images, such as CIFAR, and teacher for images that are loaded as BGR',
     'mmpretrain #1315, #1785',
-    "teacher.data_preprocessor describes the teacher's images; the log and the preview name the setting",
+    "`teacher.data_preprocessor` sets the color order of the teacher's images. The log and the preview name this "
+    'setting.',
 )
 def test_data_preprocessor_of_the_teacher_can_be_changed(tmp_path):
     cfg = tiny.detector()
@@ -212,9 +214,9 @@ def test_unusable_changes_for_a_teacher_without_a_preprocessor():
 
 @pytest.mark.situation(
     'images',
-    'values of a data preprocessor that make no images',
+    'Invalid values in a data preprocessor, such as a standard deviation of 0',
     'mmsegmentation #2938, #3058',
-    'refused when the model is built, for the student and for the teacher, with the key.',
+    'Building the model raises an error that names the key, for the student and for the teacher.',
 )
 @pytest.mark.parametrize(
     'change, message',
