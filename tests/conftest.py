@@ -1,5 +1,6 @@
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import io
@@ -17,6 +18,7 @@ from pathlib import Path
 # inherit these settings.
 os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
 
+import mmengine.config.utils  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from mmengine.logging import MessageHub, MMLogger  # noqa: E402
@@ -25,6 +27,8 @@ from mmengine.visualization import Visualizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+# for each config that inherits from a package, mmengine reads the package's model index, which takes half a second
+mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
 
 
 def pytest_addoption(parser):

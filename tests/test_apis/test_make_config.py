@@ -129,7 +129,7 @@ def test_written_config_trains(tmp_path, shapes):
 def test_teacher_of_a_library():
     text = make_config(STUDENT, 'torchvision::resnet50')
     assert "checkpoint='pretrained',  # a path, a URL, or 'pretrained'" in text and "preset='cosine'" in text
-    with pytest.raises(ValueError, match="for torchvision::resnet50, use 'pretrained'"):
+    with pytest.raises(ValueError, match="for 'torchvision::resnet50', use 'pretrained'"):
         make_config(STUDENT, 'torchvision::resnet50', 'zoo')
 
 

@@ -45,7 +45,7 @@ def small(tmp_path):
     """Return a function that makes a distillation config of a tiny RetinaNet, with optional model settings."""
 
     def write(student=None, **options):
-        model = dict(tiny.distiller_cfg(tmp_path, student), **options)
+        model = dict(tiny.distiller_cfg(tmp_path, student, distill=tiny.LIGHT), **options)
         return Config(dict(default_scope='mmdet', custom_imports=dict(imports=['mmdiffkd']), model=model))
 
     return write
@@ -210,14 +210,13 @@ def test_warnings(tmp_path):
     [
         ('', 'is a folder'),
         ('teacher.py', 'is a config'),
-        ('zoo', 'needs a config of'),
         ('https://host/a.pth', None),
         ('petrel:s3://bucket/a.pth', None),
     ],
 )
 def test_checkpoints_that_cannot_be_read(name, problem, tmp_path):
     (tmp_path / 'teacher.py').write_text('')
-    checkpoint = name if name == 'zoo' or ':' in name else tmp_path / name
+    checkpoint = name if ':' in name else tmp_path / name
     found = checkpoint_problem(Teacher(tiny.detector(), checkpoint))
     assert found is None if problem is None else problem in found
 
@@ -349,7 +348,7 @@ def with_channels(channels, width=8):
 def test_images_of_any_number_of_channels(small, tmp_path, channels):
     """Preview, training step and picture of models for such images."""
     student, teacher = with_channels(channels[0]), with_channels(channels[1], 16)
-    cfg = Config(dict(default_scope='mmdet', model=tiny.distiller_cfg(tmp_path, student, teacher)))
+    cfg = Config(dict(default_scope='mmdet', model=tiny.distiller_cfg(tmp_path, student, teacher, distill=tiny.LIGHT)))
     report = preview(cfg, size=(64, 64))
     assert report['gmacs']['student'] and report['gmacs']['teacher']
     found = [text for text in report['warnings'] if 'channels' in text]
