@@ -202,7 +202,7 @@ def list_taps(
         scope, cfg = package_of(cfg), resolve_config(cfg.model.teacher.config)
         init_default_scope(package_of(cfg) or scope or 'mmengine')
         model_cfg = get_teacher_cfg(cfg)
-        if is_encoder(model_cfg):  # the teacher may not run on images of the student's size
+        if is_encoder(model_cfg):  # some encoders accept only one image size: use that of the teacher
             size = given or image_size(cfg)
     else:
         init_default_scope(package_of(cfg) or 'mmengine')

@@ -281,7 +281,7 @@ def load_strict(model: nn.Module, state_dict: dict, model_name: str, source: str
     try:
         state, notes = fit_weights(state_dict, shapes, is_teacher=True)
     except ValueError as error:
-        raise ValueError(f'The weights of {source} do not fit {model_name}: {error}') from None
+        raise ValueError(f'It is not clear which weights of {source} belong to {model_name}: {error}') from None
     remark = ''.join(f' ({note})' for note in notes)
     if not state:
         raise ValueError(f'The weights of {source} do not fit {model_name}: the file holds no weights.')

@@ -1,4 +1,8 @@
-"""Read runs from their logs: merge the starts of each run, and group runs with the same name as seeds."""
+"""Read runs from their logs.
+
+The logs of all starts of a resumed run are merged. Runs with the same name form a group: one setup, trained with
+several seeds.
+"""
 
 import json
 import math

@@ -62,9 +62,9 @@ def match_classes(
         taps = (*pair.student_taps, *pair.teacher_taps)
         if len(taps) > 2 or find_class_layer(student, taps[0]) is None:
             if pair.classes:
-                raise ConfigError(
-                    f'distill.{name}.classes', f": '{taps[0]}' does not return class scores; remove classes."
-                )
+                problem = 'a pair with several taps per model does not compare class scores by name'
+                problem = problem if len(taps) > 2 else f"'{taps[0]}' does not return class scores"
+                raise ConfigError(f'distill.{name}.classes', f': {problem}; remove the key classes.')
             continue
         try:
             with in_key(f'distill.{name}'):

@@ -29,8 +29,9 @@ HEADS = ('avgpool', 'classifier', 'fc', 'head')  # start of the names of modules
 class TorchvisionEncoder(LibraryEncoder):
     """Classifier of torchvision without its head. ``create_feature_extractor`` extracts the feature maps.
 
-    The arguments are those of :class:`.LibraryEncoder`. ``out_indices`` are indices in a list of maps: the last map of
-    each stride, starting with stride 2, or the blocks of a ViT.
+    The arguments are those of :class:`.LibraryEncoder`. ``out_indices`` are indices in the list of the
+    model's maps. The list has the last map of each stride, the smallest stride first. For a ViT, it has the map of each
+    block.
     """
 
     example = 'resnet50'
