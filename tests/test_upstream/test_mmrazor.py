@@ -205,7 +205,13 @@ CONVERTED = dict(
 )
 
 
-@pytest.mark.parametrize('marks, distill, pair, tap, levels, loss, weight', CONVERTED.values(), ids=CONVERTED.keys())
+@pytest.mark.parametrize(
+    'marks, distill, pair, tap, levels, loss, weight',
+    [
+        pytest.param(*case, id=name, marks=[] if name in ('gfl', 'retinanet') else pytest.mark.slow)
+        for name, case in CONVERTED.items()
+    ],
+)
 def test_converted_config(tmp_path, run_code, marks, distill, pair, tap, levels, loss, weight):
     cfg = config(tmp_path, *marks, distill=run_code(block(*distill))['distill'] if distill else None)
     model = tiny.build(with_preprocessor(cfg.model, cfg.get('data_preprocessor')))

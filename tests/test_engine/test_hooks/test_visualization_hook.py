@@ -36,7 +36,7 @@ def train(tmp_path, shapes):
             custom_hooks=list(hooks),
             randomness=dict(seed=0),
         )
-        model = model or tiny.distiller_cfg(tmp_path)
+        model = model or tiny.distiller_cfg(tmp_path, distill=tiny.LIGHT)
         runner = Runner.from_cfg(tiny.run_cfg(model, shapes, tmp_path / folder, **{**settings, **options}))
         runner.train()
         return runner
@@ -49,7 +49,7 @@ def pictures(folder):
 
 
 def test_pictures_of_every_level_at_the_start_and_every_interval(train, tmp_path):
-    train()
+    train(model=tiny.distiller_cfg(tmp_path))
     names = {
         f'diffkd.fpn.{level}{kind}_{step}.png' for level in range(4) for kind in ('', '.steps') for step in (1, 2, 4)
     }
@@ -83,8 +83,8 @@ def test_tensorboard_has_pictures_and_scalars_of_every_level(train, tmp_path):
     )
     (folder,) = {path.parent for path in tmp_path.glob('run/*/vis_data/events.*')}
     events = EventAccumulator(str(folder), size_guidance=dict(images=0)).Reload()
-    assert {'diffkd.fpn.0', 'diffkd.fpn.0.steps', 'diffkd.fpn.3'} <= set(events.Tags()['images'])
-    assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.kd.3', 'diffkd.fpn.gamma.3'} <= set(events.Tags()['scalars'])
+    assert {'diffkd.fpn.0', 'diffkd.fpn.0.steps', 'diffkd.fpn.1'} <= set(events.Tags()['images'])
+    assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.kd.1', 'diffkd.fpn.gamma.1'} <= set(events.Tags()['scalars'])
     (picture,) = events.Images('diffkd.fpn.0')
     assert picture.step == 1 and picture.width > 1000
 
@@ -100,9 +100,9 @@ def test_wandb_has_pictures_and_scalars_of_every_level(train, monkeypatch):
     )
     wandb.define_metric.assert_called_once_with(**by_iteration)
     logged = {name: value for call in wandb.log.call_args_list for name, value in call.args[0].items()}
-    assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.kd.3', 'diffkd.fpn.gamma.3'} <= set(logged) and logged['iter'] == 1
+    assert {'diffkd.fpn.loss_kd', 'diffkd.fpn.kd.1', 'diffkd.fpn.gamma.1'} <= set(logged) and logged['iter'] == 1
     pictures = {name for name, value in logged.items() if value is wandb.Image.return_value}
-    assert {'diffkd.fpn.0', 'diffkd.fpn.0.steps', 'diffkd.fpn.3'} <= pictures
+    assert {'diffkd.fpn.0', 'diffkd.fpn.0.steps', 'diffkd.fpn.1'} <= pictures
     assert wandb.Image.call_args_list[0].args[0].shape[1] > 1000
 
 
