@@ -175,7 +175,7 @@ class Demo:
         return Job(name, [sys.executable, TOOLS / folder / script, *args], log, after=after)
 
     def files(self, method: str) -> Sequence[Path]:
-        """Return config and checkpoint of a compared method."""
+        """Return the paths of config and checkpoint of a compared method."""
         folder = self.work_dir / method / f'seed{self.args.seed}'
         return self.work_dir / 'configs' / f'{method}_seed{self.args.seed}.py', Path(last_checkpoint(folder))
 

@@ -364,7 +364,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
             end = time.monotonic() + GRACE
             while time.monotonic() < end and any(process.poll() is None for process in processes):
                 time.sleep(POLL)
-    finally:  # a second Ctrl-C ends the waiting, so kill the jobs at once
+    finally:  # also after a second Ctrl-C, which ends the waiting
         for process in processes:
             _signal_group(process, signal.SIGKILL)
             process.wait()

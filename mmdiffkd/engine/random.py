@@ -52,6 +52,9 @@ class SeededBatches:
         return next(self._batches)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Skip batches. Recent releases of mmengine call this method; older releases draw the batches one by one."""
+        """Skip the batches of earlier iterations when a run is resumed.
+
+        Only recent releases of mmengine call this method; older ones draw the batches one by one.
+        """
         self._count += num_iters
         self._batches.skip_iter(num_iters)

@@ -1,4 +1,4 @@
-"""Draw the features of one level of a pair (student, noised, denoised and teacher) and their errors."""
+"""Draw the features of one level (student, noised, denoised and teacher) and their distances to the teacher."""
 
 from typing import List, Optional, Sequence, Tuple
 

@@ -33,7 +33,7 @@ class DamagedLogError(ValueError):
 
 @dataclass
 class Log:
-    """Log of one start of a run.
+    """Log of one start of a run. A resumed run has several starts.
 
     Args:
         folder (Path): Folder of the start, named after its time.

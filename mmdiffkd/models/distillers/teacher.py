@@ -254,7 +254,7 @@ class Teacher:
             (channels, next(iter(taps.values())).image_channels),
             pipeline_normalization(self.cfg),
         )
-        if is_library_model(self.model_cfg) or self.resize is not None:  # resize images instead of padding them
+        if is_library_model(self.model_cfg) or self.resize is not None:  # sizes are rounded, not padded
             self.resizer = self._make_resizer(taps)
             self.renormalize.turn_off_padding()
             self.renormalize.notes += self.resizer.notes

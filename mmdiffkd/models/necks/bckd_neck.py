@@ -68,7 +68,7 @@ class BCKDNeck(DistillNeck):
 
         Args:
             student (list[list[Tensor]]): Outputs of the class layer, (N, A * K, H, W) per level, and of the box layer,
-                (N, A * C, H, W) per level.
+                (N, A * C, H, W) per level, with A anchors per position, K classes and C numbers per box.
             teacher (list[list[Tensor]]): The outputs of the same layers of the teacher.
             context (DistillContext): Needs both models and ``data_samples`` with ground truth.
 
@@ -76,7 +76,7 @@ class BCKDNeck(DistillNeck):
             list[DistillOutput]: ``loss_cls`` and ``loss_loc`` per level.
 
         Raises:
-            ValueError: If the context has no head or no data samples, or if not all levels are distilled.
+            ValueError: If a model has no ``bbox_head``, there are no data samples, or not all levels are distilled.
         """
         heads = {owner: head_of(self, owner, context, len(student[0])) for owner in ('student', 'teacher')}
         positives, label_weights, count = assign_labels(heads['student'], student[0], context.data_samples)

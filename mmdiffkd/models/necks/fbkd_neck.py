@@ -33,7 +33,7 @@ class NonLocal(nn.Module):
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to the same shape."""
+        """Add attention between all positions to a feature, (N, C, H, W)."""
         query, key, value = self.query(x).flatten(2), self._pool(self.key(x)), self._pool(self.value(x))
         weights = query.transpose(1, 2) @ key / key.size(2)
         y = self.out((value @ weights.transpose(1, 2)).unflatten(2, x.shape[2:]))
