@@ -9,7 +9,7 @@ from .base import Preset
 
 @PRESETS.register_module(name='cosine')
 class CosinePreset(Preset):
-    """Cosine distance between the features at each position; see :class:`.CosineLoss`.
+    """Cosine distance between the features of student and teacher at each position; see :class:`.CosineLoss`.
 
     The scale of the features has no effect. A 1x1 convolution maps the student's channels to those of the teacher. The
     preset is the default for teachers from timm, torchvision and transformers, whose features have outliers that

@@ -45,7 +45,9 @@ class DiffKDPreset(Preset):
     Weights:
         The weights 5 for Faster R-CNN, RetinaNet and FCOS and 15 for RepPoints are those of the paper. The paper
         chooses the weight of each detector so that the loss is about as large as for Faster R-CNN. The weight is 1 for
-        logits and for the features of classifiers, and 5 for all other features.
+        logits, for the features of classifiers, and for the features of models of an unknown task. The weight is 5 for
+        all other features. With a teacher from timm, torchvision or transformers, the features of classifiers and of
+        models of an unknown task have weight 5, too.
 
     Released code:
         The released code contains only the experiments with classifiers; docs/results/paper.md lists all differences.

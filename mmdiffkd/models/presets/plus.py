@@ -25,7 +25,8 @@ class PlusPreset(DiffKDPreset):
     - Segmentors distill the last feature maps of the backbones instead of the logits, even if their strides differ.
 
     The changes were measured with RetinaNet on DeepPCB and with DeepLabV3 on CamVid only. For classifiers, only the
-    first change applies. It was not measured for them.
+    first change applies, and there is only a small test of this preset on generated images, without a reliable gain
+    (docs/results/model_zoo.md).
 
     Weights:
         The weights are those of ``diffkd``. The outputs of heads have weight 1.
