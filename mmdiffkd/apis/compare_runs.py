@@ -144,7 +144,7 @@ class Training:
         return read_failure(self.log)
 
     def record(self, fingerprint: str, is_waiting: bool) -> dict:
-        """Return the result as a line of ``results.jsonl``."""
+        """Return the result, or why there is none, as a dict for a line of ``results.jsonl``."""
         base = dict(arm=self.method, seed=self.seed)
         if not self.is_done:
             return dict(base, failed=(not is_waiting and self.failure()) or NO_RESULT)

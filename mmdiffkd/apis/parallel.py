@@ -372,6 +372,6 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
 
 def _signal_group(process: subprocess.Popen, number: int) -> None:
     try:
-        os.killpg(process.pid, number)  # also ends subprocesses that outlive the process
+        os.killpg(process.pid, number)  # also reaches subprocesses that outlive the process
     except ProcessLookupError:
         pass

@@ -233,7 +233,7 @@ def package_of(cfg: Config) -> Optional[str]:
 
 
 def set_loader_defaults(cfg: Config, names: Sequence[str] = LOADERS) -> None:
-    """Set the dataloader settings that ``train.py`` of mmpretrain sets, in place. The other packages set none.
+    """Set, in place, the dataloader defaults of mmpretrain's ``train.py``. Configs of other packages are not changed.
 
     Args:
         cfg (Config): Config of a run.

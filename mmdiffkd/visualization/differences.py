@@ -1,4 +1,4 @@
-"""Compare the results of a run with those of the run named ``alone``, seed by seed."""
+"""Compare a group of runs with the group ``alone``, which trains the student without distillation, seed by seed."""
 
 import math
 import statistics
@@ -16,24 +16,24 @@ Values = Dict[str, Dict[int, float]]  # a metric by method and seed
 
 
 def baseline_of(groups: Sequence[Group]) -> Optional[Group]:
-    """Return the run named ``alone``; None if there is no such run, or no run to compare with it."""
+    """Return the group named ``alone``; None if there is no such group, or no group to compare with it."""
     return next((group for group in groups if group.name == BASELINE and len(groups) > 1), None)
 
 
 def difference(group: Group, baseline: Group, metric: str) -> Optional[Tuple[float, Optional[float]]]:
     """Return the mean difference of a metric to the baseline, and the half width of its 95% interval.
 
-    The seeds of both runs are paired by their order, if the runs have the same number of seeds and every seed has the
-    metric. Otherwise, the difference of the means is returned, without an interval.
+    The seeds of both groups are paired by their order, if the groups have the same number of seeds and every seed has
+    the metric. Otherwise, the difference of the means is returned, without an interval.
 
     Args:
-        group (Group): The run.
-        baseline (Group): The run to subtract.
+        group (Group): Runs of one setup.
+        baseline (Group): Runs of the setup to subtract.
         metric (str): Name of the metric.
 
     Returns:
         tuple[float, float | None], optional: Mean and half width, in the unit of the metric. The half width is None if
-            fewer than two seeds are paired, or if scipy is not installed. The result is None if a run does not have
+            fewer than two seeds are paired, or if scipy is not installed. The result is None if a group does not have
             the metric.
     """
     pairs = _paired(group, baseline, metric)

@@ -164,7 +164,10 @@ def read_groups(named: Sequence[Tuple[Optional[str], Path]]) -> List[Group]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read and merge all starts of a run. From its first iteration on, each start replaces the records before it."""
+    """Read all starts of a run and merge their records.
+
+    A start replaces what earlier starts have recorded from its first iteration on.
+    """
     run = Run(folder)
     tested, run.test = newest_test(folder)
     logs = _logs(folder, run.notes)

@@ -83,7 +83,7 @@ def draw_row(name: str, images: list, boxes: list, color: tuple, scale: int) -> 
 
 
 def draw_boxes(image: np.ndarray, boxes: list, color: tuple, scale: int) -> np.ndarray:
-    """Draw labeled boxes on a copy of the image. Boxes are (x1, y1, x2, y2) in pixels before enlarging."""
+    """Draw labeled boxes on a copy of an image. Boxes are (x1, y1, x2, y2) in pixels of the original, smaller image."""
     visualizer = Visualizer(image=image)
     for box, label in boxes:
         corners = np.asarray(box, dtype=float) * scale

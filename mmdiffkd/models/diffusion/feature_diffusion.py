@@ -249,7 +249,7 @@ class FeatureDiffusion(nn.Module):
             finally:
                 for module in in_training:  # frozen modules stay in eval mode
                     module.training = True
-        if self.denoise:  # channels-last is the fastest layout for convolutions and BatchNorm
+        if self.denoise:  # channels-last is the fastest layout for the denoiser's convolutions and BatchNorm
             student = student.contiguous(memory_format=torch.channels_last)
             teacher = teacher.contiguous(memory_format=torch.channels_last)
         noise_inputs = noise_inputs or NoiseInputs()
@@ -340,7 +340,7 @@ class _FrozenStatistics:
     """Context that leaves BatchNorm's running statistics unchanged while the backward pass recomputes a module.
 
     The forward pass has updated the statistics already, so the recomputation must not update them again. Every backward
-    pass through the same graph enters the context.
+    pass through the same graph enters the context, so it must be reusable.
     """
 
     def __init__(self, module: nn.Module):

@@ -18,12 +18,12 @@ TRIAL_SIDE = 160  # smallest height and width of the images in the dry runs of f
 
 
 class InputResizer:
-    """Resize the student's images for the teacher, and resize the teacher's features to the student's image size.
+    """Resize the student's images for the teacher, and the teacher's features to their size for the original images.
 
     Args:
         resize (float or str, optional): Factor by which height and width are multiplied. ``'native'`` resizes images to
-            the area of the images on which the teacher was trained. None keeps the size, and only rounds it if the
-            teacher does not accept it.
+            the area of the images on which the teacher was trained. None keeps the size, rounded to multiples of
+            ``divisor``. A teacher that accepts only the native size always gets that size.
         native (tuple[int, int]): Height and width of the images on which the teacher was trained.
         divisor (int, optional): Number by which height and width of the teacher's images must be divisible. None means
             that the teacher accepts only images of the native size.

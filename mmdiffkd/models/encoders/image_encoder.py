@@ -31,7 +31,7 @@ class ImageEncoder(BaseModel):
         self.backbone = MODELS.build(unfreeze(backbone))
         if neck is not None:
             self.neck = MODELS.build(neck)
-        if not is_distributed():  # SyncBatchNorm does not run on CPUs
+        if not is_distributed():  # with a single process, there is nothing to synchronize
             revert_sync_batchnorm(self)
 
     def extract_feat(self, inputs: Tensor):

@@ -16,8 +16,8 @@ from mmdiffkd.utils.validation import check_arguments, one_line
 from .base import ImageFormat, LibraryEncoder, choose_levels
 from .libraries import PRETRAINED, download_error, import_library
 
-# Arguments with which models with position embeddings or windows accept images of any size. Models differ in which of
-# these arguments they have, so they are tried in this order.
+# Arguments that let a model with position embeddings or windows accept images of any size. Each is tried in this order,
+# because most models have only one of them; {} is for models with neither.
 ANY_SIZE = (dict(dynamic_img_size=True), dict(strict_img_size=False), {})
 
 
