@@ -490,7 +490,7 @@ class DiffKDDistiller(BaseDistiller):
     def _loss_weight(
         self, name: str, outputs: Sequence, own_loss: Tensor, gradients: TapGradients
     ) -> Tuple[Union[float, Tensor], Dict[str, Tensor]]:
-        """Return the factor of a pair's losses, and the automatic weight for the log as a dict; empty if it is not automatic.
+        """Return the factor of a pair's losses, and a dict with the automatic weight for the log.
 
         The factor applies to the losses that train the student, but not to auxiliary losses of the neck.
         """
