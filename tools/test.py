@@ -36,7 +36,7 @@ def main():
         if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
             raise ValueError(f'--out {args.out} must end with .pkl or .pickle.')
         with without_gc():
-            from mmdiffkd.engine.dist import destroy_nccl_group
+            from mmdiffkd.engine.distributed import destroy_nccl_group
 
             runner = build_runner(args)
         runner.test()

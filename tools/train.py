@@ -31,7 +31,7 @@ def main():
     args = parse_args()
     with exit_on_mistake():
         with without_gc():
-            from mmdiffkd.engine.dist import destroy_nccl_group
+            from mmdiffkd.engine.distributed import destroy_nccl_group
 
             runner = build_runner(args)
         runner.train()

@@ -35,7 +35,7 @@ from mmengine.runner.checkpoint import (
     load_from_ceph,
 )
 
-from .dist import on_all_ranks
+from .distributed import on_all_ranks
 from .object_store import is_in_store, local_copy, missing_backend
 
 STATE = 'state_dict'

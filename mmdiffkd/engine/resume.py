@@ -13,7 +13,7 @@ from mmengine.fileio import BaseStorageBackend, LocalBackend, get_file_backend
 from mmengine.logging import print_log
 
 from .checkpoint import STATE, DamagedFileError, check_and_read, read_data, register_reader, with_state_dict
-from .dist import on_all_ranks
+from .distributed import on_all_ranks
 from .object_store import is_in_store, list_store
 
 RESUME_KEYS = ('meta', 'message_hub')  # keys that a checkpoint needs, besides the weights, to be resumed

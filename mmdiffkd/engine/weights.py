@@ -13,7 +13,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
 from .checkpoint import PREFIX, STATE, check_and_read, find_state_dict, with_state_dict, without_diffusion_module
-from .dist import on_all_ranks
+from .distributed import on_all_ranks
 
 # Names that wrappers such as DDP, torch.compile and FSDP insert before the names of a module's weights.
 WRAPPER = re.compile(r'(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmdiffkd.engine.checkpoint import read_checkpoint
-from mmdiffkd.engine.dist import destroy_nccl_group, on_all_ranks
+from mmdiffkd.engine.distributed import destroy_nccl_group, on_all_ranks
 from tests import tiny
 
 from .processes import launch

@@ -14,7 +14,7 @@ from mmengine.logging import MessageHub, print_log
 from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import PREFIX
-from mmdiffkd.engine.dist import attach_unused_params, on_all_ranks
+from mmdiffkd.engine.distributed import attach_unused_params, on_all_ranks
 from mmdiffkd.engine.weights import use_checked_files
 from mmdiffkd.registry import MODELS
 from mmdiffkd.utils.config import ENCODERS
