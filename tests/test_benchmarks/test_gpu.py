@@ -72,6 +72,7 @@ def test_page_of_tests_names_tests_that_did_not_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # on a busy CPU, a stage takes longer than other tests
 @pytest.mark.parametrize('stage', STAGES)
 def test_smoke(stage, tmp_path):
     command = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.gpu', stage, '--device', 'cpu', '--smoke']
