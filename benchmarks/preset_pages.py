@@ -11,7 +11,7 @@ import re
 import textwrap
 from functools import cache
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Sequence
 
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
@@ -248,7 +248,9 @@ def preset_page(name: str) -> str:
         f'In the tests, losses and gradients are equal to those of {preset.released_code}: no value differs by more '
         'than 1e-4 of the largest value.'
     )
-    *tried, last = (model for configs in MODELS.values() for model in configs)
+    tried = [model for configs in MODELS.values() for model in configs]
+    shown = [model for found in find_pairs(name).values() for model in found]
+    refused = [model for model in tried if model not in shown]
     parts = [
         f'# Preset `{name}`',
         NOTE,
@@ -257,9 +259,9 @@ def preset_page(name: str) -> str:
         facts(name),
         '## Default pairs',
         fill(
-            f'The table shows the pairs of these models if a config has no `distill`: {", ".join(tried)} and {last}. '
-            'Of these seven models, the preset refuses those that the table does not list. '
-            'Where no levels are named, all levels are compared.'
+            f'The table shows the default pairs (no `distill` in the config) of {enumerate_names(shown)}. '
+            + (f'The preset refuses {enumerate_names(refused)}. ' if refused else '')
+            + 'Where no levels are named, all levels are compared.'
         ),
         markdown(pair_rows(name)).replace('---:', '---'),
         '## Weights',
@@ -270,6 +272,12 @@ def preset_page(name: str) -> str:
         *(line for title, section in sections.items() for line in (f'## {title}', section)),
     ]
     return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def enumerate_names(names: Sequence[str]) -> str:
+    """Return names as a list in a sentence, such as ``A, B and C``."""
+    *first, last = names
+    return f'{", ".join(first)} and {last}' if first else last
 
 
 def facts(name: str) -> str:

@@ -12,7 +12,7 @@ from .cwd_head import CWDHeadPreset
 
 @PRESETS.register_module(name='cwd_bckd')
 class CWDBCKDPreset(BCKDPreset):
-    """CWD of the feature maps of detectors, and BCKD of their heads.
+    """Distills feature maps by CWD and heads by BCKD (detectors only).
 
     :class:`.ChannelWiseDivergence` compares the feature maps, and :class:`.BCKDNeck` compares the outputs of the heads.
     The neck of the heads repeats the label assignment of the student's head, which takes a little time.

@@ -20,9 +20,9 @@ class DKDPreset(Preset):
         ``alpha=1``, ``beta=0.5`` and ``tau=1`` are the authors' settings for ResNet-34 and ResNet-18 on ImageNet.
 
     Released code:
-        mmrazor's ``DKDLoss`` ignores ``reduction='mean'`` and sums over the batch, so it is larger by a factor of the
-        batch size. By default, this preset divides by the number of images, as the authors' code does. To reproduce a
-        training with mmrazor, set ``reduction='sum'``.
+        mmrazor's ``DKDLoss`` ignores ``reduction='mean'`` and sums over the batch, so it is larger by a factor
+        equal to the batch size. By default, this preset divides by the number of images, as the authors' code does. To
+        reproduce a training with mmrazor, set ``reduction='sum'``.
 
     Examples:
         To use the authors' settings for CIFAR-100, which raise the weight over the first 20 epochs::

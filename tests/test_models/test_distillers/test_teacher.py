@@ -164,7 +164,7 @@ def test_data_samples_get_the_size_of_the_padded_batch():
 
 @pytest.mark.situation(
     'images',
-    'Data set that loads RGB images, such as CIFAR, and teacher for images that are loaded as BGR',
+    'Data set that loads RGB images (CIFAR), while the teacher expects images loaded as BGR',
     'mmpretrain #1315, #1785',
     "`teacher.data_preprocessor` sets the color order of the teacher's images. The log and the preview name this "
     'setting.',
