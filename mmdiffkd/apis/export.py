@@ -56,4 +56,4 @@ def _check_fit(plain: Config, state_dict: dict, checkpoint: str) -> None:
         warnings.simplefilter('ignore')  # torch warns that loading into a model on the meta device copies nothing
         load_strict(model, state_dict, 'the student of the config', f"'{checkpoint}'")
     if not any(key.startswith(PREFIX) for key in state_dict):
-        print_log(f"'{checkpoint}' has no diffusion module, so it is not from a distillation run.", 'current')
+        print_log(f"'{checkpoint}' has only the weights of the student, so nothing was left out.", 'current')

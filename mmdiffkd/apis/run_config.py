@@ -8,6 +8,11 @@ from mmengine.device import get_device
 
 from mmdiffkd.utils.config import check_run_config, load_config, set_loader_defaults
 
+# environment variable that a launcher sets, and the commands that use it
+LAUNCHERS = dict(
+    pytorch=('RANK', 'tools/dist_train.sh or torchrun'), slurm=('SLURM_PROCID', 'tools/slurm_train.sh or srun')
+)
+
 
 def load_run_config(args: argparse.Namespace) -> Config:
     """Load the config of a run from the tools' common arguments, and set up distributed training on CPUs.
@@ -19,7 +24,8 @@ def load_run_config(args: argparse.Namespace) -> Config:
         Config: The config, with ``work_dir`` from the command line, from the config, or named after the config file.
 
     Raises:
-        ImportError, ValueError: See ``mmdiffkd.utils.config.load_config`` and ``check_run_config``.
+        ImportError, ValueError: See ``mmdiffkd.utils.config.load_config`` and ``check_run_config``. A ValueError also
+            if ``work_dir`` is a file, or the launcher has not started this process.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config)
@@ -32,6 +38,14 @@ def load_run_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    if osp.isfile(cfg.work_dir):
+        raise ValueError(f"work_dir='{cfg.work_dir}' is a file: give a folder.")
+    if args.launcher in LAUNCHERS and LAUNCHERS[args.launcher][0] not in os.environ:
+        variable, commands = LAUNCHERS[args.launcher]
+        raise ValueError(
+            f'--launcher {args.launcher} is for processes that {commands} starts, but the environment variable '
+            f'{variable} is not set. To train with a single process, leave out --launcher.'
+        )
     if args.launcher == 'pytorch' and get_device() == 'cpu':
         _use_cpu_processes(cfg)
     return cfg

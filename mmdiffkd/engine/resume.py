@@ -134,6 +134,9 @@ def saved_checkpoints(work_dir: str, folder: str, filename_tmpl: str, backend_ar
         files = [store.join_path(folder, name) for name in names]
     last = last_checkpoint(work_dir)
     if last:
+        # last_checkpoint holds an absolute path: in a copy of the work dir, use the file of the copy
+        own = [file for file in files if osp.basename(file) == osp.basename(last)]
+        last = own[0] if own else last
         files = [last] + [file for file in files if osp.abspath(file) != osp.abspath(last)]
     return files
 

@@ -172,7 +172,7 @@ def fit_on_load(model: nn.Module, state_dict: dict, source: str, model_name: str
         )
     _check_values({key: weights[key] for key in filled}, model, source)
     _log(source, notes)
-    if 2 * len(filled) < len(own):
+    if 2 * len(filled) < len(own) or _misshapen(weights, {key: shapes[key] for key in own}):
         rest = [key for key in own if key not in filled]
         print_log(
             f'{source} fills {len(filled)} of the {len(own)} weights of {model_name}; the others keep their initial '

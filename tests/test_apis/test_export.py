@@ -90,7 +90,10 @@ def test_wrong_files_are_refused(tmp_path):
         ((config, tmp_path / 'teacher.pth', out), 'do not fit the student of the config: backbone.conv1.weight'),
         ((config, checkpoint, checkpoint), 'is the checkpoint of the run and would be overwritten'),
         ((config, checkpoint, out, '--config-out', config), 'is the config of the run and would be overwritten'),
-        ((config, checkpoint, out, '--config-out', out), 'use two files'),
+        ((config, checkpoint, out, '--config-out', out.with_suffix('.txt')), 'must end with .py or'),
+        ((config, checkpoint, tmp_path), 'is a folder: give the name of a file in it'),
+        ((config, checkpoint, out, '--config-out', tmp_path), 'is a folder: give the name of a file in it'),
+        ((config, checkpoint, config / 'out.pth'), 'cannot be written, because'),
     ):
         assert message in call_tool(tool, *arguments, check=False).stdout
     assert checkpoint.read_bytes() == content and not out.exists()
@@ -108,6 +111,13 @@ def test_deeper_teacher_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r'do not fit the student of the config: unexpected backbone\.layer1\.2'):
         student_weights(path, cfg)
     student_weights(tiny.write_checkpoint(tiny.detector(), tmp_path / 'plain.pth'), cfg)
+
+
+def test_checkpoint_without_modules_of_the_distillation(tmp_path, capfd):
+    """Presets such as ``kd`` train no module of their own."""
+    cfg = Config.fromfile(run_config(tmp_path))
+    student_weights(tiny.write_checkpoint(tiny.detector(), tmp_path / 'plain.pth'), cfg)
+    assert 'has only the weights of the student, so nothing was left out' in capfd.readouterr().out
 
 
 def test_exported_files_do_not_need_this_package(exported):

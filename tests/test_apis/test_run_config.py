@@ -33,6 +33,26 @@ def test_local_rank_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.delenv('LOCAL_RANK')  # set by load_run_config, so monkeypatch does not restore it
 
 
+@pytest.mark.situation(
+    'places',
+    'Launcher option without the launcher',
+    '',
+    'one sentence names the scripts that start the processes, instead of a missing environment variable.',
+)
+@pytest.mark.parametrize('launcher, script', [('pytorch', 'dist_train.sh'), ('slurm', 'slurm_train.sh')])
+def test_launcher_that_has_not_started_the_process(tmp_path, monkeypatch, launcher, script):
+    for name in ('RANK', 'SLURM_PROCID'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=f'is for processes that tools/{script} or .* starts.* leave out --launcher'):
+        load(tmp_path, launcher=launcher)
+
+
+def test_work_dir_is_a_file(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(ValueError, match="work_dir='.*file' is a file: give a folder"):
+        load(tmp_path, work_dir=str(tmp_path / 'file'))
+
+
 def test_work_dir(tmp_path):
     assert load(tmp_path).work_dir == os.path.join('work_dirs', 'my_run')
     assert load(tmp_path, cfg_options=dict(work_dir='mine')).work_dir == 'mine'

@@ -175,6 +175,15 @@ class TestFitOnLoad:
         assert "The checkpoint 'w.pth': the prefix 'model.' of the keys was removed." in out
         assert 'fills' not in out
 
+    def test_weights_of_a_wider_model(self, capfd):
+        """Most weights fit, but those with different shapes keep their initial values."""
+        with pytest.raises(RuntimeError, match='size mismatch'):  # the Runner loads with strict=False, and logs this
+            self.load({**OTHER, 'fc.weight': torch.ones(7, 7)})
+        assert (
+            "The checkpoint 'w.pth' fills 7 of the 8 weights of the student; the others keep their initial values: "
+            'fc.weight.'
+        ) in capfd.readouterr().out
+
     def test_few_weights(self, capfd):
         self.load({'conv.weight': OTHER['conv.weight'], 'unknown': torch.ones(1)})
         assert (

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
+CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
+
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -17,7 +19,15 @@ def parse_args():
 
 
 def check_outputs(args):
-    """Raise an error if an output file is the config or the checkpoint of the run."""
+    """Raise an error if an output cannot be a file, or is the config or the checkpoint of the run."""
+    for out in filter(None, (args.out, args.config_out)):
+        if Path(out).is_dir():
+            raise ValueError(f"'{out}' is a folder: give the name of a file in it.")
+        parent = next((parent for parent in Path(out).absolute().parents if parent.exists()), None)
+        if parent is not None and not parent.is_dir():
+            raise ValueError(f"'{out}' cannot be written, because '{parent}' is a file.")
+    if args.config_out and Path(args.config_out).suffix not in CONFIG_SUFFIXES:
+        raise ValueError(f"--config-out '{args.config_out}' must end with {' or '.join(CONFIG_SUFFIXES)}.")
     for out, name in product(filter(None, (args.out, args.config_out)), ('config', 'checkpoint')):
         if Path(out).exists() and Path(getattr(args, name)).exists() and Path(out).samefile(getattr(args, name)):
             raise ValueError(f"'{out}' is the {name} of the run and would be overwritten: write to another file.")

@@ -17,7 +17,7 @@ from torch import nn
 from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.engine.weights import fit_on_load
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.config import type_name, with_preprocessor
+from mmdiffkd.utils.config import ENCODERS, type_name, with_preprocessor
 from mmdiffkd.utils.validation import ConfigError, bind
 
 from .distill_state import DistillState
@@ -175,6 +175,13 @@ def _check_inherited(cls: type, kwargs: dict) -> None:
     """
     own = inspect.signature(cls.__init__).parameters
     student = kwargs.get('student')
+    encoder = next((key for key in ENCODERS if key in kwargs and key not in own), None)
+    if student is None and encoder is not None:
+        raise ConfigError(
+            'student',
+            f' is missing, and the model inherits {encoder} from the model in the base config: write '
+            'model=dict(_delete_=True, type=..., student=_base_.model, ...).',
+        )
     inherited = [key for key in kwargs if key not in own and isinstance(student, dict) and key in student]
     if inherited and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
         raise ConfigError(

@@ -397,6 +397,7 @@ class TestInvalidConfig:
     'options, message',
     [
         (dict(backbone=dict(type='ResNet')), '^backbone is not an argument of DiffKDDistiller, .* add _delete_=True'),
+        (dict(student=None, backbone=dict(type='ResNet')), '^student is missing, and the model inherits backbone'),
         (dict(student=dict(tiny.detector(), distill=dict())), r'^student\.distill .* set model=dict\(distill=\.\.\.\)'),
         (dict(teacher=tiny.detector()), r'^teacher is the config of a model; use teacher=dict\(config='),
         (dict(teacher=dict(config='a', preset='plus')), r'^teacher\.preset .* set model=dict\(preset=\.\.\.\)'),
