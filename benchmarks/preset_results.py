@@ -3,6 +3,7 @@
 import json
 import statistics
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple
 
@@ -84,7 +85,12 @@ def read_scores(text: str, settings: ResultSet) -> Tuple[Scores, Scores]:
     for teacher in {run['teacher'] for run in runs} - {None}:
         # the student alone has no teacher in the files of comparisons
         by_teacher[teacher] = [run for run in runs if run['teacher'] in (teacher, None)]
-    chosen = max(by_teacher.values(), key=lambda own: (len({run['arm'] for run in own}), len(own)), default=[])
+
+    def size(own: List[dict]) -> Tuple[int, int]:
+        seeds = Counter(run['arm'] for run in own)
+        return sum(count > 1 for count in seeds.values()), len(own)
+
+    chosen = max(by_teacher.values(), key=size, default=[])
     splits: Tuple[Scores, Scores] = ({}, {})
     for run in chosen:
         for split, scores in zip(('val', 'test'), splits):

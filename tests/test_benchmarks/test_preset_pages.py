@@ -112,6 +112,7 @@ def test_results_come_from_the_teacher_with_most_presets(tmp_path):
         *(record('fitnet', seed, 90, 90, teacher='old') for seed in range(5)),
         *(record('pkd_weight=9', seed, 90, 90) for seed in range(3)),  # no preset
         record('mgd', 0, 90, 90),  # one seed
+        *(record(arm, 0, 90, 90, teacher='one seed') for arm in ('pkd', 'cwd', 'kd', 'mgd', 'at', 'dist')),
         dict(arm='at', seed=0, failed='no result yet'),
         dict(arm='kd', teacher='new', cost=dict(time=1.2)),
     ]
