@@ -70,7 +70,8 @@ def make_parts(args, out: Path) -> List[Part]:
     packages = [str(args.packages)] if args.packages else []
     setup = ['requirements/offline_env.py', 'install', *packages, '--site', str(args.site)]
     tests = ['-m', 'pytest', '-m', 'gpu', '-p', 'benchmarks.gpu.pytest_page', '--gpu-device', args.device]
-    tests += ['-o', 'timeout=120', 'tests/test_gpu.py']
+    factor = SMOKE_FACTOR if args.smoke else 1
+    tests += ['-o', f'timeout={120 * factor}', 'tests/test_gpu.py']
     module = 'Cost of the diffusion module'
     parts = [
         ('setup', 'setup', 'Environment', 450, setup),
@@ -82,7 +83,6 @@ def make_parts(args, out: Path) -> List[Part]:
         ('iteration', 'iteration-bf16', 'Cost of an iteration in bfloat16', 50, [*iteration, '--bf16']),
         ('deeppcb', 'deeppcb', 'DeepPCB with one seed', 400, deeppcb),
     ]
-    factor = SMOKE_FACTOR if args.smoke else 1
     return [
         Part(stage, name, title, seconds * factor, [*words, '--page', str(out / f'{name}.md')])
         for stage, name, title, seconds, words in parts
