@@ -235,7 +235,8 @@ def find_ratio(neck: nn.Module, taps: Sequence[str]) -> float:
     the default for its taps.
     """
     distance = next((module for name, module in neck.named_modules() if name.endswith('loss_kd')), neck)
-    default = HEAD_RATIO if any('head' in tap.split('.')[0] for tap in taps) else FEATURE_RATIO
+    in_head = any(part.endswith('head') for tap in taps for part in tap.split('.'))  # also in wrapped detectors
+    default = HEAD_RATIO if in_head else FEATURE_RATIO
     return getattr(distance, 'gradient_ratio', getattr(neck, 'gradient_ratio', default))
 
 
