@@ -6,8 +6,6 @@ from pathlib import Path
 
 from mmdiffkd.cli import exit_on_mistake, own_process, without_gc
 
-CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -20,6 +18,8 @@ def parse_args():
 
 def check_outputs(args):
     """Raise an error if an output cannot be a file, or is the config or the checkpoint of the run."""
+    from mmdiffkd.utils.config import CONFIG_SUFFIXES
+
     for out in filter(None, (args.out, args.config_out)):
         if Path(out).is_dir():
             raise ValueError(f"'{out}' is a folder: give the name of a file in it.")
