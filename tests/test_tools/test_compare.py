@@ -109,7 +109,7 @@ def test_interruption(tmp_path, files):
     broken.parent.mkdir(exist_ok=True)
     broken.write_text('a file where a folder should be')
     done = subprocess.run(command, **options, **pipe)
-    assert done.returncode == 1 and 'mse, seed 1: failed: [Errno 17] File exists' in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 1 and 'mse, seed 1: failed: work_dir=' in done.stdout, done.stdout[-3000:]
     assert 'Failed: mse_seed1.' in done.stdout
     assert any('resumed' in log.read_text() for log in tmp_path.glob('work/*/seed0/*/*.log'))
     broken.unlink()
