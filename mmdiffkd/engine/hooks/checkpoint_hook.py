@@ -1,10 +1,12 @@
 import os.path as osp
+from logging import WARNING
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Dict, Optional, Union
 
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook as BaseCheckpointHook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
@@ -17,6 +19,7 @@ from ..weights import fit_loaded_weights
 from .utils import get_distiller
 
 TEACHER = 'diffkd_teacher'  # metadata key under which a checkpoint stores a hash of the teacher's weights
+PAIRS = 'diffkd_pairs'  # metadata key under which a checkpoint stores the settings of the pairs
 
 
 @HOOKS.register_module()
@@ -29,7 +32,8 @@ class CheckpointHook(BaseCheckpointHook):
     - Random numbers depend only on seed, rank and iteration, so a resumed run draws the same numbers as an
       uninterrupted run.
     - Before mmengine loads a checkpoint, the hook refuses files that could execute code.
-    - A run cannot be resumed with a different teacher.
+    - A run cannot be resumed with a different teacher. If it is resumed with different pairs, the hook logs a warning
+      that lists the changed settings.
 
     Use it as ``default_hooks = dict(checkpoint=dict(type='mmdiffkd.CheckpointHook'))``. Also set a seed, such as
     ``randomness = dict(seed=0)``, which fixes the order of the images. The arguments are those of mmengine's
@@ -91,6 +95,7 @@ class CheckpointHook(BaseCheckpointHook):
                 'The weights of the teacher differ from the weights with which this run started; use the same '
                 'teacher.checkpoint, or start a new run from this checkpoint with load_from instead of resume.'
             )
+        _warn_of_changed_pairs(meta.get(PAIRS), _pair_settings(runner))
         info = checkpoint.get('message_hub', {}).get('runtime_info', {})
         folder = osp.realpath(self._folder(runner.work_dir))
         # mmengine deletes the files that these two entries name once it has saved newer checkpoints
@@ -118,10 +123,11 @@ class CheckpointHook(BaseCheckpointHook):
         seed_iteration(runner.seed, runner.iter, 'train')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Store the fingerprint of the teacher."""
+        """Store the fingerprint of the teacher and the settings of the pairs."""
         fingerprint = _teacher_fingerprint(runner)
         if fingerprint is not None:
             checkpoint['meta'][TEACHER] = fingerprint
+            checkpoint['meta'][PAIRS] = _pair_settings(runner)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         _update_auto_weights(runner)
@@ -189,3 +195,35 @@ def _update_auto_weights(runner: Runner) -> None:
 def _teacher_fingerprint(runner: Runner) -> Optional[str]:
     model = get_distiller(runner)
     return model.diffkd_teacher.fingerprint if model is not None and model.diffkd_teacher is not None else None
+
+
+def _pair_settings(runner: Runner) -> Dict[str, str]:
+    """Return the settings of all pairs as text, such as ``{'fpn.neck.loss_kd.type': "'mmdiffkd.MSELoss'"}``."""
+    model = get_distiller(runner)
+    if model is None or model.diffkd_teacher is None:
+        return {}
+    return _flatten({name: pair._asdict() for name, pair in model.pairs.items()})
+
+
+def _flatten(value: Any, key: str = '') -> Dict[str, str]:
+    if not isinstance(value, dict):
+        return {key: repr(value)}
+    return {
+        path: text for name, item in value.items() for path, text in _flatten(item, f'{key}.{name}'.strip('.')).items()
+    }
+
+
+def _warn_of_changed_pairs(before: Any, now: Dict[str, str]) -> None:
+    """Log a warning with the settings that differ between the checkpoint and the resumed run."""
+    if not isinstance(before, dict) or before == now:
+        return
+    changes = [
+        f'{key}={before.get(key, "(not set)")} in the checkpoint, {now.get(key, "(not set)")} in this run'
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
+    print_log(
+        f'The run is resumed with different distillation settings: {"; ".join(changes)}.',
+        logger='current',
+        level=WARNING,
+    )

@@ -283,6 +283,18 @@ class TestSafety:
         with pytest.raises(ValueError, match='weights of the teacher differ from .* load_from instead of resume'):
             train(cfg, tmp_path / 'run', resume=True)
 
+    def test_different_pairs_are_reported(self, config, tmp_path):
+        run = tmp_path / 'run'
+        cfg = config(EPOCHS)
+        train(cfg, run, 6)
+        train(cfg, run, 10, resume=True)
+        sentence = 'The run is resumed with different distillation settings: '
+        assert sentence not in log_text(run)
+        cfg.model.distill.fpn.neck.scheduler.num_inference_steps = 3
+        train(cfg, run, resume=True)
+        change = 'fpn.neck.scheduler.num_inference_steps=2 in the checkpoint, 3 in this run.'
+        assert log_text(run).count(sentence + change) == 1
+
     @pytest.mark.parametrize(
         'kind',
         [
@@ -316,6 +328,10 @@ class TestSafety:
         train(cfg, run, resume=True)
         assert all(file.read_text() == 'kept' for file in precious)
         assert (run / 'epoch_3.pth').exists()
+
+
+def log_text(run):
+    return ''.join(file.read_text() for file in sorted(run.glob('*/*.log')))
 
 
 def checkpoints(folder):
