@@ -70,7 +70,8 @@ def build_runner(args):
 
 
 def augment(cfg):
-    from mmdiffkd.utils.config import nested_datasets, type_name
+    from mmdiffkd.utils.config import type_name
+    from mmdiffkd.utils.image_settings import nested_datasets
 
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise ValueError(

@@ -1,7 +1,7 @@
 from .build import build_distiller, build_model
 from .compare import compare
 from .distill import distill
-from .export import student_config, student_weights
+from .export import export_student, student_config, student_weights
 from .list_presets import list_presets
 from .make_config import make_config
 from .parallel import Job, JobResult, available_cores, available_gpus, run_parallel
@@ -18,6 +18,7 @@ __all__ = [
     'build_model',
     'compare',
     'distill',
+    'export_student',
     'list_presets',
     'list_taps',
     'load_run_config',

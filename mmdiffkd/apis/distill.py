@@ -11,7 +11,8 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmdiffkd.utils.config import get_custom_imports, resolve_config, set_loader_defaults, zoo_checkpoint
+from mmdiffkd.utils.config import get_custom_imports, resolve_config, set_loader_defaults
+from mmdiffkd.utils.model_index import zoo_checkpoint
 
 from .export import student_config, student_weights
 

@@ -1,17 +1,69 @@
-import warnings
-from logging import WARNING
-from typing import Optional
+"""Export the student of a distillation run as a plain checkpoint and config."""
 
+import warnings
+from itertools import product
+from logging import WARNING
+from pathlib import Path
+from typing import Optional, Tuple, Union
+
+import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 
 from mmdiffkd.engine.checkpoint import PREFIX, read_checkpoint, without_diffusion_module
 from mmdiffkd.engine.weights import load_strict
-from mmdiffkd.utils.config import get_model_cfg
+from mmdiffkd.utils.config import CONFIG_SUFFIXES, get_model_cfg, read_config
 from mmdiffkd.utils.meta_device import build_for_inspection
 from mmdiffkd.utils.student_config import student_config
 
-__all__ = ['student_config', 'student_weights']
+__all__ = ['export_student', 'student_config', 'student_weights']
+
+
+def export_student(
+    config: Union[str, Path, Config], checkpoint: str, out: str, config_out: Optional[str] = None
+) -> Tuple[dict, Config]:
+    """Write the student of a distillation run to a checkpoint and a config that do not need mmdiffkd.
+
+    Args:
+        config (str, Path or Config): Config of the distillation run.
+        checkpoint (str): Checkpoint of the run: a path or URL.
+        out (str): Checkpoint file to write.
+        config_out (str, optional): Config file to write. None writes no config. Defaults to None.
+
+    Returns:
+        tuple[dict, Config]: The content of both files; see :func:`student_weights` and :func:`student_config`.
+
+    Raises:
+        FileNotFoundError, ValueError: See :func:`student_weights`. A ValueError is also raised if a file to write is a
+            folder, or is the config or the checkpoint of the run.
+    """
+    _check_outputs(config, checkpoint, out, config_out)
+    cfg = read_config(config)
+    plain, weights = student_config(cfg), student_weights(checkpoint, cfg)
+    for file in filter(None, (out, config_out)):
+        Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, out)
+    if config_out:
+        plain.dump(config_out)
+    return weights, plain
+
+
+def _check_outputs(config: Union[str, Path, Config], checkpoint: str, out: str, config_out: Optional[str]) -> None:
+    outputs = [file for file in (out, config_out) if file]
+    for file in map(Path, outputs):
+        if file.is_dir():
+            raise ValueError(f"'{file}' is a folder: give the name of a file in it.")
+        parent = next((parent for parent in file.absolute().parents if parent.exists()), None)
+        if parent is not None and not parent.is_dir():
+            raise ValueError(f"'{file}' cannot be written, because '{parent}' is a file.")
+    if config_out and Path(config_out).suffix not in CONFIG_SUFFIXES:
+        raise ValueError(f"The config '{config_out}' must end with {' or '.join(CONFIG_SUFFIXES)}.")
+    sources = dict(config=config.filename if isinstance(config, Config) else config, checkpoint=checkpoint)
+    for file, (name, source) in product(map(Path, outputs), sources.items()):
+        if source and file.exists() and Path(source).exists() and file.samefile(source):
+            raise ValueError(f"'{file}' is the {name} of the run and would be overwritten: write to another file.")
+    if config_out and Path(out).resolve() == Path(config_out).resolve():
+        raise ValueError(f"'{out}' cannot be both the checkpoint and the config: use two files.")
 
 
 def student_weights(checkpoint: str, config: Optional[Config] = None) -> dict:

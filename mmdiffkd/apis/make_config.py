@@ -12,7 +12,8 @@ from mmengine.config import Config
 from mmdiffkd.models.distillers.pairs import default_preset
 from mmdiffkd.models.encoders import PRETRAINED, is_library_model
 from mmdiffkd.utils import read_config
-from mmdiffkd.utils.config import get_custom_imports, zoo_checkpoint
+from mmdiffkd.utils.config import get_custom_imports
+from mmdiffkd.utils.model_index import zoo_checkpoint
 
 from .build import build_distiller
 from .distill_to_text import distill_to_text

@@ -21,15 +21,12 @@ from mmdiffkd.utils.config import (
     get_model_cfg,
     get_preprocessor_cfg,
     get_teacher_cfg,
-    image_channels,
-    image_size,
-    loaded_order,
     package_of,
-    pipeline_normalization,
     resolve_config,
     type_name,
     with_named_types,
 )
+from mmdiffkd.utils.image_settings import image_channels, image_size, loaded_order, pipeline_normalization
 from mmdiffkd.utils.meta_device import build_for_inspection
 from mmdiffkd.utils.validation import Limits, Positive, check_value
 

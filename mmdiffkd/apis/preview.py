@@ -36,19 +36,14 @@ from mmdiffkd.models.feature_maps import TapError, flatten
 from mmdiffkd.utils import read_config
 from mmdiffkd.utils.config import (
     CONFIG_SUFFIXES,
-    Size,
     get_model_cfg,
     get_teacher_cfg,
-    image_channels,
-    image_size,
-    loaded_order,
     package_of,
-    pipeline_normalization,
     resolve_config,
     with_preprocessor,
-    zoo_checkpoint,
 )
 from mmdiffkd.utils.dummy_inputs import fit_to, random_batch, without_pretrained
+from mmdiffkd.utils.image_settings import Size, image_channels, image_size, loaded_order, pipeline_normalization
 from mmdiffkd.utils.meta_device import (
     MultiplyAddCounter,
     QuickInit,
@@ -57,6 +52,7 @@ from mmdiffkd.utils.meta_device import (
     build_on_cpu,
     saved_activation_bytes,
 )
+from mmdiffkd.utils.model_index import zoo_checkpoint
 
 from .build import build_distiller
 from .distill_to_text import distill_to_text
@@ -90,7 +86,7 @@ def preview(
         config (str or Config): Path of the config, or a loaded config.
         cfg_options (dict, optional): Overrides, as on the command line.
         size (tuple[int, int], optional): Height and width of the images. None uses the size of the training images,
-            see ``mmdiffkd.utils.config.image_size``. Defaults to None.
+            see ``mmdiffkd.utils.image_settings.image_size``. Defaults to None.
         preset (str, optional): Method to preview instead of ``preset`` and ``distill`` of the config; see
             :func:`list_presets`. Defaults to None.
 

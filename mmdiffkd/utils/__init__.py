@@ -1,15 +1,15 @@
 from .config import (
-    closest_names,
     get_custom_imports,
     get_model_cfg,
     get_preprocessor_cfg,
-    image_channels,
     read_config,
     resolve_config,
     with_preprocessor,
-    zoo_checkpoint,
 )
+from .image_settings import image_channels
 from .meta_device import QuickInit, QuickMeta, build_for_inspection, build_on_meta, saved_activation_bytes
+from .model_index import zoo_checkpoint
+from .validation import closest_names
 
 __all__ = [
     'QuickInit',

@@ -1,33 +1,24 @@
-"""Find and read configs from installed packages, files and dicts, and look up settings in configs."""
+"""Find and read configs from installed packages, files and dicts, and return the model of a config."""
 
 import copy
-import difflib
 import inspect
 import os.path as osp
 from importlib.util import find_spec
 from logging import WARNING
-from math import ceil
 from pathlib import Path
-from typing import Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
-from mmengine.fileio import load
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
+
+from .validation import closest_names
 
 ConfigSource = Union[str, Path, dict]
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # arguments of the distiller that check_run_config() looks for at the top level of a config
 DISTILLER_KEYS = ('distill', 'teacher', 'preset', 'init_from_teacher')
-# keys that have been renamed: {old name: new name}
-RENAMED_KEYS = dict(
-    backprop_steps='num_grad_steps',
-    distance='loss_kd',
-    floor='min_score',
-    inherit='init_from_teacher',
-    schedule='scheduler',
-)
 
 
 def resolve_config(source: ConfigSource) -> Config:
@@ -62,7 +53,7 @@ def resolve_config(source: ConfigSource) -> Config:
     else:
         raise ValueError(f'A config must be a path, pkg::path or a dict, not {type(source).__name__}.')
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
-        raise ValueError(f"The config ({_name(source)}) has no model: it needs a 'model' dict with a 'type'.")
+        raise ValueError(f"The config ({source_name(source)}) has no model: it needs a 'model' dict with a 'type'.")
     return cfg
 
 
@@ -259,141 +250,6 @@ def get_custom_imports(cfg: Config) -> List[str]:
     return [name for name in ([names] if isinstance(names, str) else names) if name.split('.')[0] != 'mmdiffkd']
 
 
-# attributes of OpenMMLab models that hold the image encoder
-ENCODERS = ('backbone', 'image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
-# attributes of trackers and semi-supervised models that hold a whole detector
-WRAPPED = ('detector', 'student')
-# arguments of image encoders that set the number of image channels
-CHANNEL_KEYS = ('in_channels', 'in_chans', 'img_channels')
-
-
-def image_channels(model_cfg: dict) -> Tuple[int, ...]:
-    """Return the numbers of channels that a model's images may have, the most likely first.
-
-    Args:
-        model_cfg (dict): Config of the model with its preprocessor.
-
-    Returns:
-        tuple[int]: The ``in_channels`` of the image encoder if it is set, then the length of the preprocessor's
-        ``mean``. If there is no ``mean``, 3 and 1 instead of its length.
-    """
-    found = []
-    parts = [model_cfg]
-    for part in parts:
-        parts += [part[name] for name in (*ENCODERS, *WRAPPED) if isinstance(part.get(name), dict)]
-        found += [part[key] for key in CHANNEL_KEYS if isinstance(part.get(key), int)]
-    preprocessor = model_cfg.get('data_preprocessor') or {}
-    while preprocessor.get('mean') is None and isinstance(preprocessor.get('data_preprocessor'), dict):
-        preprocessor = preprocessor['data_preprocessor']
-    mean = preprocessor.get('mean') or ()
-    means = len(mean) if isinstance(mean, (list, tuple)) else 1
-    # a mean with a single value may be for one channel or for all of three channels
-    usual = {0: (3, 1), 1: (1, 3)}.get(means, (means,))
-    return tuple(dict.fromkeys([*found, *usual]))
-
-
-def pipeline_normalization(cfg: Config) -> Optional[dict]:
-    """Return how the pipeline of a config normalizes images, as pipelines for OpenMMLab 1.x do.
-
-    Args:
-        cfg (Config): Config with data sets.
-
-    Returns:
-        dict, optional: ``mean``, ``std`` and ``to_rgb`` of the last ``Normalize`` step. Empty if no pipeline
-            normalizes images, and None if the config has no pipeline.
-    """
-    found = None
-    for key in ('train_dataloader', 'test_dataloader', 'val_dataloader', 'data', 'train_pipeline', 'test_pipeline'):
-        steps = list(_normalize_steps(cfg.get(key)))
-        found = {} if cfg.get(key) else found
-        if steps:
-            return dict(mean=list(steps[-1]['mean']), std=list(steps[-1]['std']), to_rgb=steps[-1].get('to_rgb', True))
-    return found
-
-
-def _normalize_steps(cfg) -> Iterator[dict]:
-    for step in _typed_dicts(cfg):
-        if type_name(step['type']) == 'Normalize' and step.get('mean') and step.get('std'):
-            yield step
-
-
-def _typed_dicts(cfg) -> Iterator[dict]:
-    """Yield all dicts with a type in a config, in order."""
-    if isinstance(cfg, dict):
-        if 'type' in cfg:
-            yield cfg
-        cfg = list(cfg.values())
-    if isinstance(cfg, (list, tuple)):
-        for value in cfg:
-            yield from _typed_dicts(value)
-
-
-RGB_DATASETS = ('CIFAR10', 'CIFAR100')  # data sets of mmpretrain that contain RGB images and need no loading step
-
-
-def loaded_order(cfg: Config) -> Optional[str]:
-    """Return the color order of the images that a config's training pipeline returns.
-
-    Returns:
-        str, optional: ``'BGR'`` or ``'RGB'``; None if the order is unknown.
-    """
-    order = None
-    for step in _typed_dicts((cfg.get('train_dataloader') or {}).get('dataset')):
-        kind = type_name(step['type'])
-        if kind in RGB_DATASETS:
-            order = 'RGB'
-        elif kind == 'LoadImageFromFile':
-            order = 'BGR'
-        elif order and (kind, True) in (('NumpyToPIL', step.get('to_rgb')), ('PILToNumpy', step.get('to_bgr'))):
-            order = 'RGB' if order == 'BGR' else 'BGR'
-    return order
-
-
-def zoo_checkpoint(source: ConfigSource) -> str:
-    """Look up the weights of a config in the model index of its package.
-
-    Args:
-        source (str): ``pkg::path`` of the config.
-
-    Returns:
-        str: URL of the weights.
-
-    Raises:
-        ValueError: If ``source`` is not ``pkg::path``, or the model index lists no weights for the config.
-    """
-    if problem := zoo_problem(source):
-        raise ValueError(f'checkpoint{problem}')
-    mim, path = _split(source)
-    wanted = Path(path).with_suffix('').as_posix()
-    listed = []
-    for metafile in load(str(mim / 'model-index.yml'))['Import']:
-        models = load(str(mim / metafile)) or {}
-        for model in models['Models'] if isinstance(models, dict) else models:
-            name = Path(model.get('Config', '')).with_suffix('').as_posix()
-            if name == f'configs/{wanted}' and model.get('Weights'):
-                return model['Weights']
-            if model.get('Weights'):
-                listed.append(name[len('configs/') :])
-    raise ValueError(
-        f'The model index lists no weights for {source}; the nearest configs with weights are '
-        f'{closest_names(wanted, listed)}.'
-    )
-
-
-def zoo_problem(source: ConfigSource) -> Optional[str]:
-    """Return why a teacher's checkpoint cannot be ``'zoo'``, as the end of a sentence; None if it can be."""
-    from mmdiffkd.models.encoders import is_library_source
-
-    if is_library_source(source):
-        return f"='zoo' is for configs of OpenMMLab's packages: for {_name(source)}, use 'pretrained'."
-    if not isinstance(source, str) or '::' not in source:
-        return (
-            f"='zoo' needs a config of an installed package such as 'mmdet::retinanet/...', not {_name(source)}; give "
-            'the path or URL of the weights instead.'
-        )
-    return None
-
-
 def _config_file(source: str) -> str:
     if '::' not in source:
         if osp.isdir(source):
@@ -406,7 +262,7 @@ def _config_file(source: str) -> str:
                 "package have names like 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'."
             )
         return source
-    mim, path = _split(source)
+    mim, path = package_configs(source)
     file = mim / 'configs' / path
     if not file.is_file():
         known = [p.relative_to(mim / 'configs').as_posix() for p in (mim / 'configs').rglob('*.py')]
@@ -414,7 +270,13 @@ def _config_file(source: str) -> str:
     return str(file)
 
 
-def _split(source: str) -> Tuple[Path, str]:
+def package_configs(source: str) -> Tuple[Path, str]:
+    """Split ``pkg::path`` into the folder of the package that contains ``configs`` and the model index, and the path.
+
+    Raises:
+        FileNotFoundError: If the package contains no configs.
+        ModuleNotFoundError: If the package is not installed.
+    """
     package, path = source.split('::', 1)
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -425,99 +287,6 @@ def _split(source: str) -> Tuple[Path, str]:
     return mim, path
 
 
-def _name(source: ConfigSource) -> str:
+def source_name(source: ConfigSource) -> str:
+    """Return the quoted path of a config, or ``'a dict'``, for error messages."""
     return 'a dict' if isinstance(source, dict) else f"'{source}'"
-
-
-Size = Tuple[int, int]
-USUAL_SIZES = dict(mmdet=(800, 1344), mmseg=(512, 1024), mmpretrain=(224, 224))
-SIZE_KEYS = ('crop_size', 'scale', 'scales', 'img_scale')  # arguments of transforms that set (width, height)
-
-
-def image_size(cfg: Config) -> Size:
-    """Return the height and width of the images in the training of a config.
-
-    The size is the first of these that exists:
-
-    * ``size`` of the student's preprocessor
-    * ``image_size`` of the config, (width, height)
-    * the size of the last resize or crop in the training pipeline
-    * the usual size of the package
-
-    Args:
-        cfg (Config): Distillation config, or config of a plain model.
-
-    Returns:
-        tuple[int, int]: Height and width.
-    """
-    preprocessor = cfg.model.get('student', cfg.model).get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    if preprocessor.get('size'):
-        return tuple(preprocessor['size'])
-    pipelines = [
-        dataset.get('pipeline') for dataset in nested_datasets((cfg.get('train_dataloader') or {}).get('dataset'))
-    ]
-    size = cfg.get('image_size') or next(filter(None, map(_pipeline_size, filter(None, pipelines))), None)
-    if size is None:
-        return USUAL_SIZES.get(package_of(cfg), (224, 224))
-    width, height = size
-    divisor = preprocessor.get('pad_size_divisor', 1)
-    return ceil(height / divisor) * divisor, ceil(width / divisor) * divisor
-
-
-def nested_datasets(dataset: Union[dict, Sequence[dict], None]) -> Iterator[dict]:
-    """Yield the config of a dataset, and then the configs of the datasets that it contains, as ``ConcatDataset`` does.
-
-    Args:
-        dataset (dict or list[dict], optional): Config of a dataset, or of several. None yields nothing.
-    """
-    if isinstance(dataset, (list, tuple)):
-        for member in dataset:
-            yield from nested_datasets(member)
-    elif isinstance(dataset, dict):
-        yield dataset
-        yield from nested_datasets(dataset.get('dataset') or dataset.get('datasets'))
-
-
-def _pipeline_size(steps: Sequence[dict]) -> Optional[Size]:
-    for step in reversed(steps):
-        branches = step.get('transforms')
-        size = _pipeline_size(branches[0]) if branches and isinstance(branches[0], (list, tuple)) else _step_size(step)
-        if size is not None:
-            return size
-    return None
-
-
-def _step_size(step: dict) -> Optional[Size]:
-    size = next((step[key] for key in SIZE_KEYS if step.get(key)), None)
-    if isinstance(size, (list, tuple)) and isinstance(size[0], (list, tuple)):
-        size = size[-1]  # the last of several scales is the largest
-    if isinstance(size, int):
-        size = (size, size)
-    if not isinstance(size, (list, tuple)) or not all(isinstance(side, int) for side in size):
-        return None  # the size is not in pixels, as in crops that are relative to the image size
-    # with keep_ratio, (width, height) and (height, width) mean the same: assume that images are wider than high
-    return (max(size), min(size)) if step.get('keep_ratio') else tuple(size)
-
-
-def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """Return the candidates closest to ``name``, quoted and joined for an error message."""
-    candidates = list(candidates)
-    # candidates that differ from the name only in upper and lower case
-    same = [candidate for candidate in candidates if candidate.lower() == name.lower()]
-    found = same or difflib.get_close_matches(name, candidates, n=count, cutoff=0.4) or candidates[:count]
-    return ', '.join(f"'{candidate}'" for candidate in found)
-
-
-def refuse_old_keys(keys: Iterable[str], where: str) -> None:
-    """Raise an error if a config uses the old name of a renamed key.
-
-    Args:
-        keys (iterable[str]): Keys of a config.
-        where (str): Name or path of the part of the config that has the keys, for the error message.
-
-    Raises:
-        ValueError: If a key has been renamed; the message gives the new name.
-    """
-    for key in keys:
-        if key in RENAMED_KEYS:
-            raise ValueError(f"{where} has no key '{key}': the key is now called '{RENAMED_KEYS[key]}'.")

@@ -11,14 +11,8 @@ from mmengine.dataset import Compose, default_collate, pseudo_collate
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
-from .config import (
-    get_preprocessor_cfg,
-    image_channels,
-    nested_datasets,
-    package_of,
-    set_loader_defaults,
-    type_name,
-)
+from .config import get_preprocessor_cfg, package_of, set_loader_defaults, type_name
+from .image_settings import image_channels, nested_datasets
 
 BOXES = 3  # number of ground truth boxes per image
 # pipeline for mmpretrain configs without a training set

@@ -5,19 +5,27 @@ arguments of a class with the annotations, and ``build_part`` builds an object f
 :class:`ConfigError` with the path of the wrong key.
 """
 
+import difflib
 import functools
 import inspect
 import typing
 from contextlib import contextmanager, suppress
 from math import inf, isfinite
 from numbers import Integral, Real
-from typing import Annotated, Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
+from typing import Annotated, Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Union
 
 from mmengine.registry import Registry
 
 from mmdiffkd.registry import closest_own
 
-from .config import RENAMED_KEYS, closest_names
+# keys of configs that have been renamed: {old name: new name}
+RENAMED_KEYS = dict(
+    backprop_steps='num_grad_steps',
+    distance='loss_kd',
+    floor='min_score',
+    inherit='init_from_teacher',
+    schedule='scheduler',
+)
 
 
 class ConfigError(ValueError):
@@ -283,3 +291,12 @@ def _expected(hint) -> str:
 
 def _either(choices: Sequence[str]) -> str:
     return choices[0] if len(choices) == 1 else f'{", ".join(choices[:-1])} or {choices[-1]}'
+
+
+def closest_names(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """Return the candidates closest to ``name``, quoted and joined for an error message."""
+    candidates = list(candidates)
+    # candidates that differ from the name only in upper and lower case
+    same = [candidate for candidate in candidates if candidate.lower() == name.lower()]
+    found = same or difflib.get_close_matches(name, candidates, n=count, cutoff=0.4) or candidates[:count]
+    return ', '.join(f"'{candidate}'" for candidate in found)

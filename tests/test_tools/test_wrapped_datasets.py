@@ -9,8 +9,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmdiffkd.apis import distill, preview
 from mmdiffkd.utils import get_model_cfg, resolve_config
-from mmdiffkd.utils.config import image_size, nested_datasets
 from mmdiffkd.utils.dummy_inputs import random_batch
+from mmdiffkd.utils.image_settings import image_size, nested_datasets
 from tests import tiny
 from tests.conftest import call_tool
 from tests.test_tools.test_life_cycle import TTA, map_of_test

@@ -1,8 +1,7 @@
 import pytest
 from mmengine.config import Config
 
-from mmdiffkd.utils import get_model_cfg, get_preprocessor_cfg, resolve_config, zoo_checkpoint
-from mmdiffkd.utils.config import closest_names
+from mmdiffkd.utils import get_model_cfg, get_preprocessor_cfg, resolve_config
 
 RETINANET = 'mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'
 
@@ -53,24 +52,3 @@ def test_scope_of_the_model_is_kept():
 def test_unresolvable_configs(source, error, message):
     with pytest.raises(error, match=message):
         resolve_config(source)
-
-
-def test_zoo_checkpoint():
-    assert zoo_checkpoint(RETINANET).endswith('/retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth')
-
-
-@pytest.mark.parametrize(
-    'source, message',
-    [
-        ('retinanet.py', "needs a config of an installed package.*not 'retinanet.py'"),
-        (dict(), 'not a dict;'),
-        ('mmdet::retinanet/mine.py', 'model index lists no weights for mmdet::retinanet/mine.py'),
-    ],
-)
-def test_zoo_checkpoint_is_missing(source, message):
-    with pytest.raises(ValueError, match=message):
-        zoo_checkpoint(source)
-
-
-def test_closest_name_that_differs_in_case():
-    assert closest_names('CWD', ['at', 'bckd', 'cwd']) == "'cwd'"

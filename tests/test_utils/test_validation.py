@@ -5,7 +5,16 @@ from mmengine.registry import Registry
 from torch import nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import ConfigError, Limits, NonNegative, build_part, check_arguments, check_value, in_key
+from mmdiffkd.utils.validation import (
+    ConfigError,
+    Limits,
+    NonNegative,
+    build_part,
+    check_arguments,
+    check_value,
+    closest_names,
+    in_key,
+)
 
 NAN, INF = float('nan'), float('inf')
 
@@ -117,3 +126,7 @@ def test_errors_of_other_classes_become_one_sentence():
         build_part(registry, dict(type='Strange', size=3), 'neck')
     assert str(error.value) == 'neck: Strange cannot be built: cannot use 3.'
     assert isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_closest_name_that_differs_in_case():
+    assert closest_names('CWD', ['at', 'bckd', 'cwd']) == "'cwd'"

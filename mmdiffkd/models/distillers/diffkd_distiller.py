@@ -17,7 +17,7 @@ from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.engine.distributed import attach_unused_params, on_all_ranks
 from mmdiffkd.engine.weights import use_checked_files
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.config import ENCODERS
+from mmdiffkd.utils.image_settings import ENCODERS
 from mmdiffkd.utils.meta_device import build_for_inspection
 from mmdiffkd.utils.student_config import write_student_config
 from mmdiffkd.utils.validation import ConfigError, bind, check_value, in_key

@@ -16,7 +16,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdiffkd.utils.config import ENCODERS, WRAPPED, image_channels, type_name
+from mmdiffkd.utils.config import type_name
+from mmdiffkd.utils.image_settings import ENCODERS, WRAPPED, image_channels
 from mmdiffkd.utils.meta_device import QuickInit, QuickMeta, build_on_meta
 
 from ..feature_maps import TapError, Tokens, flatten

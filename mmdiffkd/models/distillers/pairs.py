@@ -6,8 +6,8 @@ from typing import Dict, List, Literal, NamedTuple, Optional, Sequence, Union
 from torch import nn
 
 from mmdiffkd.registry import MODELS, PRESETS
-from mmdiffkd.utils.config import closest_names, comparable, refuse_old_keys, type_name
-from mmdiffkd.utils.validation import check_value, get_class
+from mmdiffkd.utils.config import comparable, type_name
+from mmdiffkd.utils.validation import check_value, closest_names, get_class
 
 from ..diffusion.feature_diffusion import FeatureDiffusion
 from ..encoders import is_encoder
@@ -244,7 +244,6 @@ def _check_pair(name: str, cfg: dict) -> None:
     levels = cfg.get('levels')
     if isinstance(levels, (list, tuple)) and len(set(levels)) < len(levels):
         raise ValueError(f'distill.{name}.levels={list(levels)} names a level twice.')
-    refuse_old_keys(cfg.get('neck') or {}, f'distill.{name}.neck')
     counts = [1 if isinstance(tap, str) else len(tap) for tap in (cfg.get('student'), cfg.get('teacher')) if tap]
     if len(set(counts)) > 1:
         raise ValueError(

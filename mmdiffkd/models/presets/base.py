@@ -5,7 +5,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from torch import nn
 
 from mmdiffkd.registry import PRESETS
-from mmdiffkd.utils.config import ENCODERS, comparable, type_name
+from mmdiffkd.utils.config import comparable, type_name
+from mmdiffkd.utils.image_settings import ENCODERS
 from mmdiffkd.utils.meta_device import build_for_inspection
 
 from ..distillers.classes import ClassMatcher

@@ -187,13 +187,13 @@ class TestConversion:
         (dict(preset='paper'), "There is no preset='paper': the preset is called 'diffkd' now"),
         (
             dict(distill=dict(fpn=dict(neck=dict(distance=dict(type='mmdiffkd.PKDLoss'))))),
-            r"distill\.fpn\.neck has no key 'distance': the key is now called 'loss_kd'",
+            r"distill\.fpn\.neck\.distance is now called 'loss_kd'",
         ),
         (
             dict(distill=dict(fpn=dict(neck=dict(backprop_steps=1)))),
-            r"distill\.fpn\.neck has no key 'backprop_steps': the key is now called 'num_grad_steps'",
+            r"distill\.fpn\.neck\.backprop_steps is now called 'num_grad_steps'",
         ),
-        (dict(distill=dict(fpn=dict(neck=dict(schedule=dict())))), "'schedule': the key is now called 'scheduler'"),
+        (dict(distill=dict(fpn=dict(neck=dict(schedule=dict())))), r"neck\.schedule is now called 'scheduler'"),
     ],
 )
 def test_old_keys_are_refused_with_their_new_names(tmp_path, options, message):

@@ -189,6 +189,14 @@ class Misnamed(DistillNeck):
         return [DistillOutput({self.names.get('loss', 'loss_a'): value}, {self.names.get('log', 'b'): value})]
 
 
+def test_argument_named_like_a_renamed_key(tmp_path):
+    """``schedule`` was a key of mmdiffkd's neck, but is any name in a custom neck."""
+    neck = dict(type=Misnamed, schedule='cosine')
+    cfg = tiny.distiller_cfg(tmp_path, distill=dict(fpn=dict(student='neck', teacher='neck', neck=neck)))
+    model = MODELS.build(cfg)
+    assert model.diffkd['fpn'].names == dict(schedule='cosine')
+
+
 @pytest.mark.parametrize(
     'neck, message',
     [

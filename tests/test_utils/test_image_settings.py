@@ -2,7 +2,7 @@ import pytest
 from mmengine.config import Config
 
 from mmdiffkd.utils import resolve_config
-from mmdiffkd.utils.config import image_size
+from mmdiffkd.utils.image_settings import image_size
 from tests.conftest import ROOT
 
 
