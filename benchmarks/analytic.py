@@ -1,8 +1,8 @@
-"""Count the operations and the memory traffic of a training iteration, on meta tensors, without computing it.
+"""Count the operations and the memory traffic of a training iteration without computing the iteration.
 
-The config must distill the neck of a dense detector. The operations are those of convolutions and matrix products. The
-memory traffic is the number of bytes that all operators read and write, as if there were no caches. The student's
-losses are not counted.
+The iteration runs on meta tensors. The config must distill the neck of a dense detector. Only the operations of
+convolutions and matrix products are counted. The memory traffic is the number of bytes that all operators read and
+write, as if there were no caches. The student's losses are not counted.
 """
 
 import argparse

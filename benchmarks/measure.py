@@ -10,7 +10,7 @@ from mmdiffkd.apis.costs import MIB, in_turn, peak_mib  # noqa: F401
 
 
 def ratios(times: Sequence[float], base: Sequence[float]) -> Dict[str, float]:
-    """Return the median time in milliseconds, and the median and the quartiles of the ratios to ``base`` per round."""
+    """Return the median time in milliseconds, and the median and the quartiles of ``times / base`` over the rounds."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(times, base)], n=4)
     return dict(ms=statistics.median(times) * 1e3, ratio=median, low=low, high=high)
 

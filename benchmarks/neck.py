@@ -49,7 +49,7 @@ def set_memory_efficient(neck, value):
 
 
 def convolutions(level, student, teacher):
-    """Run only the convolutions of a level. Return the outputs that no convolution takes as its input."""
+    """Run only the convolutions of a level. Return those outputs that are not the input of another convolution."""
 
     def run(chain, x):
         for module in chain.modules():

@@ -1,4 +1,4 @@
-"""Tables and pages of the benchmarks. Only :func:`machine` needs torch. No other package is needed."""
+"""Write tables and pages of the benchmarks. Only :func:`machine` needs torch; the rest needs no installed package."""
 
 import platform
 import subprocess
@@ -18,8 +18,8 @@ def machine(device: str, threads: int) -> Dict[str, str]:
     """Return the name of the machine, versions and commit, to publish with a measurement.
 
     Args:
-        device (str): ``'cuda'`` names the GPU, ``'cpu'`` the CPU.
-        threads (int): Number of CPU threads, named with the CPU.
+        device (str): ``'cuda'`` returns the name of the GPU, and ``'cpu'`` the name of the CPU.
+        threads (int): Number of CPU threads, which is added to the name of the CPU.
     """
     import torch
 
@@ -46,7 +46,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Return the abbreviated commit of the checkout; ``'unknown'`` in a copy without its history."""
+    """Return the abbreviated commit of the checkout, or ``'unknown'`` in a copy without the git history."""
     command = ['git', '-C', str(Path(__file__).parent), 'rev-parse', '--short=7', 'HEAD']
     try:
         return subprocess.run(command, capture_output=True, encoding='utf-8', check=True).stdout.strip()
@@ -61,8 +61,8 @@ def write_page(page: Path, title: str, text: str, command: str, where: Dict[str,
         page (Path): The .md file.
         title (str): Title of the page.
         text (str): Explanation of what was measured.
-        command (str): The command that measures it.
-        where (dict[str, str]): The keys ``machine`` and ``versions``.
+        command (str): The command that repeats the measurement.
+        where (dict[str, str]): Machine and versions of the measurement, with the keys ``machine`` and ``versions``.
         rows (list[dict]): Rows of the table; see :func:`markdown`.
     """
     wrapped = ' \\\n    '.join(textwrap.wrap(command, 79, break_long_words=False, break_on_hyphens=False))

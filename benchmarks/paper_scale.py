@@ -1,7 +1,7 @@
 """Estimate the training time of the paper's pairs on this machine, from measured training steps at full image size.
 
-Weights and images are random, which does not affect the time. Pairs that already have a result are skipped. To resume
-after an interruption, run the same command again.
+A pair is a teacher and a student. Weights and images are random, which does not affect the time. Pairs that already
+have a result are skipped. To resume after an interruption, run the same command again.
 """
 
 import argparse
@@ -25,14 +25,14 @@ BATCHES = {COCO: 1, CITYSCAPES: 2, IMAGENET: 16}
 
 
 class Pair(NamedTuple):
-    """A pair of the paper.
+    """A pair of teacher and student in the paper.
 
     Attributes:
         config (str): Path of the config below ``configs``, without suffix.
         data (str): Name of the data set.
-        paper (str): Metrics of the paper: student alone -> DiffKD.
-        same_as (str, optional): Config of a pair that differs only in the distance. Its steps take the same time, so
-            its measured time is used for this pair, too.
+        paper (str): Scores in the paper, as "student alone -> DiffKD".
+        same_as (str, optional): Config of another pair that differs only in the distance. Training steps of both pairs
+            take the same time, so only the other pair is measured, and its time is used for this pair, too.
     """
 
     config: str
@@ -122,14 +122,14 @@ def parse_args():
 
 
 def schedule_of(cfg, data: str) -> dict:
-    """Return the number of images that a training processes in all epochs, and the config's number of GPUs."""
+    """Return the number of images that a training processes in all epochs, and the number of GPUs of the config."""
     batch = cfg.auto_scale_lr['base_batch_size']
     images = cfg.train_cfg.get('max_epochs', 0) * IMAGES.get(data, 0) or cfg.train_cfg.max_iters * batch
     return dict(images=images, gpus=batch // cfg.train_dataloader.batch_size)
 
 
 def measure(pair: Pair, rounds: int, device: str) -> dict:
-    """Measure the seconds per image of a distilled step, and the ratio to the time of the student alone."""
+    """Measure the seconds per image of a distilled step, and the ratio of its time to a step of the student alone."""
     cfg, model = build(f'configs/{pair.config}.py', device)
     batch = random_batch_of(cfg, *SIZES[pair.data], BATCHES[pair.data])
     optim_wrapper = build_optim_wrapper(model, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-6)))
@@ -151,7 +151,7 @@ def measure(pair: Pair, rounds: int, device: str) -> dict:
 
 
 def row(pair: Pair, result: dict) -> dict:
-    """Return a row of the page."""
+    """Return the table row of a pair."""
     return {
         'command': f'`bash tools/dist_train.sh configs/{pair.config}.py {result["gpus"]}`',
         'paper, alone -> DiffKD': pair.paper,

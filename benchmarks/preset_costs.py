@@ -2,8 +2,8 @@
 
 The pairs of models are those of the accuracy benchmarks, and ResNet-34 -> ResNet-18. Images, labels and the teacher's
 weights are random, which does not affect the time, so neither data nor checkpoints are needed. In each round, an
-iteration of the preset and an iteration of the student alone run in the same process. The ratios are medians over the
-rounds.
+iteration of the preset and an iteration of the student alone run in the same process. The table shows the median of
+the ratio of their times over the rounds.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def measure(pair: Pair, rounds: int, presets: List[str]) -> Dict[str, dict]:
         presets (list[str]): Presets to measure.
 
     Returns:
-        dict[str, dict]: ``seconds`` per iteration, and ``time``, the ratio to the student alone, by method. The methods
-        are the student alone, the teacher's forward pass, and the presets. A preset that does not apply only has
-        ``error``, the reason.
+        dict[str, dict]: Costs by method: ``seconds`` per iteration, and ``time``, the ratio of the seconds to those of
+        the student alone. The methods are the student alone, the teacher's forward pass, and the presets. If a preset
+        does not apply, its only key is ``error``, the reason.
     """
     student, teacher = (Config(read_config(source).to_dict()) for source in (pair.student, pair.teacher))
     init_default_scope(student.default_scope)
@@ -98,7 +98,10 @@ def _teacher_ratio(net, cfg: Config, batches: List[dict], rounds: int) -> float:
 
 
 def table(found: Dict[str, Dict[str, dict]]) -> List[Dict[str, str]]:
-    """Return one row per method, with seconds per iteration and the ratio to the student alone by pair."""
+    """Return one row per method.
+
+    For each pair of models, a row has the seconds per iteration and their ratio to those of the student alone.
+    """
     rows = []
     for method in dict.fromkeys(method for costs in found.values() for method in costs):
         cells = {name: costs.get(method, {}) for name, costs in found.items()}

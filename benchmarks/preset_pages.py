@@ -1,8 +1,9 @@
 """Write the pages of the presets, and the tables of presets in the rest of the documentation.
 
-The page of a preset is written from its class. The text comes from the docstring, the facts from the attributes, and
-the default pairs from applying the preset to the models in ``MODELS``. The results come from ``docs/accuracy`` and the
-costs from ``docs/cost/presets.json``, if these files exist. ``python -m benchmarks.preset_pages`` writes all of them.
+The page of a preset is written from the preset's class. The text comes from the docstring, the facts from the
+attributes, and the default pairs from applying the preset to the models in ``MODELS``. The results come from
+``docs/accuracy`` and the costs from ``docs/cost/presets.json``, if these files exist.
+``python -m benchmarks.preset_pages`` writes all pages and tables.
 """
 
 import inspect
@@ -51,7 +52,8 @@ OTHER_CLASSES = {
     'mmseg': 'mmseg::deeplabv3/deeplabv3_r50-d8_4xb4-80k_ade20k-512x512.py',
     'mmpretrain': 'mmpretrain::resnet/resnet50_8xb16_cifar10.py',
 }
-# Pairs of student and teacher, by the property of the pair that decides which presets apply.
+# Pairs of student and teacher for the table of presets that apply. The keys describe what decides whether a preset
+# applies, and name the teacher first; the values are (student, teacher).
 CANDIDATES = {
     'GFL -> GFL': (GFL, GFL),
     'RetinaNet -> RetinaNet': (RETINANET, RETINANET),
@@ -79,7 +81,7 @@ class Docstring(NamedTuple):
     Attributes:
         summary (str): First line.
         text (str): Description.
-        sections (dict[str, str]): Text by name in ``SECTIONS``.
+        sections (dict[str, str]): Text of each section, by its name in ``SECTIONS``.
     """
 
     summary: str
@@ -97,7 +99,7 @@ def read_docstring(preset: type) -> Docstring:
 
     Raises:
         ValueError: If sections are missing, unknown or in the wrong order. ``Released code`` may be missing if the
-            preset has a ``released_code``.
+            attribute ``released_code`` of the preset is set.
     """
     head, *rest = re.split(r'^([A-Z][\w ]+):$', inspect.cleandoc(preset.__doc__), flags=re.MULTILINE)
     sections = {name: to_markdown(textwrap.dedent(text)) for name, text in zip(rest[::2], rest[1::2])}
@@ -139,7 +141,7 @@ def fill(text: str) -> str:
 
 
 def link_class(name: str) -> str:
-    """Return a link to the reference of a class."""
+    """Return a link to a class in the API reference, or to the preset's page if the class is a preset."""
     if getattr(models, name, None) in PRESETS.module_dict.values():
         return link_preset(getattr(models, name).name())
     part = 'losses' if (DOCS / 'api' / 'losses.md').read_text('utf-8').count(f'autoclass:: {name}\n') else 'necks'
@@ -281,7 +283,7 @@ def enumerate_names(names: Sequence[str]) -> str:
 
 
 def facts(name: str) -> str:
-    """Return the table of a preset's facts."""
+    """Return the table of facts about a preset, such as its tasks and its source."""
     preset = PRESETS.get(name)
     rows = {
         'Config': f"`model = dict(preset='{name}')`",
@@ -369,7 +371,7 @@ def choice_page() -> str:
 
 
 def with_results(page: str) -> str:
-    """Return a page with up-to-date results of presets."""
+    """Return the page with its section of preset results brought up to date."""
     return insert(page, 'results', results_sections(read_costs()))
 
 

@@ -1,4 +1,4 @@
-"""Sections with the results of presets on the data sets of the accuracy benchmarks."""
+"""Write sections with results of the presets, one section for each data set of the accuracy benchmarks."""
 
 import json
 import statistics
@@ -13,17 +13,17 @@ from mmdiffkd.visualization.differences import BASELINE, confidence
 
 FOLDER = Path(__file__).parent.parent / 'docs' / 'accuracy'
 Scores = Dict[str, Dict[int, float]]  # by method and seed
-FEWEST = 3  # minimum number of presets with results for a section
+FEWEST = 3  # a data set gets a section if at least this many presets have results on it
 
 
 class ResultSet(NamedTuple):
-    """Results on a data set.
+    """Models and metric of the results on a data set.
 
     Attributes:
         models (str): Student and teacher, as a sentence without the period.
-        metric (str): Metric in the file.
+        metric (str): Name of the metric in the file of results.
         column (str): Name of the metric in tables.
-        factor (float): Factor of the metric in tables.
+        factor (float): Factor that values of the metric are multiplied by in tables.
     """
 
     models: str
@@ -53,7 +53,7 @@ def results_sections(costs: Dict[str, Dict[str, str]], folder: Path = FOLDER) ->
     """Return one section for each data set that has results of at least ``FEWEST`` presets.
 
     Args:
-        costs (dict[str, dict[str, str]]): Time of an iteration by preset and data set.
+        costs (dict[str, dict[str, str]]): Time of an iteration relative to the student alone, by preset and data set.
         folder (Path): Folder with a file of results per data set, such as ``camvid.jsonl``.
     """
     found = {}
@@ -70,20 +70,21 @@ def results_sections(costs: Dict[str, Dict[str, str]], folder: Path = FOLDER) ->
 
 
 def read_scores(text: str, settings: ResultSet) -> Tuple[Scores, Scores]:
-    """Read the scores of the presets that have two seeds or more.
+    """Read the scores of the student alone and of the presets, if they have at least two seeds.
 
     Args:
         text (str): JSON lines, as in ``results.jsonl`` of a comparison.
-        settings (ResultSet): The metric.
+        settings (ResultSet): Settings of the data set, which name the metric.
 
     Returns:
-        tuple[dict, dict]: Scores on the validation split and on the test split, with the teacher that has most results.
+        tuple[dict, dict]: Scores on the validation split and on the test split. If there are results with several
+        teachers, only the teacher with the most results counts.
     """
     methods = {BASELINE, *list_presets()}
     runs = [line for line in map(json.loads, text.splitlines()) if line['arm'] in methods and 'val' in line]
     by_teacher: Dict[str, List[dict]] = {}
     for teacher in {run['teacher'] for run in runs} - {None}:
-        # the student alone has no teacher in the files of comparisons
+        # runs of the student alone (the baseline) have teacher None, so they count for every teacher
         by_teacher[teacher] = [run for run in runs if run['teacher'] in (teacher, None)]
 
     def size(own: List[dict]) -> Tuple[int, int]:
@@ -102,9 +103,9 @@ def read_scores(text: str, settings: ResultSet) -> Tuple[Scores, Scores]:
 
 
 def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
-    """Return heading, conclusion and table of a data set, the best methods first.
+    """Return the section of a data set: heading, conclusion, and a table with the best method in the first row.
 
-    The table leaves out seeds that the student alone does not have, because differences leave them out, too.
+    The table leaves out seeds without a run of the student alone, because the differences leave them out, too.
     """
     settings, rows = SETS[name], []
     shown = {}
@@ -135,7 +136,11 @@ def section(name: str, val: Scores, test: Scores, costs: Dict[str, str]) -> str:
 
 
 def conclusion(val: Scores, test: Scores, column: str) -> str:
-    """Return a text on the best preset on the validation split, and the presets that do not differ significantly."""
+    """Return a text that names the best preset on the validation split, and the presets with similar test scores.
+
+    A preset is similar if its test scores do not differ significantly from those of the best preset. If no preset is
+    similar, the text says so.
+    """
     presets = [method for method in val if method != BASELINE]
     most = max(len(val[method]) for method in presets)
     best = max(
@@ -155,9 +160,9 @@ def conclusion(val: Scores, test: Scores, column: str) -> str:
 
 
 def difference(scores: Dict[int, float], others: Dict[int, float]) -> Tuple[float, float]:
-    """Return the mean difference between runs with the same seed, and the half width of its 95% interval.
+    """Return the mean difference between runs with the same seed, and half the width of its 95% confidence interval.
 
-    The interval is infinite if fewer than two seeds are paired.
+    If fewer than two seeds are in both arguments, return the difference of the two means, and an infinite width.
     """
     pairs = [scores[seed] - others[seed] for seed in scores if seed in others]
     if len(pairs) < 2:

@@ -1,6 +1,6 @@
 """Measure how single settings change the time and the memory of the diffusion module.
 
-Training steps with the setting and with the defaults alternate in one process.
+Training steps with a changed setting and training steps with the defaults alternate in one process.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parse_args():
 
 
 def setting(device, sizes, batch=2, channels=256, first=0, **options):
-    """Return a function for the forward pass, a function for the whole step, and the tensors not to count as memory."""
+    """Return the forward pass and the training step as functions, and the tensors that do not count as memory."""
     sizes = sizes[first:]
     neck = FeatureDiffusionNeck([channels] * len(sizes), [channels] * len(sizes), **options).to(device)
     student = [torch.randn(batch, channels, *size, device=device, requires_grad=True) for size in sizes]

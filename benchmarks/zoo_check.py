@@ -2,8 +2,8 @@
 
 For each type of model in a family, the student is the smallest config, without pretrained weights. The student first
 trains one step alone on small images. A distiller with the default ``distill`` then trains one step. The teacher is the
-next larger model with the same types of modules. If there is none, the teacher has the student's config. Models that
-have a result in the JSON file are skipped.
+next larger model with the same types of modules. If there is no such model, the teacher has the student's config.
+Models that have a result in the JSON file are skipped.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def parse_args():
     parser.add_argument('out', type=Path, help='JSON file of the results; models that have a result are skipped')
     parser.add_argument('--package', choices=PACKAGES, nargs='+', default=PACKAGES, help='packages (default all)')
     parser.add_argument('--family', nargs='+', help='folders of configs to check (default all)')
-    parser.add_argument('--again', action='store_true', help='check models again whose distilled step failed')
+    parser.add_argument('--again', action='store_true', help='repeat the check of models whose distilled step failed')
     parser.add_argument('--table', type=Path, help='Markdown file to write the results of all packages to')
     parser.add_argument('--timeout', type=float, default=900, help='time limit of a step in seconds (default 900)')
     return parser.parse_args()
@@ -117,7 +117,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    for package in args.package:  # register the modules before the fork, so that child processes need not
+    for package in args.package:  # register the modules before the fork, so that child processes inherit them
         import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
     results = json.loads(args.out.read_text('utf-8')) if args.out.is_file() else {}
     for name in [f'{package}/{family}' for package in args.package for family in families(package)]:
@@ -181,7 +181,7 @@ def as_table(results: Dict[str, List[dict]]) -> str:
 
 
 def as_list(rows: List[dict], step: str) -> str:
-    """Return a Markdown list of the reasons for which ``step`` failed, each with the models that failed."""
+    """Return a Markdown list of the reasons why ``step`` failed, each with the models that failed for this reason."""
     reasons: Dict[str, Dict[str, List[str]]] = {}
     for found in rows:
         families = reasons.setdefault(as_text(found[step]), {})
@@ -323,7 +323,7 @@ def _types(cfg):
 
 
 def check(package: str, found: dict, timeout: float) -> dict:
-    """Train a plain and a distilled step, each in its own process, and return the row with their results."""
+    """Train one step without and one with distillation, in separate processes. Return the row with their results."""
     result, start = dict(found, plain='', distilled=''), time.time()
     for step in (plain_step, distilled_step):
         try:
@@ -357,7 +357,7 @@ def distilled_step(package: str, found: dict) -> dict:
 
 
 def sizes(package: str, cfg: Config) -> List[int]:
-    """Return the image sizes to try. If the backbone's config sets a size, it is the last of them."""
+    """Return the image sizes to try. If the backbone's config sets an image size, this size is tried last."""
     own = (cfg.model.get('backbone') or {}).get('img_size', ())
     own = own if isinstance(own, (list, tuple)) else [own]
     return [*SIZES[package], *own[:1]]
@@ -385,7 +385,7 @@ def train_one_step(model_cfg: dict, batch: dict):
 
 
 def distill_one_step(student_cfg: Config, teacher_cfg: Config, size: int) -> Dict[str, list]:
-    """Distill one step with the default ``distill``. Return the taps and the number of levels of each pair."""
+    """Train one step with the default ``distill``. Return the taps and the number of levels of each pair."""
     with tempfile.TemporaryDirectory() as folder:
         weights = f'{folder}/teacher.pth'
         teacher = as_trained(MODELS.build(fit_to(get_model_cfg(teacher_cfg), size)), size)

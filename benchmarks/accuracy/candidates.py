@@ -28,26 +28,28 @@ from mmdiffkd.utils.validation import Natural, NonNegative, build_part, check_ar
 class Bridge(FeatureDiffusion):
     """Regression bridge: a refiner R learns to predict the teacher's feature from the student's feature.
 
-    R(Z) = Z + conv3x3(ReLU(conv3x3(Z))). The last convolution is initialized to zero, so R starts as the identity. R is
+    Let Z be the aligned student feature, T the teacher's feature, and sg the stop-gradient operator. The refiner is
+    R(Z) = Z + conv3x3(ReLU(conv3x3(Z))). Its last convolution is initialized to zero, so R starts as the identity. R is
     trained by this loss only::
 
         loss_refiner = mean((R(sg(Z)) - T)^2)
 
-    ``pull`` sets the gradient that the student gets. For a mean squared error with weight w over M elements, the
-    settings are:
+    ``pull`` selects ``loss_kd``, which trains the student. The gradients in the following list are those of ``loss_kd``
+    with respect to Z, if the distance is a mean squared error with weight w over M elements:
 
-    - ``'through'``: loss_kd = distance(Z + sg(R(Z) - Z), T). The gradient 2w/M (R(Z) - T) is the part of the error that
-      R cannot predict from Z. It passes straight through R to Z.
-    - ``'refined'``: loss_kd = distance(Z, sg(R(Z))). The gradient 2w/M (Z - R(Z)) is the part of the error that R can
-      predict. The sum of this gradient and the gradient of ``'through'`` is the gradient of the plain distance.
+    - ``'through'``: loss_kd = distance(Z + sg(R(Z) - Z), T). The gradient 2w/M (R(Z) - T) is proportional to the part
+      of the error Z - T that R cannot predict from Z. The gradient bypasses R and reaches Z unchanged.
+    - ``'refined'``: loss_kd = distance(Z, sg(R(Z))). The gradient 2w/M (Z - R(Z)) is proportional to the part of the
+      error Z - T that R can predict. The sum of this gradient and the gradient of ``'through'`` is the gradient of the
+      plain distance(Z, T).
     - ``'teacher'``: loss_kd = distance(Z, T) sg(|R(Z) - T| / |Z - T|), with Euclidean norms. The gradient
-      2w/M (Z - T) |R(Z) - T| / |Z - T| is that of the plain distance, scaled to the size of the gradient of
-      ``'through'``.
+      2w/M (Z - T) |R(Z) - T| / |Z - T| is the gradient of the plain distance(Z, T), scaled to the norm of the gradient
+      of ``'through'``.
 
     Args:
         student_channels (int): Student channels, C_s.
         teacher_channels (int): Teacher channels, C.
-        pull (str): ``'through'``, ``'refined'`` or ``'teacher'``, see above.
+        pull (str): ``'through'``, ``'refined'`` or ``'teacher'``; see above.
         loss_kd (dict, optional): Config of the distance. The default type is ``MSELoss``.
     """
 
@@ -83,16 +85,19 @@ class Bridge(FeatureDiffusion):
         return DiffusionOutput(losses, None, refined, target, latent)
 
     def refine(self, latent: Tensor) -> Tensor:
-        """Map (N, C, H, W) to a prediction of T, (N, C, H, W)."""
+        """Predict the teacher's feature from the aligned student feature, (N, C, H, W) each."""
         return latent + self.refiner(latent)
 
     def project(self, refined: Tensor) -> Tensor:
-        """Map the refined feature to the feature that is compared with T, (N, C, H, W)."""
+        """Map the refined feature to the feature that is compared with the teacher's feature, (N, C, H, W) each."""
         return refined
 
 
 class _PassGradient(torch.autograd.Function):
-    """Return the second tensor, but pass the gradient to the first one: Z + sg(R(Z) - Z) without rounding errors."""
+    """Straight-through estimator: return the second tensor, R(Z), but pass the gradient to the first tensor, Z.
+
+    This is Z + sg(R(Z) - Z) without the rounding errors of the difference and the sum.
+    """
 
     @staticmethod
     def forward(ctx, latent: Tensor, refined: Tensor) -> Tensor:
@@ -113,10 +118,11 @@ class BridgeNeck(FeatureDiffusionNeck):
 
 
 class NoisyGeneration(FeatureDiffusion):
-    """Generate the teacher's feature from the student's feature with added noise, whose level training cannot change.
+    """Generate the teacher's feature from a noisy student feature. Training cannot change the noise level.
 
-    Every channel of Z is standardized over batch and positions, without parameters, so that the student cannot raise
-    its signal above the noise. For each image, t is drawn uniformly from 0 to ``max_timestep``, and eps from N(0, 1)::
+    Every channel of the aligned student feature Z is standardized over batch and positions, without learned parameters,
+    so that the student cannot raise its signal above the noise. For each image, the timestep t is drawn uniformly from
+    0 to ``max_timestep``. The noise eps is standard normal, and T is the teacher's feature::
 
         x = sqrt(a_t) standardize(Z) + sqrt(1 - a_t) eps
         loss_kd = distance(conv3x3(ReLU(conv3x3(x))), T)
@@ -154,25 +160,27 @@ class NoisyGenerationNeck(FeatureDiffusionNeck):
 
 
 class SkipDiffusion(FeatureDiffusion):
-    """DiffKD with a denoiser that is conditioned on the student and on the noise level.
+    """DiffKD with a denoiser that is conditioned on the student's feature and on the noise level.
 
     The denoiser returns a clean feature unchanged.
 
-    Both features are standardized per channel, without parameters, so that signal and noise have unit variance. The
-    noise adapter's gamma gives the noise level. The noisy feature x has unit variance, as in the training of the
+    The aligned student feature Z and the teacher's feature T are standardized per channel, without learned parameters,
+    so that signal and noise have unit variance. The noise adapter predicts gamma, which sets the share s of Z and the
+    share r of the noise eps in the noisy feature x. With these shares, x has unit variance, as in the training of the
     denoiser::
 
         x = s Z + r eps,   s = gamma / n,   r = (1 - gamma) / n,   n = sqrt(gamma^2 + (1 - gamma)^2)
 
-    The timestep t(s) is the first timestep with a_t <= s^2. The denoiser D predicts x_0 in a single pass, from the
-    noisy feature and the condition c. G is a network, and the student's feature is the condition::
+    The denoiser D predicts the clean feature x_0 in a single pass from the noisy feature x, a condition c and the share
+    s. The condition is the student's feature. G is a network, and the timestep t(s) is the first timestep with
+    a_t <= s^2::
 
         D(x, c, s) = s x + sqrt(1 - s^2) G([x, c], t(s))
         loss_kd = distance(D(x, Z, s), T)
         loss_diffusion = mean((D(sqrt(a_t) T + sqrt(1 - a_t) eps, sg(Z), sqrt(a_t)) - T)^2),  t uniform
 
     This form of D means that G predicts -v, the negative of the v-prediction. The last layer of G has no BatchNorm and
-    is initialized to zero. With gamma = 1, D returns Z unchanged, and the loss with MSE is twice the loss of PKD.
+    is initialized to zero. With gamma = 1, D returns Z unchanged, and ``loss_kd`` with MSE is twice the loss of PKD.
 
     Args:
         student_channels (int): Student channels, C_s.
@@ -226,13 +234,13 @@ class SkipDiffusion(FeatureDiffusion):
         return DiffusionOutput(losses, gamma, denoised, target, latent)
 
     def denoise_once(self, noisy: Tensor, condition: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        """Predict x_0.
+        """Predict the clean feature x_0.
 
         Args:
-            noisy (Tensor): x, (N, C, H, W).
-            condition (Tensor): c, (N, C, H, W).
+            noisy (Tensor): The noisy feature x, (N, C, H, W).
+            condition (Tensor): The condition c, (N, C, H, W).
             signal (Tensor): s, the share of x_0 in x, (N, 1, 1, 1).
-            noise (Tensor): sqrt(1 - s^2), the share of the noise, (N, 1, 1, 1).
+            noise (Tensor): sqrt(1 - s^2), the share of the noise in x, (N, 1, 1, 1).
 
         Returns:
             Tensor: D(x, c, s), (N, C, H, W).
@@ -262,15 +270,15 @@ class SkipDiffusionNeck(FeatureDiffusionNeck):
 class HeadJudgeNeck(CrossKDNeck):
     """CrossKD for the student's neck: the teacher's whole head runs on student features with the teacher's statistics.
 
-    One 1x1 convolution for all levels maps the student's features to C channels. On each level, every channel is
-    rescaled to the mean and the standard deviation of this channel in the teacher's feature T, over batch and
-    positions::
+    A 1x1 convolution, which all levels share, maps the student's features to features Z with C channels. On each level,
+    every channel of Z is rescaled to the mean and the standard deviation of the same channel of the teacher's feature
+    T, over batch and positions::
 
         Y = std(T) standardize(Z) + mean(T)
 
     The teacher's frozen head runs on Y. ``loss_cls`` and ``loss_reg`` compare its outputs for Y with its outputs for T,
-    as in :class:`CrossKDNeck`. ``loss_feature`` is the distance between Y and T. It also keeps those parts of the
-    features close that hardly change the outputs of the head.
+    as in :class:`CrossKDNeck`. ``loss_feature`` is the distance between Y and T. It also reduces differences between Y
+    and T that hardly change the outputs of the head.
 
     There are three taps per model: ``student=['neck'] * 3`` and ``teacher=['bbox_head.retina_cls',
     'bbox_head.retina_reg', 'neck']``.
@@ -309,7 +317,7 @@ class HeadJudgeNeck(CrossKDNeck):
             student (list[list[Tensor]]): The features of the neck three times, (N, C_s, H, W) per level.
             teacher (list[list[Tensor]]): Outputs of the teacher's class layer and box layer, and the features of its
                 neck, (N, C, H, W) per level.
-            context (DistillContext): Needs the teacher.
+            context (DistillContext): Context of the iteration. It must contain the teacher.
 
         Returns:
             list[DistillOutput]: ``loss_cls``, ``loss_reg`` and ``loss_feature`` per level.

@@ -1,4 +1,4 @@
-"""Ablations of the preset ``plus`` that change one part each, to find out which parts help.
+"""Ablations of the preset ``plus``. Each of them changes one part, to find out which parts help.
 
 Notation: Z is the aligned student feature and T is the teacher feature, (N, C, H, W) each. sg is the stop-gradient
 operator.
@@ -20,13 +20,14 @@ class RampedMSELoss(MSELoss):
     """Mean squared error whose weight changes linearly over the first iterations.
 
     In iteration i, counted from 0, the weight is ``loss_weight * (start + (end - start) * min(1, i / length))``.
-    ``length`` does not depend on the length of the training. Checkpoints contain the number of iterations.
+    ``length`` does not depend on the length of the training. Checkpoints contain i, so a resumed run continues with the
+    same weight.
 
     Args:
         loss_weight (float): Weight of the loss. Defaults to 1.
-        start (float): Factor of the first iteration. Defaults to 0.3.
-        end (float): Factor after ``length`` iterations. Defaults to 1.5.
-        length (int): Number of iterations. Defaults to 400.
+        start (float): Factor of ``loss_weight`` in the first iteration. Defaults to 0.3.
+        end (float): Factor of ``loss_weight`` after ``length`` iterations. Defaults to 1.5.
+        length (int): Number of iterations in which the weight changes. Defaults to 400.
     """
 
     @check_arguments
@@ -48,9 +49,10 @@ class RampedMSELoss(MSELoss):
 class DetachedDiffusion(FeatureDiffusion):
     """DiffKD without the gradient of ``loss_kd`` through the denoiser, neither to its weights nor to the student.
 
-    With the denoiser eps, each step is x <- p x + q sg(eps(x)). The derivative of the last sample with respect to Z is
-    therefore the same for all elements: gamma times the product of the p of all steps. The denoiser learns from the
-    diffusion loss only.
+    A denoising step is x <- p x + q sg(eps(x)), where eps is the denoiser and the numbers p and q depend on the
+    timestep only. The first sample is gamma Z plus noise. For a fixed gamma, the derivative of the last sample with
+    respect to Z is therefore the same for all elements of an image: gamma times the product of p over all steps. The
+    denoiser learns from the diffusion loss only.
     """
 
     def __init__(self, *args, **kwargs):
@@ -69,8 +71,8 @@ class DetachedDiffusionNeck(FeatureDiffusionNeck):
 class DenoiserWithoutLastNorm(BottleneckDenoiser):
     """The denoiser of the paper without its last BatchNorm.
 
-    With this BatchNorm, the predicted noise has unit variance in each channel over the batch, for every input. This
-    also holds for a clean feature, from which no noise should be subtracted.
+    With this BatchNorm, the noise that the denoiser predicts has unit variance in each channel over the batch, for
+    every input. The prediction for clean features also has unit variance, although they contain no noise to subtract.
 
     Args:
         channels (int): Latent channels, C.
@@ -84,10 +86,11 @@ class DenoiserWithoutLastNorm(BottleneckDenoiser):
 
 
 class PlainRefinement(Bridge):
-    """The preset ``plus`` with a refiner that has the denoiser's layers, but neither noise nor timesteps.
+    """The preset ``plus`` with a refiner instead of the denoiser. The refiner uses neither noise nor timesteps.
 
-    The refiner R consists of two bottleneck blocks, a 1x1 convolution and a BatchNorm. ``loss_refiner`` trains R(sg(Z))
-    to predict T. As after the denoiser in DiffKD, a projection P, a convolution with BatchNorm, follows the refiner::
+    The refiner R has the denoiser's layers: two bottleneck blocks, a 1x1 convolution and a BatchNorm. ``loss_refiner``
+    trains R to predict the teacher's feature T from sg(Z), where Z is the aligned student feature. A projection P (a
+    convolution with BatchNorm) follows the refiner, as it follows the denoiser in DiffKD::
 
         loss_kd = distance(P(Z + sg(R(Z) - Z)), T)
 
@@ -103,11 +106,11 @@ class PlainRefinement(Bridge):
         self.proj = nn.Sequential(nn.Conv2d(teacher_channels, teacher_channels, 1), nn.BatchNorm2d(teacher_channels))
 
     def refine(self, latent: Tensor) -> Tensor:
-        """Map (N, C, H, W) to a prediction of T, (N, C, H, W)."""
+        """Predict the teacher's feature from the aligned student feature, (N, C, H, W) each."""
         return self.refiner(latent)
 
     def project(self, refined: Tensor) -> Tensor:
-        """Map the refined feature to the feature that is compared with T, (N, C, H, W)."""
+        """Map the refined feature to the feature that is compared with the teacher's feature, (N, C, H, W) each."""
         return self.proj(refined)
 
 

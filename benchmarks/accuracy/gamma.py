@@ -1,4 +1,8 @@
-"""Read and draw gamma over training: the share of the student's features when noise is blended in."""
+"""Read and draw how gamma changes during training.
+
+DiffKD blends noise into the student's features. Gamma is the share of the features, and 1 - gamma is the share of the
+noise.
+"""
 
 from pathlib import Path
 from typing import Dict, List, Sequence
@@ -13,16 +17,16 @@ COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00')
 
 
 def read_gamma(run: Path) -> Dict[str, List[float]]:
-    """Return the logged values of gamma of a run, by log key; an empty dict if the run logged no gamma."""
+    """Return the values of gamma that a run logged, by log key. The dict is empty if the run logged no gamma."""
     logs = read_run(run)
     keys = {key: None for record in logs.train.values() for key in record if '.gamma' in key}
     return {key: [round(value, 4) for _, value in sorted(logs.logged(key).items())] for key in keys}
 
 
 def draw_gamma(seeds: Sequence[Dict[str, List[float]]], path: Path) -> None:
-    """Draw gamma over training, with one line per level.
+    """Draw how gamma changes during training, with one line per level.
 
-    Each line is the mean of the seeds, and the band around the line is the range of the seeds.
+    Each line is the mean over the seeds, and the band around the line is the range of the seeds.
 
     Args:
         seeds (list[dict[str, list[float]]]): Curves of each seed, by log key.

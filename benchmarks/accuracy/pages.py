@@ -1,8 +1,9 @@
-"""Write the pages of the accuracy benchmarks from their results.
+"""Write the pages with the results of the accuracy benchmarks.
 
-``docs/accuracy/SET.jsonl`` has one line per run, as in ``results.jsonl`` of a comparison, and one line per method with
-the cost of an iteration. A comparison is the work dir of ``tools/compare.py``. With ``--runs``, the results of a
-comparison are added to the file first. Each teacher has its own table of results.
+The results of a set (a data set and a schedule) are in the file ``docs/accuracy/SET.jsonl``. The file has one line per
+run, in the format of ``results.jsonl`` in the work dir of ``tools/compare.py``, and one line per method with the cost
+of an iteration. ``--runs`` first adds the results in such a work dir to the file. Each teacher has its own table of
+results.
 """
 
 import argparse
@@ -29,16 +30,16 @@ TEACHER, SPLITS = 'teacher', dict(val='validation', test='test')
 
 @dataclass
 class Topic:
-    """A page of a set of results.
+    """A page with results of a set.
 
     Args:
-        presets (list[str], optional): Methods. Defaults to the arms (methods) in the file ``arms/SET_TOPIC.py``. If a
-            longer schedule has no such file, it uses the file of the shorter schedule.
-        reference (str, optional): Method that each method is compared with, besides the student alone. Defaults to the
-            best of the remaining methods.
+        presets (list[str], optional): Methods to show. Defaults to the arms in the file ``arms/SET_TOPIC.py``. If a
+            longer schedule has no such file, the file of the shorter schedule is used.
+        reference (str, optional): Each method is compared with the student alone and with this method. By default, each
+            method is compared with the student alone and with the best of the other methods.
         seeds (list[int], optional): Seeds to show. Defaults to all.
-        splits (list[str]): Splits to show. Results are compared on the last split. If settings are chosen from a page,
-            they are chosen on ``val``.
+        splits (list[str]): Splits to show. Methods are compared on the last split. If a page is used to choose
+            settings, the results on ``val`` decide.
     """
 
     presets: Optional[Sequence[str]] = None
@@ -52,11 +53,11 @@ class ResultSet:
     """A data set with a schedule.
 
     Args:
-        title (str): Title of its pages.
-        metrics (dict[str, tuple[str, float]]): Name of the column and factor of each metric. Methods are compared by
-            the first metric.
+        title (str): Title of the pages of this set.
+        metrics (dict[str, tuple[str, float]]): For each metric, the name of its column and the factor that its values
+            are multiplied by. Methods are compared by the first metric.
         teacher (str): Path of the teacher's last checkpoint, relative to ``work_dirs/accuracy``.
-        topics (dict[str, Topic]): The pages.
+        topics (dict[str, Topic]): The pages, by topic.
     """
 
     title: str
@@ -143,11 +144,13 @@ def read_lines(file: Path) -> List[dict]:
 
 
 def add_runs(file: Path, runs: Path) -> None:
-    """Add the results and costs of a comparison. They replace earlier ones of the same method, seed and teacher.
+    """Add the results and costs of a comparison to a file.
+
+    Earlier results with the same method, seed and teacher are replaced, and so are earlier costs.
 
     Args:
-        file (Path): ``SET.jsonl``.
-        runs (Path): Folder of the comparison.
+        file (Path): The file ``SET.jsonl``.
+        runs (Path): Work dir of the comparison.
     """
     state = json.loads((runs / 'compare.json').read_text('utf-8'))
     teacher, here = state['teacher'], machine('cpu', 1)
@@ -181,15 +184,16 @@ def methods_of(name: str, topic: str) -> List[str]:
 
 
 def arms_file(name: str, topic: str) -> Path:
-    """Return the arms file of a page."""
+    """Return the file with the arms of a page."""
     file = FOLDER / 'arms' / f'{name}_{topic}.py'
     return file if file.exists() else file.with_name(f'{name.removesuffix("-longer")}_{topic}.py')
 
 
 def select(lines: Sequence[dict], name: str, topic: str, seeds: Optional[Sequence[int]] = None) -> Dict[str, List]:
-    """Return the results of a page by teacher, from the newest teacher, in the order of the methods and seeds.
+    """Return the results of a page by teacher, the newest teacher first.
 
-    A teacher is left out if it has results of less than half of the methods.
+    The results of each teacher are in the order of the methods and seeds. A teacher is left out if it has results of
+    less than half of the methods.
     """
     methods, seeds = methods_of(name, topic), seeds or SETS[name].topics[topic].seeds
     found: Dict[str, List[dict]] = {}
@@ -204,10 +208,10 @@ def select(lines: Sequence[dict], name: str, topic: str, seeds: Optional[Sequenc
 
 
 def table(lines: Sequence[dict], records: Sequence[dict], name: str, topic: str) -> str:
-    """Return the table of the results of a teacher.
+    """Return the table with the results of one teacher.
 
     Args:
-        lines (list[dict]): All lines of the file.
+        lines (list[dict]): All lines of the file ``SET.jsonl``.
         records (list[dict]): Results of the teacher.
         name (str): Name of the set.
         topic (str): Name of the page.
@@ -229,14 +233,14 @@ def table(lines: Sequence[dict], records: Sequence[dict], name: str, topic: str)
 
 
 def costs_of(lines: Sequence[dict], records: Sequence[dict]) -> Dict[str, dict]:
-    """Return the costs by method; an empty dict if the cost of a method is missing."""
+    """Return the costs by method, or an empty dict if the cost of any method is missing."""
     known = {line['arm']: line['cost'] for line in lines if 'cost' in line and line['teacher'] == records[0]['teacher']}
     methods = {record['arm'] for record in records}
     return {method: known[method] for method in methods} if methods <= set(known) else {}
 
 
 def scaled(records: Sequence[dict], name: str, metric: str, splits: Sequence[str]) -> Dict[str, dict]:
-    """Return a metric by split, method and seed, multiplied by the factor of the set."""
+    """Return the values of a metric by split, method and seed, multiplied by the factor of the metric."""
     factor = SETS[name].metrics[metric][1]
     return {
         split: {method: {seed: factor * value for seed, value in own.items()} for method, own in values.items()}

@@ -1,4 +1,4 @@
-"""Ablations that change the method itself.
+"""Variants of DiffKD that change the method itself.
 
 The notation is that of :mod:`mmdiffkd.models.diffusion.schedulers`. ``a`` is the value of ``alphas_cumprod`` at a
 timestep.
@@ -19,17 +19,17 @@ class Variant(FeatureDiffusion):
     Args:
         student_channels (int): Channels of the student's feature, C_s.
         teacher_channels (int): Channels of the teacher's feature, C_t.
-        denoising (bool): Whether to add noise and denoise. False keeps only the alignment of the student, the
-            convolution with BatchNorm that usually follows the last step, and the distance. Defaults to True.
+        denoising (bool): Whether to add noise and denoise. False keeps only the alignment of the student's feature, the
+            convolution with BatchNorm that usually follows the last denoising step, and the distance. Defaults to True.
         normalize (bool): Whether to normalize every channel of both features to zero mean and unit variance before
             diffusion. Defaults to False.
         group_norm (bool): Whether denoiser and noise adapter use GroupNorm instead of BatchNorm, so that student and
             teacher features do not share statistics. Defaults to False.
-        variance_preserving (bool): Whether to blend the student feature Z_s and noise as in forward diffusion,
-            sqrt(a) Z_s + sqrt(1 - a) eps with sqrt(a) = gamma, and to start denoising at the timestep with this a.
-            Defaults to False.
-        detach (bool): Whether the distillation loss does not train the denoiser. The gradient of the loss still passes
-            through the denoiser to the student. Defaults to False.
+        variance_preserving (bool): Whether to blend the student feature Z_s and the noise eps as in forward diffusion,
+            sqrt(a) Z_s + sqrt(1 - a) eps, where the noise adapter's gamma is used as sqrt(a). Denoising then starts at
+            the timestep with this a. Defaults to False.
+        detach (bool): Whether to train the denoiser by the diffusion loss only. The gradient of ``loss_kd`` still
+            passes through the denoiser to the student. Defaults to False.
         **kwargs: Arguments of :class:`FeatureDiffusion`. With ``variance_preserving``, ``num_grad_steps`` has no effect
             and no trajectory is returned.
     """

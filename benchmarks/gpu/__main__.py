@@ -9,7 +9,7 @@ Stages:
   tests      tests marked gpu: mixed precision, compilation, memory formats, DDP with NCCL, activation checkpointing
   neck       time and peak memory of the diffusion module, for images of 800x1344
   iteration  time and peak memory of a distilled iteration of RetinaNet R101 -> R50, for images of 800x1344
-  deeppcb    a student on DeepPCB alone and with two presets, one seed
+  deeppcb    training on DeepPCB with one seed: the student alone, and the student with each of two presets
 """
 
 import argparse
@@ -28,8 +28,8 @@ from benchmarks.pages import machine, markdown, write_page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE = 20  # seconds that a part gets after its time limit, to write the results that it has
-SMOKE_FACTOR = 6  # factor of the time limits with --smoke, because importing packages takes longer on a busy CPU
-LINES = 5  # number of last lines of the log that the table of a failed part shows
+SMOKE_FACTOR = 6  # --smoke multiplies the time limits by this, because importing packages takes longer on a busy CPU
+LINES = 5  # the page of a failed part shows this many lines from the end of its log
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Part:
     Args:
         stage (str): Name of the stage.
         name (str): Name of the page and the log.
-        title (str): Title of the page if the part does not write it.
+        title (str): Title of the page that is written if the part has not written its own page.
         seconds (int): Time limit.
-        words (list[str]): Arguments of Python.
+        words (list[str]): Command line arguments for Python.
     """
 
     stage: str
@@ -101,7 +101,7 @@ def parse_args():
         '--out', type=Path, default=Path('work_dirs/gpu'), help='folder for the tables (default %(default)s)'
     )
     parser.add_argument(
-        '--packages', type=Path, help='folder of packages to install (requirements/offline_env.py pack)'
+        '--packages', type=Path, help='folder of packages to install, from requirements/offline_env.py pack'
     )
     parser.add_argument(
         '--site', type=Path, default=ROOT / 'build' / 'gpu_site', help='folder to install to (default build/gpu_site)'
@@ -130,7 +130,7 @@ def parse_args():
 
 
 class Kit:
-    """Runs parts in order, and writes the index after each of them.
+    """Runs parts in order, and writes the index after each part.
 
     Args:
         out (Path): Folder of the tables.
@@ -172,7 +172,7 @@ class Kit:
         return all(self.rows[part.name]['result'] == 'done' for part in parts)
 
     def execute(self, part: Part) -> Optional[int]:
-        """Run a part; return its exit code, or None if its time was over."""
+        """Run a part. Return its exit code, or None if it reached its time limit."""
         command = [sys.executable, *part.words]
         with self.log(part).open('wb') as log:
             process = subprocess.Popen(
@@ -202,7 +202,7 @@ class Kit:
         (self.out / 'index.md').write_text(f'# Results\n\n{table}\n', 'utf-8')
 
     def write_failure(self, part: Part, result: str) -> None:
-        """Write the page of a part that has written none: the result and the end of its log."""
+        """Write a page with the result and the end of the log, for a part that has not written its own page."""
         lines = self.log(part).read_text('utf-8', errors='replace').splitlines()[-LINES:]
         rows = [dict(result=result)]
         text = 'There is no result. The log ends with:\n\n' + '\n'.join(f'    {line[:200]}' for line in lines or ['-'])

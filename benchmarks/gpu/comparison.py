@@ -1,6 +1,6 @@
-"""Train a student on DeepPCB alone and with two presets, with one seed.
+"""Train a student on DeepPCB with one seed: without distillation, and with each of two presets.
 
-``tools/compare.py`` trains the three methods. The table always has one row per method. The row of a run that has not
+``tools/compare.py`` trains these three methods. The table always has one row per method. The row of a run that has not
 ended shows the last iteration. With ``--smoke``, the methods train on a few generated images for a short time.
 """
 
@@ -19,7 +19,7 @@ import torch
 from benchmarks.pages import machine, write_page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-METHODS = ('alone', 'cwd_head', 'plus')  # the best baseline on DeepPCB, and the recommended preset
+METHODS = ('alone', 'cwd_head', 'plus')  # student alone, best baseline on DeepPCB, recommended preset
 METRIC = 'coco/bbox_mAP'
 SEED = 0
 GRACE = 15  # seconds for tools/compare.py to stop its runs
@@ -42,7 +42,7 @@ def parse_args():
 
 
 def command_of(args, folder: Path) -> List[str]:
-    """Return the command of the comparison."""
+    """Return the command of the comparison. With ``--smoke``, generate its images in ``folder`` first."""
     configs = 'benchmarks/accuracy/configs/deeppcb'
     student, teacher, checkpoint = f'{configs}_student.py', f'{configs}_teacher.py', args.teacher
     data, jobs, extra = args.data, len(METHODS), []

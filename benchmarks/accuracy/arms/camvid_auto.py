@@ -1,5 +1,6 @@
-# Compare loss_weight='auto' with hand-tuned weights of the same methods: the default weight of the preset (the name
-# without a number) and three more weights. mgd has two pairs, whose default weights are multiplied by the same factor.
+# Compare loss_weight='auto' with hand-tuned weights. Each preset is trained with 'auto', with its default weight (the
+# arm with the name of the preset) and with three other weights. The preset 'mgd' has two pairs, so its arms multiply
+# the default weights of both pairs by the same factor.
 weights = {
     'fitnet': (1.7, 15.0, 45.0),
     'pkd': (0.6, 2.0, 18.0),

@@ -1,4 +1,4 @@
-# The preset plus, and methods with only some of its parts.
+# The preset 'plus', and methods with only some of its parts.
 custom_imports = dict(imports=['benchmarks.accuracy.variants'], allow_failed_imports=False)
 features = dict(student='backbone', teacher='backbone', levels=[-1])
 mse = dict(type='mmdiffkd.MSELoss', loss_weight=5.0)

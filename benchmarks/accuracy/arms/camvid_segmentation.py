@@ -1,8 +1,8 @@
 # Methods with the loss weights that were chosen on the validation split (camvid_weights.py), and DiffKD with the
-# paper's settings. PKD also has its default weight, because over three seeds the default is as good as the chosen
-# weight.
+# paper's settings. PKD is also run with its default weight, because over three seeds the default weight is as good as
+# the chosen weight.
 def of_features(weight, distance=None, levels=(-1,), **neck):
-    """Return a method that compares feature maps of the backbones."""
+    """Return a method that compares feature maps of both backbones."""
     loss = dict(type=f'mmdiffkd.{distance}', loss_weight=weight)
     pair = dict(student='backbone', teacher='backbone', levels=list(levels), neck=dict(neck, loss_kd=loss))
     return dict(preset='diffkd', distill=dict(feat=pair))

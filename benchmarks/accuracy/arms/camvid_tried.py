@@ -1,21 +1,21 @@
-# Alternatives to the preset plus. They are compared on the validation split.
+# Alternatives to the preset 'plus'. They are compared on the validation split.
 def denoised(distance='MSELoss', weight=5.0, **kwargs):
-    """Return a neck that denoises and backpropagates the distance through the last denoising step only."""
+    """Return a neck that denoises. The distance is backpropagated through the last denoising step only."""
     return dict(loss_kd=dict(type=f'mmdiffkd.{distance}', loss_weight=weight), num_grad_steps=1, **kwargs)
 
 
 def of_layer(path, neck, levels=None):
-    """Return a pair that compares the outputs of the same layer of both models."""
+    """Return a pair that compares the outputs of the same layer in both models."""
     return dict(student=path, teacher=path, levels=levels, neck=neck)
 
 
 def of_features(neck, levels=(-1,), **pairs):
-    """Return a method that compares feature maps of the backbones, and the pairs in ``pairs``."""
+    """Return a method that compares feature maps of both backbones. ``pairs`` are additional pairs."""
     return dict(preset='diffkd', distill=dict(feat=of_layer('backbone', neck, list(levels)), **pairs))
 
 
 def direct(distance, **kwargs):
-    """Return a neck without denoising."""
+    """Return a neck that compares features without denoising."""
     return dict(denoise=False, loss_kd=dict(type=f'mmdiffkd.{distance}', **kwargs))
 
 

@@ -1,9 +1,10 @@
-# Each method with several loss weights: the default (the name without a number), a third of it, and three times the
-# default. If the best weight is the smallest or the largest, up to two more weights extend the range.
+# Each method with several loss weights. Most methods have the default weight (the name without a number), a third of
+# the default, and three times the default. If the best weight is the smallest or the largest, up to two more weights
+# extend the range.
 
 
 def of_features(distance, weight, **neck):
-    """Return a method that compares the last feature maps of the backbones."""
+    """Return a method that compares the last feature maps of both backbones."""
     loss = dict(type=f'mmdiffkd.{distance}', loss_weight=weight)
     pair = dict(student='backbone', teacher='backbone', levels=[-1], neck=dict(neck, loss_kd=loss))
     return dict(preset='diffkd', distill=dict(feat=pair))

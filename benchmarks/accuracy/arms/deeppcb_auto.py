@@ -1,5 +1,5 @@
-# Compare loss_weight='auto' with hand-tuned weights of the same methods: the default weight of the preset (the name
-# without a number) and three more weights.
+# Compare loss_weight='auto' with hand-tuned weights. Each preset is trained with 'auto', with its default weight (the
+# arm with the name of the preset) and with three other weights.
 heads = ('cls', 'reg')
 weights = {
     'fitnet': (0.6, 1.7, 15.0),

@@ -1,9 +1,9 @@
-# The preset plus, and methods with only some of its parts.
+# The preset 'plus', and methods with only some of its parts.
 custom_imports = dict(imports=['benchmarks.accuracy.variants'], allow_failed_imports=False)
 
 
 def of_layer(path, **distance):
-    """Return a pair that compares the outputs of the same layer of both heads directly."""
+    """Return a pair that compares the outputs of the same layer in both heads, without denoising."""
     return dict(student=path, teacher=path, neck=dict(denoise=False, align=False, loss_kd=distance))
 
 

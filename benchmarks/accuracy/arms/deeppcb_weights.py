@@ -1,5 +1,6 @@
-# Each method with several loss weights: the default (the name without a number), a third of it, and three times the
-# default. If the best weight is the smallest or the largest, up to two more weights extend the range.
+# Each method with several loss weights. Most methods have the default weight (the name without a number), a third of
+# the default, and three times the default. If the best weight is the smallest or the largest, up to two more weights
+# extend the range.
 attention = dict(type='mmdiffkd.AttentionMSELoss', loss_weight=5.0)
 methods = {
     'fitnet': dict(preset='fitnet'),

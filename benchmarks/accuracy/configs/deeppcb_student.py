@@ -1,5 +1,5 @@
-# The student has a quarter of the teacher's backbone channels, and half of the channels in neck and head. It trains for
-# a quarter as many epochs as the teacher.
+# The student has a quarter of the teacher's channels in the backbone, and half of the teacher's channels in neck and
+# head. It trains for a quarter as many epochs as the teacher.
 _base_ = './deeppcb_teacher.py'
 model = dict(
     backbone=dict(base_channels=8, stem_channels=8),

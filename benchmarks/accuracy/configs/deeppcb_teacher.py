@@ -1,6 +1,6 @@
 # The teacher: RetinaNet with a ResNet-18 of half the usual width. Training from scratch requires normalization in neck
-# and head. The defects are only 14 - 26 pixels wide, so the model has three levels, and its smallest anchors have 16
-# pixels. The model trains on crops with a quarter of an image's area. Validation and test use whole images.
+# and head. The defects are only 14 - 26 pixels wide, so the model has three levels, and its smallest anchors are 16
+# pixels wide. The model trains on crops with a quarter of an image's area. Validation and test use whole images.
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../../../configs/_base_/deeppcb.py']
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(
