@@ -248,7 +248,7 @@ def preset_page(name: str) -> str:
     sections = dict(text.sections)
     equal = preset.released_code and (
         f'In the tests, losses and gradients are equal to those of {preset.released_code}: no value differs by more '
-        'than 1e-4 of the largest value.'
+        'than 1e-4 times the largest value of the same array.'
     )
     tried = [model for configs in MODELS.values() for model in configs]
     shown = [model for found in find_pairs(name).values() for model in found]
@@ -263,7 +263,7 @@ def preset_page(name: str) -> str:
         fill(
             f'The table shows the default pairs (no `distill` in the config) of {enumerate_names(shown)}. '
             + (f'The preset refuses {enumerate_names(refused)}. ' if refused else '')
-            + 'Where no levels are named, all levels are compared.'
+            + 'If a tap in the table names no level, all its levels are compared.'
         ),
         markdown(pair_rows(name)).replace('---:', '---'),
         '## Weights',

@@ -79,7 +79,7 @@ def compare(
             different settings.
         BlockingIOError: If another comparison is running in the folder.
     """
-    student = Config(read_config(student_config, cfg_options).to_dict())  # to_dict() writes types as strings
+    student = Config(read_config(student_config, cfg_options).to_dict())  # to_dict() replaces classes by their names
     _check_student(student, schedule, seeds)
     if 'student' in read_config(teacher_config).model:
         raise ValueError('The config of the teacher is a distillation config; give the config of a plain model.')
@@ -113,7 +113,7 @@ def _check_student(student: Config, schedule: float, seeds: Sequence[int]) -> No
     if not schedule > 0:
         raise ValueError(f'schedule={schedule} must be a positive factor, such as 0.5 for half of the training.')
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f'seeds={list(seeds)} must be different numbers, such as 0 1 2.')
+        raise ValueError(f'seeds={list(seeds)} must be different numbers, at least one, such as 0 1 2.')
 
 
 def _read_methods(presets: Optional[Sequence[str]], arms: Optional[dict]) -> Dict[str, Optional[dict]]:

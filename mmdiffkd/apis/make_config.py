@@ -99,7 +99,7 @@ def make_config(
             the student cannot be distilled from this teacher, or Python cannot import a pure Python config.
     """
     if output is not None and os.path.exists(output):
-        raise FileExistsError(f"The file '{output}' already exists; choose a different name or remove it.")
+        raise FileExistsError(f"The file '{output}' already exists; choose a different name, or remove the file.")
     student_cfg, teacher_cfg = read_config(student), read_config(teacher)
     for source, cfg in ((student, student_cfg), (teacher, teacher_cfg)):
         if 'student' in cfg.model:

@@ -21,11 +21,12 @@ def load_run_config(args: argparse.Namespace) -> Config:
         args (Namespace): ``config``, ``cfg_options``, ``work_dir``, ``launcher`` and ``local_rank``.
 
     Returns:
-        Config: The config, with ``work_dir`` from the command line, from the config, or named after the config file.
+        Config: The config. ``work_dir`` is the one of the command line, otherwise the one of the config. If neither
+        sets it, it is named after the config file.
 
     Raises:
-        ImportError, ValueError: See ``mmdiffkd.utils.config.load_config`` and ``check_run_config``. A ValueError also
-            if ``work_dir`` is a file, or the launcher has not started this process.
+        ImportError, ValueError: See ``mmdiffkd.utils.config.load_config`` and ``check_run_config``. A ValueError is
+            also raised if ``work_dir`` is a file, or if the launcher has not started this process.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config)

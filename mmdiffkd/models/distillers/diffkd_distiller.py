@@ -449,7 +449,7 @@ class DiffKDDistiller(BaseDistiller):
             losses.update(log)
             losses.update(name_losses(name, outputs, levels, weight, self._auxiliary_losses[name]))
             drawn = {level: output for level, output in zip(levels, outputs) if _is_drawable(output)}
-            if drawn and rows is None:  # with rows, the first feature may not belong to the first image
+            if drawn and rows is None:  # with given rows, the first feature may belong to a later image
                 captured[name] = drawn
         if state.capture:
             state.last_record = DistillRecord(images, captured)

@@ -30,7 +30,7 @@ class DenseHeadPreset(Preset):
         return self.head_pair(student, student_cfg, teacher_cfg)
 
     def head_pair(self, student: nn.Module, student_cfg: dict, teacher_cfg: dict) -> Dict[str, dict]:
-        """Return the pair of the last layers of both heads. Arguments: see :meth:`.Preset.default_pairs`.
+        """Return the pair that compares the last layers of both heads. Arguments: see :meth:`.Preset.default_pairs`.
 
         Raises:
             ValueError: If a head is not supported, or the heads cannot be compared.
