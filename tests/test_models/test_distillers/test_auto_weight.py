@@ -213,6 +213,21 @@ def test_ratio_of_a_distance(tmp_path):
     assert find_ratio(MGDNeck([4], [4]), ['neck']) == MGDNeck.gradient_ratio
 
 
+@pytest.mark.parametrize(
+    'tap, is_head',
+    [
+        ('bbox_head.retina_cls', True),
+        ('detector.bbox_head', True),
+        ('detector.roi_head.bbox_head.fc_cls', True),
+        ('neck', False),
+        ('detector.backbone', False),
+    ],
+)
+def test_ratio_of_features_and_heads(tap, is_head):
+    """A wrapper, such as a tracker, holds the head in its detector."""
+    assert find_ratio(nn.Identity(), [tap]) == (HEAD_RATIO if is_head else FEATURE_RATIO)
+
+
 def test_loss_without_gradients_is_not_measured(tmp_path):
     model = build(tmp_path)
     with torch.no_grad():
