@@ -17,6 +17,7 @@ import traceback
 import warnings
 from contextlib import suppress
 from datetime import date
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
@@ -31,7 +32,7 @@ from torch import nn
 
 from mmdiffkd.models.distillers.feature_info import encoder_path
 from mmdiffkd.utils import build_for_inspection, get_model_cfg
-from mmdiffkd.utils.dummy_inputs import fit_to, random_batch, without_pretrained
+from mmdiffkd.utils.dummy_inputs import TEXT, fit_to, random_batch, without_pretrained
 
 PACKAGES = ('mmdet', 'mmseg', 'mmpretrain')
 # Image sizes to try until a model trains: some models need large images, and SSD needs 300 pixels. The pipelines of
@@ -288,7 +289,24 @@ def load(file: Path) -> Optional[Config]:
     if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
         return None
     without_pretrained(cfg.model)
+    if cfg.model.get('language_model'):
+        cfg.model.language_model.name = random_bert()
+        if str(cfg.model.bbox_head.type).endswith('VLFusionHead'):
+            cfg.model.bbox_head.lang_model_name = random_bert()
     return cfg
+
+
+@cache
+def random_bert() -> str:
+    """Write a BERT with one layer and random weights, because the hub may not be reachable. Return its folder."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tempfile.mkdtemp()
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', *TEXT]
+    Path(folder, 'vocab.txt').write_text('\n'.join(words), encoding='utf-8')
+    BertTokenizer(f'{folder}/vocab.txt').save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=1)).save_pretrained(folder)
+    return folder
 
 
 def module_types(model_cfg: dict) -> dict:

@@ -15,6 +15,7 @@ from .config import get_preprocessor_cfg, package_of, set_loader_defaults, type_
 from .image_settings import image_channels, nested_datasets
 
 BOXES = 3  # number of ground truth boxes per image
+TEXT = ('person', 'cat', 'dog')  # class names for detectors that read them, such as GroundingDINO
 # pipeline for mmpretrain configs without a training set
 INFERENCE_ONLY = (dict(type='Resize', scale=224), dict(type='PackInputs'))
 
@@ -109,6 +110,8 @@ def _detection_sample(cfg: Config, draw, rng, size: int, number: int):
     from mmdet.structures import DetDataSample
 
     sample = DetDataSample(metainfo=_metainfo(size, number))
+    if 'language_model' in cfg.model:
+        sample.set_metainfo(dict(text=TEXT, custom_entities=True))
     sample.gt_instances = _instances(cfg, rng, size)
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     sample.proposals = InstanceData(bboxes=_boxes(rng, size, 20), scores=torch.rand(20))
@@ -147,6 +150,8 @@ def _instances(cfg: Config, rng, size: int) -> InstanceData:
 
     boxes = _boxes(rng, size, BOXES)
     things = next(_values(cfg.model, 'num_things_classes'), None) or num_classes_of(cfg.model)
+    if 'language_model' in cfg.model:
+        things = len(TEXT)
     instances = InstanceData(bboxes=boxes, labels=torch.from_numpy(rng.integers(0, things, BOXES)))
     # add masks only if the config loads masks, because some box detectors would use them wrongly
     pipelines = repr(cfg.get('train_dataloader'))
