@@ -25,8 +25,8 @@ from mmdiffkd.models.distillers.pairs import Pair, read_pairs
 from mmdiffkd.registry import MODELS as CLASSES
 from mmdiffkd.registry import PRESETS
 from mmdiffkd.utils import build_for_inspection, get_model_cfg, resolve_config
+from mmdiffkd.utils.check_config import get_class
 from mmdiffkd.utils.config import type_name
-from mmdiffkd.utils.validation import get_class
 
 DOCS = Path(__file__).parent.parent / 'docs'
 FOLDER = DOCS / 'configure' / 'presets'

@@ -22,7 +22,7 @@ from mmdiffkd.models import (
 )
 from mmdiffkd.models.losses.utils import normalize_channels
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Natural, NonNegative, build_part, check_arguments
+from mmdiffkd.utils.check_config import Natural, NonNegative, build_part, check_arguments
 
 
 class Bridge(FeatureDiffusion):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.accuracy.candidates import Bridge
 from mmdiffkd.models import BottleneckDenoiser, FeatureDiffusion, FeatureDiffusionNeck, MSELoss
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Count, NonNegative, check_arguments
+from mmdiffkd.utils.check_config import Count, NonNegative, check_arguments
 
 
 @MODELS.register_module()

@@ -16,6 +16,7 @@ from mmdiffkd.models.distillers.input_renormalizer import Preprocessor
 from mmdiffkd.models.distillers.pairs import Pair, read_pairs
 from mmdiffkd.models.presets.base import ENCODER, find_features, find_task
 from mmdiffkd.utils import read_config
+from mmdiffkd.utils.check_config import Limits, Positive, check_value
 from mmdiffkd.utils.config import (
     get_custom_imports,
     get_model_cfg,
@@ -28,7 +29,6 @@ from mmdiffkd.utils.config import (
 )
 from mmdiffkd.utils.image_settings import image_channels, image_size, loaded_order, pipeline_normalization
 from mmdiffkd.utils.meta_device import build_for_inspection
-from mmdiffkd.utils.validation import Limits, Positive, check_value
 
 from .distill import Source, distillation_config
 from .parallel import available_cores

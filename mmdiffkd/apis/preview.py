@@ -3,7 +3,7 @@
 import copy
 import os.path as osp
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -204,12 +204,8 @@ def list_taps(
         init_default_scope(package_of(cfg) or 'mmengine')
         model_cfg = copy.deepcopy(cfg.model.student if 'student' in cfg.model else cfg.model)
         model_cfg = with_preprocessor(model_cfg, cfg.get('data_preprocessor'))
-    net = build_for_inspection(model_cfg)
-    try:
-        return _output_shapes(net, size, image_channels(model_cfg))
-    except ValueError:
-        if next(net.parameters()).device.type == 'cpu':
-            raise
+    with suppress(ValueError):
+        return _output_shapes(build_for_inspection(model_cfg), size, image_channels(model_cfg))
     # try again on the CPU: this is slower, but some operators do not support the meta device
     return _output_shapes(build_on_cpu(model_cfg), size, image_channels(model_cfg))
 

@@ -6,7 +6,8 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mmdiffkd.utils.config import check_run_config, load_config, set_loader_defaults
+from mmdiffkd.utils.check_config import check_run_config
+from mmdiffkd.utils.config import load_config, set_loader_defaults
 
 # environment variable that a launcher sets, and the commands that use it
 LAUNCHERS = dict(

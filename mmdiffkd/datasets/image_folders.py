@@ -9,7 +9,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 
 from mmdiffkd.registry import DATASETS
-from mmdiffkd.utils.validation import check_value
+from mmdiffkd.utils.check_config import check_value
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 THREADS = 16  # number of threads that read the first bytes of files; most of the time, they wait for the disk

@@ -9,7 +9,7 @@ from mmengine.fileio import BaseStorageBackend, get_file_backend
 from mmengine.fileio.backends import prefix_to_backends
 from mmengine.logging import print_log
 
-from mmdiffkd.utils.validation import closest_names
+from mmdiffkd.utils.check_config import closest_names
 
 
 def is_in_store(source: str) -> bool:

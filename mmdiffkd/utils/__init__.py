@@ -1,3 +1,4 @@
+from .check_config import closest_names
 from .config import (
     get_custom_imports,
     get_model_cfg,
@@ -9,7 +10,6 @@ from .config import (
 from .image_settings import image_channels
 from .meta_device import QuickInit, QuickMeta, build_for_inspection, build_on_meta, saved_activation_bytes
 from .model_index import zoo_checkpoint
-from .validation import closest_names
 
 __all__ = [
     'QuickInit',

@@ -4,21 +4,17 @@ import copy
 import inspect
 import os.path as osp
 from importlib.util import find_spec
-from logging import WARNING
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
 from mmengine.registry import MODELS
 
-from .validation import closest_names
+from .check_config import check_run_config, closest_names
 
 ConfigSource = Union[str, Path, dict]
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-# arguments of the distiller that check_run_config() looks for at the top level of a config
-DISTILLER_KEYS = ('distill', 'teacher', 'preset', 'init_from_teacher')
 
 
 def resolve_config(source: ConfigSource) -> Config:
@@ -108,37 +104,6 @@ def load_config(file: Union[str, Path]) -> Config:
             f"custom_imports of '{file}' cannot be imported: {cause}. Check the spelling, or set PYTHONPATH to the "
             'folder of the module.'
         ) from error
-
-
-def check_run_config(cfg: Config) -> None:
-    """Check settings that would be ignored, or would fail later with an unclear message.
-
-    Raises:
-        ValueError: If a setting of the distiller is at the top level of the config and not in ``model``, or if
-            ``custom_hooks`` is not a list.
-    """
-    model = cfg.get('model')
-    for key in DISTILLER_KEYS if isinstance(model, dict) and 'student' in model else ():
-        others = {name: value for name, value in cfg.items() if name != key}
-        parts = cfg[key].values() if isinstance(cfg.get(key), dict) else [cfg.get(key)]
-        # ignore a variable of the config file that is used elsewhere in the config: it may have any name
-        if not cfg.get(key) or _is_part(cfg[key], others) or all(_is_part(part, others) for part in parts):
-            continue
-        text = f'{key} has no effect at the top level of the config: set it in the model, model=dict({key}=...).'
-        if key not in model:
-            raise ValueError(text)
-        print_log(text, 'current', WARNING)  # no error: it may be a variable, and a child config has changed the model
-    hooks = cfg.get('custom_hooks')
-    if hooks is not None and not isinstance(hooks, (list, tuple)):
-        raise ValueError('custom_hooks must be a list, such as custom_hooks=[dict(type=...)].')
-
-
-def _is_part(value, cfg) -> bool:
-    """Return whether a config equals a value or contains it at any depth."""
-    if value == cfg:
-        return True
-    members = cfg.values() if isinstance(cfg, dict) else cfg if isinstance(cfg, (list, tuple)) else ()
-    return any(_is_part(value, member) for member in members)
 
 
 def get_model_cfg(cfg: Config) -> ConfigDict:

@@ -1,6 +1,7 @@
 """Build and run models to inspect them, on the meta device or with random weights that are fast to create."""
 
 import copy
+from contextlib import suppress
 from typing import Callable, Iterable, Optional
 
 import torch
@@ -27,22 +28,16 @@ BLOCK = 65521
 
 
 def build_for_inspection(model_cfg: dict) -> nn.Module:
-    """Build a model to inspect its structure, without changing the random state.
-
-    The model is built on the meta device, where it takes no memory. If its constructor reads tensor values, which fails
-    on the meta device, it is built on the CPU.
+    """Build a model on the meta device to inspect its structure, without changing the random state.
 
     Args:
         model_cfg (dict): Config of the model.
 
     Returns:
-        nn.Module: The model, without usable weights.
+        nn.Module: The model, without weights; see :func:`build_on_meta`.
     """
     with torch.random.fork_rng(devices=[]):
-        try:
-            return build_on_meta(model_cfg)
-        except Exception:
-            return build_on_cpu(model_cfg)
+        return build_on_meta(model_cfg)
 
 
 def build_on_cpu(model_cfg: dict) -> nn.Module:
@@ -59,24 +54,26 @@ def build_on_cpu(model_cfg: dict) -> nn.Module:
 
 
 def build_on_meta(model_cfg: dict) -> nn.Module:
-    """Build a model on the meta device.
+    """Build a model on the meta device, where it takes no memory.
+
+    Some constructors fail on the meta device, because they read values of tensors or load weights, as language models
+    of transformers do. Such a model is built on the CPU and then moved to the meta device.
 
     Args:
         model_cfg (dict): Config of the model.
 
     Returns:
-        nn.Module: The model.
+        nn.Module: The model, without weights.
 
     Raises:
-        Exception: If the constructor reads tensor values, which meta tensors do not have. Values of ``torch.linspace``
-            are an exception and can be read.
+        Exception: The error of the model's constructor.
     """
-    with torch.device('meta'):
-        try:
-            return MODELS.build(copy.deepcopy(model_cfg))
-        except Exception:
-            with _LinspaceOnCPU():
-                return MODELS.build(copy.deepcopy(model_cfg)).to('meta')
+    with suppress(Exception), torch.device('meta'):
+        return MODELS.build(copy.deepcopy(model_cfg))
+    with suppress(Exception), torch.device('meta'), _LinspaceOnCPU():
+        return MODELS.build(copy.deepcopy(model_cfg)).to('meta')
+    with torch.device('cpu'):
+        return build_on_cpu(model_cfg).to('meta')
 
 
 class _LinspaceOnCPU(TorchFunctionMode):

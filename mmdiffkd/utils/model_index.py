@@ -5,8 +5,8 @@ from typing import Optional
 
 from mmengine.fileio import load
 
+from .check_config import closest_names
 from .config import ConfigSource, package_configs, source_name
-from .validation import closest_names
 
 
 def zoo_checkpoint(source: ConfigSource) -> str:

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from mmengine.registry import MODELS
 from torch import nn
 from torch.nn import functional as F
 
+from mmdiffkd.models.distillers.feature_info import infer_feature_info
 from mmdiffkd.utils import QuickInit, QuickMeta, build_for_inspection, build_on_meta, get_model_cfg, resolve_config
 
 SWIN = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
@@ -16,6 +18,29 @@ def test_drop_path_rates_on_the_meta_device():
     assert all(tensor.is_meta for tensor in (*net.parameters(), *net.buffers()))
     rates = [block.ffn.dropout_layer.drop_prob for stage in net.backbone.stages for block in stage.blocks]
     assert rates == pytest.approx(torch.linspace(0, cfg.backbone.drop_path_rate, 12).tolist())
+
+
+@MODELS.register_module()
+class LoadsInItsConstructor(nn.Module):
+    """Loads weights in the constructor, which libraries such as transformers refuse on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        if self.conv.weight.is_meta:
+            raise RuntimeError('weights cannot be loaded on the meta device')
+
+    def forward(self, images):
+        return self.conv(images)
+
+
+def test_constructor_that_fails_on_the_meta_device():
+    state = torch.random.get_rng_state()
+    net = build_for_inspection(dict(type='LoadsInItsConstructor'))
+    assert all(weight.is_meta for weight in net.parameters())
+    info = infer_feature_info(dict(type='LoadsInItsConstructor'), ['conv'], 'student')['conv']
+    assert info.channels == [8] and info.requires_grad == [True]
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_build_errors_are_raised():

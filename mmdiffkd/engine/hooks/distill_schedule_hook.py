@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils.validation import ConfigError, Limits, Natural, NonNegative, check_arguments
+from mmdiffkd.utils.check_config import ConfigError, Limits, Natural, NonNegative, check_arguments
 
 from ..checkpoint import PREFIX
 from .utils import require_distiller, require_optimizer

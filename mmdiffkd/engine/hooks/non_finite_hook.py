@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils.validation import Natural, check_arguments
+from mmdiffkd.utils.check_config import Natural, check_arguments
 
 from .utils import get_distiller, require_distiller, require_optimizer
 

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import save_checkpoint
 
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils.validation import one_line
+from mmdiffkd.utils.check_config import one_line
 
 from ..atomic_backend import NAME as ATOMIC_BACKEND
 from ..checkpoint import read_checkpoint, without_diffusion_module

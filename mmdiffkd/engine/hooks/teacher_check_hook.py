@@ -7,7 +7,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils.validation import check_arguments
+from mmdiffkd.utils.check_config import check_arguments
 
 from .utils import require_distiller
 

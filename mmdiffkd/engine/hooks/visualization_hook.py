@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdiffkd.models import DiffusionOutput, DistillRecord
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils.validation import Limits, check_arguments
+from mmdiffkd.utils.check_config import Limits, check_arguments
 from mmdiffkd.visualization.feature_panels import draw_features, draw_steps
 
 from ..checkpoint import PREFIX

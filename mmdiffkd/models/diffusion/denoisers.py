@@ -1,7 +1,7 @@
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Count, check_arguments
+from mmdiffkd.utils.check_config import Count, check_arguments
 
 
 class Bottleneck(nn.Module):

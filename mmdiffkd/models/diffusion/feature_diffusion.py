@@ -12,7 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Channels, ConfigError, NonNegative, build_part, check_arguments, in_key, one_line
+from mmdiffkd.utils.check_config import (
+    Channels,
+    ConfigError,
+    NonNegative,
+    build_part,
+    check_arguments,
+    in_key,
+    one_line,
+)
 
 from .autoencoder import LinearAutoencoder
 

@@ -3,7 +3,7 @@ from typing import Optional
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Count, Fraction, check_arguments
+from mmdiffkd.utils.check_config import Count, Fraction, check_arguments
 
 from .denoisers import Bottleneck
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import ConfigError, Fraction, Limits, Natural, check_arguments
+from mmdiffkd.utils.check_config import ConfigError, Fraction, Limits, Natural, check_arguments
 
 
 @MODELS.register_module()

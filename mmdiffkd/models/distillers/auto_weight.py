@@ -14,7 +14,7 @@ from mmengine.logging import MessageHub, print_log
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import ConfigError, get_class, in_key
+from mmdiffkd.utils.check_config import ConfigError, get_class, in_key
 
 from .autograd_graph import walk_graph
 

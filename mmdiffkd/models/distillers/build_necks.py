@@ -7,7 +7,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import ConfigError, build_part, in_key
+from mmdiffkd.utils.check_config import ConfigError, build_part, in_key
 
 from ..feature_maps import TapError
 from ..necks import DistillContext, FeatureDiffusionNeck

@@ -14,9 +14,9 @@ from mmengine.registry import DATASETS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import Tensor, nn
 
+from mmdiffkd.utils.check_config import closest_names, get_class
 from mmdiffkd.utils.config import LOADERS, package_of
 from mmdiffkd.utils.image_settings import nested_datasets
-from mmdiffkd.utils.validation import closest_names, get_class
 
 Names = Optional[Tuple[str, ...]]
 Mapping = Dict[Union[str, int], Union[str, int, None]]

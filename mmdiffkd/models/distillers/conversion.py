@@ -17,9 +17,9 @@ from torch import nn
 from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.engine.weights import fit_on_load
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.check_config import ConfigError, bind
 from mmdiffkd.utils.config import type_name, with_preprocessor
 from mmdiffkd.utils.image_settings import ENCODERS
-from mmdiffkd.utils.validation import ConfigError, bind
 
 from .distill_state import DistillState
 

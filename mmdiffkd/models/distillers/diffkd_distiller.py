@@ -17,10 +17,10 @@ from mmdiffkd.engine.checkpoint import PREFIX
 from mmdiffkd.engine.distributed import attach_unused_params, on_all_ranks
 from mmdiffkd.engine.weights import use_checked_files
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.check_config import ConfigError, bind, check_value, in_key
 from mmdiffkd.utils.image_settings import ENCODERS
 from mmdiffkd.utils.meta_device import build_for_inspection
 from mmdiffkd.utils.student_config import write_student_config
-from mmdiffkd.utils.validation import ConfigError, bind, check_value, in_key
 from mmdiffkd.version import __version__
 
 from ..diffusion.feature_diffusion import DiffusionOutput

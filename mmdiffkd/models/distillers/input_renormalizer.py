@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from mmdiffkd.utils.check_config import ConfigError, Limits, check_value, in_key
 from mmdiffkd.utils.config import type_name
-from mmdiffkd.utils.validation import ConfigError, Limits, check_value, in_key
 
 from .batches import blank_sample
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdiffkd.utils.check_config import ConfigError
 from mmdiffkd.utils.meta_device import QuickMeta
-from mmdiffkd.utils.validation import ConfigError
 
 from .feature_info import FeatureInfo, forward_fns
 from .recorders import ModuleOutputsRecorder

@@ -6,8 +6,8 @@ from typing import Dict, List, Literal, NamedTuple, Optional, Sequence, Union
 from torch import nn
 
 from mmdiffkd.registry import MODELS, PRESETS
+from mmdiffkd.utils.check_config import check_value, closest_names, get_class
 from mmdiffkd.utils.config import comparable, type_name
-from mmdiffkd.utils.validation import check_value, closest_names, get_class
 
 from ..diffusion.feature_diffusion import FeatureDiffusion
 from ..encoders import is_encoder

@@ -8,7 +8,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmdiffkd.utils.validation import closest_names
+from mmdiffkd.utils.check_config import closest_names
 
 from ..feature_maps import TapError, Tokens, as_map, flatten
 from .batches import find_images

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import fingerprint, read_checkpoint
 from mmdiffkd.engine.weights import load_strict
+from mmdiffkd.utils.check_config import ConfigError, Positive, check_arguments, closest_names, in_key
 from mmdiffkd.utils.config import get_preprocessor_cfg, get_teacher_cfg, resolve_config, type_name
 from mmdiffkd.utils.image_settings import image_size, pipeline_normalization
 from mmdiffkd.utils.memory import check_memory
 from mmdiffkd.utils.meta_device import QuickInit, build_for_inspection
 from mmdiffkd.utils.model_index import zoo_checkpoint, zoo_problem
-from mmdiffkd.utils.validation import ConfigError, Positive, check_arguments, closest_names, in_key
 
 from ..encoders import PRETRAINED, is_library_model
 from .classes import Names, class_names, dataset_classes

@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
-from mmdiffkd.utils.validation import ConfigError
+from mmdiffkd.utils.check_config import ConfigError
 
 MIN_STRIDE = 4  # feature maps with smaller strides need much memory, and students of OpenMMLab do not have such maps
 

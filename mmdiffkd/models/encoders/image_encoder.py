@@ -8,7 +8,7 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from torch import Tensor
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import get_class
+from mmdiffkd.utils.check_config import get_class
 
 FREEZING = dict(frozen_stages=-1, norm_eval=False)  # arguments of backbones, with the values that freeze nothing
 

@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 
 from mmengine.utils import digit_version
 
-from mmdiffkd.utils.validation import one_line
+from mmdiffkd.utils.check_config import one_line
 
 PRETRAINED = 'pretrained'  # value of teacher.checkpoint that selects the weights that the library lists for the model
 

@@ -6,8 +6,8 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.check_config import ConfigError, build_part, check_arguments, get_class
 from mmdiffkd.utils.config import type_name
-from mmdiffkd.utils.validation import ConfigError, build_part, check_arguments, get_class
 
 from .base import LibraryEncoder
 from .libraries import LIBRARIES

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmdiffkd.engine.checkpoint import read_checkpoint
 from mmdiffkd.engine.weights import fit_weights, own_shapes
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import check_arguments, closest_names, one_line
+from mmdiffkd.utils.check_config import check_arguments, closest_names, one_line
 
 from .base import ImageFormat, LibraryEncoder, choose_levels
 from .libraries import PRETRAINED, download_error, import_library

@@ -9,8 +9,8 @@ from torch import Tensor
 from mmdiffkd.engine.checkpoint import read_checkpoint
 from mmdiffkd.engine.weights import fit_weights, load_strict, own_shapes
 from mmdiffkd.registry import MODELS
+from mmdiffkd.utils.check_config import ConfigError, check_arguments, closest_names
 from mmdiffkd.utils.meta_device import QuickInit
-from mmdiffkd.utils.validation import ConfigError, check_arguments, closest_names
 
 from ..feature_maps import as_map
 from .base import ImageFormat, LibraryEncoder, channels_first, choose_levels

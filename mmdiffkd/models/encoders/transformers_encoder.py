@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmdiffkd.engine.checkpoint import read_checkpoint
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import check_arguments, one_line
+from mmdiffkd.utils.check_config import check_arguments, one_line
 
 from ..feature_maps import Tokens, as_map
 from .base import ImageFormat, LibraryEncoder, channels_first, choose_levels

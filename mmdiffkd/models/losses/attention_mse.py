@@ -1,7 +1,7 @@
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
+from mmdiffkd.utils.check_config import NonNegative, Positive, check_arguments
 
 from .utils import spatial_attention
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import NonNegative, check_arguments
+from mmdiffkd.utils.check_config import NonNegative, check_arguments
 
 from .utils import masked_mean
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
+from mmdiffkd.utils.check_config import NonNegative, Positive, check_arguments
 
 from .utils import flatten_logits
 

@@ -3,7 +3,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import NonNegative, check_arguments
+from mmdiffkd.utils.check_config import NonNegative, check_arguments
 
 
 @MODELS.register_module()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmdiffkd.engine.checkpoint import PREFIX
-from mmdiffkd.utils.validation import in_key
+from mmdiffkd.utils.check_config import in_key
 
 LOSS = 'loss_'
 PAIR_KEY_RE = re.compile(re.escape(PREFIX) + r'(?P<pair>\w+)\.(?P<term>\w+)')

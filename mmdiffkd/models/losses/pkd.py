@@ -2,7 +2,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import NonNegative, check_arguments
+from mmdiffkd.utils.check_config import NonNegative, check_arguments
 
 
 @MODELS.register_module()

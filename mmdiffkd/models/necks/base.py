@@ -9,7 +9,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmdiffkd.utils.validation import ConfigError, one_line
+from mmdiffkd.utils.check_config import ConfigError, one_line
 
 from ..losses.naming import check_names
 

@@ -5,7 +5,7 @@ from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Channels, Natural, NonNegative, Positive, check_arguments
+from mmdiffkd.utils.check_config import Channels, Natural, NonNegative, Positive, check_arguments
 
 from .base import DistillContext, DistillNeck, DistillOutput
 from .bckd_neck import score_divergence

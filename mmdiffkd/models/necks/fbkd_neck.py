@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Count, NonNegative, Positive, check_arguments
+from mmdiffkd.utils.check_config import Count, NonNegative, Positive, check_arguments
 
 from ..losses.utils import spatial_attention
 from .base import DistillContext, DistillNeck, DistillOutput, check_single_tap

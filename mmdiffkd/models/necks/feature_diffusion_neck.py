@@ -3,7 +3,7 @@ from typing import Any, List, Optional, Sequence, Union
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import ConfigError, check_arguments
+from mmdiffkd.utils.check_config import ConfigError, check_arguments
 
 from ..diffusion.feature_diffusion import DiffusionOutput, FeatureDiffusion, NoiseInputs
 from ..losses.utils import class_labels

@@ -5,7 +5,7 @@ from mmengine.model import kaiming_init
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
+from mmdiffkd.utils.check_config import NonNegative, Positive, check_arguments
 
 from ..losses.utils import spatial_attention
 from .base import DistillContext, DistillNeck, DistillOutput, check_single_tap

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import NonNegative, Positive, check_arguments
+from mmdiffkd.utils.check_config import NonNegative, Positive, check_arguments
 
 from .base import DistillContext, DistillNeck, DistillOutput
 from .dense_heads import EPS, as_rows, assign_labels, head_of, regression_rows

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import Fraction, check_arguments
+from mmdiffkd.utils.check_config import Fraction, check_arguments
 
 from ..diffusion.feature_diffusion import FeatureDiffusion
 from .feature_diffusion_neck import FeatureDiffusionNeck

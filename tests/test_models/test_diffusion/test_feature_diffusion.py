@@ -8,7 +8,7 @@ from torch import nn
 from mmdiffkd.models import FeatureDiffusion, NoiseInputs
 from mmdiffkd.models.diffusion.feature_diffusion import try_loss
 from mmdiffkd.utils import saved_activation_bytes
-from mmdiffkd.utils.validation import ConfigError
+from mmdiffkd.utils.check_config import ConfigError
 
 
 def features(student=6, teacher=8, size=(5, 7)):

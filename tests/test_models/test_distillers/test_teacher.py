@@ -8,7 +8,7 @@ from mmengine.registry import MODELS
 from mmdiffkd.models.distillers.feature_info import infer_feature_info
 from mmdiffkd.models.distillers.input_renormalizer import InputRenormalizer
 from mmdiffkd.models.distillers.teacher import Teacher, _with_batch_shape
-from mmdiffkd.utils.validation import ConfigError
+from mmdiffkd.utils.check_config import ConfigError
 from tests import tiny
 from tests.test_models.test_distillers.test_input_renormalizer import PYTORCH
 

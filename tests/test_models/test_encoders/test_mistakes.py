@@ -14,7 +14,7 @@ from mmdiffkd.models.distillers.teacher import Teacher
 from mmdiffkd.models.encoders.base import choose_levels
 from mmdiffkd.models.encoders.libraries import download_error
 from mmdiffkd.utils import memory, resolve_config
-from mmdiffkd.utils.validation import ConfigError
+from mmdiffkd.utils.check_config import ConfigError
 from tests import tiny
 from tests.test_models.test_encoders.encoders import timm_teacher, torchvision_teacher, transformers_teacher
 

@@ -17,7 +17,7 @@ from mmdiffkd.models import (
 )
 from mmdiffkd.models.losses.utils import class_labels
 from mmdiffkd.models.necks import DistillContext
-from mmdiffkd.utils.validation import ConfigError
+from mmdiffkd.utils.check_config import ConfigError
 
 DISTANCES = [MSELoss, AttentionMSELoss, KLDivergence, DISTLoss, PKDLoss, ChannelWiseDivergence, CosineLoss, ATLoss]
 

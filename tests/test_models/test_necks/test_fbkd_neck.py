@@ -3,7 +3,7 @@ import torch
 
 from mmdiffkd.models import FBKDNeck
 from mmdiffkd.models.necks import DistillContext
-from mmdiffkd.utils.validation import ConfigError
+from mmdiffkd.utils.check_config import ConfigError
 
 
 def test_levels_of_any_size():

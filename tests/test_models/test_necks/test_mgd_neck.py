@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmdiffkd.models import MGDNeck
-from mmdiffkd.utils.validation import ConfigError
+from mmdiffkd.utils.check_config import ConfigError
 
 
 def losses(neck, student, teacher):

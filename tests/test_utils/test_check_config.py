@@ -5,7 +5,7 @@ from mmengine.registry import Registry
 from torch import nn
 
 from mmdiffkd.registry import MODELS
-from mmdiffkd.utils.validation import (
+from mmdiffkd.utils.check_config import (
     ConfigError,
     Limits,
     NonNegative,

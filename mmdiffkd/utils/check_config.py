@@ -1,4 +1,4 @@
-"""Check the values in configs against the signatures of the classes that are built from the configs.
+"""Check configs: values, unknown and renamed keys, and keys in the wrong place.
 
 The type annotations of a signature define which values are allowed. The decorator ``check_arguments`` compares the
 arguments of a class with the annotations, and ``build_part`` builds an object from a nested config. Both raise a
@@ -10,10 +10,13 @@ import functools
 import inspect
 import typing
 from contextlib import contextmanager, suppress
+from logging import WARNING
 from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Annotated, Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Union
 
+from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import Registry
 
 from mmdiffkd.registry import closest_own
@@ -26,6 +29,9 @@ RENAMED_KEYS = dict(
     inherit='init_from_teacher',
     schedule='scheduler',
 )
+
+# arguments of the distiller that check_run_config() looks for at the top level of a config
+DISTILLER_KEYS = ('distill', 'teacher', 'preset', 'init_from_teacher')
 
 
 class ConfigError(ValueError):
@@ -182,6 +188,37 @@ def build_part(registry: Registry, cfg: dict, key: str, default_type: Optional[s
             raise
         except Exception as error:  # classes of OpenMMLab and of users raise various errors for wrong values
             raise ConfigError('', f': {name} cannot be built: {one_line(error)}') from error
+
+
+def check_run_config(cfg: Config) -> None:
+    """Check settings that would be ignored, or would fail later with an unclear message.
+
+    Raises:
+        ValueError: If a setting of the distiller is at the top level of the config and not in ``model``, or if
+            ``custom_hooks`` is not a list.
+    """
+    model = cfg.get('model')
+    for key in DISTILLER_KEYS if isinstance(model, dict) and 'student' in model else ():
+        others = {name: value for name, value in cfg.items() if name != key}
+        parts = cfg[key].values() if isinstance(cfg.get(key), dict) else [cfg.get(key)]
+        # ignore a variable of the config file that is used elsewhere in the config: it may have any name
+        if not cfg.get(key) or _is_part(cfg[key], others) or all(_is_part(part, others) for part in parts):
+            continue
+        text = f'{key} has no effect at the top level of the config: set it in the model, model=dict({key}=...).'
+        if key not in model:
+            raise ValueError(text)
+        print_log(text, 'current', WARNING)  # no error: it may be a variable, and a child config has changed the model
+    hooks = cfg.get('custom_hooks')
+    if hooks is not None and not isinstance(hooks, (list, tuple)):
+        raise ValueError('custom_hooks must be a list, such as custom_hooks=[dict(type=...)].')
+
+
+def _is_part(value, cfg) -> bool:
+    """Return whether a config equals a value or contains it at any depth."""
+    if value == cfg:
+        return True
+    members = cfg.values() if isinstance(cfg, dict) else cfg if isinstance(cfg, (list, tuple)) else ()
+    return any(_is_part(value, member) for member in members)
 
 
 def one_line(error: Exception) -> str:
