@@ -293,7 +293,8 @@ def _run_longest(net: nn.Module, size: Size, channels: Sequence[int], shortest: 
     The image has the first number of channels in ``channels`` that the model accepts.
     """
     device = next(net.parameters()).device
-    functions = list(forward_fns(net.eval()).values())
+    net.eval()
+    functions = list(forward_fns(net).values())
     problem = None
     for forward_fn in functions if shortest else reversed(functions):
         for width in channels:

@@ -335,7 +335,8 @@ class DiffKDDistiller(BaseDistiller):
         """Set the mode of the student and the diffusion module, as :meth:`torch.nn.Module.train` does."""
         if mode and not self._wrote_student_config:  # FlexibleRunner publishes its config only after init_weights()
             self._wrote_student_config = _write_student_config()
-        return super().train(mode)
+        super().train(mode)
+        return self  # train() of some students, such as LAD, returns None
 
     def _init_from_teacher(self, teacher: nn.Module) -> None:
         """Copy the teacher's weights to the student's modules in ``init_from_teacher``."""

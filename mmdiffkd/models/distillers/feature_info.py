@@ -153,7 +153,8 @@ def infer_pad_divisor(model_cfg: dict, taps: Dict[str, FeatureInfo], declared: i
     info = next(iter(taps.values()))
     try:
         with torch.random.fork_rng(devices=[]):
-            model = build_on_meta(model_cfg).eval()
+            model = build_on_meta(model_cfg)
+            model.eval()
     except Exception:
         return declared
     for divisor in dict.fromkeys(lcm(declared, divisor) for divisor in PAD_DIVISORS):
@@ -253,7 +254,8 @@ def _run(
         else:
             with QuickInit():
                 model = MODELS.build(copy.deepcopy(model_cfg))
-        model.train().eval()  # some models freeze their stages in train()
+        model.train()  # some models freeze their stages in train()
+        model.eval()
         for path in paths:
             find_module(model, path, owner)
         images, samples = torch.zeros(IMAGES, *shape), [blank_sample(*shape[1:]) for _ in range(IMAGES)]

@@ -118,7 +118,8 @@ class Preprocessor:
         for key in NOT_BUILT:
             cfg.pop(key, None)
         try:
-            self._module = MODELS.build(cfg).eval()
+            self._module = MODELS.build(cfg)
+            self._module.eval()
         except Exception as error:
             self.obstacle = f'its class cannot be built from this config ({error})'
             return

@@ -33,7 +33,8 @@ def optimize_for_inference(model: nn.Module, channels_last: bool) -> nn.Module:
         Exception: If copying or fusing fails, for example for custom layers.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = fuse_conv_bn(copy.deepcopy(model, shared)).requires_grad_(False).eval()
+    model = fuse_conv_bn(copy.deepcopy(model, shared)).requires_grad_(False)
+    model.eval()  # returns None for some models, such as LAD
     set_memory_format(model, torch.channels_last if channels_last else torch.contiguous_format)
     return model
 

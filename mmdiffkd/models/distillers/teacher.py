@@ -187,7 +187,8 @@ class Teacher:
 
     def _freeze(self, model: nn.Module) -> nn.Module:
         self.fingerprint = fingerprint(model.state_dict())
-        return model.eval().requires_grad_(False)
+        model.eval()  # returns None for some models, such as LAD
+        return model.requires_grad_(False)
 
     def _build_encoder(self) -> nn.Module:
         """Build a model of timm, torchvision or transformers. The wrapper of the library loads the weights."""

@@ -22,6 +22,14 @@ REG = dict(
 )
 
 
+@MODELS.register_module()
+class RetinaNetWithoutReturn(RetinaNet):
+    """Its ``train`` returns None, as that of mmdet's ``LAD`` and mmpretrain's ``MoCoV3``."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
 @pytest.fixture
 def distiller(tmp_path):
     return tiny.build(tiny.distiller_cfg(tmp_path))
@@ -51,6 +59,12 @@ class TestStudent:
         expected, losses = plain.loss(*data), distiller.loss(*data)
         for name, values in expected.items():
             torch.testing.assert_close(losses[name], values)
+
+    def test_train_that_returns_nothing(self, tmp_path):
+        models = [dict(tiny.detector(base_channels=width), type='RetinaNetWithoutReturn') for width in (8, 16)]
+        model = tiny.build(tiny.distiller_cfg(tmp_path, *models))
+        assert model.train(False) is model and not model.training
+        assert model.train().loss(*tiny.batch(model))['diffkd.fpn.loss_kd'] > 0
 
     def test_predictions_match_the_plain_student(self, distiller):
         plain = MODELS.build(tiny.detector()).eval()
