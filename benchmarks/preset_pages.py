@@ -209,7 +209,7 @@ def pair_cells(pair: Pair) -> Dict[str, str]:
         compared = link_class(type_name(loss['type'])) + (', denoised' if pair.neck.get('denoise', True) else '')
     else:
         compared, own = link_class(kind), {**defaults(pair.neck['type']), **own}
-    if loss.get('type', '').startswith('mmdet.'):  # not in the reference of this package
+    if loss.get('type', '').startswith('mmdet.'):  # the API reference has no page for losses of mmdet
         compared = f'`{loss["type"]}`'
     weights = {key: value for key, value in own.items() if key.endswith('weight')}
     if loss:
@@ -312,7 +312,7 @@ def read_costs() -> Dict[str, Dict[str, str]]:
 
 
 def link_papers(text: str) -> str:
-    """Link the arXiv numbers of a citation."""
+    """Turn the arXiv numbers in a citation into links."""
     return re.sub(r'arXiv (\d{4}\.\d{5})', r'[arXiv \1](https://arxiv.org/abs/\1)', text)
 
 

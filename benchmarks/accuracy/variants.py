@@ -19,8 +19,9 @@ class Variant(FeatureDiffusion):
     Args:
         student_channels (int): Channels of the student's feature, C_s.
         teacher_channels (int): Channels of the teacher's feature, C_t.
-        denoising (bool): Whether to add noise and denoise. False keeps only the alignment of the student's feature, the
-            convolution with BatchNorm that usually follows the last denoising step, and the distance. Defaults to True.
+        denoising (bool): Whether to add noise and denoise. False keeps only three parts: the layer that aligns the
+            student's feature, the distance, and the convolution with BatchNorm that otherwise follows the last
+            denoising step. Defaults to True.
         normalize (bool): Whether to normalize every channel of both features to zero mean and unit variance before
             diffusion. Defaults to False.
         group_norm (bool): Whether denoiser and noise adapter use GroupNorm instead of BatchNorm, so that student and

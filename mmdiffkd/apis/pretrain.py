@@ -158,7 +158,7 @@ def pretrain_config(
     count = len(DATASETS.build(dataset))  # a folder without images is refused before the teacher is loaded
     share = count // int(os.environ.get('WORLD_SIZE', 1))  # images of a rank
     if share < 2:
-        raise ValueError(f'The folders contain {count} images, which are too few: each process needs at least 2.')
+        raise ValueError(f'The folders contain {count} images, which are too few: each process needs 2 or more images.')
     batch_size = min(batch_size, share)
     steps = share // batch_size
     size = _image_size(cfg, encoder) if size is None else size

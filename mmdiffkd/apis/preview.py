@@ -425,7 +425,8 @@ def checkpoint_problem(teacher: Teacher) -> Optional[str]:
         except ValueError as error:
             return str(error).rstrip('.')
         return None
-    if '://' in path or re.match(r'\w\w+:', path):  # a URL or a scheme; a single letter is a drive of Windows
+    # a URL, or a path with a scheme such as 'name:'; a single letter before the colon is a drive of Windows
+    if '://' in path or re.match(r'\w\w+:', path):
         return None
     name = f"teacher.checkpoint='{path}'"
     if osp.isdir(path):

@@ -16,10 +16,10 @@ LOG_LONGEST = math.log(4 / 3)  # logarithm of the largest width / height of a cr
 
 @TRANSFORMS.register_module()
 class LoadImage(LoadImageFromFile):
-    """mmcv's ``LoadImageFromFile``, which returns None for a file that cannot be decoded.
+    """Load an image as mmcv's ``LoadImageFromFile`` does, but return None if the file cannot be decoded.
 
-    Images have the channels of ``color_type``, whatever the file: gray, indexed and CMYK images become BGR, an alpha
-    channel is left out, and values of 16 bits are divided by 256.
+    Only ``color_type`` determines the channels. With its default ``'color'``, gray, indexed and CMYK images become BGR,
+    and an alpha channel is left out. Values of 16 bits are divided by 256.
     """
 
     def transform(self, results: dict) -> Optional[dict]:

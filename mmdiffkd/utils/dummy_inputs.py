@@ -151,7 +151,7 @@ def _instances(cfg: Config, rng, size: int) -> InstanceData:
     boxes = _boxes(rng, size, BOXES)
     things = next(_values(cfg.model, 'num_things_classes'), None) or num_classes_of(cfg.model)
     if 'language_model' in cfg.model:
-        things = len(TEXT)
+        things = min(things, len(TEXT))
     instances = InstanceData(bboxes=boxes, labels=torch.from_numpy(rng.integers(0, things, BOXES)))
     # add masks only if the config loads masks, because some box detectors would use them wrongly
     pipelines = repr(cfg.get('train_dataloader'))

@@ -30,7 +30,8 @@ def student_config(cfg: Config) -> Config:
     if 'student' not in cfg.model:
         raise ValueError(
             f'{cfg.filename or "This config"} is not a distillation config: its model is a plain '
-            f"{type_name(cfg.model.type)}. If it is the exported student, use the run's own config instead."
+            f"{type_name(cfg.model.type)}. If it is the config of an exported student, use the run's own config "
+            'instead.'
         )
     content = ConfigDict(cfg.to_dict())
     model = content.model.student

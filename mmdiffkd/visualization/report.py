@@ -224,7 +224,7 @@ def _setting(config: str, name: str):
     """Return the value of a setting made of literals and ``dict(...)``, or None."""
     try:
         body = ast.parse(config).body
-    except (SyntaxError, ValueError):  # the file is damaged
+    except (SyntaxError, ValueError):  # the recorded config is damaged
         return None
     for node in body:
         if isinstance(node, ast.Assign) and [getattr(target, 'id', None) for target in node.targets] == [name]:

@@ -197,5 +197,5 @@ def test_batches_of_several_processes(pretrain_tiny, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert pretrain_tiny(function=pretrain_config, batch_size=64).train_dataloader.batch_size == 4
     monkeypatch.setenv('WORLD_SIZE', '8')
-    with pytest.raises(ValueError, match='8 images, which are too few: each process needs at least 2'):
+    with pytest.raises(ValueError, match='8 images, which are too few: each process needs 2 or more'):
         pretrain_tiny(function=pretrain_config)

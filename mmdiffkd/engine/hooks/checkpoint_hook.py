@@ -134,7 +134,7 @@ class CheckpointHook(BaseCheckpointHook):
         outdated = None
         if self.max_keep_ckpts > 0 and len(self.keep_ckpt_ids) == self.max_keep_ckpts:
             if self.keep_ckpt_ids[-1] != step:
-                # mmengine would delete the outdated checkpoint before it saves the new one
+                # hide the outdated checkpoint from mmengine, which would delete it before it saves the new one
                 outdated = self.keep_ckpt_ids.popleft()
         try:
             super()._save_checkpoint_with_step(runner, step, meta)

@@ -103,7 +103,8 @@ def _read_config(name: str):
     if is_path and not osp.isfile(osp.join(name, 'config.json')):
         problem = 'has no config.json' if osp.isdir(name) else 'does not exist'
         raise FileNotFoundError(
-            f"The folder '{name}' of the teacher {problem}: give a folder with {FILES}, as save_pretrained writes it."
+            f"The folder '{name}' of the teacher {problem}: give a folder that save_pretrained has written, with "
+            f'{FILES}.'
         )
     try:
         config = transformers.AutoConfig.from_pretrained(name)
