@@ -124,7 +124,7 @@ def check_value(key: str, value, hint) -> None:
 
 
 def bind(function: Callable, name: str, args: tuple, kwargs: dict) -> dict:
-    """Bind the arguments of a call to the parameters of a function, and check that none is unknown or missing.
+    """Bind the arguments of a call to the parameters of a function, and check that none is unknown, renamed or missing.
 
     Args:
         function (callable): The function or class.
@@ -136,7 +136,7 @@ def bind(function: Callable, name: str, args: tuple, kwargs: dict) -> dict:
         dict: The arguments by the name of their parameter.
 
     Raises:
-        ValueError: If an argument is unknown or missing.
+        ValueError: If an argument is unknown or missing, or has an old name; see ``RENAMED_KEYS``.
     """
     signature = inspect.signature(function)
     parameters = signature.parameters

@@ -1,4 +1,4 @@
-"""Wrapper for image encoders of timm."""
+"""Wrapper for image encoders of timm. :func:`.encoder_config` uses it as the backbone of a teacher."""
 
 from functools import cache
 from logging import ERROR, getLogger
