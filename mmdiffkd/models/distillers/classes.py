@@ -116,7 +116,7 @@ class ClassMatcher:
         student (callable, optional): Takes the number of classes and returns the names of the student's classes, or
             None if they are unknown. Defaults to unknown names.
         teacher (callable, optional): Same as ``student``, for the teacher's classes.
-        mapping (dict, optional): Mapping of classes for :meth:`count` and :meth:`problem`; see :meth:`match`.
+        mapping (dict, optional): Mapping of classes for :meth:`count` and ``problem``; see :meth:`match`.
             Defaults to None.
     """
 

@@ -38,7 +38,7 @@ class Pair(NamedTuple):
         student (str or list[str]): Path of the student's module, or several paths for a neck that takes several taps.
         teacher (str or list[str]): Path of the teacher's module, or the same number of paths.
         levels (list[int] or str, optional): Student levels to distill, ``'nearest'``, or None; see
-            :func:`.match_levels`.
+            ``match_levels``.
         neck (dict): Config of the neck, without the numbers of channels.
         classes (dict, optional): ``{student class: teacher class}`` for class scores; see :meth:`.ClassMatcher.match`.
     """
