@@ -87,6 +87,9 @@ modules have the same types as the student's modules, the teacher is the smalles
 teacher has the student's config. Weights are random and images are small. The check first trains the student for one
 step without distillation, and then trains the student for one step with distillation.
 
+Some families of mmdet need the optional packages timm, transformers, lap, scikit-learn or fairscale, which were
+installed. In detectors that read text, such as GLIP, the language model is a small BERT with random weights.
+
 The check ran on {dates} on a CPU with {versions}.
 The check takes hours. If you start the check again, it skips the models that have a result in the JSON file:
 

@@ -268,7 +268,8 @@ def without_pretrained(cfg) -> None:
     if isinstance(cfg, dict):
         if 'checkpoint' in str(cfg.get('init_cfg')):
             cfg['init_cfg'] = None
-        cfg.update({key: None for key in PRETRAINED if key in cfg})
+        # timm's wrapper takes a bool
+        cfg.update({key: False if isinstance(cfg[key], bool) else None for key in PRETRAINED if key in cfg})
         for value in cfg.values():
             without_pretrained(value)
     elif isinstance(cfg, (list, tuple)):
