@@ -32,7 +32,11 @@ def uncommented(text):
     'student, teacher',
     [
         (STUDENT, TEACHER),
-        ('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py'),
+        pytest.param(
+            'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+            'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py',
+            marks=pytest.mark.slow,
+        ),
         (
             'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py',
             'mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py',
