@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmdiffkd.registry import HOOKS
+from mmdiffkd.utils.config import comparable
 
 from ..atomic_backend import NAME as ATOMIC_BACKEND
 from ..checkpoint import PREFIX, STATE, check_no_folder
@@ -198,11 +199,11 @@ def _teacher_fingerprint(runner: Runner) -> Optional[str]:
 
 
 def _pair_settings(runner: Runner) -> Dict[str, str]:
-    """Return the settings of all pairs as text, such as ``{'fpn.neck.loss_kd.type': "'mmdiffkd.MSELoss'"}``."""
+    """Return the settings of all pairs as text, such as ``{'fpn.neck.loss_kd.type': "'MSELoss'"}``."""
     model = get_distiller(runner)
     if model is None or model.diffkd_teacher is None:
         return {}
-    return _flatten({name: pair._asdict() for name, pair in model.pairs.items()})
+    return _flatten({name: comparable(pair._asdict()) for name, pair in model.pairs.items()})
 
 
 def _flatten(value: Any, key: str = '') -> Dict[str, str]:
