@@ -103,8 +103,8 @@ class FeatureDiffusion(nn.Module):
     Raises:
         ValueError: If a value is invalid or conflicts with another argument; if ``loss_kd`` compares classes, but
             student and teacher have different numbers of classes or a single channel; or if the loss, the scheduler,
-            the noise adapter or the denoiser fails a test on random features (:func:`try_loss`,
-            :func:`try_diffusion`).
+            the noise adapter or the denoiser fails a test on random features (``try_loss``,
+            ``try_diffusion``).
     """
 
     @check_arguments
