@@ -113,7 +113,7 @@ def _check_student(student: Config, schedule: float, seeds: Sequence[int]) -> No
     if not schedule > 0:
         raise ValueError(f'schedule={schedule} must be a positive factor, such as 0.5 for half of the training.')
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f'seeds={list(seeds)} must be different numbers, at least one, such as 0 1 2.')
+        raise ValueError(f'seeds={list(seeds)} must be different numbers (one or more), such as 0 1 2.')
 
 
 def _read_methods(presets: Optional[Sequence[str]], arms: Optional[dict]) -> Dict[str, Optional[dict]]:

@@ -9,6 +9,7 @@ from mmengine.hooks import CheckpointHook as BaseCheckpointHook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.registry import HOOKS
 from mmdiffkd.utils.config import comparable
 
@@ -186,24 +187,28 @@ def _is_best_of(folder: str, path) -> bool:
     return osp.dirname(osp.realpath(path)) == folder and not osp.isdir(path)
 
 
+def _distiller_with_teacher(runner: Runner) -> Optional[DiffKDDistiller]:
+    """Return the distiller of a run; None if the run has no distiller, or the distiller has no teacher."""
+    model = get_distiller(runner)
+    return model if model is not None and model.diffkd_teacher is not None else None
+
+
 def _update_auto_weights(runner: Runner) -> None:
     """Update the weights of ``loss_weight='auto'`` before a checkpoint is saved, on all ranks together."""
-    model = get_distiller(runner)
-    if model is not None and model.diffkd_teacher is not None:
+    model = _distiller_with_teacher(runner)
+    if model is not None:
         model.update_auto_weights()
 
 
 def _teacher_fingerprint(runner: Runner) -> Optional[str]:
-    model = get_distiller(runner)
-    return model.diffkd_teacher.fingerprint if model is not None and model.diffkd_teacher is not None else None
+    model = _distiller_with_teacher(runner)
+    return None if model is None else model.diffkd_teacher.fingerprint
 
 
 def _pair_settings(runner: Runner) -> Dict[str, str]:
     """Return the settings of all pairs as text, such as ``{'fpn.neck.loss_kd.type': "'MSELoss'"}``."""
-    model = get_distiller(runner)
-    if model is None or model.diffkd_teacher is None:
-        return {}
-    return _flatten({name: comparable(pair._asdict()) for name, pair in model.pairs.items()})
+    model = _distiller_with_teacher(runner)
+    return {} if model is None else _flatten({name: comparable(pair._asdict()) for name, pair in model.pairs.items()})
 
 
 def _flatten(value: Any, key: str = '') -> Dict[str, str]:

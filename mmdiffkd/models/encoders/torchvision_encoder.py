@@ -1,4 +1,4 @@
-"""Wrapper for image encoders of torchvision."""
+"""Wrapper for image encoders of torchvision. :func:`.encoder_config` uses it as the backbone of a teacher."""
 
 from functools import cache
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union

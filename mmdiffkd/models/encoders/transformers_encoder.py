@@ -1,4 +1,4 @@
-"""Wrapper for image encoders of transformers."""
+"""Wrapper for image encoders of transformers. :func:`.encoder_config` uses it as the backbone of a teacher."""
 
 import inspect
 import json

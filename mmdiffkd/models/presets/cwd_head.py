@@ -28,7 +28,7 @@ class CWDHeadPreset(Preset):
         the outputs of the heads.
 
     Released code:
-        There is no released code for this combination. The losses are the loss of ``cwd`` and the L1 distance.
+        There is no released code for this combination. The losses are those of ``cwd`` and of the L1 distance.
     """
 
     summary = 'CWD of the feature maps and class outputs of detectors, and L1 distance of their box outputs'
