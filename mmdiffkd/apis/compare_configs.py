@@ -2,13 +2,14 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Union
+from typing import Dict, Iterator, Optional, Sequence, Union
 
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
 from mmdiffkd.cli import shorten_path
 from mmdiffkd.utils import closest_names, get_custom_imports, get_model_cfg, read_config
+from mmdiffkd.utils.config import flatten_settings
 
 from .build import build_distiller
 from .distill import Source, distillation_config
@@ -193,8 +194,10 @@ def check_same(file: Path, cfg: Config) -> None:
     Raises:
         ValueError: With the first differences.
     """
-    before = _flat(Config.fromfile(file, import_custom_modules=False).to_dict())
-    now = _flat(Config.fromstring(Config(cfg.to_dict(), format_python_code=False).pretty_text, '.py').to_dict())
+    before = flatten_settings(Config.fromfile(file, import_custom_modules=False).to_dict())
+    now = flatten_settings(
+        Config.fromstring(Config(cfg.to_dict(), format_python_code=False).pretty_text, '.py').to_dict()
+    )
     keys = [key for key in dict.fromkeys([*before, *now]) if not key.startswith('custom_imports')]
     differ = [key for key in keys if before.get(key, NOT_SET) != now.get(key, NOT_SET)]
     if differ:
@@ -208,19 +211,6 @@ def check_same(file: Path, cfg: Config) -> None:
             f'{shorten_path(file)} exists with different settings: {listed}{more}. Choose another --work-dir, or '
             'give the same settings.'
         )
-
-
-def _flat(value: Any, path: str = '') -> Dict[str, Any]:
-    if isinstance(value, dict) and value:
-        items = value.items()
-    elif isinstance(value, (list, tuple)) and any(isinstance(member, dict) for member in value):
-        items = enumerate(value)
-    else:
-        return {path: list(value) if isinstance(value, tuple) else value}
-    flat = {}
-    for key, member in items:
-        flat.update(_flat(member, f'{path}.{key}' if path else str(key)))
-    return flat
 
 
 def config_text(cfg: Config) -> str:

@@ -5,7 +5,7 @@ import inspect
 import os.path as osp
 from importlib.util import find_spec
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
@@ -161,6 +161,20 @@ def comparable(value):
         kept = {key: comparable(item) for key, item in value.items() if key != '_scope_'}
         return dict(kept, type=type_name(value['type'])) if 'type' in value else kept
     return [comparable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def flatten_settings(value: Any, path: str = '') -> Dict[str, Any]:
+    """Return nested settings as one dict, such as ``{'model.backbone.depth': 50}``. Tuples become lists."""
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, (list, tuple)) and any(isinstance(member, dict) for member in value):
+        items = enumerate(value)
+    else:
+        return {path: list(value) if isinstance(value, tuple) else value}
+    flat = {}
+    for key, member in items:
+        flat.update(flatten_settings(member, f'{path}.{key}' if path else str(key)))
+    return flat
 
 
 def with_named_types(value):

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from mmdiffkd.models import DiffKDDistiller
 from mmdiffkd.registry import HOOKS
-from mmdiffkd.utils.config import comparable
+from mmdiffkd.utils.config import comparable, flatten_settings
 
 from ..atomic_backend import NAME as ATOMIC_BACKEND
 from ..checkpoint import PREFIX, STATE, check_no_folder
@@ -208,15 +208,8 @@ def _teacher_fingerprint(runner: Runner) -> Optional[str]:
 def _pair_settings(runner: Runner) -> Dict[str, str]:
     """Return the settings of all pairs as text, such as ``{'fpn.neck.loss_kd.type': "'MSELoss'"}``."""
     model = _distiller_with_teacher(runner)
-    return {} if model is None else _flatten({name: comparable(pair._asdict()) for name, pair in model.pairs.items()})
-
-
-def _flatten(value: Any, key: str = '') -> Dict[str, str]:
-    if not isinstance(value, dict):
-        return {key: repr(value)}
-    return {
-        path: text for name, item in value.items() for path, text in _flatten(item, f'{key}.{name}'.strip('.')).items()
-    }
+    pairs = {} if model is None else {name: comparable(pair._asdict()) for name, pair in model.pairs.items()}
+    return {key: repr(value) for key, value in flatten_settings(pairs).items()} if pairs else {}
 
 
 def _warn_of_changed_pairs(before: Any, now: Dict[str, str]) -> None:
